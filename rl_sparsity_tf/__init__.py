@@ -1,0 +1,136 @@
+"""Compress trained Keras models by reinforcement learning and export verified TFLite files.
+
+Example:
+    >>> import rl_sparsity_tf as rls  # before tf.keras is used
+    >>> compressor = rls.Compressor(model, target=rls.Target(sparsity=0.9), agent="dqn")
+    >>> result = compressor.search((x_train, y_train), validation_data=(x_val, y_val))
+    >>> result.export_tflite("model.tflite")
+
+Importing the package is cheap: TensorFlow and its companions are imported when the first name that
+needs them is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rl_sparsity_tf._compat import use_tf_keras
+from rl_sparsity_tf.version import __version__
+
+use_tf_keras()
+
+# Public name -> module. This table is the whole public surface.
+_EXPORTS = {
+    "ArgumentError": "errors",
+    "CompressionPlan": "plan",
+    "CompressionWrapper": "wrapper",
+    "Compressor": "search",
+    "DQN": "agents",
+    "DataError": "errors",
+    "EnvironmentCheckError": "errors",
+    "ExportError": "errors",
+    "ExportReport": "export",
+    "KernelPlan": "plan",
+    "LayerEnvironment": "environment",
+    "ModelError": "errors",
+    "Operation": "operations",
+    "Outcome": "reward",
+    "PPO": "agents",
+    "PlanError": "errors",
+    "RLSparsityError": "errors",
+    "Random": "agents",
+    "Result": "result",
+    "Reward": "reward",
+    "Target": "budget",
+    "TargetError": "errors",
+    "VerificationError": "errors",
+    "check_environment": "environment_check",
+    "describe_state": "state",
+    "describe_support": "support",
+    "export_tflite": "export",
+    "load_model": "model_files",
+    "predict_tflite": "export",
+    "register_layer": "registry",
+    "strip": "wrapping",
+    "wrap": "wrapping",
+}
+
+if TYPE_CHECKING:
+    from rl_sparsity_tf.agents import DQN, PPO, Random
+    from rl_sparsity_tf.budget import Target
+    from rl_sparsity_tf.environment import LayerEnvironment
+    from rl_sparsity_tf.environment_check import check_environment
+    from rl_sparsity_tf.errors import (
+        ArgumentError,
+        DataError,
+        EnvironmentCheckError,
+        ExportError,
+        ModelError,
+        PlanError,
+        RLSparsityError,
+        TargetError,
+        VerificationError,
+    )
+    from rl_sparsity_tf.export import ExportReport, export_tflite, predict_tflite
+    from rl_sparsity_tf.model_files import load_model
+    from rl_sparsity_tf.operations import Operation
+    from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
+    from rl_sparsity_tf.registry import register_layer
+    from rl_sparsity_tf.result import Result
+    from rl_sparsity_tf.reward import Outcome, Reward
+    from rl_sparsity_tf.search import Compressor
+    from rl_sparsity_tf.state import describe_state
+    from rl_sparsity_tf.support import describe_support
+    from rl_sparsity_tf.wrapper import CompressionWrapper
+    from rl_sparsity_tf.wrapping import strip, wrap
+
+__all__ = [
+    "ArgumentError",
+    "CompressionPlan",
+    "CompressionWrapper",
+    "Compressor",
+    "DQN",
+    "DataError",
+    "EnvironmentCheckError",
+    "ExportError",
+    "ExportReport",
+    "KernelPlan",
+    "LayerEnvironment",
+    "ModelError",
+    "Operation",
+    "Outcome",
+    "PPO",
+    "PlanError",
+    "RLSparsityError",
+    "Random",
+    "Result",
+    "Reward",
+    "Target",
+    "TargetError",
+    "VerificationError",
+    "__version__",
+    "check_environment",
+    "describe_state",
+    "describe_support",
+    "export_tflite",
+    "load_model",
+    "predict_tflite",
+    "register_layer",
+    "strip",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # A submodule of the same name as a function (wrap) is bound on the package when it is
+    # imported; the function must win, so every name is resolved and bound here, once.
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

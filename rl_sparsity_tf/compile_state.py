@@ -1,0 +1,44 @@
+"""Carrying a model's loss, metrics and optimizer over to a copy of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+import tf_keras as keras
+
+
+def compile_arguments(model: keras.Model) -> dict[str, Any] | None:
+    """What a model was compiled with, fit for compiling a copy; None if it was not compiled.
+
+    Losses are stateless and shared; metrics and optimizers carry variables and are made anew.
+    """
+    config = getattr(model, "_compile_config", None)
+    if config is None or getattr(model, "optimizer", None) is None:
+        return None
+    arguments = dict(config.config)
+    arguments["optimizer"] = fresh_optimizer(model)
+    for name in ("metrics", "weighted_metrics"):
+        arguments[name] = tf.nest.map_structure(_fresh_metric, arguments.get(name))
+    return arguments
+
+
+def fresh_optimizer(model: keras.Model) -> keras.optimizers.Optimizer:
+    """An optimizer with the settings of the model's, and no state."""
+    optimizer = model.optimizer
+    inner = getattr(optimizer, "inner_optimizer", None)  # LossScaleOptimizer wraps it again
+    optimizer = inner if inner is not None else optimizer
+    return optimizer.__class__.from_config(optimizer.get_config())
+
+
+def copy_compile_state(source: keras.Model, destination: keras.Model) -> None:
+    """Compiles `destination` as `source` is compiled; leaves it uncompiled if that one is."""
+    arguments = compile_arguments(source)
+    if arguments is not None:
+        destination.compile(**arguments)
+
+
+def _fresh_metric(metric: Any) -> Any:
+    if isinstance(metric, keras.metrics.Metric):
+        return metric.__class__.from_config(metric.get_config())
+    return metric

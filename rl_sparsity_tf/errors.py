@@ -1,0 +1,84 @@
+"""The package's exceptions.
+
+Every error raised here on purpose derives from [RLSparsityError][] and from the builtin that
+fits, so that both `except rls.RLSparsityError` and `except ValueError` work. A message always says
+what was received, what was expected and how to mend it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RLSparsityError(Exception):
+    """Base class of every error raised by this package."""
+
+
+class ArgumentError(RLSparsityError, ValueError):
+    """An argument has a value that cannot be used."""
+
+
+class ModelError(RLSparsityError, ValueError):
+    """The model given cannot be compressed or read."""
+
+
+class DataError(RLSparsityError, ValueError):
+    """The data given does not fit the model or the task."""
+
+
+class PlanError(RLSparsityError, ValueError):
+    """A compression plan is malformed or does not fit the model."""
+
+
+class TargetError(RLSparsityError, ValueError):
+    """The target cannot be reached."""
+
+
+class MissingDependencyError(RLSparsityError, ImportError):
+    """An optional dependency is needed for this call and is not installed."""
+
+
+class ExportError(RLSparsityError, RuntimeError):
+    """A .tflite file could not be written."""
+
+
+class VerificationError(ExportError):
+    """A .tflite file was written but does not do what the Keras model does."""
+
+
+class FileExistsRLSparsityError(RLSparsityError, FileExistsError):
+    """A file or folder is in the way and overwriting was not asked for."""
+
+
+class RunError(RLSparsityError, RuntimeError):
+    """A run directory cannot be used: foreign, damaged or from other arguments."""
+
+
+class EnvironmentCheckError(RLSparsityError, AssertionError):
+    """An environment breaks the contract that the agents rely on."""
+
+
+def did_you_mean(value: object, choices: Iterable[object]) -> str:
+    """Lists the choices and names the closest one.
+
+    Example:
+        >>> did_you_mean("elment", ["element", "channel"])
+        "Expected one of 'element', 'channel'. Did you mean 'element'?"
+    """
+    names = [str(choice) for choice in choices]
+    text = "Expected one of " + ", ".join(repr(name) for name in names) + "."
+    close = difflib.get_close_matches(str(value), names, n=1)
+    return f"{text} Did you mean {close[0]!r}?" if close else text
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
+    """Returns `value` if it is one of the choices, else raises an [ArgumentError][]."""
+    choices = list(choices)
+    if not isinstance(value, str) or value not in choices:
+        raise ArgumentError(f"{name}={value!r} is not known. {did_you_mean(value, choices)}")
+    return value
+
+
+class AgentStateError(RLSparsityError, RuntimeError):
+    """An agent's methods were called out of order, or it was given another agent's state."""

@@ -1,0 +1,379 @@
+"""Compression plans: which operation every group of every kernel gets.
+
+A plan is what the search produces, what [wrap][rl_sparsity_tf.wrap] applies and what the exporter
+reads. It is frozen, and its JSON (format 1) is meant to be read and edited by hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from rl_sparsity_tf.errors import PlanError, did_you_mean
+from rl_sparsity_tf.files import check_new_file, write_text
+from rl_sparsity_tf.grouping import GROUPS, Grouping
+from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.registry import KernelSpec
+
+FORMAT_VERSION = 1
+_BITS = (32, 8, 4)
+_FIELDS = {"path", "shape", "layout", "group", "bits", "default", "exceptions"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KernelPlan:
+    """The operations chosen for one kernel.
+
+    Attributes:
+        path: Layer path and attribute, e.g. `"encoder/dense/kernel"`.
+        shape: The kernel's shape.
+        layout: One letter per axis, `i` or `o` (see [KernelSpec][]).
+        group: Kind of groups.
+        bits: The grid of quantized groups, 8 or 4; 32 where none is quantized.
+        operations: [Operation][] values, uint8 of shape `(rows, outputs)`, read-only.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    layout: str
+    group: str
+    bits: int
+    operations: np.ndarray
+
+    def __post_init__(self) -> None:
+        grouping = _grouping(self.path, self.shape, self.layout, self.group)
+        _check_bits(self.path, self.bits)
+        operations = np.array(self.operations, dtype=np.uint8)
+        if operations.shape != grouping.shape:
+            raise PlanError(
+                f"The plan of {self.path!r} has operations of shape {operations.shape}. Expected "
+                f"{grouping.shape}: one per group of {self.group!r} in shape {self.shape}."
+            )
+        if operations.size and int(operations.max()) > max(Operation):
+            raise PlanError(
+                f"The plan of {self.path!r} holds the operation {int(operations.max())}. Expected "
+                f"values of Operation: {[f'{int(op)} ({op.name})' for op in Operation]}."
+            )
+        if (operations == Operation.PRUNE).all():
+            raise PlanError(
+                f"The plan prunes every group of {self.path!r}, which leaves the layer's output "
+                "constant. Leave at least one group unpruned."
+            )
+        quantized = bool((operations == Operation.QUANTIZE).any())
+        if quantized and self.bits == 32:
+            raise PlanError(
+                f"The plan quantizes groups of {self.path!r} but says bits=32. Expected 8 or 4."
+            )
+        if not quantized:
+            object.__setattr__(self, "bits", 32)
+        operations.setflags(write=False)
+        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
+        object.__setattr__(self, "operations", operations)
+
+    @property
+    def grouping(self) -> Grouping:
+        """How the kernel is cut."""
+        return _grouping(self.path, self.shape, self.layout, self.group)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return int(np.prod(self.shape))
+
+    def weights_under(self, operation: Operation) -> int:
+        """Number of weights under an operation."""
+        return int(self.grouping.sizes[self.operations == operation].sum())
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the kernel's weights that are pruned."""
+        return self.weights_under(Operation.PRUNE) / self.size
+
+    @property
+    def exported_bits(self) -> int:
+        """Bits per stored weight in the exported file: 8 or 4 when no living group is kept."""
+        return 32 if (self.operations == Operation.KEEP).any() else self.bits
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, KernelPlan):
+            return NotImplemented
+        mine = (self.path, self.shape, self.layout, self.group, self.bits)
+        theirs = (other.path, other.shape, other.layout, other.group, other.bits)
+        return mine == theirs and bool(np.array_equal(self.operations, other.operations))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The kernel's entry in format 1: a default and the runs that differ from it."""
+        flat = self.operations.reshape(-1)
+        default = int(np.bincount(flat, minlength=len(Operation)).argmax())
+        edges = np.flatnonzero(np.diff(flat)) + 1
+        starts = np.concatenate([[0], edges])
+        lengths = np.diff(np.concatenate([starts, [flat.size]]))
+        exceptions = [
+            [int(start), int(length), Operation(int(flat[start])).name.lower()]
+            for start, length in zip(starts, lengths, strict=True)
+            if flat[start] != default
+        ]
+        return {
+            "path": self.path,
+            "shape": list(self.shape),
+            "layout": self.layout,
+            "group": self.group,
+            "bits": self.bits,
+            "default": Operation(default).name.lower(),
+            "exceptions": exceptions,
+        }
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> KernelPlan:
+        """Reads an entry of format 1.
+
+        Raises:
+            PlanError: If a field is missing, unknown or malformed.
+        """
+        path = _path_of(entry)
+        _check_fields(path, entry, _FIELDS)
+        missing = _FIELDS - set(entry) - {"exceptions", "default"}
+        if missing:
+            raise PlanError(
+                f"The plan's entry for {path!r} lacks {sorted(missing)}. Give them, or write a "
+                'rule such as {"path": ..., "sparsity": 0.8, "method": "magnitude"}.'
+            )
+        shape, layout, group = entry["shape"], entry["layout"], entry["group"]
+        if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
+            raise PlanError(
+                f"The plan of {path!r} has shape {shape!r}. Expected a list of positive integers."
+            )
+        grouping = _grouping(path, tuple(shape), layout, group)
+        flat = np.full(grouping.count, _operation(path, entry.get("default", "keep")), np.uint8)
+        for run in entry.get("exceptions", []):
+            if not (isinstance(run, list) and len(run) == 3 and _is_count(run[1])):
+                raise PlanError(
+                    f"The plan of {path!r} has the exception {run!r}. Expected "
+                    '[first group, number of groups, operation], for example [12, 4, "prune"].'
+                )
+            start, length, name = run
+            if not isinstance(start, int) or start < 0 or start + length > flat.size:
+                raise PlanError(
+                    f"The plan of {path!r} has the exception {run!r}, beyond its {flat.size} "
+                    f"groups. Expected groups 0 to {flat.size - 1}."
+                )
+            flat[start : start + length] = _operation(path, name)
+        return cls(path, tuple(shape), layout, group, entry["bits"], flat.reshape(grouping.shape))
+
+
+class CompressionPlan:
+    """One [KernelPlan][] (or [KernelRule][rl_sparsity_tf.rules.KernelRule]) per kernel, frozen.
+
+    Args:
+        kernels: The kernels' plans and rules. Kernels of a model that a plan does not name are
+            kept as they are.
+
+    Raises:
+        PlanError: If two entries are for the same kernel.
+
+    Example:
+        >>> plan = CompressionPlan.load("plan.json")
+        >>> small = rls.strip(rls.wrap(model, plan))
+    """
+
+    def __init__(self, kernels: Iterable[Any] = ()):
+        entries: dict[str, Any] = {}
+        for kernel in kernels:
+            if kernel.path in entries:
+                raise PlanError(
+                    f"The plan has two entries for {kernel.path!r}. Expected one per kernel."
+                )
+            entries[kernel.path] = kernel
+        self._kernels = MappingProxyType(entries)
+
+    @property
+    def kernels(self) -> Mapping[str, Any]:
+        """Path to kernel plan (or rule, until it is resolved against a model)."""
+        return self._kernels
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether every entry names its operations, so that no rule is left."""
+        return all(isinstance(kernel, KernelPlan) for kernel in self._kernels.values())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, CompressionPlan):
+            return NotImplemented
+        return dict(self._kernels) == dict(other._kernels)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if hasattr(self, "_kernels"):
+            raise AttributeError("A CompressionPlan is frozen. Make a new one instead.")
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        if not self.is_resolved:
+            return f"CompressionPlan({len(self._kernels)} entries, with rules)"
+        return f"CompressionPlan({len(self._kernels)} kernels, sparsity {self.sparsity:.3f})"
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights of the plan's kernels that are pruned."""
+        sizes = sum(kernel.size for kernel in self._resolved())
+        pruned = sum(kernel.weights_under(Operation.PRUNE) for kernel in self._resolved())
+        return pruned / sizes if sizes else 0.0
+
+    def count_operations(self) -> dict[str, int]:
+        """Number of weights under each operation, by lower-case name."""
+        return {
+            operation.name.lower(): sum(
+                kernel.weights_under(operation) for kernel in self._resolved()
+            )
+            for operation in Operation
+        }
+
+    def _resolved(self) -> list[KernelPlan]:
+        if not self.is_resolved:
+            raise PlanError(
+                "The plan holds rules, whose operations depend on a model's weights. Call "
+                "rls.wrap(model, plan), or resolve it first with rules.resolve(plan, model)."
+            )
+        return list(self._kernels.values())
+
+    # ------------------------------------------------------------------ JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan in format 1."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "kernels": [kernel.to_dict() for kernel in self._kernels.values()],
+        }
+
+    def to_json(self) -> str:
+        """Format 1 as text, one kernel per line."""
+        lines = [json.dumps(kernel.to_dict()) for kernel in self._kernels.values()]
+        body = ",\n    ".join(lines)
+        body = f"\n    {body}\n  " if lines else ""
+        return f'{{\n  "format_version": {FORMAT_VERSION},\n  "kernels": [{body}]\n}}\n'
+
+    @classmethod
+    def from_dict(cls, document: Any) -> CompressionPlan:
+        """Reads format 1.
+
+        Raises:
+            PlanError: Naming the entry and field that is wrong.
+        """
+        from rl_sparsity_tf.rules import KernelRule
+
+        if not isinstance(document, dict) or "kernels" not in document:
+            raise PlanError(
+                "This is not a compression plan. Expected an object with format_version and "
+                f"kernels, received {_short(document)}."
+            )
+        if document.get("format_version") != FORMAT_VERSION:
+            raise PlanError(
+                f"The plan has format_version {document.get('format_version')!r}. Expected "
+                f"{FORMAT_VERSION}; a newer version of this package may read it."
+            )
+        _check_fields("the plan", document, {"format_version", "kernels"})
+        entries = document["kernels"]
+        if not isinstance(entries, list):
+            raise PlanError(f"The plan's kernels are {_short(entries)}. Expected a list.")
+        return cls(
+            KernelPlan.from_dict(entry)
+            if isinstance(entry, dict) and "sparsity" not in entry
+            else KernelRule.from_dict(entry)
+            for entry in entries
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> CompressionPlan:
+        """Reads format 1 from text.
+
+        Raises:
+            PlanError: If the text is not JSON or not a plan.
+        """
+        try:
+            document = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(
+                f"The plan is not valid JSON (line {error.lineno}, column {error.colno}: "
+                f"{error.msg}). Mend that place, or write the plan again with plan.save(path)."
+            ) from error
+        return cls.from_dict(document)
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Writes the plan as JSON.
+
+        Raises:
+            FileExistsRLSparsityError: If the file exists and `overwrite` is false.
+        """
+        write_text(check_new_file(path, overwrite), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CompressionPlan:
+        """Reads a plan's JSON file.
+
+        Raises:
+            PlanError: If the file is missing, unreadable or no plan.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(
+                f"The plan {os.fspath(path)!r} cannot be read ({error}). Expected a JSON file "
+                "written by plan.save."
+            ) from error
+        return cls.from_json(text)
+
+
+def _grouping(path: str, shape: tuple[int, ...], layout: Any, group: Any) -> Grouping:
+    if group not in GROUPS:
+        raise PlanError(f"The plan of {path!r} has group {group!r}. {did_you_mean(group, GROUPS)}")
+    try:
+        return KernelSpec("kernel", layout).grouping(shape, group)
+    except (ValueError, TypeError) as error:
+        raise PlanError(f"The plan of {path!r} does not fit together: {error}") from error
+
+
+def _check_bits(path: str, bits: Any) -> None:
+    if bits not in _BITS or isinstance(bits, bool):
+        raise PlanError(f"The plan of {path!r} has bits {bits!r}. Expected 32, 8 or 4.")
+
+
+def _check_fields(path: str, entry: Mapping[str, Any], known: set[str]) -> None:
+    for name in entry:
+        if name not in known:
+            raise PlanError(
+                f"{path!r} has the unknown field {name!r}. {did_you_mean(name, sorted(known))}"
+            )
+
+
+def _path_of(entry: Any) -> str:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
+        raise PlanError(
+            f"The plan has the entry {_short(entry)}. Expected an object with the path of a kernel."
+        )
+    return str(entry["path"])
+
+
+def _operation(path: str, name: Any) -> int:
+    names = [operation.name.lower() for operation in Operation]
+    if not isinstance(name, str) or name.lower() not in names:
+        raise PlanError(
+            f"The plan of {path!r} has the operation {name!r}. {did_you_mean(name, names)}"
+        )
+    return int(Operation[name.upper()])
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,202 @@
+"""Plans without a search: rules that a model's own weights turn into operations."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tf_keras as keras
+
+from rl_sparsity_tf.errors import PlanError, did_you_mean
+from rl_sparsity_tf.grouping import GROUPS, Grouping
+from rl_sparsity_tf.kernels import Kernel, count_weights, find_kernels
+from rl_sparsity_tf.masks import magnitude, select_live
+from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
+
+METHODS = ("magnitude",)
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelRule:
+    """A rule for a kernel, or for all kernels whose path matches a pattern.
+
+    Attributes:
+        path: A kernel's path, or a pattern with `*` and `?`, e.g. `"*"` for every kernel. A
+            kernel follows the first entry of the plan that matches it; exact paths go first.
+        sparsity: Share of the kernel's weights to prune, in [0, 1).
+        method: What is pruned first: `"magnitude"`, the groups of smallest root mean square.
+        group: Kind of groups.
+        quantize: Whether the groups that stay are quantized.
+        bits: 8 or 4, the grid if they are.
+    """
+
+    path: str
+    sparsity: float
+    method: str = "magnitude"
+    group: str = "element"
+    quantize: bool = False
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        if (
+            isinstance(self.sparsity, bool)
+            or not isinstance(self.sparsity, int | float)
+            or not 0.0 <= self.sparsity < 1.0
+        ):
+            raise PlanError(
+                f"The rule for {self.path!r} has sparsity {self.sparsity!r}. Expected a number of "
+                "at least 0 and below 1."
+            )
+        for name, value, choices in (
+            ("method", self.method, METHODS),
+            ("group", self.group, GROUPS),
+        ):
+            if value not in choices:
+                raise PlanError(
+                    f"The rule for {self.path!r} has {name} {value!r}. "
+                    f"{did_you_mean(value, choices)}"
+                )
+        if not isinstance(self.quantize, bool) or self.bits not in (8, 4):
+            raise PlanError(
+                f"The rule for {self.path!r} has quantize={self.quantize!r} and bits="
+                f"{self.bits!r}. Expected true or false, and 8 or 4."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rule's entry in format 1."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, entry: Any) -> KernelRule:
+        """Reads a rule's entry.
+
+        Raises:
+            PlanError: If a field is missing, unknown or malformed.
+        """
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
+            raise PlanError(
+                f"The plan has the entry {entry!r}. Expected an object with the path of a kernel."
+            )
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in entry:
+            if name not in names:
+                raise PlanError(
+                    f"The rule for {entry['path']!r} has the unknown field {name!r}. "
+                    f"{did_you_mean(name, names)}"
+                )
+        return cls(**entry)
+
+    def apply(self, kernel: Kernel) -> KernelPlan:
+        """Turns the rule into operations for one kernel of a model."""
+        grouping = kernel.grouping(self.group)
+        live = prune_by_magnitude(kernel.matrix(), grouping, self.sparsity)
+        survivors = Operation.QUANTIZE if self.quantize else Operation.KEEP
+        return KernelPlan(
+            kernel.path,
+            kernel.shape,
+            kernel.spec.layout,
+            self.group,
+            self.bits,
+            np.where(live, survivors, Operation.PRUNE).astype(np.uint8),
+        )
+
+
+def prune_by_magnitude(matrix: np.ndarray, grouping: Grouping, sparsity: float) -> np.ndarray:
+    """Marks the groups that live when the smallest are pruned.
+
+    Args:
+        matrix: Kernel, shape `(inputs, outputs)`.
+        grouping: How it is cut.
+        sparsity: Share of weights to prune; the smallest number of groups that reaches it is.
+
+    Returns:
+        Booleans of shape `grouping.shape`; at least one group lives.
+    """
+    squares = grouping.sum_numpy(np.square(matrix, dtype=np.float64))
+    scores = magnitude(matrix, squares, grouping.sizes)
+    wanted = int(np.ceil(round(sparsity * matrix.size, 6)))
+    return select_live(scores, grouping.sizes, wanted)
+
+
+def resolve(plan: CompressionPlan, model: keras.Model) -> CompressionPlan:
+    """Turns a plan's rules into operations and checks that its kernels fit the model.
+
+    Args:
+        plan: A plan, with or without rules.
+        model: A built model, plain or wrapped.
+
+    Returns:
+        A plan without rules.
+
+    Raises:
+        PlanError: If the plan names a kernel that the model lacks, or one of another shape.
+    """
+    kernels = {kernel.path: kernel for kernel in find_kernels(model)}
+    exact: list[KernelPlan] = []
+    patterns: list[KernelRule] = []
+    for path, entry in plan.kernels.items():
+        if isinstance(entry, KernelRule) and path not in kernels and any(c in path for c in "*?"):
+            patterns.append(entry)
+            continue
+        if path not in kernels:
+            raise PlanError(
+                f"The plan names the kernel {path!r}, which the model {model.name!r} does not "
+                f"have. {did_you_mean(path, kernels)}"
+            )
+        kernel = kernels[path]
+        if isinstance(entry, KernelRule):
+            entry = entry.apply(kernel)
+        elif entry.shape != kernel.shape or entry.layout != kernel.spec.layout:
+            raise PlanError(
+                f"The plan's kernel {path!r} has shape {entry.shape} and layout {entry.layout!r}, "
+                f"the model's has {kernel.shape} and {kernel.spec.layout!r}. Use a plan made for "
+                "this model."
+            )
+        exact.append(entry)
+    named = {entry.path for entry in exact}
+    for rule in patterns:
+        matching = [path for path in kernels if fnmatch.fnmatchcase(path, rule.path)]
+        if not matching:
+            raise PlanError(
+                f"The plan's rule for {rule.path!r} matches no kernel. The model has "
+                f"{sorted(kernels)}."
+            )
+        for path in matching:
+            if path not in named:
+                exact.append(rule.apply(kernels[path]))
+                named.add(path)
+    position = {path: index for index, path in enumerate(kernels)}
+    return CompressionPlan(sorted(exact, key=lambda entry: position[entry.path]))
+
+
+def uniform_plan(
+    model: keras.Model, sparsity: float, group: str = "element", quantize: bool = False
+) -> CompressionPlan:
+    """The same sparsity in every compressible kernel, smallest groups first.
+
+    Args:
+        model: A built model.
+        sparsity: Share of *all* weights of rank >= 2 to prune, skipped layers included: the
+            compressible kernels give proportionally more where some layers are skipped.
+        group: Kind of groups.
+        quantize: Whether the groups that stay are quantized.
+
+    Raises:
+        PlanError: If the compressible kernels cannot give that many weights.
+    """
+    kernels = find_kernels(model)
+    compressible = sum(kernel.size for kernel in kernels)
+    _, elements = count_weights(model)
+    share = sparsity * elements / compressible if compressible else 1.0
+    if not 0.0 <= share < 1.0:
+        raise PlanError(
+            f"A sparsity of {sparsity} needs {sparsity * elements:.0f} of the model's {elements} "
+            f"weights, but only {compressible} are in layers that can be compressed. Expected a "
+            f"sparsity below {compressible / max(elements, 1):.4f}."
+        )
+    rule = KernelRule("*", share, group=group, quantize=quantize)
+    return CompressionPlan(rule.apply(kernel) for kernel in kernels)

@@ -1,0 +1,365 @@
+"""The Keras wrapper that holds a layer's masks, grids and permutations while it is compressed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from rl_sparsity_tf import operations as ops
+from rl_sparsity_tf.errors import ArgumentError, check_choice
+from rl_sparsity_tf.grouping import GROUPS, Grouping
+from rl_sparsity_tf.masks import MASKS, hard_concrete_sample, magnitude, select_live
+from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.registry import KernelSpec, kernel_spec, kernel_specs
+
+# A logit at which a hard concrete gate is open (or closed) nine times in ten.
+_HARD_CONCRETE_START = 2.5
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelSettings:
+    """What a wrapper can do to one kernel.
+
+    Attributes:
+        group: Kind of groups.
+        prune: Whether the kernel has a mask.
+        quantize: Whether groups can be put on the integer grid.
+        shuffle: Whether neighbouring groups can swap.
+        layout: The kernel's layout, kept so that a saved wrapper does not need the registry.
+        per_output_scale: One scale per output unit, or one per tensor.
+    """
+
+    group: str = "element"
+    prune: bool = True
+    quantize: bool = True
+    shuffle: bool = True
+    layout: str = "io"
+    per_output_scale: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("group", self.group, GROUPS)
+
+
+@keras.saving.register_keras_serializable(package="rl_sparsity_tf")
+class CompressionWrapper(keras.layers.Wrapper):
+    """Applies `quantize(mask * permute(W))` to the kernels of the layer inside.
+
+    Usually made by [wrap][rl_sparsity_tf.wrapping.wrap]. The inner layer keeps its own variables;
+    in the forward pass it sees the effective kernels in their place.
+
+    Args:
+        layer: A layer of a registered class.
+        group: Kind of groups, where `kernels` does not say otherwise.
+        mask: `"straight_through"` or `"hard_concrete"`: the gradient of learnable masks.
+        train_masks: Whether the masks learn (see [update_masks][]). If not, gradients of pruned
+            weights are zero and the masks stay.
+        kernels: Settings per kernel attribute, each a [KernelSettings][] or a dict of its fields;
+            by default every kernel of the layer with all operations.
+        **kwargs: Keras's own, such as `name`.
+
+    Raises:
+        ArgumentError: If the layer's class is not registered or an argument is not known.
+
+    Example:
+        >>> CompressionWrapper(tf_keras.layers.Dense(10), group="block4")
+    """
+
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        group: str = "element",
+        mask: str = "straight_through",
+        train_masks: bool = False,
+        kernels: Mapping[str, KernelSettings | Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ):
+        kwargs.setdefault("name", layer.name)
+        kwargs.setdefault("trainable", layer.trainable)
+        super().__init__(layer, **kwargs)
+        self.group = check_choice("group", group, GROUPS)
+        self.mask = check_choice("mask", mask, MASKS)
+        self.train_masks = bool(train_masks)
+        self._settings: dict[str, KernelSettings] = {}
+        if kernels is None:
+            kernels = {
+                spec.attribute: KernelSettings(
+                    group=group, layout=spec.layout, per_output_scale=spec.per_output_scale
+                )
+                for spec in kernel_specs(layer)
+            }
+        if not kernels:
+            raise ArgumentError(
+                f"Layer {layer.name!r} of class {type(layer).__name__} has no compressible kernel. "
+                "Register its class with rl_sparsity_tf.register_layer, naming its kernels."
+            )
+        for attribute, settings in kernels.items():
+            if not isinstance(settings, KernelSettings):
+                settings = KernelSettings(**settings)
+            self._settings[attribute] = settings
+        self._state: dict[str, dict[str, tf.Variable]] = {}
+        self._probe: list[tf.Tensor] | None = None
+
+    # ------------------------------------------------------------------ building
+
+    def build(self, input_shape: Any = None) -> None:
+        """Builds the layer inside and one set of state variables per kernel."""
+        super().build(input_shape)
+        for attribute, settings in self._settings.items():
+            self._state[attribute] = self._build_state(attribute, settings)
+
+    def _build_state(self, attribute: str, settings: KernelSettings) -> dict[str, tf.Variable]:
+        grouping = self.grouping(attribute)
+        variables: dict[str, tf.Variable] = {}
+
+        def add(name: str, shape: tuple[int, ...], value: float, trainable: bool = False) -> None:
+            variables[name] = self.add_weight(
+                name=f"{attribute}_{name}",
+                shape=shape,
+                dtype=tf.float32,
+                initializer=keras.initializers.Constant(value),
+                trainable=trainable,
+                experimental_autocast=False,
+            )
+
+        if settings.prune:
+            add("mask", grouping.shape, 1.0)
+            if self.train_masks:
+                start = _HARD_CONCRETE_START if self.mask == "hard_concrete" else 0.0
+                add("mask_logits", grouping.shape, start, trainable=True)
+                add("mask_frozen", (), 0.0)
+        if settings.quantize:
+            add("on_grid", grouping.shape, 0.0)
+            # A variable and not a constant: see operations.grid_scale.
+            add("levels", (), 127.0)
+        if settings.shuffle and grouping.pairs:
+            add("swaps", (grouping.pairs, grouping.outputs), 0.0)
+        return variables
+
+    # ------------------------------------------------------------------ views
+
+    @property
+    def kernels(self) -> dict[str, KernelSettings]:
+        """Settings per kernel attribute."""
+        return dict(self._settings)
+
+    def spec(self, attribute: str) -> KernelSpec:
+        """How a kernel is viewed as a matrix."""
+        settings = self._settings[attribute]
+        return KernelSpec(attribute, settings.layout, settings.per_output_scale)
+
+    def grouping(self, attribute: str) -> Grouping:
+        """How a kernel is cut into groups."""
+        shape = getattr(self.layer, attribute).shape
+        return self.spec(attribute).grouping(shape, self._settings[attribute].group)
+
+    def state(self, attribute: str) -> dict[str, tf.Variable]:
+        """State variables of a kernel: some of mask, mask_logits, on_grid, levels, swaps."""
+        return self._state[attribute]
+
+    # ------------------------------------------------------------------ the forward pass
+
+    def effective_kernel(self, attribute: str, training: Any = False) -> tf.Tensor:
+        """`quantize(mask * permute(W))` of one kernel, in the kernel's own shape."""
+        settings, state = self._settings[attribute], self._state[attribute]
+        variable = getattr(self.layer, attribute)
+        if not state:
+            return tf.convert_to_tensor(variable)
+        spec, grouping = self.spec(attribute), self.grouping(attribute)
+        matrix = spec.to_matrix(tf.convert_to_tensor(variable))
+        if "swaps" in state:
+            matrix = ops.permute(matrix, state["swaps"] > 0, grouping)
+        if "mask_logits" in state:
+            matrix = self._learned_mask(matrix, state, grouping, training)
+        elif "mask" in state:
+            matrix = ops.mask_weights(matrix, state["mask"], grouping)
+        if "on_grid" in state:
+            matrix = ops.quantize(
+                matrix, state["on_grid"] > 0, state["levels"], grouping, settings.per_output_scale
+            )
+        return spec.from_matrix(matrix, variable.shape)
+
+    def _learned_mask(
+        self, matrix: tf.Tensor, state: dict[str, tf.Variable], grouping: Grouping, training: Any
+    ) -> tf.Tensor:
+        mask, logits = tf.convert_to_tensor(state["mask"]), state["mask_logits"]
+        if self.mask == "straight_through":
+            return ops.mask_weights_straight_through(matrix, mask, logits, grouping)
+        sampling = tf.logical_and(tf.cast(training, tf.bool), state["mask_frozen"] < 0.5)
+        logits = tf.convert_to_tensor(logits)
+        values = tf.cond(sampling, lambda: hard_concrete_sample(logits), lambda: mask)
+        return ops.mask_weights(matrix, values, grouping)
+
+    @contextlib.contextmanager
+    def _effective(self, training: Any) -> Iterator[None]:
+        # The variables are swapped for tensors below Keras's attribute tracking, which would
+        # otherwise forget them.
+        attributes = vars(self.layer)
+        variables = {name: attributes[name] for name in self._settings}
+        effective = {name: self.effective_kernel(name, training) for name in self._settings}
+        try:
+            attributes.update(effective)
+            yield
+        finally:
+            attributes.update(variables)
+
+    def call(self, inputs: Any, *args: Any, training: Any = None, **kwargs: Any) -> Any:
+        """Calls the layer inside with its effective kernels."""
+        if training is None:
+            training = keras.backend.learning_phase()
+        if self.layer._expects_training_arg:
+            kwargs["training"] = training
+        with self._effective(training):
+            outputs = self.layer(inputs, *args, **kwargs)
+        if self._probe is not None:
+            self._probe.append(outputs)
+        return outputs
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The inner layer's output shape."""
+        return self.layer.compute_output_shape(input_shape)
+
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        """The inner layer's (sequence) mask."""
+        return self.layer.compute_mask(inputs, mask)
+
+    @contextlib.contextmanager
+    def probed(self) -> Iterator[list[tf.Tensor]]:
+        """Collects the layer's outputs while the context is open, for statistics."""
+        self._probe = []
+        try:
+            yield self._probe
+        finally:
+            self._probe = None
+
+    # ------------------------------------------------------------------ decisions
+
+    def assign_operations(self, attribute: str, operations: np.ndarray, bits: int = 8) -> None:
+        """Sets a kernel's operations, one per group.
+
+        Args:
+            attribute: Name of the kernel.
+            operations: [Operation][rl_sparsity_tf.Operation] values, shape of the grouping.
+            bits: 8 or 4, the grid of its quantized groups.
+
+        Raises:
+            ArgumentError: If the wrapper was made without a state that the operations need.
+        """
+        operations = np.asarray(operations)
+        state, grouping = self._state[attribute], self.grouping(attribute)
+        live = operations != Operation.PRUNE
+        on_grid = grid_groups(operations)
+        swaps = ops.swaps_of(operations, grouping)
+        needs = {"mask": ~live, "on_grid": on_grid, "swaps": swaps}
+        for name, groups in needs.items():
+            if name not in state and groups.any():
+                raise ArgumentError(
+                    f"The wrapper of {self.name!r} holds no {name!r} for {attribute!r}, which "
+                    "these operations need. Wrap the model again with the plan."
+                )
+        if "mask" in state:
+            state["mask"].assign(live.astype(np.float32))
+        if "mask_logits" in state and self.mask == "hard_concrete":
+            sign = np.where(live, 1.0, -1.0).astype(np.float32)
+            state["mask_logits"].assign(_HARD_CONCRETE_START * sign)
+        if "on_grid" in state:
+            state["on_grid"].assign(on_grid.astype(np.float32))
+            state["levels"].assign(7.0 if bits == 4 else 127.0)
+        if "swaps" in state:
+            state["swaps"].assign(swaps.astype(np.float32))
+
+    def operations(self, attribute: str) -> np.ndarray:
+        """Reads a kernel's operations back from the state, one per group, uint8."""
+        state, grouping = self._state[attribute], self.grouping(attribute)
+        result = np.full(grouping.shape, Operation.KEEP, np.uint8)
+        if "on_grid" in state:
+            result[state["on_grid"].numpy() > 0] = Operation.QUANTIZE
+        live = np.ones(grouping.shape, bool)
+        if "mask" in state:
+            live = state["mask"].numpy() > 0
+        if "swaps" in state:
+            # Exactly one of a swapping pair asks: the first that lives.
+            pair, output = np.nonzero(state["swaps"].numpy() > 0)
+            first = np.where(live[2 * pair, output], 2 * pair, 2 * pair + 1)
+            result[first, output] = Operation.SHUFFLE
+        result[~live] = Operation.PRUNE
+        return result
+
+    def bits(self, attribute: str) -> int:
+        """8 or 4, the grid of a kernel's quantized groups; 32 if none is quantized."""
+        state = self._state[attribute]
+        if "on_grid" not in state or not state["on_grid"].numpy().any():
+            return 32
+        return 4 if float(state["levels"]) == 7.0 else 8
+
+    # ------------------------------------------------------------------ learning masks
+
+    def mask_scores(self, attribute: str) -> np.ndarray:
+        """What the mask's selection is made by: the group's magnitude plus its logit."""
+        state, grouping = self._state[attribute], self.grouping(attribute)
+        logits = state["mask_logits"].numpy()
+        if self.mask == "hard_concrete":
+            return logits
+        matrix = self.spec(attribute).to_matrix_numpy(np.asarray(getattr(self.layer, attribute)))
+        if "swaps" in state:
+            matrix = ops.permute(tf.constant(matrix), state["swaps"] > 0, grouping).numpy()
+        squares = grouping.sum_numpy(np.square(matrix, dtype=np.float64))
+        return magnitude(matrix, squares, grouping.sizes) + logits
+
+    def update_masks(self) -> None:
+        """Lets learnable masks follow their scores, with each kernel's sparsity held."""
+        for attribute, state in self._state.items():
+            if "mask_logits" not in state or float(state["mask_frozen"]) > 0:
+                continue
+            grouping = self.grouping(attribute)
+            pruned = int(grouping.sizes[state["mask"].numpy() == 0].sum())
+            live = select_live(self.mask_scores(attribute), grouping.sizes, pruned)
+            state["mask"].assign(live.astype(np.float32))
+
+    def freeze_masks(self) -> None:
+        """Holds learnable masks as they are from now on."""
+        for state in self._state.values():
+            if "mask_frozen" in state:
+                state["mask_frozen"].assign(1.0)
+
+    # ------------------------------------------------------------------ serialization
+
+    def get_config(self) -> dict[str, Any]:
+        """Every constructor argument."""
+        kernels = {name: dataclasses.asdict(value) for name, value in self._settings.items()}
+        return {
+            **super().get_config(),
+            "group": self.group,
+            "mask": self.mask,
+            "train_masks": self.train_masks,
+            "kernels": kernels,
+        }
+
+
+def grid_groups(operations: np.ndarray) -> np.ndarray:
+    """Which groups are put on the integer grid.
+
+    The quantized ones; and in a kernel that is stored as integers, because no living group is
+    kept at full precision, every group.
+
+    Args:
+        operations: One operation per group.
+
+    Returns:
+        Booleans of the same shape.
+    """
+    quantized = operations == Operation.QUANTIZE
+    if quantized.any() and not (operations == Operation.KEEP).any():
+        return np.ones(operations.shape, bool)
+    return quantized
+
+
+def settings_of(layer: keras.layers.Layer, attribute: str, **choices: Any) -> KernelSettings:
+    """Settings of a registered layer's kernel."""
+    spec = kernel_spec(layer, attribute)
+    return KernelSettings(layout=spec.layout, per_output_scale=spec.per_output_scale, **choices)

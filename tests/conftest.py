@@ -1,0 +1,20 @@
+"""Settings that must be in place before TensorFlow is imported."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import rl_sparsity_tf  # noqa: F401  (asks for Keras 2 before anything touches tf.keras)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_names():
+    """Layer names count up per process; start every test at the same names."""
+    import tf_keras
+
+    tf_keras.backend.clear_session()
