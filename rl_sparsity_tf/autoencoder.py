@@ -1,0 +1,112 @@
+"""An autoencoder of weights: how far have a kernel's weights left what the network learned?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import tf_keras as keras
+
+CHUNK = 32
+_CODE = 12
+_HIDDEN = 48
+
+
+class WeightAutoencoder:
+    """A denoising autoencoder trained on the chunks of the original kernels.
+
+    Every kernel is scaled by its own standard deviation and cut into chunks of 32 weights along
+    the inputs. The network learns to give the original chunk back from one in which some weights
+    are missing (Vincent et al. 2008, "Extracting and composing robust features with denoising
+    autoencoders"). The error of a kernel is then measured between the reconstruction from its
+    present weights and its original weights.
+
+    Args:
+        kernels: Original kernels by path, each viewed as `(inputs, outputs)`.
+        seed: Seed of the initial weights, the chunks drawn and the noise.
+        epochs: Passes over the chunks.
+        max_chunks: Chunks used for training at most.
+
+    Example:
+        >>> autoencoder = WeightAutoencoder({"dense/kernel": weights})
+        >>> autoencoder.error("dense/kernel", pruned_weights)  # in [0, 1)
+    """
+
+    def __init__(
+        self,
+        kernels: Mapping[str, np.ndarray],
+        *,
+        seed: int = 0,
+        epochs: int = 12,
+        max_chunks: int = 4096,
+    ):
+        rng = np.random.default_rng(seed)
+        self._scales = {path: float(matrix.std()) or 1.0 for path, matrix in kernels.items()}
+        self._originals = {path: self._chunks(path, kernels[path]) for path in kernels}
+        chunks = np.concatenate(list(self._originals.values()))
+        if len(chunks) > max_chunks:
+            chunks = chunks[rng.choice(len(chunks), max_chunks, replace=False)]
+        self._layers = self._train(chunks, rng, epochs)
+        self._floors = {
+            path: self._distance(chunks, chunks) for path, chunks in self._originals.items()
+        }
+
+    def _chunks(self, path: str, matrix: np.ndarray) -> np.ndarray:
+        flat = (matrix.T / self._scales[path]).reshape(-1).astype(np.float32)
+        return np.pad(flat, (0, -flat.size % CHUNK)).reshape(-1, CHUNK)
+
+    def _train(self, chunks: np.ndarray, rng: np.random.Generator, epochs: int) -> list[np.ndarray]:
+        def layer(units: int, activation: str | None) -> keras.layers.Dense:
+            initializer = keras.initializers.GlorotUniform(seed=int(rng.integers(2**31)))
+            return keras.layers.Dense(units, activation, kernel_initializer=initializer)
+
+        model = keras.Sequential(
+            [
+                keras.layers.Input((CHUNK,)),
+                layer(_HIDDEN, "tanh"),
+                layer(_CODE, None),
+                layer(_HIDDEN, "tanh"),
+                layer(CHUNK, None),
+            ]
+        )
+        model.compile(keras.optimizers.Adam(3e-3), "mse")
+        repeated = np.tile(chunks, (-(-1024 // len(chunks)), 1))
+        for _ in range(epochs):
+            order = rng.permutation(len(repeated))
+            kept = rng.random(repeated.shape) > 0.1
+            model.fit(
+                (repeated * kept)[order],
+                repeated[order],
+                batch_size=128,
+                epochs=1,
+                shuffle=False,
+                verbose=0,
+            )
+        return model.get_weights()
+
+    def reconstruct(self, chunks: np.ndarray) -> np.ndarray:
+        """Passes chunks of shape `(n, 32)` through the network (in NumPy: it is tiny)."""
+        w1, b1, w2, b2, w3, b3, w4, b4 = self._layers
+        code = np.tanh(chunks @ w1 + b1) @ w2 + b2
+        return np.tanh(code @ w3 + b3) @ w4 + b4
+
+    def _distance(self, present: np.ndarray, original: np.ndarray) -> float:
+        difference = self.reconstruct(present) - original
+        return float(np.mean(np.square(difference, dtype=np.float64)))
+
+    def error(self, path: str, matrix: np.ndarray) -> float:
+        """How much worse a kernel is reconstructed than it was originally.
+
+        Args:
+            path: The kernel's path.
+            matrix: Its present weights, shape `(inputs, outputs)`.
+
+        Returns:
+            `d / (1 + d)` in [0, 1), where d is the mean square error in units of the original
+            kernel's variance, beyond that of the original weights; 0 for the original weights.
+        """
+        present = self._chunks(path, np.asarray(matrix))
+        if not np.isfinite(present).all():
+            return 1.0
+        excess = max(0.0, self._distance(present, self._originals[path]) - self._floors[path])
+        return excess / (1.0 + excess)

@@ -1,0 +1,112 @@
+"""The target of a compression, and the wall that keeps it in reach."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rl_sparsity_tf.errors import ArgumentError, TargetError
+
+# A kernel's floor, as a share of the density that the target leaves on average.
+_FLOOR_SHARE = 0.25
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """What the compressed model has to meet.
+
+    Attributes:
+        sparsity: Share of zeros among all weights of rank >= 2, in (0, 1). It is met by pruned
+            groups, at the smallest count that reaches it.
+
+    Example:
+        >>> Target(sparsity=0.9)
+        Target(sparsity=0.9)
+    """
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        value = self.sparsity
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0.0 < value < 1.0:
+            raise ArgumentError(
+                f"Target(sparsity={value!r}) cannot be met. Expected a number above 0 and below 1: "
+                "the share of weights to become zero, for example 0.9."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The target's fields."""
+        return dataclasses.asdict(self)
+
+
+class Budget:
+    """Counts what has been pruned against the target, and says what is still allowed.
+
+    The wall: a decision is legal only if the kernels (and buckets) still to come can meet the
+    target; and once it is met nothing more is pruned. What a kernel can give ends at its floor:
+    a quarter of the density that the target leaves on average, at least one group. Without it,
+    weights kept in early kernels could be paid for by all but emptying a later one, which nothing
+    recovers from. Where that floor would put the target out of reach, it is one group.
+
+    Args:
+        target: The target.
+        elements: All weights of rank >= 2, those in skipped layers included.
+        sizes: For every kernel the weights of each of its groups.
+
+    Raises:
+        TargetError: If the target cannot be reached, naming the best that can.
+    """
+
+    def __init__(self, target: Target, elements: int, sizes: Sequence[np.ndarray]):
+        self.elements = elements
+        # Rounded first: 0.9 * 10 is 9.000000000000002 in some orders of operations.
+        self.wanted = math.ceil(round(target.sparsity * elements, 6))
+        density = (1.0 - target.sparsity) * _FLOOR_SHARE
+        self.capacity = self._capacity(sizes, density)
+        if int(self.capacity.sum()) < self.wanted:
+            self.capacity = self._capacity(sizes, 0.0)
+        self.pruned = np.zeros(len(sizes), np.int64)
+        reachable = int(self.capacity.sum())
+        if reachable < self.wanted:
+            best = math.floor(reachable / max(elements, 1) * 1e4) / 1e4
+            raise TargetError(
+                f"A sparsity of {target.sparsity} needs {self.wanted} of {elements} weights "
+                f"pruned, but only {reachable} can be: the other weights are in layers that cannot "
+                "be compressed, or are the one group that every kernel keeps. Expected a sparsity "
+                f"of at most {best}."
+            )
+
+    @staticmethod
+    def _capacity(sizes: Sequence[np.ndarray], density: float) -> np.ndarray:
+        return np.array(
+            [int(s.sum() - max(s.max(), math.ceil(density * s.sum()))) for s in sizes], np.int64
+        )
+
+    def reset(self) -> None:
+        """Forgets what has been pruned."""
+        self.pruned[:] = 0
+
+    @property
+    def missing(self) -> int:
+        """Weights that must still be pruned."""
+        return max(0, self.wanted - int(self.pruned.sum()))
+
+    @property
+    def progress(self) -> float:
+        """Share of the target that is met, in [0, 1]."""
+        return min(1.0, float(self.pruned.sum()) / self.wanted)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of all weights that are pruned."""
+        return float(self.pruned.sum()) / self.elements
+
+    def room(self, later: Sequence[int]) -> int:
+        """Weights that the given kernels can still give."""
+        rest = self.capacity[list(later)] - self.pruned[list(later)]
+        return int(np.maximum(rest, 0).sum())

@@ -1,0 +1,228 @@
+"""The environment of one layer: an episode decides its buckets, one operation after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from tf_agents.environments import py_environment
+from tf_agents.specs import array_spec
+from tf_agents.trajectories import time_step as ts
+from tf_agents.typing import types
+
+from rl_sparsity_tf.buckets import bucket_edges, saliency_of, split_buckets
+from rl_sparsity_tf.errors import ArgumentError
+from rl_sparsity_tf.network import CompressedNetwork, Snapshot
+from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.reward import Outcome, Reward, RewardFunction, bounded
+from rl_sparsity_tf.state import STATE_SIZE, BucketView, lower_bounds, observe
+
+
+@dataclasses.dataclass(frozen=True)
+class _State:
+    network: Snapshot
+    statistics: Any
+    position: int
+    buckets: list[np.ndarray]
+    saliency: np.ndarray
+    current: ts.TimeStep
+
+
+class LayerEnvironment(py_environment.PyEnvironment):
+    """Compresses one kernel of a network, bucket by bucket.
+
+    An episode walks the kernel's buckets from the least to the most salient. The action is one
+    [Operation][rl_sparsity_tf.Operation] for the bucket at hand; the network then recovers and is
+    evaluated. Resetting undoes the episode: the network goes back to where it was when the
+    environment was made or [commit][] was called last.
+
+    The observation is a dict:
+
+    * `"state"`: float32 of shape `(STATE_SIZE,)`, see `describe_state`;
+    * `"legal"`: int32 of shape `(4,)`, 1 for every operation that is allowed. Prune stops being
+      so when the target is met, and becomes the only one when the rest of the network could not
+      meet it otherwise. An illegal action is executed as Keep (as Prune where only that is legal)
+      and counted in `illegal_actions`.
+
+    Args:
+        network: The network being compressed; environments of the same network share it.
+        kernel: Path of the kernel.
+        reward: What an outcome is worth.
+        buckets: Decisions per kernel at most.
+        later: Kernels that are decided after this one; by default, those behind it.
+
+    Example:
+        >>> env = LayerEnvironment(network, "dense/kernel")
+        >>> time_step = env.reset()
+        >>> time_step = env.step(int(rls.Operation.PRUNE))
+    """
+
+    def __init__(
+        self,
+        network: CompressedNetwork,
+        kernel: str,
+        *,
+        reward: RewardFunction | None = None,
+        buckets: int = 8,
+        later: list[str] | None = None,
+    ):
+        super().__init__(handle_auto_reset=False)
+        if isinstance(buckets, bool) or not isinstance(buckets, int) or buckets < 1:
+            raise ArgumentError(f"buckets={buckets!r} cannot be used. Expected an integer above 0.")
+        self.network = network
+        self.kernel = kernel
+        self.index = network.index_of(kernel)
+        self.reward: RewardFunction = reward if reward is not None else Reward()
+        self.illegal_actions = 0
+        self.grouping = network.groupings[kernel]
+        self._edges = bucket_edges(self.grouping.count, buckets, network.target.sparsity)
+        behind = [other.path for other in network.kernels[self.index + 1 :]]
+        self._later = [network.index_of(path) for path in (behind if later is None else later)]
+        self._base: Snapshot | None = None
+        self._buckets: list[np.ndarray] = []
+        self._saliency = np.zeros(0)
+        self._position = 0
+        self._action_spec = array_spec.BoundedArraySpec(
+            (), np.int32, minimum=0, maximum=len(Operation) - 1, name="operation"
+        )
+        self._observation_spec = {
+            "state": array_spec.BoundedArraySpec(
+                (STATE_SIZE,),
+                np.float32,
+                minimum=lower_bounds(),
+                maximum=np.ones(STATE_SIZE, np.float32),
+                name="state",
+            ),
+            "legal": array_spec.BoundedArraySpec(
+                (len(Operation),), np.int32, minimum=0, maximum=1, name="legal"
+            ),
+        }
+        self._reward_spec = array_spec.BoundedArraySpec(
+            (), np.float32, minimum=-1.0, maximum=1.0, name="reward"
+        )
+
+    @property
+    def steps(self) -> int:
+        """Decisions in an episode."""
+        return len(self._edges) - 1
+
+    def action_spec(self) -> types.NestedArraySpec:
+        """One operation: a scalar int32 from 0 to 3."""
+        return self._action_spec
+
+    def observation_spec(self) -> types.NestedArraySpec:
+        """The state and the legal operations."""
+        return self._observation_spec
+
+    def reward_spec(self) -> types.NestedArraySpec:
+        """A float32 in [-1, 1]."""
+        return self._reward_spec
+
+    def commit(self) -> None:
+        """Makes the network as it is now what `reset()` goes back to."""
+        self._base = self.network.snapshot()
+
+    def _reset(self) -> ts.TimeStep:
+        if self._base is None:
+            self.commit()
+        assert self._base is not None
+        self.network.restore(self._base)
+        self.network.measure()
+        self._saliency = saliency_of(self.network.latent_matrix(self.kernel), self.grouping)
+        self._buckets = split_buckets(self._saliency, self._edges)
+        self._position = 0
+        return ts.restart(self._observe(), reward_spec=self._reward_spec)
+
+    def _step(self, action: types.NestedArray) -> ts.TimeStep:
+        if self._current_time_step is None or self._current_time_step.is_last():
+            return self.reset()
+        previous = self.network.outcome
+        outcome = self._execute(Operation(int(action)))
+        reward = np.float32(bounded(self.reward, outcome, previous))
+        self._position += 1
+        observation = self._observe()
+        if self._position == self.steps:
+            return ts.termination(observation, reward)
+        return ts.transition(observation, reward, discount=1.0)
+
+    def _execute(self, operation: Operation) -> Outcome:
+        legal = self._legal()
+        if not legal[operation]:
+            self.illegal_actions += 1
+            operation = Operation.KEEP if legal[Operation.KEEP] else Operation.PRUNE
+        groups = self._buckets[self._position]
+        if operation != Operation.PRUNE:
+            return self.network.decide(self.kernel, groups, operation)
+        # The bucket that meets the target is split: only its least salient groups go.
+        pruned = groups[: self._prunable(groups)]
+        if len(pruned) < len(groups):
+            self.network.decide(self.kernel, groups[len(pruned) :], Operation.KEEP)
+        return self.network.decide(self.kernel, pruned, Operation.PRUNE)
+
+    def _prunable(self, groups: np.ndarray) -> int:
+        """How many of the groups, least salient first, may go: to the target, above the floor."""
+        budget = self.network.budget
+        sizes = self.grouping.sizes.reshape(-1)[groups]
+        gone = np.cumsum(sizes)
+        to_target = int((gone - sizes < budget.missing).sum())
+        rest = int(budget.capacity[self.index] - budget.pruned[self.index])
+        # The group that crosses the floor may go too: capacities are counted in weights, not
+        # groups, and leave at least the largest group.
+        return min(to_target, int((gone - sizes < rest).sum()))
+
+    def _room(self, position: int) -> int:
+        """Weights that can still be pruned if the buckets before a position stay as they are."""
+        budget = self.network.budget
+        sizes = self.grouping.sizes.reshape(-1)
+        ahead = sum(int(sizes[groups].sum()) for groups in self._buckets[position:])
+        rest = int(budget.capacity[self.index] - budget.pruned[self.index])
+        return min(ahead, rest) + budget.room(self._later)
+
+    def _legal(self) -> np.ndarray:
+        budget, groups = self.network.budget, self._buckets[self._position]
+        legal = np.ones(len(Operation), np.int32)
+        legal[Operation.PRUNE] = budget.missing > 0 and self._prunable(groups) > 0
+        legal[Operation.SHUFFLE] = self.grouping.pairs > 0
+        legal[Operation.QUANTIZE] = self.network.kernels[self.index].spec.exports_int8
+        if legal[Operation.PRUNE] and budget.missing > self._room(self._position + 1):
+            legal[:] = 0
+            legal[Operation.PRUNE] = 1
+        return legal
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        position = min(self._position, self.steps - 1)
+        missing = self.network.budget.missing
+        groups = self._buckets[position]
+        room = self._room(self._position)
+        bucket = BucketView(
+            position=position,
+            count=self.steps,
+            groups=groups,
+            saliency=self._saliency,
+            pressure=missing / room if room else float(missing > 0),
+        )
+        legal = np.ones(len(Operation), np.int32)
+        if self._position < self.steps:
+            legal = self._legal()
+        return {"state": observe(self.network, self.kernel, bucket), "legal": legal}
+
+    def get_state(self) -> Any:
+        """Everything needed to come back to this point of the episode with `set_state`."""
+        return _State(
+            self.network.snapshot(),
+            self.network.statistics,
+            self._position,
+            list(self._buckets),
+            self._saliency,
+            self._current_time_step,
+        )
+
+    def set_state(self, state: Any) -> None:
+        """Comes back to a point saved with `get_state`."""
+        self.network.restore(state.network)
+        self.network.statistics = state.statistics
+        self._position = state.position
+        self._buckets = list(state.buckets)
+        self._saliency = state.saliency
+        self._current_time_step = state.current

@@ -1,0 +1,325 @@
+"""The network while it is being compressed: decisions go in, figures come out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from rl_sparsity_tf.autoencoder import WeightAutoencoder
+from rl_sparsity_tf.budget import Budget, Target
+from rl_sparsity_tf.data import Batch, TrainingData
+from rl_sparsity_tf.errors import ArgumentError, ModelError, check_choice
+from rl_sparsity_tf.grouping import Grouping
+from rl_sparsity_tf.kernels import Kernel, count_weights, find_kernels, walk
+from rl_sparsity_tf.objective import Evaluator, Metric, Score, choose_metric
+from rl_sparsity_tf.objective import search_compile_arguments as search_arguments
+from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
+from rl_sparsity_tf.reward import Outcome
+from rl_sparsity_tf.statistics import KernelStatistics, StatisticsCollector
+from rl_sparsity_tf.wrapping import wrap
+
+RECOVERIES = ("finetune", "none")
+_STATISTICS_BATCHES = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """How the network recovers after a decision, before it is evaluated.
+
+    Attributes:
+        method: `"finetune"` (a few training steps) or `"none"`.
+        steps: Training steps after every decision that changes the network.
+        learning_rate: Of the Adam optimizer that takes them.
+    """
+
+    method: str = "finetune"
+    steps: int = 4
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_choice("Recovery(method)", self.method, RECOVERIES)
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
+            raise ArgumentError(
+                f"Recovery(steps={self.steps!r}) cannot be used. Expected an integer of at least 0."
+            )
+        if not isinstance(self.learning_rate, int | float) or not 0 < self.learning_rate < 10:
+            raise ArgumentError(
+                f"Recovery(learning_rate={self.learning_rate!r}) cannot be used. Expected a "
+                "positive number, for example 1e-3."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recovery's fields."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """Everything that a decision changes: to go back to, or to save.
+
+    Attributes:
+        weights: Weights of the wrapped model, masks and grids included.
+        optimizer: The optimizer's variables.
+        operations: Operations by kernel path.
+        decided: Per kernel and group, whether it has been decided.
+        errors: The autoencoder's error per kernel, as of the kernel's last decision.
+        pruned: Weights pruned per kernel.
+        clock: Training steps taken.
+        outcome: The last outcome.
+    """
+
+    weights: list[np.ndarray]
+    optimizer: list[np.ndarray]
+    operations: dict[str, np.ndarray]
+    decided: dict[str, np.ndarray]
+    errors: dict[str, float]
+    pruned: np.ndarray
+    clock: int
+    outcome: Outcome
+
+
+class CompressedNetwork:
+    """A wrapped copy of a model that takes decisions and tells what they cost.
+
+    Deterministic: the same decisions from the same snapshot give the same figures. For that, the
+    copy's dropout and noise layers are switched off (a handful of recovery steps needs no
+    regularisation) and training batches are taken by a running number.
+
+    Args:
+        model: A built and compiled model; it is not changed.
+        train: Training data.
+        validation: Validation batches.
+        target: The target.
+        group: Kind of groups.
+        recovery: How to recover after a decision.
+        metric: The metric's name, or its name and direction; by default the model's first.
+        seed: Seed of the autoencoder.
+
+    Raises:
+        ModelError: If nothing can be compressed or the model is not compiled.
+        TargetError: If the target is out of reach.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        train: TrainingData,
+        validation: list[Batch],
+        *,
+        target: Target,
+        group: str = "element",
+        recovery: Recovery | None = None,
+        metric: str | tuple[str, str] | None = None,
+        seed: int = 0,
+    ):
+        self.recovery = recovery or Recovery()
+        arguments = search_arguments(model, self.recovery.learning_rate)
+        self.model = wrap(model, group=group)
+        _switch_off_noise(self.model)
+        self.model.compile(**arguments)
+        self.group = group
+        self.target = target
+        self.train = train
+        self.validation = validation
+        self.kernels: list[Kernel] = find_kernels(self.model)
+        if not self.kernels:
+            raise ModelError(
+                f"Model {model.name!r} has no layer that can be compressed. Expected at least one "
+                "layer of a registered class; rl_sparsity_tf.describe_support(model) lists why "
+                "each is skipped, and register_layer adds a class."
+            )
+        self.groupings: dict[str, Grouping] = {k.path: k.grouping(group) for k in self.kernels}
+        _, elements = count_weights(model)
+        self.budget = Budget(target, elements, [self.groupings[k.path].sizes for k in self.kernels])
+        self.metric: Metric = choose_metric(self.model, validation[0], metric)
+        self._evaluator = Evaluator(self.model, self.metric)
+        self._collector = StatisticsCollector(self.model)
+        self.model.optimizer.build(self.model.trainable_variables)
+        self._train_function = tf.function(
+            lambda x, y, weights: self.model.train_step((x, y, weights))["loss"]
+        )
+        self.originals = {kernel.path: kernel.matrix().copy() for kernel in self.kernels}
+        self.autoencoder = WeightAutoencoder(self.originals, seed=seed)
+        self.evaluations = 0
+        self._clock = 0
+        self.operations = {
+            path: np.full(grouping.shape, Operation.KEEP, np.uint8)
+            for path, grouping in self.groupings.items()
+        }
+        self.decided = {path: np.zeros(g.shape, bool) for path, g in self.groupings.items()}
+        self.errors = dict.fromkeys(self.groupings, 0.0)
+        self._seen: set[bytes] = set()
+        self.dense: Score = self._evaluator(validation)
+        self.statistics: dict[str, KernelStatistics] = self._collector(
+            train.batch(index) for index in range(min(_STATISTICS_BATCHES, len(train.pool)))
+        )
+        self.dense_statistics = self.statistics
+        self.outcome = self._outcome(self.dense)
+        self._start = self.snapshot()
+
+    # ------------------------------------------------------------------ decisions
+
+    def decide(self, path: str, groups: np.ndarray, operation: Operation) -> Outcome:
+        """Applies one operation to some groups of a kernel, recovers and evaluates.
+
+        Args:
+            path: The kernel's path.
+            groups: Flat indices of the groups.
+            operation: What to do with them.
+
+        Returns:
+            The network's outcome; for Keep, which changes nothing, the last one.
+        """
+        self.decided[path].reshape(-1)[groups] = True
+        self.operations[path].reshape(-1)[groups] = operation
+        if operation == Operation.KEEP or len(groups) == 0:
+            return self.outcome
+        index = self.index_of(path)
+        self.budget.pruned[index] = int(
+            self.groupings[path].sizes[self.operations[path] == Operation.PRUNE].sum()
+        )
+        kernel = self.kernels[index]
+        assert kernel.wrapper is not None
+        kernel.wrapper.assign_operations(kernel.spec.attribute, self.operations[path])
+        if self.recovery.method == "finetune":
+            self._finetune(self.recovery.steps)
+        self.errors[path] = self.autoencoder.error(path, self.effective_matrix(path))
+        self.outcome = self.evaluate()
+        return self.outcome
+
+    def _finetune(self, steps: int) -> None:
+        for _ in range(steps):
+            self._train_function(*self.train.batch(self._clock))
+            self._clock += 1
+
+    def evaluate(self) -> Outcome:
+        """Scores the network as it is on the validation data."""
+        key = b"".join(operations.tobytes() for operations in self.operations.values())
+        if key not in self._seen:
+            self._seen.add(key)
+            self.evaluations += 1
+        return self._outcome(self._evaluator(self.validation))
+
+    def _outcome(self, score: Score) -> Outcome:
+        altered = sum(self.errors[kernel.path] * kernel.size for kernel in self.kernels)
+        sizes = sum(kernel.size for kernel in self.kernels)
+        return Outcome(
+            metric=score.metric,
+            dense_metric=self.dense.metric,
+            loss=score.loss,
+            retention=self.metric.retention(score.metric, self.dense.metric),
+            sparsity=self.budget.sparsity,
+            target_sparsity=self.target.sparsity,
+            stored_bits=self._stored_bits(),
+            reconstruction_error=altered / sizes,
+        )
+
+    def _stored_bits(self) -> float:
+        stored = 0.0
+        for kernel in self.kernels:
+            operations = self.operations[kernel.path]
+            integers = (operations == Operation.QUANTIZE).any() and not (
+                operations == Operation.KEEP
+            ).any()
+            stored += kernel.size * (0.25 if integers else 1.0)
+        return stored / sum(kernel.size for kernel in self.kernels)
+
+    # ------------------------------------------------------------------ observing
+
+    def index_of(self, path: str) -> int:
+        """A kernel's place in the network."""
+        for index, kernel in enumerate(self.kernels):
+            if kernel.path == path:
+                return index
+        raise ArgumentError(
+            f"The network has no kernel {path!r}. Expected one of "
+            f"{[kernel.path for kernel in self.kernels]}."
+        )
+
+    def effective_matrix(self, path: str) -> np.ndarray:
+        """A kernel's present effective weights, viewed as `(inputs, outputs)`."""
+        kernel = self.kernels[self.index_of(path)]
+        assert kernel.wrapper is not None
+        effective = kernel.wrapper.effective_kernel(kernel.spec.attribute)
+        return kernel.spec.to_matrix_numpy(effective.numpy())
+
+    def latent_matrix(self, path: str) -> np.ndarray:
+        """A kernel's present weights before operations are applied."""
+        return self.kernels[self.index_of(path)].matrix()
+
+    def measure(self) -> None:
+        """Refreshes the activation and gradient statistics, on one training batch."""
+        self.statistics = self._collector([self.train.batch(self._clock)])
+
+    @property
+    def plan(self) -> CompressionPlan:
+        """The decisions so far."""
+        return CompressionPlan(
+            KernelPlan(
+                kernel.path,
+                kernel.shape,
+                kernel.spec.layout,
+                self.group,
+                8,
+                self.operations[kernel.path],
+            )
+            for kernel in self.kernels
+        )
+
+    # ------------------------------------------------------------------ going back
+
+    def snapshot(self) -> Snapshot:
+        """Copies everything that decisions change."""
+        return Snapshot(
+            weights=[variable.numpy() for variable in self.model.weights],
+            optimizer=[variable.numpy() for variable in self.model.optimizer.variables],
+            operations={path: value.copy() for path, value in self.operations.items()},
+            decided={path: value.copy() for path, value in self.decided.items()},
+            errors=dict(self.errors),
+            pruned=self.budget.pruned.copy(),
+            clock=self._clock,
+            outcome=self.outcome,
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes back to a snapshot."""
+        for variable, value in zip(self.model.weights, snapshot.weights, strict=True):
+            variable.assign(value)
+        for variable, value in zip(self.model.optimizer.variables, snapshot.optimizer, strict=True):
+            variable.assign(value)
+        self.operations = {path: value.copy() for path, value in snapshot.operations.items()}
+        self.decided = {path: value.copy() for path, value in snapshot.decided.items()}
+        self.errors = dict(snapshot.errors)
+        self.budget.pruned[:] = snapshot.pruned
+        self._clock = snapshot.clock
+        self.outcome = snapshot.outcome
+
+    def reset(self) -> None:
+        """Goes back to the dense network."""
+        self.restore(self._start)
+
+    def tracing_count(self) -> int:
+        """How often the network's functions were traced, for tests of retracing."""
+        functions = (self._train_function, self._evaluator.function, self._collector.function)
+        return sum(function.experimental_get_tracing_count() for function in functions)
+
+    def latent_weights(self) -> Mapping[str, list[np.ndarray]]:
+        """Present weights of every layer by name, before operations are applied."""
+        return {
+            path: getattr(layer, "layer", layer).get_weights() for path, layer in walk(self.model)
+        }
+
+
+def _switch_off_noise(model: keras.Model) -> None:
+    layers = keras.layers
+    for layer in model.submodules:
+        if isinstance(layer, layers.Dropout | layers.GaussianDropout | layers.AlphaDropout):
+            layer.rate = 0.0
+        elif isinstance(layer, layers.GaussianNoise):
+            layer.stddev = 0.0

@@ -1,0 +1,184 @@
+"""What the search tries to keep: the model's own metric on validation data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import tensorflow as tf
+import tf_keras as keras
+
+from rl_sparsity_tf.compile_state import compile_arguments
+from rl_sparsity_tf.data import Batch
+from rl_sparsity_tf.errors import ArgumentError, DataError, ModelError, did_you_mean
+
+_HIGHER = (
+    "acc auc precision recall f1 f2 fbeta iou dice top cosine r2 kappa sensitivity specificity "
+    "correlation hit map ndcg psnr ssim bleu"
+).split()
+_LOWER = (
+    "loss error mse mae mape msle rmse perplexity entropy hinge divergence poisson logcosh "
+    "deviance distance squared absolute"
+).split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A model's figures on one data set.
+
+    Attributes:
+        metric: Value of the metric.
+        loss: Value of the compiled loss.
+    """
+
+    metric: float
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """The metric that the search keeps.
+
+    Attributes:
+        name: Its name in the model's logs, e.g. `"accuracy"`; `"loss"` for a model without one.
+        higher_is_better: Its direction.
+    """
+
+    name: str
+    higher_is_better: bool
+
+    @property
+    def is_accuracy(self) -> bool:
+        """Whether the figure may be called an accuracy."""
+        return self.name.endswith(("accuracy", "acc"))
+
+    def retention(self, value: float, dense: float) -> float:
+        """How much of the dense model's figure is left, in [0, 1]."""
+        if not (value == value and abs(value) < float("inf")):
+            return 0.0
+        if self.higher_is_better:
+            ratio = value / dense if dense > 0 else float(value >= dense)
+        else:
+            ratio = dense / value if value > 0 else 1.0
+        return min(1.0, max(0.0, ratio))
+
+    def better(self, one: float, other: float) -> bool:
+        """Whether `one` is the better figure."""
+        return one > other if self.higher_is_better else one < other
+
+    def to_dict(self) -> dict[str, Any]:
+        """The metric as metrics.json names it."""
+        return {"name": self.name, "higher_is_better": self.higher_is_better}
+
+
+def search_compile_arguments(model: keras.Model, learning_rate: float) -> dict[str, Any]:
+    """What the search compiles its copies with: the user's loss and metrics, and Adam.
+
+    A classifier without a metric gets its accuracy.
+
+    Raises:
+        ModelError: If the model is not compiled with a loss.
+    """
+    arguments = compile_arguments(model)
+    if arguments is None or not arguments.get("loss"):
+        raise ModelError(
+            f"Model {model.name!r} is not compiled with a loss, so neither training nor "
+            "validation is possible. Call model.compile(optimizer, loss, metrics) first."
+        )
+    arguments["optimizer"] = keras.optimizers.Adam(learning_rate)
+    arguments["run_eagerly"] = False
+    if not arguments.get("metrics") and not arguments.get("weighted_metrics"):
+        accuracy = _accuracy_for(arguments["loss"])
+        if accuracy is not None:
+            arguments["metrics"] = [accuracy]
+    return arguments
+
+
+def _accuracy_for(loss: Any) -> Any:
+    if isinstance(loss, list | tuple | dict):
+        return None
+    name = str(getattr(loss, "name", None) or getattr(loss, "__name__", None) or loss).lower()
+    name = name.replace("_", "")
+    if "crossentropy" not in name:
+        return None
+    from_logits = getattr(loss, "from_logits", None)
+    if from_logits is None:
+        from_logits = getattr(loss, "_fn_kwargs", {}).get("from_logits", False)
+    if "binary" in name and from_logits:
+        return keras.metrics.BinaryAccuracy(name="accuracy", threshold=0.0)
+    return "accuracy"
+
+
+def choose_metric(
+    model: keras.Model, batch: Batch, wanted: str | tuple[str, str] | None = None
+) -> Metric:
+    """Chooses the metric among those a model is compiled with, and its direction.
+
+    Args:
+        model: A compiled model.
+        batch: Data to try the model's `test_step` on.
+        wanted: A metric's name, or its name and `"max"` or `"min"`; by default the first metric,
+            or the loss where there is none.
+
+    Raises:
+        ArgumentError: If the name is not known or its direction cannot be told from it.
+        DataError: If the model cannot be evaluated on the batch.
+    """
+    try:
+        names = list(model.test_step(batch))
+    except (ValueError, TypeError, tf.errors.OpError) as error:
+        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+        raise DataError(
+            "The model's loss and metrics cannot be computed on the data: "
+            f"{lines[-1] if lines else type(error).__name__}. Expected labels in the form that the "
+            "compiled loss takes (integers for sparse losses, one-hot or float rows otherwise)."
+        ) from error
+    finally:
+        model.reset_metrics()
+    figures = [name for name in names if name != "loss" and not name.endswith("_loss")]
+    direction = None
+    if isinstance(wanted, tuple) and len(wanted) == 2:
+        wanted, direction = wanted
+        if direction not in ("max", "min"):
+            raise ArgumentError(
+                f"metric=({wanted!r}, {direction!r}) has no known direction. Expected 'max' or "
+                "'min'."
+            )
+    if wanted is not None and wanted not in names:
+        raise ArgumentError(
+            f"metric={wanted!r} is not among the model's metrics. {did_you_mean(wanted, names)}"
+        )
+    name = str(wanted) if wanted is not None else (figures[0] if figures else "loss")
+    if direction is not None:
+        return Metric(name, direction == "max")
+    text = name.lower()
+    lower = any(word in text for word in _LOWER)
+    if lower or any(word in text for word in _HIGHER):
+        return Metric(name, not lower)
+    raise ArgumentError(
+        f"Whether a higher {name!r} is better cannot be told from its name. Pass "
+        f"metric=({name!r}, 'max') or metric=({name!r}, 'min')."
+    )
+
+
+class Evaluator:
+    """Computes a model's metric and loss on cached batches, without retracing.
+
+    Args:
+        model: A compiled model.
+        metric: The metric to report.
+    """
+
+    def __init__(self, model: keras.Model, metric: Metric):
+        self.model = model
+        self.metric = metric
+        self.function = tf.function(lambda x, y, weights: model.test_step((x, y, weights)))
+
+    def __call__(self, batches: list[Batch]) -> Score:
+        """Evaluates all batches."""
+        self.model.reset_metrics()
+        logs: dict[str, tf.Tensor] = {}
+        for batch in batches:
+            logs = self.function(*batch)
+        loss, value = float(logs["loss"]), float(logs[self.metric.name])
+        return Score(metric=value, loss=loss)

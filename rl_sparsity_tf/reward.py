@@ -1,0 +1,128 @@
+"""The reward: what accuracy, sparsity, size and alteration are worth."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from rl_sparsity_tf.errors import ArgumentError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The state of the network after a decision.
+
+    Attributes:
+        metric: The metric on validation data, after recovery.
+        dense_metric: The same of the dense model.
+        loss: The compiled loss on validation data.
+        retention: How much of the dense model's metric is left, in [0, 1].
+        sparsity: Share of all weights that are pruned.
+        target_sparsity: The share that is wanted.
+        stored_bits: Bits that the weights would be stored in, as a share of 32 each.
+        reconstruction_error: How badly the autoencoder trained on the original weights
+            reconstructs them from the present ones, in [0, 1].
+    """
+
+    metric: float
+    dense_metric: float
+    loss: float
+    retention: float
+    sparsity: float
+    target_sparsity: float
+    stored_bits: float
+    reconstruction_error: float
+
+
+RewardFunction = Callable[[Outcome, Outcome | None], float]
+"""`(outcome, previous) -> reward`. `previous` is None at the end of a search episode, when the
+reward for the finished network is asked for; it is added to the last step of every layer."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reward:
+    r"""The default reward, in [-1, 1].
+
+    The value of a network is the weighted mean
+
+    \(v = (w_a \cdot retention + w_s \cdot \min(1, s/s^*) + w_b (1 - bits) - w_r \cdot error) /
+    (w_a + w_s + w_b + w_r)\).
+
+    A step earns `gain` times the change of value, so that every decision is paid for what it did;
+    the finished network earns \(2v - 1\).
+
+    Attributes:
+        accuracy: Weight of the metric's retention, the primary goal.
+        sparsity: Weight of the sparsity reached: dense networks are penalised.
+        size: Weight of the bits saved by storing kernels as integers.
+        reconstruction: Weight of the autoencoder's error: alteration is penalised.
+        gain: Factor on a step's change of value.
+    """
+
+    accuracy: float = 1.0
+    sparsity: float = 0.2
+    size: float = 0.1
+    reconstruction: float = 0.1
+    gain: float = 4.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value < 0:
+                raise ArgumentError(
+                    f"Reward({field.name}={value!r}) cannot be used. Expected a finite number of "
+                    "at least 0."
+                )
+        if self.accuracy + self.sparsity + self.size + self.reconstruction <= 0:
+            raise ArgumentError(
+                "All weights of the Reward are 0. Expected at least one above 0, for example "
+                "Reward(accuracy=1.0)."
+            )
+
+    def value(self, outcome: Outcome) -> float:
+        """The value of a network, in [-1, 1]."""
+        reached = min(1.0, outcome.sparsity / max(outcome.target_sparsity, 1e-9))
+        total = (
+            self.accuracy * _unit(outcome.retention)
+            + self.sparsity * _unit(reached)
+            + self.size * (1.0 - _unit(outcome.stored_bits))
+            - self.reconstruction * _unit(outcome.reconstruction_error)
+        )
+        return total / (self.accuracy + self.sparsity + self.size + self.reconstruction)
+
+    def __call__(self, outcome: Outcome, previous: Outcome | None) -> float:
+        """The reward of a step, or (without `previous`) of a finished network."""
+        if previous is None:
+            return _clip(2.0 * self.value(outcome) - 1.0)
+        return _clip(self.gain * (self.value(outcome) - self.value(previous)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The weights."""
+        return dataclasses.asdict(self)
+
+
+def bounded(reward: RewardFunction, outcome: Outcome, previous: Outcome | None) -> float:
+    """Calls a reward function and keeps what it gives finite and in [-1, 1].
+
+    Raises:
+        ArgumentError: If it gives no number.
+    """
+    value = reward(outcome, previous)
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"The reward function returned {value!r}. Expected a number, best in [-1, 1]."
+        ) from error
+    return _clip(number)
+
+
+def _clip(value: float) -> float:
+    return 0.0 if math.isnan(value) else min(1.0, max(-1.0, value))
+
+
+def _unit(value: float) -> float:
+    return 0.0 if math.isnan(value) else min(1.0, max(0.0, value))

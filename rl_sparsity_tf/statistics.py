@@ -1,0 +1,116 @@
+"""Activation and gradient statistics of all layers, in one pass over a stream of batches."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from rl_sparsity_tf.data import Batch
+from rl_sparsity_tf.kernels import Kernel, find_kernels
+from rl_sparsity_tf.wrapping import wrappers_of
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelStatistics:
+    """What one pass over data says about a kernel and its layer.
+
+    Attributes:
+        activation_mean: Mean of the layer's outputs.
+        activation_variance: Their variance.
+        activation_sparsity: Share of outputs that are exactly zero.
+        gradient: Mean gradient of the loss by the kernel, viewed as `(inputs, outputs)`.
+    """
+
+    activation_mean: float
+    activation_variance: float
+    activation_sparsity: float
+    gradient: np.ndarray
+
+    @property
+    def gradient_mean(self) -> float:
+        """Mean of the gradient's entries."""
+        return float(self.gradient.mean())
+
+    @property
+    def gradient_variance(self) -> float:
+        """Variance of the gradient's entries."""
+        return float(self.gradient.var())
+
+
+class StatisticsCollector:
+    """Measures every wrapped layer of a model in the same pass.
+
+    Args:
+        model: A wrapped, compiled model. Layers called several times count every call.
+    """
+
+    def __init__(self, model: keras.Model):
+        self._model = model
+        self._kernels = [kernel for kernel in find_kernels(model) if kernel.wrapper is not None]
+        self._wrappers = wrappers_of(model)
+        self.function = tf.function(self._step)
+
+    def _step(self, x: object, y: object, weights: object) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        variables = [getattr(kernel.layer, kernel.spec.attribute) for kernel in self._kernels]
+        with contextlib.ExitStack() as stack:
+            probes = [stack.enter_context(wrapper.probed()) for wrapper in self._wrappers]
+            tape = stack.enter_context(tf.GradientTape(watch_accessed_variables=False))
+            for variable in variables:
+                tape.watch(variable)
+            outputs = self._model(x, training=False)
+            loss = self._model.compute_loss(x, y, outputs, weights)
+        gradients = tape.gradient(loss, variables, unconnected_gradients="zero")
+        moments = []
+        for probe in probes:
+            flat = tf.concat([tf.reshape(tf.cast(part, tf.float32), [-1]) for part in probe], 0)
+            moments.append(
+                tf.stack(
+                    [
+                        tf.reduce_mean(flat),
+                        tf.reduce_mean(tf.square(flat)),
+                        tf.reduce_mean(tf.cast(tf.equal(flat, 0.0), tf.float32)),
+                    ]
+                )
+            )
+        return tf.stack(moments), [tf.cast(tf.convert_to_tensor(g), tf.float32) for g in gradients]
+
+    def __call__(self, batches: Iterable[Batch]) -> dict[str, KernelStatistics]:
+        """Measures over some batches.
+
+        Args:
+            batches: Training batches, equally shaped.
+
+        Returns:
+            Statistics by kernel path.
+        """
+        count = 0
+        moments: np.ndarray = np.zeros(())
+        gradients: list[np.ndarray] = []
+        for batch in batches:
+            one, parts = self.function(*batch)
+            arrays = [part.numpy() for part in parts]
+            moments = moments + one.numpy().astype(np.float64)
+            gradients = (
+                [a + b for a, b in zip(gradients, arrays, strict=True)] if count else arrays
+            )
+            count += 1
+        row = {id(wrapper): index for index, wrapper in enumerate(self._wrappers)}
+        result = {}
+        for kernel, gradient in zip(self._kernels, gradients, strict=True):
+            mean, square, zeros = moments[row[id(kernel.wrapper)]] / count
+            result[kernel.path] = KernelStatistics(
+                activation_mean=float(mean),
+                activation_variance=float(max(0.0, square - mean**2)),
+                activation_sparsity=float(zeros),
+                gradient=_as_matrix(kernel, gradient / count),
+            )
+        return result
+
+
+def _as_matrix(kernel: Kernel, gradient: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(kernel.spec.to_matrix_numpy(gradient), posinf=0.0, neginf=0.0)
