@@ -33,6 +33,7 @@ _EXPORTS = {
     "ExportReport": "export",
     "KernelPlan": "plan",
     "LayerEnvironment": "environment",
+    "MaskTraining": "mask_training",
     "ModelError": "errors",
     "Operation": "operations",
     "Outcome": "reward",
@@ -41,6 +42,7 @@ _EXPORTS = {
     "RLSparsityError": "errors",
     "Random": "agents",
     "Result": "result",
+    "Recovery": "network",
     "Reward": "reward",
     "Target": "budget",
     "TargetError": "errors",
@@ -73,7 +75,9 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from rl_sparsity_tf.export import ExportReport, export_tflite, predict_tflite
+    from rl_sparsity_tf.mask_training import MaskTraining
     from rl_sparsity_tf.model_files import load_model
+    from rl_sparsity_tf.network import Recovery
     from rl_sparsity_tf.operations import Operation
     from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
     from rl_sparsity_tf.registry import register_layer
@@ -97,6 +101,7 @@ __all__ = [
     "ExportReport",
     "KernelPlan",
     "LayerEnvironment",
+    "MaskTraining",
     "ModelError",
     "Operation",
     "Outcome",
@@ -105,6 +110,7 @@ __all__ = [
     "RLSparsityError",
     "Random",
     "Result",
+    "Recovery",
     "Reward",
     "Target",
     "TargetError",

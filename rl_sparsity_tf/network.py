@@ -14,6 +14,7 @@ from rl_sparsity_tf.autoencoder import WeightAutoencoder
 from rl_sparsity_tf.budget import Budget, Target
 from rl_sparsity_tf.data import Batch, TrainingData
 from rl_sparsity_tf.errors import ArgumentError, ModelError, check_choice
+from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.kernels import Kernel, count_weights, find_kernels, walk
 from rl_sparsity_tf.objective import Evaluator, Metric, Score, choose_metric
@@ -146,7 +147,6 @@ class CompressedNetwork:
         )
         self.originals = {kernel.path: kernel.matrix().copy() for kernel in self.kernels}
         self.autoencoder = WeightAutoencoder(self.originals, seed=seed)
-        self.evaluations = 0
         self._clock = 0
         self.operations = {
             path: np.full(grouping.shape, Operation.KEEP, np.uint8)
@@ -154,7 +154,7 @@ class CompressedNetwork:
         }
         self.decided = {path: np.zeros(g.shape, bool) for path, g in self.groupings.items()}
         self.errors = dict.fromkeys(self.groupings, 0.0)
-        self._seen: set[bytes] = set()
+        self.seen: set[str] = set()  # digests of the plans that were evaluated
         self.dense: Score = self._evaluator(validation)
         self.statistics: dict[str, KernelStatistics] = self._collector(
             train.batch(index) for index in range(min(_STATISTICS_BATCHES, len(train.pool)))
@@ -200,10 +200,7 @@ class CompressedNetwork:
 
     def evaluate(self) -> Outcome:
         """Scores the network as it is on the validation data."""
-        key = b"".join(operations.tobytes() for operations in self.operations.values())
-        if key not in self._seen:
-            self._seen.add(key)
-            self.evaluations += 1
+        self.seen.add(sha256_of(*(value.tobytes() for value in self.operations.values())))
         return self._outcome(self._evaluator(self.validation))
 
     def _outcome(self, score: Score) -> Outcome:
@@ -229,6 +226,11 @@ class CompressedNetwork:
             ).any()
             stored += kernel.size * (0.25 if integers else 1.0)
         return stored / sum(kernel.size for kernel in self.kernels)
+
+    @property
+    def evaluations(self) -> int:
+        """Distinct plans scored on validation data."""
+        return len(self.seen)
 
     # ------------------------------------------------------------------ observing
 

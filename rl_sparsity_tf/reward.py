@@ -63,7 +63,7 @@ class Reward:
 
     accuracy: float = 1.0
     sparsity: float = 0.2
-    size: float = 0.1
+    size: float = 0.3
     reconstruction: float = 0.1
     gain: float = 4.0
 

@@ -1,0 +1,391 @@
+"""What every agent does, whatever it learns with: act, record, and hand episodes to training.
+
+Nothing here imports TensorFlow: subclasses say how preferences over actions are computed and how
+a recorded episode is learned from.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import os
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rl_sparsity_tf.errors import AgentStateError, ArgumentError
+from rl_sparsity_tf.files import replacing
+
+FIRST, MID, LAST = 0, 1, 2
+"""TF-Agents' step types, as numbers."""
+
+_FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transition:
+    """One step of an environment as the agent saw it."""
+
+    state: NDArray[np.float32]
+    """Observation before the action, shape (F,)."""
+    legal: NDArray[np.int32]
+    """1 for each legal action, shape (n_actions,)."""
+    action: int
+    """The action taken."""
+    info: Mapping[str, NDArray[np.float32]]
+    """What the policy knew when it acted, for its own training."""
+    forced: bool
+    """Whether the action was given by the caller instead of chosen by the policy."""
+    step_type: int
+    """FIRST or MID: the kind of time step acted on."""
+    next_step_type: int
+    """MID or LAST: the kind of time step that followed."""
+    reward: float
+    """In [-1, 1]."""
+    discount: float
+    """The environment's discount: 0 where the episode ended for good."""
+    next_state: NDArray[np.float32]
+    """Observation after the action, shape (F,)."""
+    next_legal: NDArray[np.int32]
+    """Legal actions after the action, shape (n_actions,)."""
+
+
+class Agent(abc.ABC):
+    """Chooses operations, and learns from the rewards that follow.
+
+    One *search episode* is a run of environment episodes, one after the other. For each of its
+    time steps call `step`, act in the environment, and call `observe`; at its end call
+    `end_episode`, which trains.
+
+    Example:
+        >>> time_step = env.reset()
+        >>> while not time_step.is_last():
+        ...     time_step = env.step(agent.step(time_step))
+        ...     agent.observe(time_step)
+        >>> losses = agent.end_episode()
+    """
+
+    name: str = ""
+    """`"dqn"`, `"ppo"` or `"random"`."""
+
+    def __init__(self, *, n_features: int, n_actions: int, seed: int) -> None:
+        self.n_features = n_features
+        self.n_actions = n_actions
+        self.episodes = 0
+        """Search episodes finished."""
+        self._generator = np.random.default_rng(np.random.SeedSequence([seed, 1]))
+        self._pending: dict[str, Any] | None = None
+        self._episode: list[Transition] = []
+
+    # -- acting ----------------------------------------------------------------------------------
+
+    def act(self, time_step: Any, *, explore: bool = False) -> int:
+        """Chooses an action for one time step without recording anything.
+
+        Args:
+            time_step: An unbatched time step of a `PyEnvironment`.
+            explore: Whether to sample as while collecting; otherwise the best action known.
+
+        Returns:
+            A legal action.
+
+        Raises:
+            AgentStateError: If the observation does not fit or no action is legal.
+        """
+        state, legal = self._observation(time_step)
+        preferences, _ = self._evaluate(state, legal)
+        return self._choose(preferences, legal, explore)
+
+    def step(self, time_step: Any, *, explore: bool = True, action: int | None = None) -> int:
+        """Chooses an action for one time step and remembers it for `observe`.
+
+        Args:
+            time_step: An unbatched time step of a `PyEnvironment`, not the last of its episode.
+            explore: Whether to sample from the collecting policy; otherwise the best action known.
+            action: Take this action instead, so that the trajectory of a heuristic can be learned
+                from: DQN keeps it in its replay buffer, PPO learns to imitate it.
+
+        Returns:
+            The action to give to the environment's `step`.
+
+        Raises:
+            AgentStateError: If called out of order, or the observation does not fit.
+        """
+        if self._pending is not None:
+            raise AgentStateError(
+                "agent.step() was called twice in a row; expected agent.observe(next_time_step) "
+                "after every step. Use agent.act() for actions that are not to be learned from."
+            )
+        kind = int(time_step.step_type)
+        if kind == LAST:
+            raise AgentStateError(
+                "agent.step() received the LAST time step of an episode, where no action is left "
+                "to take. Reset the environment and step from its first time step."
+            )
+        state, legal = self._observation(time_step)
+        preferences, info = self._evaluate(state, legal)
+        forced = action is not None
+        if action is None:
+            action = self._choose(preferences, legal, explore)
+        elif not 0 <= action < self.n_actions or not legal[action]:
+            raise AgentStateError(
+                f"agent.step(action={action}) is not legal here; expected one of "
+                f"{np.flatnonzero(legal).tolist()}. Leave action out to let the policy choose."
+            )
+        self._pending = {
+            "state": state,
+            "legal": legal,
+            "action": int(action),
+            "info": info,
+            "forced": forced,
+            "step_type": kind,
+        }
+        return int(action)
+
+    def observe(self, next_time_step: Any) -> None:
+        """Records what followed the last `step`.
+
+        Raises:
+            AgentStateError: If no `step` came before, or the reward or observation is not finite.
+        """
+        if self._pending is None:
+            raise AgentStateError(
+                "agent.observe() was called without agent.step() before it; expected one observe "
+                "for every step."
+            )
+        reward = float(next_time_step.reward)
+        if not np.isfinite(reward):
+            raise AgentStateError(
+                f"agent.observe() received the reward {reward}; expected a finite number in "
+                "[-1, 1]. check_environment() finds where it comes from."
+            )
+        next_state, next_legal = self._observation(next_time_step, last_is_fine=True)
+        self._episode.append(
+            Transition(
+                **self._pending,
+                next_step_type=int(next_time_step.step_type),
+                reward=reward,
+                discount=float(next_time_step.discount),
+                next_state=next_state,
+                next_legal=next_legal,
+            )
+        )
+        self._pending = None
+
+    def end_episode(self, bonus: float = 0.0) -> dict[str, float]:
+        """Ends the search episode: amends its rewards and learns from it.
+
+        Args:
+            bonus: Added to the reward of the last transition of every environment episode in this
+                search episode; the sum is clipped to [-1, 1].
+
+        Returns:
+            The losses of the training, by name; empty if there was none this time.
+
+        Raises:
+            AgentStateError: If an environment episode is not finished, or nothing was recorded.
+            ArgumentError: If the bonus is not finite.
+        """
+        if not np.isfinite(bonus):
+            raise ArgumentError(f"bonus={bonus!r}: expected a finite number, usually in [-1, 1].")
+        if self._pending is not None or not self._episode:
+            raise AgentStateError(
+                "agent.end_episode() was called "
+                + ("between step() and observe()" if self._pending else "with nothing recorded")
+                + "; expected one or more finished environment episodes before it."
+            )
+        if self._episode[-1].next_step_type != LAST:
+            raise AgentStateError(
+                "agent.end_episode() was called in the middle of an environment episode; play it "
+                "to its LAST time step, or drop it with agent.discard_episode()."
+            )
+        transitions = [
+            dataclasses.replace(t, reward=float(np.clip(t.reward + bonus, -1.0, 1.0)))
+            if t.next_step_type == LAST
+            else t
+            for t in self._episode
+        ]
+        losses = self._learn(transitions)
+        self._episode = []
+        self.episodes += 1
+        return losses
+
+    def discard_episode(self) -> None:
+        """Forgets what was recorded since the last `end_episode`."""
+        self._pending = None
+        self._episode = []
+
+    # -- what subclasses fill in -----------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _evaluate(
+        self, state: NDArray[np.float32], legal: NDArray[np.int32]
+    ) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float32]]]:
+        """Preferences over the actions (logits or Q values), and what training needs of them."""
+
+    @abc.abstractmethod
+    def _probabilities(
+        self, preferences: NDArray[np.float64], legal: NDArray[np.int32]
+    ) -> NDArray[np.float64]:
+        """The probabilities to sample from while exploring; 0 for illegal actions."""
+
+    @abc.abstractmethod
+    def _learn(self, transitions: list[Transition]) -> dict[str, float]:
+        """Trains on one search episode."""
+
+    @abc.abstractmethod
+    def tracing_count(self) -> int:
+        """How often the agent's `tf.function`s have been traced so far, in total."""
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        """The subclass's part of `get_state`."""
+        return {}
+
+    def _set_arrays(self, state: Mapping[str, NDArray[Any]]) -> None:  # noqa: B027
+        """Takes back what `_arrays` gave; the names and shapes have been checked."""
+
+    # -- keeping ---------------------------------------------------------------------------------
+
+    def get_state(self) -> dict[str, NDArray[Any]]:
+        """Everything learned, as arrays: weights, optimizer, counters, generator, replay.
+
+        Raises:
+            AgentStateError: If a search episode is under way.
+        """
+        if self._pending is not None or self._episode:
+            raise AgentStateError(
+                "agent.get_state() was called in the middle of a search episode; call "
+                "agent.end_episode() or agent.discard_episode() first."
+            )
+        return {
+            "agent": np.array(self.name),
+            "format_version": np.array(_FORMAT_VERSION),
+            "episodes": np.array(self.episodes),
+            "generator": _pack_generator(self._generator),
+            **{key: np.array(value) for key, value in self._arrays().items()},
+        }
+
+    def set_state(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Goes on from where `get_state` was called.
+
+        Raises:
+            AgentStateError: If the state is of another agent, configuration or specs.
+        """
+        kind = str(state["agent"]) if "agent" in state else "nothing known"
+        version = int(state["format_version"]) if "format_version" in state else None
+        if kind != self.name or version != _FORMAT_VERSION:
+            raise AgentStateError(
+                f"The state is of {kind!r}, format {version}; expected {self.name!r}, format "
+                f"{_FORMAT_VERSION}. Build the agent from the configuration that saved it."
+            )
+        self._check_arrays(state)
+        self.discard_episode()
+        self.episodes = int(state["episodes"])
+        self._generator = _unpack_generator(state["generator"])
+        self._set_arrays(state)
+
+    def _check_arrays(self, state: Mapping[str, NDArray[Any]]) -> None:
+        mine = {"episodes": np.array(0), "generator": _pack_generator(self._generator)}
+        for key, value in {**mine, **self._arrays()}.items():
+            found = np.shape(state[key]) if key in state else None
+            # Episodes waiting to be learned from differ in number and length from state to state.
+            if found != value.shape and not key.startswith("waiting/"):
+                raise AgentStateError(
+                    f"The state has {'no ' if found is None else ''}{key!r}"
+                    + ("" if found is None else f" of shape {found}")
+                    + f"; expected shape {value.shape}. Build the agent from the configuration "
+                    "and the environment that saved it."
+                )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes `get_state` to a .npz file; an older file of that name is replaced at once."""
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **self.get_state())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Reads what `save` wrote.
+
+        Raises:
+            AgentStateError: If the file is of another agent, configuration or specs.
+        """
+        with np.load(path, allow_pickle=False) as file:
+            self.set_state({key: file[key] for key in file.files})
+
+    # -- helpers ---------------------------------------------------------------------------------
+
+    def _choose(
+        self, preferences: NDArray[np.float64], legal: NDArray[np.int32], explore: bool
+    ) -> int:
+        if explore:
+            return spin(self._probabilities(preferences, legal), self._generator)
+        return int(np.argmax(np.where(legal > 0, preferences, -np.inf)))
+
+    def _observation(
+        self, time_step: Any, last_is_fine: bool = False
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        state = np.asarray(time_step.observation["state"], np.float32)
+        legal = np.asarray(time_step.observation["legal"], np.int32)
+        if state.shape != (self.n_features,) or legal.shape != (self.n_actions,):
+            raise AgentStateError(
+                f"The observation has a state of shape {state.shape} and a legal mask of shape "
+                f"{legal.shape}; expected ({self.n_features},) and ({self.n_actions},), as in the "
+                "specs the agent was built with."
+            )
+        if not np.isfinite(state).all():
+            raise AgentStateError(
+                f"The observation's state is not finite at {np.flatnonzero(~np.isfinite(state))}; "
+                "expected finite numbers. check_environment() finds where they come from."
+            )
+        if not legal.any() and not (last_is_fine and int(time_step.step_type) == LAST):
+            raise AgentStateError(
+                "The observation's legal mask allows no action; expected at least one 1. Keep one "
+                "operation legal in every state."
+            )
+        return state, legal
+
+
+def spin(probabilities: NDArray[np.float64], generator: np.random.Generator) -> int:
+    """Roulette wheel: an index drawn with the given probabilities; never one of probability 0."""
+    edges = np.cumsum(probabilities)
+    index = int(np.searchsorted(edges, generator.random() * edges[-1], side="right"))
+    # Rounding may put the ball on the wheel's very edge, behind the last possible action.
+    return min(index, int(np.flatnonzero(probabilities)[-1]))
+
+
+@contextmanager
+def python_and_numpy_random_kept() -> Iterator[None]:
+    """Puts Python's and NumPy's global generators back as they were.
+
+    Keras draws the seeds of unseeded initialisers from Python's global generator.
+    """
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _pack_generator(generator: np.random.Generator) -> NDArray[np.uint64]:
+    """A PCG64 generator's state: its two 128-bit numbers and its spare 32 bits."""
+    state: Any = generator.bit_generator.state
+    words = []
+    for number in (state["state"]["state"], state["state"]["inc"]):
+        words += [number >> 64, number & (2**64 - 1)]
+    return np.array([*words, state["has_uint32"], state["uinteger"]], np.uint64)
+
+
+def _unpack_generator(words: NDArray[np.uint64]) -> np.random.Generator:
+    high, low, inc_high, inc_low, has_spare, spare = (int(word) for word in words)
+    bits = np.random.PCG64()
+    bits.state = {
+        "bit_generator": "PCG64",
+        "state": {"state": high << 64 | low, "inc": inc_high << 64 | inc_low},
+        "has_uint32": has_spare,
+        "uinteger": spare,
+    }
+    return np.random.Generator(bits)

@@ -1,0 +1,247 @@
+"""Proximal policy optimisation by TF-Agents' `PPOClipAgent`.
+
+PPO has no constraint splitter: illegal actions are masked inside the actor, by a
+`MaskSplitterNetwork` that passes the mask on to the projection. Observations must not be
+normalised by the agent, because that would normalise the mask as well.
+
+Actions are sampled here, from the distribution of TF-Agents' own policy, with the agent's NumPy
+generator (see `_dqn` for why).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+from numpy.typing import NDArray
+from tf_agents.agents.ppo import ppo_clip_agent
+from tf_agents.networks import (
+    actor_distribution_network,
+    mask_splitter_network,
+    value_network,
+)
+from tf_agents.trajectories import trajectory
+from tf_agents.utils import common
+
+from rl_sparsity_tf import _agent_tf
+from rl_sparsity_tf._agent_base import Transition, python_and_numpy_random_kept
+from rl_sparsity_tf.agents import PPO
+
+Row = dict[str, NDArray[Any]]
+"""One search episode as arrays over time; the keys are those of `_FIELDS`."""
+
+_FIELDS = (
+    "step_type",
+    "state",
+    "legal",
+    "action",
+    "logits",
+    "value",
+    "next_step_type",
+    "reward",
+    "discount",
+)
+
+
+def build(config: PPO, time_step_spec: Any, action_spec: Any, seed: int) -> PPOAgent:
+    """Builds the agent; called by `build_agent`."""
+    with python_and_numpy_random_kept():
+        return PPOAgent(config, time_step_spec, action_spec, seed)
+
+
+class PPOAgent(_agent_tf.TFAgent):
+    """TF-Agents' clipped PPO agent with masked actions."""
+
+    name = "ppo"
+
+    def __init__(self, config: PPO, time_step_spec: Any, action_spec: Any, seed: int) -> None:
+        time_step_spec, action_spec, n_features, n_actions = _agent_tf.checked_specs(
+            time_step_spec, action_spec
+        )
+        super().__init__(n_features=n_features, n_actions=n_actions, seed=seed)
+        self.config = config
+        tf.random.set_seed(seed)
+        state_spec = time_step_spec.observation["state"]
+        inner_actor = actor_distribution_network.ActorDistributionNetwork(
+            state_spec,
+            action_spec,
+            fc_layer_params=config.hidden_layers,
+            activation_fn=keras.activations.tanh,
+        )
+        inner_value = value_network.ValueNetwork(
+            state_spec,
+            fc_layer_params=config.hidden_layers,
+            activation_fn=keras.activations.tanh,
+        )
+        actor, value = (
+            mask_splitter_network.MaskSplitterNetwork(
+                _agent_tf.split_observation,
+                network,
+                passthrough_mask=passthrough,
+                input_tensor_spec=time_step_spec.observation,
+            )
+            for network, passthrough in ((inner_actor, True), (inner_value, False))
+        )
+        optimizer = keras.optimizers.Adam(config.learning_rate)
+        self.tf_agent = ppo_clip_agent.PPOClipAgent(
+            time_step_spec,
+            action_spec,
+            optimizer=optimizer,
+            actor_net=actor,
+            value_net=value,
+            importance_ratio_clipping=config.clip_ratio,
+            lambda_value=config.gae_lambda,
+            discount_factor=config.discount,
+            entropy_regularization=config.entropy,
+            # The epochs are run by _learn, so that the graph holds one and not num_epochs of them.
+            num_epochs=1,
+            use_gae=True,
+            use_td_lambda_return=True,
+            normalize_rewards=False,
+            normalize_observations=False,
+            gradient_clipping=0.5,
+            compute_value_and_advantage_in_train=False,
+            update_normalizers_in_train=False,
+            train_step_counter=tf.Variable(0, dtype=tf.int64),
+        )
+        for network in (inner_actor, inner_value):
+            _agent_tf.initialise(network.variables, self._generator, last_scale=0.1)
+        self.tf_agent.initialize()
+        trainable = _agent_tf.unique_variables(
+            inner_actor.trainable_variables, inner_value.trainable_variables
+        )
+        optimizer.build(trainable)
+        self._variables = _agent_tf.unique_variables(
+            trainable, self.tf_agent.variables, optimizer.variables
+        )
+        self._waiting: list[Row] = []
+        self._length = 0
+        collect_policy = self.tf_agent.collect_policy
+
+        def evaluate(state: tf.Tensor, legal: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            step = collect_policy.distribution(_agent_tf.time_step_of(state, legal))
+            return step.info["dist_params"]["logits"], step.info["value_prediction"]
+
+        def train(experience: trajectory.Trajectory) -> tuple[tf.Tensor, ...]:
+            losses = self.tf_agent.train(experience).extra
+            return (
+                losses.policy_gradient_loss,
+                losses.value_estimation_loss,
+                losses.entropy_regularization_loss,
+            )
+
+        def imitate(state: tf.Tensor, legal: tf.Tensor, action: tf.Tensor) -> tf.Tensor:
+            time_steps = _agent_tf.time_step_of(state, legal)
+            with tf.GradientTape() as tape:
+                distribution, _ = actor(time_steps.observation, time_steps.step_type, ())
+                loss = -tf.reduce_mean(distribution.log_prob(action))
+            weights = actor.trainable_variables
+            optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+            return loss
+
+        self._policy = common.function(evaluate)
+        self._preprocess = common.function(self.tf_agent.preprocess_sequence)
+        self._train = common.function(train)
+        self._imitate = common.function(imitate)
+        self._functions = (self._policy, self._preprocess, self._train, self._imitate)
+
+    def _evaluate(
+        self, state: NDArray[np.float32], legal: NDArray[np.int32]
+    ) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float32]]]:
+        logits, value = self._policy(tf.constant(state[None]), tf.constant(legal[None]))
+        info = {"logits": logits.numpy()[0], "value": value.numpy()[0]}
+        return info["logits"].astype(np.float64), info
+
+    def _probabilities(
+        self, preferences: NDArray[np.float64], legal: NDArray[np.int32]
+    ) -> NDArray[np.float64]:
+        masked = np.where(legal > 0, preferences, -np.inf)
+        weights = np.exp(masked - masked.max())
+        return weights / weights.sum()
+
+    def _learn(self, transitions: list[Transition]) -> dict[str, float]:
+        if any(transition.forced for transition in transitions):
+            return self._learn_by_imitation(transitions)
+        self._waiting.append(_row(transitions))
+        if len(self._waiting) < self.config.episodes_per_update:
+            return {}
+        # Rows keep the longest length seen, so that an unusually short one retraces nothing.
+        self._length = max(self._length, *(len(row["action"]) for row in self._waiting), 0)
+        experience = self._preprocess(_batch(self._waiting, self._length))
+        losses = [self._train(experience) for _ in range(self.config.num_epochs)]
+        self._waiting = []
+        names = ("policy_loss", "value_loss", "entropy_loss")
+        return dict(zip(names, np.mean(losses, axis=0).tolist(), strict=True))
+
+    def _learn_by_imitation(self, transitions: list[Transition]) -> dict[str, float]:
+        """Makes forced actions likelier; they say nothing about what the policy would have done."""
+        forced = [transition for transition in transitions if transition.forced]
+        arrays = (
+            tf.constant(np.stack([t.state for t in forced])),
+            tf.constant(np.stack([t.legal for t in forced])),
+            tf.constant([t.action for t in forced], tf.int32),
+        )
+        losses = [self._imitate(*arrays) for _ in range(self.config.num_epochs)]
+        return {"imitation_loss": float(tf.reduce_mean(losses))}
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        rows = {
+            f"waiting/{i}/{field}": row[field]
+            for i, row in enumerate(self._waiting)
+            for field in _FIELDS
+        }
+        return {**super()._arrays(), "length": np.array(self._length), **rows}
+
+    def _set_arrays(self, state: Mapping[str, NDArray[Any]]) -> None:
+        super()._set_arrays(state)
+        self._length = int(state["length"])
+        self._waiting = []
+        while f"waiting/{len(self._waiting)}/action" in state:
+            prefix = f"waiting/{len(self._waiting)}/"
+            self._waiting.append({field: np.array(state[prefix + field]) for field in _FIELDS})
+
+
+def _row(transitions: list[Transition]) -> Row:
+    """One search episode's transitions over time, and one closing frame.
+
+    Nothing is put between its environment episodes: their last discount is treated as 0 by
+    TF-Agents, so the observation that follows is never looked at. TF-Agents drops the last frame.
+    """
+    frames = [*transitions, _agent_tf.closing_transition(transitions[-1])]
+    row: Row = {
+        field: np.stack([np.asarray(getattr(frame, field)) for frame in frames])
+        for field in ("step_type", "state", "legal", "action", "next_step_type")
+    }
+    for field in ("logits", "value"):
+        row[field] = np.stack([frame.info[field] for frame in frames]).astype(np.float32)
+    for field in ("reward", "discount"):
+        row[field] = np.array([getattr(frame, field) for frame in frames], np.float32)
+    return {
+        key: value.astype(np.int32) if value.dtype == np.int64 else value
+        for key, value in row.items()
+    }
+
+
+def _batch(rows: list[Row], length: int) -> trajectory.Trajectory:
+    """Rows stacked as (episodes, length, ...), shorter ones repeating their closing frame."""
+    arrays = {}
+    for field in _FIELDS:
+        padded = [
+            np.concatenate([r[field], r[field][-1:].repeat(length, 0)])[:length] for r in rows
+        ]
+        arrays[field] = tf.constant(np.stack(padded))
+    return trajectory.Trajectory(
+        step_type=arrays["step_type"],
+        observation={"state": arrays["state"], "legal": arrays["legal"]},
+        action=arrays["action"],
+        policy_info={
+            "dist_params": {"logits": arrays["logits"]},
+            "value_prediction": arrays["value"],
+        },
+        next_step_type=arrays["next_step_type"],
+        reward=arrays["reward"],
+        discount=arrays["discount"],
+    )

@@ -1,0 +1,89 @@
+"""Plans that were evaluated, with the weights they were evaluated at."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tf_keras as keras
+
+from rl_sparsity_tf.kernels import walk
+from rl_sparsity_tf.network import CompressedNetwork
+from rl_sparsity_tf.plan import CompressionPlan
+from rl_sparsity_tf.reward import Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A complete plan as the search found it.
+
+    Attributes:
+        plan: The plan; it meets the target.
+        weights: The recovered weights of every layer by path, before operations are applied.
+        outcome: Its outcome on validation data.
+        value: What the reward says of the finished network.
+        episode: The search episode that found it.
+        proposed_by: Who did, e.g. `"dqn"`.
+    """
+
+    plan: CompressionPlan
+    weights: Mapping[str, list[np.ndarray]]
+    outcome: Outcome
+    value: float
+    episode: int
+    proposed_by: str
+
+    @classmethod
+    def of(
+        cls, network: CompressedNetwork, value: float, episode: int, proposed_by: str
+    ) -> Candidate:
+        """Takes what a network is at the end of an episode."""
+        weights = network.latent_weights()
+        return cls(network.plan, weights, network.outcome, value, episode, proposed_by)
+
+    def better_than(self, other: Candidate | None) -> bool:
+        """Whether it has the higher value, or the same at a lower loss."""
+        if other is None:
+            return True
+        return (self.value, -self.outcome.loss) > (other.value, -other.outcome.loss)
+
+    def put_weights(self, wrapped: keras.Model) -> None:
+        """Sets a wrapped model's layers to the candidate's weights."""
+        for path, layer in walk(wrapped):
+            getattr(layer, "layer", layer).set_weights(self.weights[path])
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Arrays to save: everything as numbers and text, nothing pickled."""
+        arrays = {
+            f"weights:{index}:{path}": value
+            for path, values in self.weights.items()
+            for index, value in enumerate(values)
+        }
+        arrays["plan"] = np.array(self.plan.to_json())
+        arrays["layers"] = np.array(list(self.weights))
+        arrays["outcome"] = np.array(list(dataclasses.asdict(self.outcome).values()), np.float64)
+        arrays["value"] = np.array(self.value)
+        arrays["episode"] = np.array(self.episode)
+        arrays["proposed_by"] = np.array(self.proposed_by)
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Candidate:
+        """Reads what [to_arrays][] gave."""
+        weights: dict[str, list[np.ndarray]] = {str(path): [] for path in arrays["layers"]}
+        for key, value in arrays.items():
+            if key.startswith("weights:"):
+                _, _, path = key.split(":", 2)
+                weights[path].append(value)
+        names = [field.name for field in dataclasses.fields(Outcome)]
+        figures: dict[str, Any] = dict(zip(names, arrays["outcome"].tolist(), strict=True))
+        return cls(
+            plan=CompressionPlan.from_json(str(arrays["plan"])),
+            weights=weights,
+            outcome=Outcome(**figures),
+            value=float(arrays["value"]),
+            episode=int(arrays["episode"]),
+            proposed_by=str(arrays["proposed_by"]),
+        )

@@ -1,0 +1,184 @@
+"""From the best plan to the finished model: learning masks, strip, export, figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from rl_sparsity_tf.candidates import Candidate
+from rl_sparsity_tf.data import Batch, TrainingData, inputs_of
+from rl_sparsity_tf.export import export_tflite, predict_tflite
+from rl_sparsity_tf.export_report import ExportReport
+from rl_sparsity_tf.kernels import find_kernels
+from rl_sparsity_tf.mask_training import finetune
+from rl_sparsity_tf.objective import Evaluator, Metric, Score, search_compile_arguments
+from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
+from rl_sparsity_tf.wrapping import plan_of, strip, wrap
+
+_REPRESENTATIVE_ROWS = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A model's .tflite file and its figures.
+
+    Attributes:
+        content: The file's bytes.
+        report: The export's report.
+        test: The file's own score on test data, run in LiteRT; None without test data.
+    """
+
+    content: bytes
+    report: ExportReport
+    test: Score | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A fine-tuned, stripped and exported model.
+
+    Attributes:
+        model: The plain Keras model.
+        plan: The plan with the final masks.
+        validation: Its score on validation data.
+        test: Its score on test data, if there is any.
+        exported: Its .tflite file.
+    """
+
+    model: keras.Model
+    plan: CompressionPlan
+    validation: Score
+    test: Score | None
+    exported: Exported
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Data and metric that every contender is judged by.
+
+    Attributes:
+        train: Training data.
+        validation: Validation batches.
+        test: Test batches, if there are any.
+        metric: The metric.
+    """
+
+    train: TrainingData
+    validation: list[Batch]
+    test: list[Batch] | None
+    metric: Metric
+
+    def representative(self) -> Any:
+        """Training inputs for calibration and verification."""
+        rows = inputs_of(self.train.pool[:4])
+        return tf.nest.map_structure(lambda part: part[:_REPRESENTATIVE_ROWS], rows)
+
+
+def finish(
+    model: keras.Model, candidate: Candidate, figures: Figures, *, epochs: int, quantization: str
+) -> Finished:
+    """Fine-tunes a candidate with learning masks, strips it and exports it.
+
+    Args:
+        model: The original model.
+        candidate: The plan and the weights to start from.
+        figures: Data and metric.
+        epochs: Epochs of fine-tuning.
+        quantization: How to export.
+
+    Returns:
+        The finished model; its plan has the masks that were learned.
+    """
+    wrapped = wrap(model, candidate.plan, train_masks=True)
+    # Weights first, operations after: hard concrete logits and grids do not depend on them.
+    candidate.put_weights(wrapped)
+    finetune(wrapped, figures.train, figures.validation, figures.metric, epochs=epochs)
+    plan = _complete(plan_of(wrapped), candidate.plan)
+    stripped = strip(wrapped)
+    validation = score_model(stripped, figures.validation, figures.metric)
+    test = score_model(stripped, figures.test, figures.metric) if figures.test else None
+    exported = export_and_score(stripped, plan, figures, quantization)
+    final = _compiled_like(model, stripped)
+    return Finished(model=final, plan=plan, validation=validation, test=test, exported=exported)
+
+
+def _complete(learned: CompressionPlan, planned: CompressionPlan) -> CompressionPlan:
+    # Kernels that are kept whole carry no state to read a group kind from.
+    return CompressionPlan(learned.kernels.get(path, k) for path, k in planned.kernels.items())
+
+
+def _compiled_like(model: keras.Model, stripped: keras.Model) -> keras.Model:
+    from rl_sparsity_tf.compile_state import copy_compile_state
+
+    copy_compile_state(model, stripped)
+    return stripped
+
+
+def score_model(model: keras.Model, batches: list[Batch], metric: Metric) -> Score:
+    """Scores a plain model; it is compiled for the search's metric on a copy."""
+    copy = strip(model)
+    copy.compile(**search_compile_arguments(model, 1e-3))
+    return Evaluator(copy, metric)(batches)
+
+
+def export_and_score(
+    model: keras.Model, plan: CompressionPlan | None, figures: Figures, quantization: str
+) -> Exported:
+    """Exports a model, verifies the file, and scores the file itself on test data."""
+    with tempfile.TemporaryDirectory(prefix="rl_sparsity_") as folder:
+        path = Path(folder) / "model.tflite"
+        report = export_tflite(
+            model, path, quantization, plan=plan, representative_data=figures.representative()
+        )
+        test = score_tflite(path, model, figures.test, figures.metric) if figures.test else None
+        return Exported(content=path.read_bytes(), report=report, test=test)
+
+
+def score_tflite(path: Path, model: keras.Model, batches: list[Batch], metric: Metric) -> Score:
+    """Scores a .tflite file with the loss and metrics that a Keras model is compiled with."""
+    inputs = inputs_of(batches)
+    if isinstance(inputs, dict):
+        inputs = [inputs[name] for name in model.input_names]
+    outputs = predict_tflite(path, list(inputs) if isinstance(inputs, tuple) else inputs)
+    judge = strip(model)
+    judge.compile(**search_compile_arguments(model, 1e-3))
+    judge.reset_metrics()
+    loss = total = 0.0
+    logs: dict[str, Any] = {}
+    start = 0
+    for x, y, weights in batches:
+        rows = len(tf.nest.flatten(x)[0])
+        part = tf.nest.map_structure(
+            lambda output, a=start, b=start + rows: tf.constant(output[a:b]), outputs
+        )
+        value = judge.compute_loss(x, y, part, weights)
+        logs = judge.compute_metrics(x, y, part, weights)
+        loss, total, start = loss + float(value) * rows, total + rows, start + rows
+    mean = loss / total
+    return Score(metric=float(logs.get(metric.name, mean)), loss=mean)
+
+
+def all_quantized(model: keras.Model) -> CompressionPlan:
+    """The plan that stores every kernel as int8 and prunes nothing: the dense int8 file."""
+    entries = []
+    for kernel in find_kernels(model):
+        if kernel.spec.exports_int8:
+            grouping = kernel.grouping("channel")
+            operations = np.full(grouping.shape, Operation.QUANTIZE, np.uint8)
+            entries.append(
+                KernelPlan(kernel.path, kernel.shape, kernel.spec.layout, "channel", 8, operations)
+            )
+    return CompressionPlan(entries)
+
+
+def export_dense_int8(model: keras.Model, figures: Figures) -> Exported:
+    """The input model with int8 weights, exported the same way as the compressed one."""
+    plan = all_quantized(model)
+    return export_and_score(strip(wrap(model, plan)), plan, figures, "plan")

@@ -1,0 +1,190 @@
+"""What a search returns."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tf_keras as keras
+from rich.console import Console
+from rich.table import Table
+
+from rl_sparsity_tf.candidates import Candidate
+from rl_sparsity_tf.errors import FileExistsRLSparsityError
+from rl_sparsity_tf.export import export_tflite
+from rl_sparsity_tf.export_report import ExportReport
+from rl_sparsity_tf.files import check_new_file, replacing, write_text
+from rl_sparsity_tf.finishing import Figures, Finished
+from rl_sparsity_tf.kernels import find_kernels
+from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.plan import CompressionPlan
+from rl_sparsity_tf.run_directory import RESULT_FILES, check_directory
+
+
+class Result:
+    """A compressed model with everything that is known of it.
+
+    Attributes:
+        model: The compressed model, plain Keras, compiled as the original.
+        plan: The plan with the final masks.
+        metrics: The figures, as written to metrics.json.
+        history: One dict per search episode.
+        candidate: The plan as the search found it, before the final fine-tuning.
+        report: The report of the .tflite file.
+    """
+
+    def __init__(
+        self,
+        *,
+        dense: keras.Model,
+        finished: Finished,
+        metrics: dict[str, Any],
+        history: list[dict[str, Any]],
+        candidate: Candidate,
+        figures: Figures,
+    ):
+        self.model: keras.Model = finished.model
+        self.plan: CompressionPlan = finished.plan
+        self.metrics = metrics
+        self.history = history
+        self.candidate = candidate
+        self.report: ExportReport = finished.exported.report
+        self.figures = figures
+        self._dense = dense
+        self._tflite = finished.exported.content
+
+    def __repr__(self) -> str:
+        compressed = self.metrics["compressed"]
+        return (
+            f"Result(sparsity={compressed['sparsity']:.4f}, "
+            f"tflite_bytes={compressed['tflite_bytes']}, "
+            f"validation_metric={compressed['validation_metric']:.4f})"
+        )
+
+    def export_tflite(
+        self,
+        path: str | os.PathLike[str],
+        quantization: str | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> ExportReport:
+        """Writes the verified .tflite file, or makes one in another mode.
+
+        Args:
+            path: Where to write.
+            quantization: A mode of `export_tflite`; by default the file that the search made.
+            overwrite: Whether an existing file may be replaced.
+
+        Returns:
+            The file's report.
+        """
+        if quantization in (None, self.report.quantization):
+            with replacing(check_new_file(path, overwrite)) as temporary:
+                temporary.write_bytes(self._tflite)
+            return self.report
+        return export_tflite(
+            self.model,
+            path,
+            quantization,
+            plan=self.plan,
+            representative_data=self.figures.representative(),
+            overwrite=overwrite,
+        )
+
+    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes model.keras, model.tflite, plan.json, metrics.json and history.csv.
+
+        Args:
+            directory: A folder; made if it is missing.
+            overwrite: Whether files of these names may be replaced.
+
+        Raises:
+            FileExistsRLSparsityError: If one of the files is there and `overwrite` is false.
+        """
+        folder = check_directory(directory)
+        present = [name for name in RESULT_FILES if (folder / name).exists()]
+        if present and not overwrite:
+            raise FileExistsRLSparsityError(
+                f"The folder {str(folder)!r} already holds {present}. Choose another folder, or "
+                "pass overwrite=True."
+            )
+        folder.mkdir(exist_ok=True)
+        self.write_files(folder)
+
+    def write_files(self, folder: Path) -> None:
+        """Writes the result's files, each in one step; metrics.json last."""
+        with replacing(folder / "model.keras") as temporary:
+            self.model.save(temporary)
+        with replacing(folder / "model.tflite") as temporary:
+            temporary.write_bytes(self._tflite)
+        write_text(folder / "plan.json", self.plan.to_json())
+        write_text(folder / "history.csv", self._history_csv())
+        write_text(folder / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
+
+    def _history_csv(self) -> str:
+        text = io.StringIO()
+        names = [key for key in self.history[0] if key not in ("operations", "losses")]
+        counts = [operation.name.lower() for operation in Operation]
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([*names, *counts])
+        for entry in self.history:
+            row = [entry[name] for name in names]
+            writer.writerow([*row, *(entry["operations"][name] for name in counts)])
+        return text.getvalue()
+
+    def summary(self, print_fn: Callable[[str], Any] = print) -> None:
+        """Prints, for every kernel, what was done to it and what it costs in the file.
+
+        Args:
+            print_fn: Called with every line.
+        """
+        stored = {tensor.kernel: tensor for tensor in self.report.tensors if tensor.kernel}
+        table = Table(title="Compressed model", title_justify="left")
+        table.add_column("kernel")
+        for title in ("shape", "keep", "prune", "quantize", "shuffle"):
+            table.add_column(title, justify="right")
+        for title in ("sparsity", "bits", "bytes before", "bytes after"):
+            table.add_column(title, justify="right")
+        for kernel in find_kernels(self.model):
+            entry = self.plan.kernels.get(kernel.path)
+            tensor = stored.get(kernel.path)
+            counts = [
+                str(entry.weights_under(operation)) if entry else "-" for operation in Operation
+            ]
+            table.add_row(
+                kernel.path,
+                "x".join(map(str, kernel.shape)),
+                *counts,
+                f"{entry.sparsity:.4f}" if entry else "0",
+                tensor.dtype if tensor else "?",
+                f"{kernel.size * 4:,}",
+                f"{tensor.bytes:,}" if tensor else "?",
+            )
+        compressed, dense = self.metrics["compressed"], self.metrics["dense"]
+        for line in _lines(table):
+            print_fn(line)
+        print_fn(
+            f"sparsity {compressed['sparsity']:.4f} of all weights; file "
+            f"{dense['tflite_bytes']:,} -> {compressed['tflite_bytes']:,} bytes, gzipped "
+            f"{dense['gzip_bytes']:,} -> {compressed['gzip_bytes']:,}"
+        )
+        name = self.metrics["metric"]["name"]
+        print_fn(f"validation {name} {compressed['validation_metric']:.4f}")
+        if compressed["metric"] is not None:
+            print_fn(
+                f"test {name}: dense {dense['metric']:.4f}, compressed {compressed['metric']:.4f}, "
+                f".tflite {compressed['tflite_metric']:.4f}"
+            )
+        for note in self.report.notes:
+            print_fn(f"note: {note}")
+
+
+def _lines(table: Table) -> list[str]:
+    console = Console(file=io.StringIO(), width=130, color_system=None)
+    console.print(table)
+    return console.file.getvalue().rstrip().splitlines()  # type: ignore[attr-defined, no-any-return]

@@ -1,0 +1,230 @@
+"""The run directory: manifest, journal and checkpoints, so that nothing paid for is lost."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError, RunError
+from rl_sparsity_tf.files import replacing, sha256_of, write_text
+
+FORMAT_VERSION = 1
+_PACKAGES = (
+    "rl_sparsity_tf",
+    "tensorflow",
+    "tf-keras",
+    "tf-agents",
+    "tensorflow-probability",
+    "numpy",
+    "ai-edge-litert",
+    "litert-quantizer",
+)
+
+
+def model_fingerprint(model: keras.Model) -> str:
+    """SHA-256 of a model's architecture and weights."""
+    chunks = [model.to_json().encode()]
+    chunks += [np.ascontiguousarray(value).tobytes() for value in model.get_weights()]
+    return sha256_of(*chunks)
+
+
+def data_fingerprint(batches: Iterable[Any]) -> str:
+    """SHA-256 of batches of tensors."""
+    parts = [part for part in tf.nest.flatten(list(batches)) if part is not None]
+    return sha256_of(*(np.ascontiguousarray(part).tobytes() for part in parts))
+
+
+def versions() -> dict[str, str]:
+    """Versions and thread counts that a bit-identical repetition depends on."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    found["cpus"] = str(os.cpu_count())
+    found["inter_op_threads"] = str(tf.config.threading.get_inter_op_parallelism_threads())
+    found["intra_op_threads"] = str(tf.config.threading.get_intra_op_parallelism_threads())
+    return found
+
+
+class RunDirectory:
+    """One run's folder.
+
+    Args:
+        path: The folder; made if it is missing, its parent must exist.
+        arguments: What the run was called with, as JSON values. A folder with an unfinished run
+            of equal arguments is continued.
+        fingerprints: Fingerprints of the model and the data.
+        overwrite: Whether a finished run, or one with other arguments, may be replaced.
+
+    Raises:
+        ArgumentError: If the path is a file or its parent is missing.
+        FileExistsRLSparsityError: If the folder holds something else.
+        RunError: If its files are damaged.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        arguments: Mapping[str, Any],
+        fingerprints: Mapping[str, str],
+        overwrite: bool = False,
+    ):
+        self.path = Path(path)
+        check_directory(self.path)
+        self._journal = self.path / "journal.jsonl"
+        self._checkpoints = self.path / "checkpoints"
+        wanted = json.loads(json.dumps({"arguments": arguments, "fingerprints": fingerprints}))
+        present = self.path.is_dir() and any(self.path.iterdir())
+        self.resumed = present and self._continues(wanted, overwrite)
+        if not self.resumed:
+            self._start(wanted)
+
+    def _continues(self, wanted: Mapping[str, Any], overwrite: bool) -> bool:
+        manifest = self.path / "manifest.json"
+        if not manifest.is_file():
+            # Never delete what is not ours, not even when asked to overwrite.
+            raise FileExistsRLSparsityError(
+                f"The folder {str(self.path)!r} is not empty and holds no run of this package. "
+                "Choose another folder, or empty it."
+            )
+        try:
+            found = json.loads(manifest.read_text(encoding="utf-8"))
+            version = found["format_version"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if overwrite:
+                return False
+            raise RunError(
+                f"The manifest in {str(self.path)!r} cannot be read ({error}). Choose another "
+                "folder, or pass overwrite=True to start the run again."
+            ) from error
+        if overwrite:
+            return False
+        if (self.path / "metrics.json").exists():
+            raise FileExistsRLSparsityError(
+                f"The folder {str(self.path)!r} holds a finished run. Choose another folder, or "
+                "pass overwrite=True to replace it."
+            )
+        differences = _differences(found, wanted)
+        if version != FORMAT_VERSION or differences:
+            what = ", ".join(differences) or f"format_version {version}"
+            raise FileExistsRLSparsityError(
+                f"The folder {str(self.path)!r} holds an unfinished run that differs in {what}. "
+                "Call with the same arguments to continue it, choose another folder, or pass "
+                "overwrite=True to replace it."
+            )
+        return True
+
+    def _start(self, wanted: Mapping[str, Any]) -> None:
+        self.path.mkdir(exist_ok=True)
+        self._checkpoints.mkdir(exist_ok=True)
+        for old in (*RESULT_FILES, "journal.jsonl"):
+            (self.path / old).unlink(missing_ok=True)
+        for checkpoint in self._checkpoints.glob("*.npz"):
+            checkpoint.unlink()
+        manifest = {"format_version": FORMAT_VERSION, **wanted, "versions": versions()}
+        write_text(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        self._journal.touch()
+
+    # ------------------------------------------------------------------ the journal
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Adds a line to the journal; it is on the disk when this returns."""
+        with open(self._journal, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_journal(self, episodes: int) -> list[dict[str, Any]]:
+        """Reads the first episodes' lines and forgets what is behind them.
+
+        Lines behind the last checkpoint (a torn last line among them) are of work that will be
+        done again.
+
+        Raises:
+            RunError: If the lines of those episodes are damaged.
+        """
+        lines = self._journal.read_text(encoding="utf-8").splitlines()[:episodes]
+        try:
+            entries = [json.loads(line) for line in lines]
+            if [entry["episode"] for entry in entries] != list(range(episodes)):
+                raise ValueError(f"expected episodes 0 to {episodes - 1}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"The journal in {str(self.path)!r} is damaged ({error}). Pass overwrite=True to "
+                "start the run again."
+            ) from error
+        write_text(self._journal, "".join(line + "\n" for line in lines))
+        return entries
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save_checkpoint(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes arrays as `checkpoints/name.npz`, in one step."""
+        with (
+            replacing(self._checkpoints / f"{name}.npz") as temporary,
+            open(temporary, "wb") as file,
+        ):
+            np.savez(file, **dict(arrays))  # type: ignore[arg-type]
+
+    def load_checkpoint(self, name: str) -> dict[str, np.ndarray] | None:
+        """Reads the arrays of a checkpoint; None if there is none.
+
+        Raises:
+            RunError: If the file is damaged.
+        """
+        path = self._checkpoints / f"{name}.npz"
+        if not path.exists():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return {key: arrays[key] for key in arrays.files}
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise RunError(
+                f"The checkpoint {str(path)!r} cannot be read ({error}). Pass overwrite=True to "
+                "start the run again."
+            ) from error
+
+    def drop_checkpoints(self, keep: set[str]) -> None:
+        """Removes all checkpoints but some."""
+        for path in self._checkpoints.glob("*.npz"):
+            if path.stem not in keep:
+                path.unlink()
+
+
+RESULT_FILES = ("model.keras", "model.tflite", "plan.json", "metrics.json", "history.csv")
+"""What a finished run adds to its folder."""
+
+
+def check_directory(path: str | os.PathLike[str]) -> Path:
+    """Raises unless a folder exists or can be made at `path`."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ArgumentError(f"{str(path)!r} is a file. Expected a folder to write to.")
+    if not path.absolute().parent.is_dir():
+        raise ArgumentError(
+            f"The folder {str(path.absolute().parent)!r} does not exist. Create it first, or "
+            f"choose another place for {path.name!r}."
+        )
+    return path
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    names = []
+    for part in ("arguments", "fingerprints"):
+        mine, theirs = wanted[part], found.get(part, {})
+        for key in sorted(set(mine) | set(theirs)):
+            if mine.get(key) != theirs.get(key):
+                detail = f" ({theirs.get(key)!r}, now {mine.get(key)!r})"
+                names.append(f"{key}{detail if part == 'arguments' else ''}")
+    return names

@@ -1,0 +1,387 @@
+"""The search: an agent compresses a model layer by layer, and learns from what it costs."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from rl_sparsity_tf.agents import AgentConfig, build_agent, resolve_config
+from rl_sparsity_tf.budget import Target
+from rl_sparsity_tf.candidates import Candidate
+from rl_sparsity_tf.compile_state import compile_arguments
+from rl_sparsity_tf.conversion import start_worker
+from rl_sparsity_tf.data import TrainingData, evaluation_data, training_data
+from rl_sparsity_tf.environment import LayerEnvironment
+from rl_sparsity_tf.errors import ArgumentError, DataError, RunError, check_choice
+from rl_sparsity_tf.export import QUANTIZATIONS
+from rl_sparsity_tf.finishing import Figures, export_and_score, export_dense_int8, finish
+from rl_sparsity_tf.finishing import score_model as score
+from rl_sparsity_tf.grouping import GROUPS
+from rl_sparsity_tf.kernels import check_model
+from rl_sparsity_tf.mask_training import default_epochs
+from rl_sparsity_tf.metrics import build_metrics
+from rl_sparsity_tf.network import CompressedNetwork, Recovery
+from rl_sparsity_tf.progress import SearchProgress
+from rl_sparsity_tf.result import Result
+from rl_sparsity_tf.reward import Reward, RewardFunction, bounded
+from rl_sparsity_tf.run_directory import RunDirectory, data_fingerprint, model_fingerprint
+
+
+class Compressor:
+    """Compresses a trained model to a target by reinforcement learning.
+
+    Args:
+        model: A built and compiled Sequential or functional `tf_keras` model. It is not changed.
+        target: What to reach.
+        agent: `"dqn"`, `"ppo"`, `"random"` (a baseline), or a configuration such as
+            `rls.DQN(learning_rate=1e-3)`.
+        group: The smallest unit one operation applies to: `"element"`, `"block4"`, `"block16"` or
+            `"channel"`.
+        directory: Folder for manifest, journal, checkpoints and the result. The same call
+            continues a run that was cut off; other folders that are not empty are refused.
+        seed: Everything random follows from it. TF-Agents and dropout draw from TensorFlow's
+            global generator, which is seeded at the start of every episode.
+        reward: The reward; a callable `(outcome, previous) -> float` replaces the default.
+        recovery: How the network recovers after a decision.
+        metric: Which of the model's metrics to keep, if not the first: its name, or its name and
+            `"max"` or `"min"`.
+        buckets: Decisions per kernel and episode.
+
+    Raises:
+        RLSparsityError: If an argument cannot be used; nothing has been trained by then.
+
+    Example:
+        >>> compressor = rls.Compressor(model, target=rls.Target(sparsity=0.9))
+        >>> result = compressor.search((x, y), validation_data=(x_val, y_val))
+        >>> result.summary()
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        target: Target | None = None,
+        agent: str | AgentConfig = "dqn",
+        group: str = "element",
+        directory: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+        *,
+        reward: RewardFunction | None = None,
+        recovery: Recovery | None = None,
+        metric: str | tuple[str, str] | None = None,
+        buckets: int = 8,
+    ):
+        check_model(model)
+        self.model = model
+        self.target = Target(sparsity=0.9) if target is None else target
+        _check_type("target", self.target, Target, "rls.Target(sparsity=0.9)")
+        self.agent = resolve_config(agent)
+        self.group = check_choice("group", group, GROUPS)
+        self.directory = directory
+        self.seed = _check_count("seed", seed, 0)
+        self.reward: RewardFunction = Reward() if reward is None else reward
+        if not callable(self.reward):
+            raise ArgumentError(
+                f"reward={reward!r} cannot be called. Expected rls.Reward(...) or a function "
+                "(outcome, previous) -> float."
+            )
+        self.recovery = Recovery() if recovery is None else recovery
+        _check_type("recovery", self.recovery, Recovery, "Recovery(method='finetune')")
+        self.metric = metric
+        self.buckets = _check_count("buckets", buckets, 1)
+
+    def search(
+        self,
+        train: Any,
+        validation_data: Any = None,
+        test_data: Any = None,
+        episodes: int = 24,
+        *,
+        batch_size: int = 128,
+        finetune_epochs: int | None = None,
+        quantization: str = "plan",
+        overwrite: bool = False,
+        verbose: int = 1,
+    ) -> Result:
+        """Searches, fine-tunes the best plan, and exports it.
+
+        In every episode each kernel's buckets are decided one after the other; after every
+        decision the network recovers and is evaluated on the validation data. One policy serves
+        all kernels.
+
+        Args:
+            train: Training data as `fit` takes it: `(x, y)`, `(x, y, sample_weight)` or a batched
+                `tf.data.Dataset`.
+            validation_data: Validation data in the same forms. It steers the search.
+            test_data: Test data in the same forms; only the final figures use it.
+            episodes: Passes over all kernels.
+            batch_size: Rows in a batch, where `train` is not batched already.
+            finetune_epochs: Epochs of the final fine-tuning; by default about 1,500 steps.
+            quantization: How the result is exported, see `export_tflite`.
+            overwrite: Whether a run in `directory` may be replaced.
+            verbose: 0 silent, 1 a progress display, 2 a line per episode.
+
+        Returns:
+            The finished model with its plan, figures and .tflite file.
+
+        Raises:
+            RLSparsityError: If the data does not fit, or the target is out of reach; nothing has
+                been trained by then.
+        """
+        _check_count("episodes", episodes, 1)
+        _check_count("batch_size", batch_size, 1)
+        if finetune_epochs is not None:
+            _check_count("finetune_epochs", finetune_epochs, 0)
+        check_choice("quantization", quantization, QUANTIZATIONS)
+        if verbose not in (0, 1, 2):
+            raise ArgumentError(f"verbose={verbose!r} is not known. Expected 0, 1 or 2.")
+        if validation_data is None:
+            raise DataError(
+                "There is no validation_data, which the reward is computed from. Pass "
+                "validation_data=(x, y) that the model was not trained on."
+            )
+        started = time.monotonic()
+        start_worker()  # its imports overlap the search
+        data = training_data(train, self.model, batch_size=batch_size, seed=self.seed)
+        validation = evaluation_data(validation_data, self.model, "validation_data")
+        test = None if test_data is None else evaluation_data(test_data, self.model, "test_data")
+        network = CompressedNetwork(
+            self.model,
+            data,
+            validation,
+            target=self.target,
+            group=self.group,
+            recovery=self.recovery,
+            metric=self.metric,
+            seed=self.seed,
+        )
+        epochs = default_epochs(data) if finetune_epochs is None else finetune_epochs
+        run = self._open_run(data, validation, test, episodes, epochs, quantization, overwrite)
+        progress = SearchProgress(episodes, network.metric.name, verbose)
+        loop = SearchLoop(self, network, run)
+        best = loop.run(episodes, progress)
+        figures = Figures(train=data, validation=validation, test=test, metric=network.metric)
+        progress.say(f"fine-tuning the best plan (episode {best.episode + 1}) and exporting it")
+        tf.random.set_seed(self.seed)
+        finished = finish(self.model, best, figures, epochs=epochs, quantization=quantization)
+        metrics = build_metrics(
+            finished=finished,
+            dense=export_and_score(self.model, None, figures, "none"),
+            dense_int8=export_dense_int8(self.model, figures),
+            dense_test=score(self.model, test, network.metric) if test else None,
+            metric=network.metric,
+            agent=self.agent.name,
+            seed=self.seed,
+            proposed_by=best.proposed_by,
+            episodes=episodes,
+            evaluations=loop.evaluations,
+            seconds=loop.seconds + time.monotonic() - started,
+        )
+        result = Result(
+            dense=self.model,
+            finished=finished,
+            metrics=metrics,
+            history=loop.history,
+            candidate=best,
+            figures=figures,
+        )
+        if run is not None:
+            result.write_files(run.path)
+        return result
+
+    def _open_run(
+        self,
+        data: TrainingData,
+        validation: list[Any],
+        test: list[Any] | None,
+        episodes: int,
+        epochs: int,
+        quantization: str,
+        overwrite: bool,
+    ) -> RunDirectory | None:
+        if self.directory is None:
+            return None
+        reward = self.reward
+        described = reward.to_dict() if isinstance(reward, Reward) else _name_of(reward)
+        arguments = {
+            "target": self.target.to_dict(),
+            "agent": self.agent.to_dict(),
+            "group": self.group,
+            "seed": self.seed,
+            "reward": described,
+            "recovery": self.recovery.to_dict(),
+            "metric": list(self.metric) if isinstance(self.metric, tuple) else self.metric,
+            "buckets": self.buckets,
+            "episodes": episodes,
+            "finetune_epochs": epochs,
+            "quantization": quantization,
+        }
+        compiled = compile_arguments(self.model) or {}
+        fingerprints = {
+            "model": model_fingerprint(self.model),
+            "loss": _name_of(compiled.get("loss")),
+            "train": data_fingerprint(data.pool),
+            "validation_data": data_fingerprint(validation),
+            "test_data": data_fingerprint(test or []),
+        }
+        return RunDirectory(self.directory, arguments, fingerprints, overwrite)
+
+
+class SearchLoop:
+    """The episodes of one search; continues where a run directory's checkpoint stands.
+
+    Args:
+        compressor: What to search for.
+        network: The network.
+        run: Where to keep the journal and checkpoints, if anywhere.
+    """
+
+    def __init__(
+        self, compressor: Compressor, network: CompressedNetwork, run: RunDirectory | None
+    ):
+        self._compressor = compressor
+        self._network = network
+        self._run = run
+        self.environments = [
+            LayerEnvironment(
+                network, kernel.path, reward=compressor.reward, buckets=compressor.buckets
+            )
+            for kernel in network.kernels
+        ]
+        first = self.environments[0]
+        self.agent = build_agent(
+            compressor.agent, first.time_step_spec(), first.action_spec(), seed=compressor.seed
+        )
+        self.history: list[dict[str, Any]] = []
+        self.best: Candidate | None = None
+        self.seconds = 0.0
+        self._done = 0
+        if run is not None and run.resumed:
+            self._resume(run)
+
+    @property
+    def evaluations(self) -> int:
+        """Distinct plans scored on validation data, those before a resume included."""
+        return self._network.evaluations
+
+    def run(self, episodes: int, progress: SearchProgress) -> Candidate:
+        """Runs the episodes that are left and returns the best candidate of all."""
+        with progress.running(f"{self.agent.name} search"):
+            for episode in range(self._done, episodes):
+                entry = self._episode(episode)
+                assert self.best is not None
+                progress.update(
+                    episode + 1,
+                    reward=entry["reward"],
+                    best=self.best.value,
+                    metric=entry["validation_metric"],
+                    sparsity=entry["sparsity"],
+                )
+        assert self.best is not None
+        return self.best
+
+    def _episode(self, episode: int) -> dict[str, Any]:
+        started = time.monotonic()
+        network, agent = self._network, self.agent
+        words = np.random.SeedSequence([self._compressor.seed, episode]).generate_state(1)
+        tf.random.set_seed(int(words[0]))
+        network.reset()
+        total = 0.0
+        for environment in self.environments:
+            environment.commit()
+            time_step = environment.reset()
+            while not time_step.is_last():
+                time_step = environment.step(np.int32(agent.step(time_step)))
+                agent.observe(time_step)
+                total += float(time_step.reward)
+        value = bounded(self._compressor.reward, network.outcome, None)
+        losses = agent.end_episode(bonus=value)
+        candidate = Candidate.of(network, value, episode, agent.name)
+        improved = candidate.better_than(self.best)
+        if improved:
+            self.best = candidate
+        outcome = network.outcome
+        entry = {
+            "episode": episode,
+            "agent": agent.name,
+            "reward": value,
+            "step_rewards": total,
+            "validation_metric": outcome.metric,
+            "validation_loss": outcome.loss,
+            "sparsity": outcome.sparsity,
+            "stored_bits": outcome.stored_bits,
+            "reconstruction_error": outcome.reconstruction_error,
+            "operations": network.plan.count_operations(),
+            "illegal_actions": sum(e.illegal_actions for e in self.environments),
+            "evaluations": self.evaluations,
+            "improved": improved,
+            "losses": {name: float(number) for name, number in losses.items()},
+            "seconds": time.monotonic() - started,
+        }
+        self.history.append(entry)
+        self._save(entry, improved)
+        return entry
+
+    def _save(self, entry: dict[str, Any], improved: bool) -> None:
+        if self._run is None:
+            return
+        assert self.best is not None
+        self._run.append(entry)
+        if improved:
+            self._run.save_checkpoint(f"best-{self.best.episode}", self.best.to_arrays())
+        state = {f"agent:{key}": value for key, value in self.agent.get_state().items()}
+        state["seen"] = np.array(sorted(self._network.seen), dtype="S64")
+        state["episodes"] = np.array(entry["episode"] + 1)
+        state["best"] = np.array(self.best.episode)
+        state["illegal_actions"] = np.array([e.illegal_actions for e in self.environments])
+        # The pointer is written last: a run cut off before it redoes the episode.
+        self._run.save_checkpoint("latest", state)
+        self._run.drop_checkpoints(keep={"latest", f"best-{self.best.episode}"})
+
+    def _resume(self, run: RunDirectory) -> None:
+        state = run.load_checkpoint("latest")
+        if state is None:
+            run.read_journal(0)
+            return
+        self._done = int(state["episodes"])
+        self.history = run.read_journal(self._done)
+        self.seconds = sum(entry["seconds"] for entry in self.history)
+        best = run.load_checkpoint(f"best-{int(state['best'])}")
+        if best is None:
+            raise RunError(
+                f"The run in {str(run.path)!r} lacks the checkpoint of its best plan. Pass "
+                "overwrite=True to start the run again."
+            )
+        self.best = Candidate.from_arrays(best)
+        self.agent.set_state(
+            {key.removeprefix("agent:"): v for key, v in state.items() if key.startswith("agent:")}
+        )
+        self._network.seen = {bytes(key).decode() for key in state["seen"]}
+        for environment, count in zip(self.environments, state["illegal_actions"], strict=True):
+            environment.illegal_actions = int(count)
+
+
+def _name_of(value: Any) -> str:
+    name = getattr(value, "__qualname__", None) or getattr(value, "name", None)
+    return str(name or (value if isinstance(value, str) else type(value).__qualname__))
+
+
+def _check_type(name: str, value: object, expected: type, example: str) -> None:
+    if not isinstance(value, expected):
+        raise ArgumentError(
+            f"{name}={value!r} is a {type(value).__name__}. Expected a {expected.__name__}, for "
+            f"example {example}."
+        )
+
+
+def _check_count(name: str, value: object, smallest: int) -> int:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or int(value) < smallest:  # type: ignore[call-overload]
+        raise ArgumentError(
+            f"{name}={value!r} cannot be used. Expected a whole number of at least {smallest}."
+        )
+    return int(value)  # type: ignore[call-overload, no-any-return]
