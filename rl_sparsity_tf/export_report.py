@@ -1,0 +1,105 @@
+"""What an export wrote and how close it is to the Keras model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorReport:
+    """One constant tensor of an exported file.
+
+    Attributes:
+        name: The tensor's name in the file.
+        kernel: Path of the Keras kernel it holds, or None.
+        shape: Its shape in TFLite's layout.
+        dtype: How it is stored: "float32", "float16", "int8", "int4", ...
+        elements: Number of values.
+        zeros: How many of them are zero; None if they cannot be read (sparse format).
+        bytes: Stored size.
+    """
+
+    name: str
+    kernel: str | None
+    shape: tuple[int, ...]
+    dtype: str
+    elements: int
+    zeros: int | None
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """The result of [export_tflite][rl_sparsity_tf.export.export_tflite].
+
+    Attributes:
+        path: The file.
+        quantization: The mode it was exported in.
+        tflite_bytes: Size of the file.
+        gzip_bytes: Its size after gzip at level 9.
+        max_abs_difference: Largest absolute difference to Keras's outputs on the sample inputs,
+            with and without XNNPACK, over batch sizes.
+        output_range: Largest minus smallest value of that output in Keras (at least a tenth of
+            its largest magnitude).
+        top1_agreement: Share of sample rows with the same largest output; None for regression.
+        tolerance: Largest difference that was allowed, relative to `output_range`. In mode "int8"
+            it binds only outputs without a top-1, unless it was passed by the caller.
+        tensors: The constants of the file, largest first.
+        notes: What was not done as asked, and why.
+        batch_size: The batch size the file is fixed to; None if it is open.
+    """
+
+    path: str
+    quantization: str
+    tflite_bytes: int
+    gzip_bytes: int
+    max_abs_difference: float
+    output_range: float
+    top1_agreement: float | None
+    tolerance: float
+    tensors: tuple[TensorReport, ...]
+    notes: tuple[str, ...]
+    batch_size: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        values = dataclasses.asdict(self)
+        for tensor in values["tensors"]:
+            tensor["shape"] = list(tensor["shape"])
+        return values | {"tensors": list(values["tensors"]), "notes": list(self.notes)}
+
+    def summary(self, print_fn: Callable[[str], Any] = print) -> None:
+        """Prints the kernels' tensors, the sizes and the agreement as a table.
+
+        Args:
+            print_fn: Called with every line.
+        """
+        rows = [("Kernel", "Tensor shape", "Type", "Zeros", "Bytes")]
+        for tensor in self.tensors:
+            if tensor.kernel is not None:
+                zeros = "?" if tensor.zeros is None else f"{tensor.zeros / tensor.elements:.1%}"
+                shape = "x".join(map(str, tensor.shape))
+                rows.append((tensor.kernel, shape, tensor.dtype, zeros, f"{tensor.bytes:,}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+        print_fn(f"{self.path} (quantization: {self.quantization})")
+        print_fn(rule)
+        for number, row in enumerate(rows):
+            left = (cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True))
+            right = (cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True))
+            print_fn("  ".join([*left, *right]).rstrip())
+            if number == 0:
+                print_fn(rule)
+        print_fn(rule)
+        print_fn(f"File: {self.tflite_bytes:,} bytes ({self.gzip_bytes:,} after gzip)")
+        print_fn(f"Batch size: {'any' if self.batch_size is None else self.batch_size}")
+        print_fn(
+            f"Largest difference to Keras: {self.max_abs_difference:.3g} of an output range of "
+            f"{self.output_range:.3g} (allowed: {self.tolerance:g} of it)"
+        )
+        if self.top1_agreement is not None:
+            print_fn(f"Same top-1 as Keras: {self.top1_agreement:.1%}")
+        for note in self.notes:
+            print_fn(f"Note: {note}")

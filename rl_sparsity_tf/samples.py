@@ -1,0 +1,195 @@
+"""Inputs for calibrating and checking an exported file: the user's rows, or seeded random ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from rl_sparsity_tf.errors import ArgumentError, DataError
+from rl_sparsity_tf.kernels import walk
+
+# Size given to an axis that the model leaves open, such as an image's height.
+_OPEN_AXIS = 16
+_SMALL_INTEGERS = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """One input of a model.
+
+    Attributes:
+        name: The input's Keras name.
+        shape: Shape of one row; None for an open axis.
+        dtype: NumPy type name.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+
+    def accepts(self, array: np.ndarray) -> bool:
+        """Whether an array is a batch of rows of this input."""
+        return array.ndim == len(self.shape) + 1 and all(
+            wanted is None or wanted == size
+            for wanted, size in zip(self.shape, array.shape[1:], strict=True)
+        )
+
+
+def input_specs(model: keras.Model) -> tuple[InputSpec, ...]:
+    """Describes a model's inputs in Keras's order."""
+    return tuple(
+        InputSpec(
+            name=tensor.name.split(":")[0],
+            shape=tuple(tensor.shape[1:]),
+            dtype=tf.as_dtype(tensor.dtype).name,
+        )
+        for tensor in model.inputs
+    )
+
+
+def collect_rows(data: object, specs: Sequence[InputSpec], max_rows: int) -> list[np.ndarray]:
+    """Takes the first rows of the data a user gave.
+
+    Args:
+        data: An array (one input), a tuple or list with one array per input, a mapping from input
+            names to arrays, or an iterable of batches (a tf.data.Dataset, a generator), each batch
+            being one of these or `(inputs, targets)`. Iterables are read only as far as needed.
+        specs: The model's inputs.
+        max_rows: Number of rows to take at most.
+
+    Returns:
+        One array per input, of shape (rows, ...) and the input's type.
+
+    Raises:
+        DataError: If the data does not fit the inputs, is empty or is not finite.
+    """
+    batches: list[list[np.ndarray]] = []
+    whole = _as_inputs(data, specs)
+    if whole is not None:
+        batches.append(whole)
+    elif isinstance(data, Iterable) and not isinstance(data, (np.ndarray, Mapping, str, bytes)):
+        rows = 0
+        for batch in data:
+            inputs = _batch_inputs(batch, specs)
+            if inputs is None:
+                raise _misfit(batch, specs)
+            batches.append(inputs)
+            rows += len(inputs[0])
+            if rows >= max_rows:
+                break
+    else:
+        raise _misfit(data, specs)
+    if not batches or not len(batches[0][0]):
+        raise DataError("representative_data has no rows. Give at least one row of inputs.")
+    columns = [np.concatenate(parts)[:max_rows] for parts in zip(*batches, strict=True)]
+    for spec, column in zip(specs, columns, strict=True):
+        if np.issubdtype(column.dtype, np.floating) and not np.isfinite(column).all():
+            raise DataError(
+                f"representative_data for input {spec.name!r} contains NaN or infinite values. "
+                "Expected finite numbers: clean the data first."
+            )
+    return columns
+
+
+def random_rows(model: keras.Model, specs: Sequence[InputSpec], rows: int) -> list[np.ndarray]:
+    """Draws inputs where no data was given; the same ones at every call.
+
+    Floats are uniform in [-1, 1], which covers scaled images and most of a standardised feature;
+    8-bit integers take all their values; other integers are ids: below the smallest Embedding's
+    vocabulary, or 0 and 1 in a model without one.
+
+    Raises:
+        ArgumentError: If an input has a type that cannot be drawn, such as a string.
+    """
+    generator = np.random.default_rng(0)
+    vocabularies = [
+        layer.input_dim for _, layer in walk(model) if isinstance(layer, keras.layers.Embedding)
+    ]
+    ids = min(vocabularies, default=_SMALL_INTEGERS)
+    drawn = []
+    for spec in specs:
+        shape = (rows, *(_OPEN_AXIS if size is None else size for size in spec.shape))
+        dtype = np.dtype(spec.dtype) if spec.dtype in np.sctypeDict else None
+        if dtype is None or dtype.kind not in "fiub":
+            raise ArgumentError(
+                f"Input {spec.name!r} is of type {spec.dtype}; a .tflite file can only be checked "
+                "on numbers. Export the part of the model that follows the preprocessing."
+            )
+        if dtype.kind == "f":
+            drawn.append(generator.uniform(-1, 1, shape).astype(dtype))
+        elif dtype.itemsize == 1 and dtype.kind in "iu":
+            limits = np.iinfo(dtype)
+            drawn.append(generator.integers(limits.min, limits.max + 1, shape).astype(dtype))
+        else:
+            drawn.append(
+                generator.integers(0, 2 if dtype.kind == "b" else ids, shape).astype(dtype)
+            )
+    return drawn
+
+
+def _as_inputs(data: object, specs: Sequence[InputSpec]) -> list[np.ndarray] | None:
+    """Reads `data` as one array of rows per input, or returns None if it is not that."""
+    if isinstance(data, (np.ndarray, tf.Tensor)):
+        arrays: list[Any] = [data]
+    elif isinstance(data, Mapping):
+        if set(data) != {spec.name for spec in specs}:
+            return None
+        arrays = [data[spec.name] for spec in specs]
+    elif isinstance(data, (tuple, list)):
+        arrays = list(data)
+    else:
+        return None
+    if len(arrays) != len(specs) or not all(isinstance(a, (np.ndarray, tf.Tensor)) for a in arrays):
+        return None
+    rows = [np.asarray(array) for array in arrays]
+    if not all(spec.accepts(row) for spec, row in zip(specs, rows, strict=True)):
+        return None
+    if len({len(row) for row in rows}) != 1:
+        return None
+    return [row.astype(spec.dtype) for spec, row in zip(specs, rows, strict=True)]
+
+
+def _batch_inputs(batch: object, specs: Sequence[InputSpec]) -> list[np.ndarray] | None:
+    inputs = _as_inputs(batch, specs)
+    if inputs is None and isinstance(batch, (tuple, list)) and batch:
+        # (inputs, targets) or (inputs, targets, sample weights), as fit takes them.
+        inputs = _as_inputs(batch[0], specs)
+    if inputs is None:
+        # A dataset that was not batched yields single rows.
+        first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        for candidate in (batch, first):
+            single = [candidate] if len(specs) == 1 else candidate
+            if isinstance(single, (tuple, list)) and len(single) == len(specs):
+                rows = [
+                    np.asarray(row)[None]
+                    for row in single
+                    if isinstance(row, (np.ndarray, tf.Tensor))
+                ]
+                if inputs is None and len(rows) == len(specs):
+                    inputs = _as_inputs(rows, specs)
+    return inputs
+
+
+def _misfit(data: object, specs: Sequence[InputSpec]) -> DataError:
+    wanted = ", ".join(f"{spec.name!r} {(None, *spec.shape)} {spec.dtype}" for spec in specs)
+    if isinstance(data, Mapping):
+        got = f"a mapping with the keys {sorted(map(str, data))}"
+    elif isinstance(data, (tuple, list)):
+        got = f"a {type(data).__name__} of {[_describe(item) for item in data[:4]]}"
+    else:
+        got = _describe(data)
+    return DataError(
+        f"The data received is {got}; the model's inputs are {wanted}. Expected an array, a tuple "
+        "with one array per input in that order (first axis: rows), a mapping from input names to "
+        "arrays, or an iterable of such batches, with or without targets."
+    )
+
+
+def _describe(item: object) -> str:
+    shape = getattr(item, "shape", None)
+    return type(item).__name__ if shape is None else f"{type(item).__name__}{tuple(shape)}"
