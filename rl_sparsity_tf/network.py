@@ -188,12 +188,13 @@ class CompressedNetwork:
         assert kernel.wrapper is not None
         kernel.wrapper.assign_operations(kernel.spec.attribute, self.operations[path])
         if self.recovery.method == "finetune":
-            self._finetune(self.recovery.steps)
+            self.train_steps(self.recovery.steps)
         self.errors[path] = self.autoencoder.error(path, self.effective_matrix(path))
         self.outcome = self.evaluate()
         return self.outcome
 
-    def _finetune(self, steps: int) -> None:
+    def train_steps(self, steps: int) -> None:
+        """Trains on the next batches of the pool, with the operations held."""
         for _ in range(steps):
             self._train_function(*self.train.batch(self._clock))
             self._clock += 1

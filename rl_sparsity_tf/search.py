@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from typing import Any
@@ -93,6 +94,7 @@ class Compressor:
         _check_type("recovery", self.recovery, Recovery, "Recovery(method='finetune')")
         self.metric = metric
         self.buckets = _check_count("buckets", buckets, 1)
+        self.last: FinishedSearch
 
     def search(
         self,
@@ -104,6 +106,7 @@ class Compressor:
         batch_size: int = 128,
         finetune_epochs: int | None = None,
         quantization: str = "plan",
+        dataset: str | None = None,
         overwrite: bool = False,
         verbose: int = 1,
     ) -> Result:
@@ -122,6 +125,7 @@ class Compressor:
             batch_size: Rows in a batch, where `train` is not batched already.
             finetune_epochs: Epochs of the final fine-tuning; by default about 1,500 steps.
             quantization: How the result is exported, see `export_tflite`.
+            dataset: Name of the data, for metrics.json.
             overwrite: Whether a run in `directory` may be replaced.
             verbose: 0 silent, 1 a progress display, 2 a line per episode.
 
@@ -180,6 +184,7 @@ class Compressor:
             episodes=episodes,
             evaluations=loop.evaluations,
             seconds=loop.seconds + time.monotonic() - started,
+            dataset=dataset,
         )
         result = Result(
             dense=self.model,
@@ -191,6 +196,15 @@ class Compressor:
         )
         if run is not None:
             result.write_files(run.path)
+        self.last = FinishedSearch(
+            network=network,
+            loop=loop,
+            figures=figures,
+            result=result,
+            episodes=episodes,
+            epochs=epochs,
+            quantization=quantization,
+        )
         return result
 
     def _open_run(
@@ -363,6 +377,29 @@ class SearchLoop:
         self._network.seen = {bytes(key).decode() for key in state["seen"]}
         for environment, count in zip(self.environments, state["illegal_actions"], strict=True):
             environment.illegal_actions = int(count)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinishedSearch:
+    """What a search leaves behind for contenders to be run under the same conditions.
+
+    Attributes:
+        network: The network, with its cached data and traced functions.
+        loop: The episodes.
+        figures: Data and metric.
+        result: What was returned.
+        episodes: How many there were.
+        epochs: Epochs of the final fine-tuning.
+        quantization: How it was exported.
+    """
+
+    network: CompressedNetwork
+    loop: SearchLoop
+    figures: Figures
+    result: Result
+    episodes: int
+    epochs: int
+    quantization: str
 
 
 def _name_of(value: Any) -> str:

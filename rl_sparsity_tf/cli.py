@@ -1,0 +1,191 @@
+"""The command line: `rl-sparsity demo` and `rl-sparsity compress`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+
+from rl_sparsity_tf.errors import RLSparsityError
+from rl_sparsity_tf.version import __version__
+
+_GROUPS = ("element", "block4", "block16", "channel")
+_QUANTIZATIONS = ("plan", "none", "dynamic", "int8", "float16")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """One line instead of the usage and a line."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(
+        prog="rl-sparsity",
+        description="Compress trained Keras models by reinforcement learning, export TFLite.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    demo = commands.add_parser("demo", help="train a small network, compress it, compare")
+    demo.add_argument(
+        "--dataset", default="digits", help="digits, or a TFDS image classification set"
+    )
+    demo.add_argument(
+        "--memory-limit-mb", type=float, default=2048, help="what the data set may take"
+    )
+    demo.add_argument("--output", help="folder for the run")
+    _add_search_arguments(demo)
+
+    compress = commands.add_parser("compress", help="compress a model of your own")
+    compress.add_argument("model", help=".keras or .h5 file, or SavedModel folder of tf_keras")
+    data = compress.add_mutually_exclusive_group(required=True)
+    data.add_argument(
+        "--data", help=".npz with x_train, y_train, x_validation, y_validation[, x_test, y_test]"
+    )
+    data.add_argument("--dataset", help="digits, or a TFDS image classification set")
+    compress.add_argument(
+        "--memory-limit-mb", type=float, default=2048, help="what a TFDS data set may take"
+    )
+    compress.add_argument("--output", required=True, help="folder for the run")
+    compress.add_argument("--group", choices=_GROUPS, default="element", help="unit of decision")
+    compress.add_argument(
+        "--quantization", choices=_QUANTIZATIONS, default="plan", help="how to export"
+    )
+    compress.add_argument("--batch-size", type=int, default=128, help="rows in a training batch")
+    compress.add_argument(
+        "--finetune-epochs", type=int, help="epochs of the final fine-tuning (about 1,500 steps)"
+    )
+    compress.add_argument(
+        "--loss", help="loss to compile the model with, if it is saved uncompiled"
+    )
+    compress.add_argument(
+        "--trusted", action="store_true", help="open files that contain code of their own"
+    )
+    compress.add_argument("--overwrite", action="store_true", help="replace a run in --output")
+    _add_search_arguments(compress)
+    return parser
+
+
+def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--agent", choices=("dqn", "ppo"), default="dqn", help="who decides")
+    parser.add_argument(
+        "--target-sparsity", type=float, default=0.9, help="share of weights to become zero"
+    )
+    parser.add_argument("--episodes", type=int, default=24, help="passes over all layers")
+    parser.add_argument("--seed", type=int, default=0, help="everything random follows from it")
+    parser.add_argument(
+        "--verbose", type=int, choices=(0, 1, 2), default=1, help="0 silent, 2 a line an episode"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: The command line without the program's name; by default the process's.
+
+    Returns:
+        0, or 2 for wrong use or bad input, which is said in one line on standard error.
+    """
+    options = build_parser().parse_args(arguments)
+    with _quiet():
+        try:
+            (_demo if options.command == "demo" else _compress)(options)
+        except RLSparsityError as error:
+            message = " ".join(str(error).split())
+            print(f"rl-sparsity {options.command}: {message}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"rl-sparsity {options.command}: interrupted", file=sys.stderr)
+            return 130
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from rl_sparsity_tf.demo import run_demo
+
+    run_demo(
+        options.dataset,
+        agent=options.agent,
+        output=options.output,
+        seed=options.seed,
+        episodes=options.episodes,
+        sparsity=options.target_sparsity,
+        memory_limit_mb=options.memory_limit_mb,
+        verbose=options.verbose,
+    )
+
+
+def _compress(options: argparse.Namespace) -> None:
+    from rl_sparsity_tf.budget import Target
+    from rl_sparsity_tf.comparison import comparison_table
+    from rl_sparsity_tf.datasets import load_dataset, load_npz
+    from rl_sparsity_tf.errors import ModelError
+    from rl_sparsity_tf.model_files import load_model
+    from rl_sparsity_tf.search import Compressor
+
+    target = Target(sparsity=options.target_sparsity)
+    model = load_model(options.model, trusted=options.trusted)
+    if options.loss:
+        model.compile(loss=options.loss)
+    elif getattr(model, "optimizer", None) is None:
+        raise ModelError(
+            f"{options.model} is saved without a loss, so neither training nor validation is "
+            "possible. Pass --loss, for example --loss sparse_categorical_crossentropy, or save "
+            "the model compiled."
+        )
+    compressor = Compressor(
+        model,
+        target,
+        agent=options.agent,
+        group=options.group,
+        directory=options.output,
+        seed=options.seed,
+    )
+    data = (
+        load_npz(options.data)
+        if options.data
+        else load_dataset(
+            options.dataset, seed=options.seed, memory_limit_mb=options.memory_limit_mb
+        )
+    )
+    result = compressor.search(
+        (data.x_train, data.y_train),
+        validation_data=(data.x_validation, data.y_validation),
+        test_data=None if data.x_test is None else (data.x_test, data.y_test),
+        episodes=options.episodes,
+        batch_size=options.batch_size,
+        finetune_epochs=options.finetune_epochs,
+        quantization=options.quantization,
+        dataset=data.name,
+        overwrite=options.overwrite,
+        verbose=options.verbose,
+    )
+    if options.verbose:
+        result.summary()
+        comparison_table(result.metrics)
+        print(f"files in {options.output}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the libraries' own chatter off the terminal while they are imported and used."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for name in ("tensorflow", "absl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    # Gym, which TF-Agents imports, greets on standard error.
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(ImportError):
+        import gym  # noqa: F401
+    yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())
