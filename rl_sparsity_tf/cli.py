@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--memory-limit-mb", type=float, default=2048, help="what the data set may take"
     )
     demo.add_argument("--output", help="folder for the run")
-    _add_search_arguments(demo)
+    _add_search_arguments(demo, episodes=20)
 
     compress = commands.add_parser("compress", help="compress a model of your own")
     compress.add_argument("model", help=".keras or .h5 file, or SavedModel folder of tf_keras")
@@ -73,12 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_search_arguments(parser: argparse.ArgumentParser, episodes: int = 24) -> None:
     parser.add_argument("--agent", choices=("dqn", "ppo"), default="dqn", help="who decides")
     parser.add_argument(
         "--target-sparsity", type=float, default=0.9, help="share of weights to become zero"
     )
-    parser.add_argument("--episodes", type=int, default=24, help="passes over all layers")
+    parser.add_argument("--episodes", type=int, default=episodes, help="passes over all layers")
     parser.add_argument("--seed", type=int, default=0, help="everything random follows from it")
     parser.add_argument(
         "--verbose", type=int, choices=(0, 1, 2), default=1, help="0 silent, 2 a line an episode"

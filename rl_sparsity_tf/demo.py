@@ -96,7 +96,7 @@ def run_demo(
     agent: str = "dqn",
     output: str | os.PathLike[str] | None = None,
     seed: int = 0,
-    episodes: int = 24,
+    episodes: int = 20,
     sparsity: float = 0.9,
     memory_limit_mb: float = 2048,
     verbose: int = 1,

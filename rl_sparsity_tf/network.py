@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -139,6 +140,13 @@ class CompressedNetwork:
         _, elements = count_weights(model)
         self.budget = Budget(target, elements, [self.groupings[k.path].sizes for k in self.kernels])
         self.metric: Metric = choose_metric(self.model, validation[0], metric)
+        self._effective = {
+            kernel.path: tf.function(
+                functools.partial(kernel.wrapper.effective_kernel, kernel.spec.attribute)
+            )
+            for kernel in self.kernels
+            if kernel.wrapper is not None
+        }
         self._evaluator = Evaluator(self.model, self.metric)
         self._collector = StatisticsCollector(self.model)
         self.model.optimizer.build(self.model.trainable_variables)
@@ -248,9 +256,7 @@ class CompressedNetwork:
     def effective_matrix(self, path: str) -> np.ndarray:
         """A kernel's present effective weights, viewed as `(inputs, outputs)`."""
         kernel = self.kernels[self.index_of(path)]
-        assert kernel.wrapper is not None
-        effective = kernel.wrapper.effective_kernel(kernel.spec.attribute)
-        return kernel.spec.to_matrix_numpy(effective.numpy())
+        return kernel.spec.to_matrix_numpy(self._effective[path]().numpy())
 
     def latent_matrix(self, path: str) -> np.ndarray:
         """A kernel's present weights before operations are applied."""
@@ -309,7 +315,8 @@ class CompressedNetwork:
 
     def tracing_count(self) -> int:
         """How often the network's functions were traced, for tests of retracing."""
-        functions = (self._train_function, self._evaluator.function, self._collector.function)
+        functions = [self._train_function, self._evaluator.function, self._collector.function]
+        functions += self._effective.values()
         return sum(function.experimental_get_tracing_count() for function in functions)
 
     def latent_weights(self) -> Mapping[str, list[np.ndarray]]:

@@ -158,12 +158,13 @@ def quantize(
     Returns:
         A matrix of the same shape and dtype.
     """
+    # Read outside: a custom gradient refuses trainable variables that are read inside it.
+    q = tf.cast(tf.convert_to_tensor(levels), matrix.dtype)
 
     @tf.custom_gradient
     def rounded(
         weights: tf.Tensor,
     ) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
-        q = tf.cast(levels, weights.dtype)
         scale = grid_scale(weights, q, per_output)
         safe = tf.where(scale > 0, scale, tf.ones_like(scale))
         integers = tf.clip_by_value(tf.round(weights / safe), -q, q)

@@ -50,16 +50,23 @@ class KernelPlan:
     def __post_init__(self) -> None:
         grouping = _grouping(self.path, self.shape, self.layout, self.group)
         _check_bits(self.path, self.bits)
-        operations = np.array(self.operations, dtype=np.uint8)
+        given = np.asarray(self.operations)
+        if given.dtype.kind not in "iu":  # a cast would turn 0.9 and 256 into Keep
+            raise PlanError(
+                f"The plan of {self.path!r} has operations of type {given.dtype}. Expected "
+                "integers: values of Operation."
+            )
+        if given.size and not 0 <= int(given.min()) <= int(given.max()) <= max(Operation):
+            wrong = int(given.min()) if int(given.min()) < 0 else int(given.max())
+            raise PlanError(
+                f"The plan of {self.path!r} holds the operation {wrong}. Expected "
+                f"values of Operation: {[f'{int(op)} ({op.name})' for op in Operation]}."
+            )
+        operations = np.array(given, dtype=np.uint8)
         if operations.shape != grouping.shape:
             raise PlanError(
                 f"The plan of {self.path!r} has operations of shape {operations.shape}. Expected "
                 f"{grouping.shape}: one per group of {self.group!r} in shape {self.shape}."
-            )
-        if operations.size and int(operations.max()) > max(Operation):
-            raise PlanError(
-                f"The plan of {self.path!r} holds the operation {int(operations.max())}. Expected "
-                f"values of Operation: {[f'{int(op)} ({op.name})' for op in Operation]}."
             )
         if (operations == Operation.PRUNE).all():
             raise PlanError(
@@ -152,7 +159,13 @@ class KernelPlan:
             )
         grouping = _grouping(path, tuple(shape), layout, group)
         flat = np.full(grouping.count, _operation(path, entry.get("default", "keep")), np.uint8)
-        for run in entry.get("exceptions", []):
+        runs = entry.get("exceptions", [])
+        if not isinstance(runs, list):
+            raise PlanError(
+                f"The plan of {path!r} has exceptions {_short(runs)}. Expected a list of "
+                '[first group, number of groups, operation], for example [[12, 4, "prune"]].'
+            )
+        for run in runs:
             if not (isinstance(run, list) and len(run) == 3 and _is_count(run[1])):
                 raise PlanError(
                     f"The plan of {path!r} has the exception {run!r}. Expected "

@@ -7,7 +7,14 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 
 class SearchProgress:
@@ -31,7 +38,7 @@ class SearchProgress:
         self._every = 1 if verbose == 2 else max(1, episodes // 8)
         self._verbose = verbose
         self._progress: Progress | None = None
-        self._task = 0
+        self._task = TaskID(0)
         self._started = time.monotonic()
 
     @contextlib.contextmanager

@@ -187,4 +187,4 @@ class Result:
 def _lines(table: Table) -> list[str]:
     console = Console(file=io.StringIO(), width=130, color_system=None)
     console.print(table)
-    return console.file.getvalue().rstrip().splitlines()  # type: ignore[attr-defined, no-any-return]
+    return console.file.getvalue().rstrip().splitlines()  # type: ignore[attr-defined]

@@ -42,6 +42,10 @@ class KernelRule:
     bits: int = 8
 
     def __post_init__(self) -> None:
+        if not isinstance(self.path, str):
+            raise PlanError(
+                f"A rule has the path {self.path!r}. Expected a text: a kernel's path or a pattern."
+            )
         if (
             isinstance(self.sparsity, bool)
             or not isinstance(self.sparsity, int | float)

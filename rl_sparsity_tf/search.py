@@ -421,4 +421,4 @@ def _check_count(name: str, value: object, smallest: int) -> int:
         raise ArgumentError(
             f"{name}={value!r} cannot be used. Expected a whole number of at least {smallest}."
         )
-    return int(value)  # type: ignore[call-overload, no-any-return]
+    return int(value)  # type: ignore[call-overload]

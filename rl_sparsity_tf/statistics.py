@@ -95,9 +95,7 @@ class StatisticsCollector:
             one, parts = self.function(*batch)
             arrays = [part.numpy() for part in parts]
             moments = moments + one.numpy().astype(np.float64)
-            gradients = (
-                [a + b for a, b in zip(gradients, arrays, strict=True)] if count else arrays
-            )
+            gradients = [a + b for a, b in zip(gradients, arrays, strict=True)] if count else arrays
             count += 1
         row = {id(wrapper): index for index, wrapper in enumerate(self._wrappers)}
         result = {}

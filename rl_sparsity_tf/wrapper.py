@@ -199,7 +199,7 @@ class CompressionWrapper(keras.layers.Wrapper):
     def _effective(self, training: Any) -> Iterator[None]:
         # The variables are swapped for tensors below Keras's attribute tracking, which would
         # otherwise forget them.
-        attributes = vars(self.layer)
+        attributes = self.layer.__dict__
         variables = {name: attributes[name] for name in self._settings}
         effective = {name: self.effective_kernel(name, training) for name in self._settings}
         try:
