@@ -320,8 +320,10 @@ def build_agent(
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ArgumentError(f"seed={seed!r}: expected a non-negative integer, for instance seed=0.")
     try:
-        importlib.import_module("tf_agents")
+        importlib.import_module("rl_sparsity_tf._tf_agents")
         module = importlib.import_module(f"rl_sparsity_tf._{config.name}")
+    except MissingDependencyError:
+        raise
     except ImportError as error:
         raise MissingDependencyError(
             f"agent={config.name!r} needs TF-Agents, which could not be imported ({error}). "

@@ -27,9 +27,9 @@ def saliency_of(matrix: np.ndarray, grouping: Grouping) -> np.ndarray:
 def bucket_edges(groups: int, buckets: int, sparsity: float) -> np.ndarray:
     """Where the buckets of a kernel begin, in groups sorted by saliency.
 
-    The share of groups at or above a bucket falls geometrically, so that the buckets become
-    smaller towards the salient end, where the decisions are; about two of them lie beyond the
-    density that the target leaves on average.
+    One edge lies at the target's sparsity, so that pruning every kernel alike is among the plans.
+    Below it are five buckets in eight, smaller towards the edge: the share of groups at or above
+    them falls geometrically. The others cut what the target leaves on average into equal parts.
 
     Args:
         groups: Groups of the kernel.
@@ -40,15 +40,16 @@ def bucket_edges(groups: int, buckets: int, sparsity: float) -> np.ndarray:
         Increasing positions from 0 to `groups`, `min(buckets, groups) + 1` of them.
 
     Example:
-        >>> bucket_edges(100, 4, 0.9)
-        array([  0,  60,  84,  94, 100])
+        >>> bucket_edges(1000, 8, 0.9)
+        array([   0,  369,  602,  749,  842,  900,  933,  967, 1000])
     """
     count = min(buckets, groups)
-    if count < 3:
-        return np.round(np.linspace(0, groups, count + 1)).astype(np.int64)
-    ratio = np.clip(((1.0 - sparsity) / 2.0) ** (1.0 / max(1, count - 2)), 0.4, 0.85)
-    edges = np.round(groups * (1.0 - ratio ** np.arange(count))).astype(np.int64)
-    edges = np.append(edges, groups)
+    below = max(1, round(count * 5 / 8))
+    density = 1.0 - sparsity
+    shares = 1.0 - density ** (np.arange(below + 1) / below)
+    beyond = sparsity + density * np.arange(1, count - below + 1) / max(1, count - below)
+    edges = np.round(groups * np.concatenate([shares, beyond])).astype(np.int64)
+    edges[count] = groups
     for j in range(1, count):  # every bucket holds at least one group
         edges[j] = min(max(edges[j], edges[j - 1] + 1), groups - (count - j))
     return edges

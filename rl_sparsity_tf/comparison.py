@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,8 @@ from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.reward import bounded
 from rl_sparsity_tf.rules import uniform_plan
-from rl_sparsity_tf.search import Compressor, SearchLoop
+from rl_sparsity_tf.search import Compressor
+from rl_sparsity_tf.search_loop import SearchLoop
 
 
 def compare(compressor: Compressor, verbose: int = 1) -> list[dict[str, Any]]:
@@ -58,18 +60,9 @@ def compare(compressor: Compressor, verbose: int = 1) -> list[dict[str, Any]]:
         progress.say(f"fine-tuning and exporting: {name}")
         add(name, _uniform(compressor, quantize, steps), 1)
 
-    random = Compressor(
-        compressor.model,
-        compressor.target,
-        Random(),
-        compressor.group,
-        seed=compressor.seed,
-        reward=compressor.reward,
-        recovery=compressor.recovery,
-        buckets=compressor.buckets,
-    )
     network.seen.clear()
-    loop = SearchLoop(random, network, None)
+    settings = dataclasses.replace(compressor.loop_settings(), agent=Random(), warm_start=False)
+    loop = SearchLoop(settings, network)
     best = loop.run(search.episodes, progress)
     progress.say("fine-tuning and exporting: random policy")
     add("random policy", best, loop.evaluations)
@@ -109,7 +102,7 @@ def comparison_table(metrics: dict[str, Any], print_fn: Callable[[str], Any] = p
     for title in ("", name, "sparsity", "bytes", "gzip bytes", "plans evaluated"):
         table.add_column(title, justify="left" if not title else "right")
 
-    def row(title: str, entry: dict[str, Any], evaluations: Any, style: str | None = None) -> None:
+    def row(title: str, entry: dict[str, Any], evaluations: Any) -> None:
         value = entry.get("tflite_metric") if tested else None
         value = entry.get(f"{prefix}metric") if value is None else value
         table.add_row(
@@ -119,13 +112,15 @@ def comparison_table(metrics: dict[str, Any], print_fn: Callable[[str], Any] = p
             f"{entry['tflite_bytes']:,}",
             f"{entry['gzip_bytes']:,}",
             "-" if evaluations is None else str(evaluations),
-            style=style,
         )
 
     row("dense float32", metrics["dense"], None)
     row("dense int8", metrics["dense_int8"], None)
     evaluations = metrics["search"]["evaluations"]
-    row(f"compressed ({metrics['agent']})", metrics["compressed"], evaluations, "bold")
+    proposed_by = metrics["compressed"]["proposed_by"]
+    title = f"compressed ({metrics['agent']}"
+    title += ")" if proposed_by == metrics["agent"] else f", plan of {proposed_by})"
+    row(title, metrics["compressed"], evaluations)
     for entry in metrics["baselines"]:
         row(entry["name"], entry, entry["evaluations"])
     console = Console(file=io.StringIO(), width=100, color_system=None)

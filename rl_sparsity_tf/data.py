@@ -155,7 +155,7 @@ def check_batch(batch: Batch, model: keras.Model, name: str) -> None:
             if expected == (*received, 1):
                 hint = " Add the channel axis: x[..., None]."
             elif tuple(np.shape(part)) == expected:
-                hint = " The batch axis is missing: x[None]."
+                hint = " The batch axis is missing: x[None], or .batch(32) on a dataset."
             raise DataError(
                 f"{name} has inputs of shape {received} per row; the model takes {expected}.{hint}"
             )
@@ -169,8 +169,11 @@ def _arrays(data: Any, name: str) -> Batch:
         raise DataError(f"{name} is a {received}. Expected {_FORMS}.")
 
     def convert(part: Any) -> np.ndarray:
-        array = np.asarray(part)
-        if array.dtype == object or array.ndim == 0:
+        try:
+            array = np.asarray(part)
+        except ValueError:  # rows of unequal length
+            array = np.asarray(None)
+        if array.dtype.kind in "OSUMm" or array.ndim == 0:
             raise DataError(
                 f"{name} holds {type(part).__name__} that is no array of numbers with one row per "
                 f"example. Expected {_FORMS}."

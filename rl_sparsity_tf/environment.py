@@ -6,11 +6,9 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from tf_agents.environments import py_environment
-from tf_agents.specs import array_spec
-from tf_agents.trajectories import time_step as ts
-from tf_agents.typing import types
 
+from rl_sparsity_tf._tf_agents import array_spec, py_environment, types
+from rl_sparsity_tf._tf_agents import time_step as ts
 from rl_sparsity_tf.buckets import bucket_edges, saliency_of, split_buckets
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.network import CompressedNetwork, Snapshot
@@ -106,6 +104,12 @@ class LayerEnvironment(py_environment.PyEnvironment):
     def steps(self) -> int:
         """Decisions in an episode."""
         return len(self._edges) - 1
+
+    @property
+    def bucket_span(self) -> tuple[float, float]:
+        """Start and width of the bucket at hand, as shares of the groups in order of saliency."""
+        start, end = self._edges[min(self._position, self.steps - 1) :][:2]
+        return float(start) / self.grouping.count, float(end - start) / self.grouping.count
 
     def action_spec(self) -> types.NestedArraySpec:
         """One operation: a scalar int32 from 0 to 3."""

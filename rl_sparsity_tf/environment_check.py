@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tf_agents.environments import py_environment
-from tf_agents.environments import utils as environment_utils
-from tf_agents.specs import array_spec
 
 from rl_sparsity_tf._agent_base import FIRST
+from rl_sparsity_tf._tf_agents import array_spec, environment_utils, py_environment
 from rl_sparsity_tf.errors import ArgumentError, EnvironmentCheckError
 
 REWARD_BOUNDS = (-1.0, 1.0)

@@ -28,6 +28,9 @@ from rl_sparsity_tf.wrapping import wrap
 
 RECOVERIES = ("finetune", "none")
 _STATISTICS_BATCHES = 8
+# Four recovery steps renew two thirds of the moving statistics. At Keras's default of 0.99 they
+# would describe the network before the decision, and every plan would score like chance.
+_BATCH_NORM_MOMENTUM = 0.75
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +126,7 @@ class CompressedNetwork:
         self.recovery = recovery or Recovery()
         arguments = search_arguments(model, self.recovery.learning_rate)
         self.model = wrap(model, group=group)
-        _switch_off_noise(self.model)
+        _prepare_for_short_recovery(self.model)
         self.model.compile(**arguments)
         self.group = group
         self.target = target
@@ -326,10 +329,13 @@ class CompressedNetwork:
         }
 
 
-def _switch_off_noise(model: keras.Model) -> None:
+def _prepare_for_short_recovery(model: keras.Model) -> None:
+    """Switches noise off, and lets batch-norm statistics follow within a few steps."""
     layers = keras.layers
     for layer in model.submodules:
         if isinstance(layer, layers.Dropout | layers.GaussianDropout | layers.AlphaDropout):
             layer.rate = 0.0
         elif isinstance(layer, layers.GaussianNoise):
             layer.stddev = 0.0
+        elif isinstance(layer, layers.BatchNormalization):
+            layer.momentum = min(layer.momentum, _BATCH_NORM_MOMENTUM)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ class RunDirectory:
         try:
             found = json.loads(manifest.read_text(encoding="utf-8"))
             version = found["format_version"]
+            differences = _differences(found, wanted)
         except (OSError, ValueError, KeyError, TypeError) as error:
             if overwrite:
                 return False
@@ -115,7 +117,6 @@ class RunDirectory:
                 f"The folder {str(self.path)!r} holds a finished run. Choose another folder, or "
                 "pass overwrite=True to replace it."
             )
-        differences = _differences(found, wanted)
         if version != FORMAT_VERSION or differences:
             what = ", ".join(differences) or f"format_version {version}"
             raise FileExistsRLSparsityError(
@@ -154,12 +155,12 @@ class RunDirectory:
         Raises:
             RunError: If the lines of those episodes are damaged.
         """
-        lines = self._journal.read_text(encoding="utf-8").splitlines()[:episodes]
         try:
+            lines = self._journal.read_text(encoding="utf-8").splitlines()[:episodes]
             entries = [json.loads(line) for line in lines]
             if [entry["episode"] for entry in entries] != list(range(episodes)):
                 raise ValueError(f"expected episodes 0 to {episodes - 1}")
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"The journal in {str(self.path)!r} is damaged ({error}). Pass overwrite=True to "
                 "start the run again."
@@ -189,7 +190,7 @@ class RunDirectory:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return {key: arrays[key] for key in arrays.files}
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise RunError(
                 f"The checkpoint {str(path)!r} cannot be read ({error}). Pass overwrite=True to "
                 "start the run again."

@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.agents import AgentConfig, build_agent, resolve_config
+from rl_sparsity_tf.agents import AgentConfig, Random, resolve_config
 from rl_sparsity_tf.budget import Target
-from rl_sparsity_tf.candidates import Candidate
 from rl_sparsity_tf.compile_state import compile_arguments
 from rl_sparsity_tf.conversion import start_worker
 from rl_sparsity_tf.data import TrainingData, evaluation_data, training_data
-from rl_sparsity_tf.environment import LayerEnvironment
-from rl_sparsity_tf.errors import ArgumentError, DataError, RunError, check_choice
+from rl_sparsity_tf.errors import ArgumentError, DataError, check_choice
 from rl_sparsity_tf.export import QUANTIZATIONS
 from rl_sparsity_tf.finishing import Figures, export_and_score, export_dense_int8, finish
 from rl_sparsity_tf.finishing import score_model as score
@@ -29,8 +27,11 @@ from rl_sparsity_tf.metrics import build_metrics
 from rl_sparsity_tf.network import CompressedNetwork, Recovery
 from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.result import Result
-from rl_sparsity_tf.reward import Reward, RewardFunction, bounded
+from rl_sparsity_tf.reward import Reward, RewardFunction
 from rl_sparsity_tf.run_directory import RunDirectory, data_fingerprint, model_fingerprint
+
+if TYPE_CHECKING:
+    from rl_sparsity_tf.search_loop import LoopSettings, SearchLoop
 
 
 class Compressor:
@@ -52,6 +53,9 @@ class Compressor:
         metric: Which of the model's metrics to keep, if not the first: its name, or its name and
             `"max"` or `"min"`.
         buckets: Decisions per kernel and episode.
+        warm_start: Whether the first episodes play plans of known heuristics (see
+            [demonstrations][rl_sparsity_tf.demonstrations]) that the agent learns from. The best
+            plan evaluated is returned, whoever proposed it.
 
     Raises:
         RLSparsityError: If an argument cannot be used; nothing has been trained by then.
@@ -75,6 +79,7 @@ class Compressor:
         recovery: Recovery | None = None,
         metric: str | tuple[str, str] | None = None,
         buckets: int = 8,
+        warm_start: bool = True,
     ):
         check_model(model)
         self.model = model
@@ -94,6 +99,7 @@ class Compressor:
         _check_type("recovery", self.recovery, Recovery, "Recovery(method='finetune')")
         self.metric = metric
         self.buckets = _check_count("buckets", buckets, 1)
+        self.warm_start = bool(warm_start) and not isinstance(self.agent, Random)
         self.last: FinishedSearch
 
     def search(
@@ -148,6 +154,9 @@ class Compressor:
                 "There is no validation_data, which the reward is computed from. Pass "
                 "validation_data=(x, y) that the model was not trained on."
             )
+        # Only now: wrapping, plans and export work without TF-Agents.
+        from rl_sparsity_tf.search_loop import SearchLoop
+
         started = time.monotonic()
         start_worker()  # its imports overlap the search
         data = training_data(train, self.model, batch_size=batch_size, seed=self.seed)
@@ -166,7 +175,7 @@ class Compressor:
         epochs = default_epochs(data) if finetune_epochs is None else finetune_epochs
         run = self._open_run(data, validation, test, episodes, epochs, quantization, overwrite)
         progress = SearchProgress(episodes, network.metric.name, verbose)
-        loop = SearchLoop(self, network, run)
+        loop = SearchLoop(self.loop_settings(), network, run)
         best = loop.run(episodes, progress)
         figures = Figures(train=data, validation=validation, test=test, metric=network.metric)
         progress.say(f"fine-tuning the best plan (episode {best.episode + 1}) and exporting it")
@@ -207,6 +216,18 @@ class Compressor:
         )
         return result
 
+    def loop_settings(self) -> LoopSettings:
+        """What the episodes depend on beside the network."""
+        from rl_sparsity_tf.search_loop import LoopSettings
+
+        return LoopSettings(
+            agent=self.agent,
+            reward=self.reward,
+            buckets=self.buckets,
+            seed=self.seed,
+            warm_start=self.warm_start,
+        )
+
     def _open_run(
         self,
         data: TrainingData,
@@ -230,6 +251,7 @@ class Compressor:
             "recovery": self.recovery.to_dict(),
             "metric": list(self.metric) if isinstance(self.metric, tuple) else self.metric,
             "buckets": self.buckets,
+            "warm_start": self.warm_start,
             "episodes": episodes,
             "finetune_epochs": epochs,
             "quantization": quantization,
@@ -243,140 +265,6 @@ class Compressor:
             "test_data": data_fingerprint(test or []),
         }
         return RunDirectory(self.directory, arguments, fingerprints, overwrite)
-
-
-class SearchLoop:
-    """The episodes of one search; continues where a run directory's checkpoint stands.
-
-    Args:
-        compressor: What to search for.
-        network: The network.
-        run: Where to keep the journal and checkpoints, if anywhere.
-    """
-
-    def __init__(
-        self, compressor: Compressor, network: CompressedNetwork, run: RunDirectory | None
-    ):
-        self._compressor = compressor
-        self._network = network
-        self._run = run
-        self.environments = [
-            LayerEnvironment(
-                network, kernel.path, reward=compressor.reward, buckets=compressor.buckets
-            )
-            for kernel in network.kernels
-        ]
-        first = self.environments[0]
-        self.agent = build_agent(
-            compressor.agent, first.time_step_spec(), first.action_spec(), seed=compressor.seed
-        )
-        self.history: list[dict[str, Any]] = []
-        self.best: Candidate | None = None
-        self.seconds = 0.0
-        self._done = 0
-        if run is not None and run.resumed:
-            self._resume(run)
-
-    @property
-    def evaluations(self) -> int:
-        """Distinct plans scored on validation data, those before a resume included."""
-        return self._network.evaluations
-
-    def run(self, episodes: int, progress: SearchProgress) -> Candidate:
-        """Runs the episodes that are left and returns the best candidate of all."""
-        with progress.running(f"{self.agent.name} search"):
-            for episode in range(self._done, episodes):
-                entry = self._episode(episode)
-                assert self.best is not None
-                progress.update(
-                    episode + 1,
-                    reward=entry["reward"],
-                    best=self.best.value,
-                    metric=entry["validation_metric"],
-                    sparsity=entry["sparsity"],
-                )
-        assert self.best is not None
-        return self.best
-
-    def _episode(self, episode: int) -> dict[str, Any]:
-        started = time.monotonic()
-        network, agent = self._network, self.agent
-        words = np.random.SeedSequence([self._compressor.seed, episode]).generate_state(1)
-        tf.random.set_seed(int(words[0]))
-        network.reset()
-        total = 0.0
-        for environment in self.environments:
-            environment.commit()
-            time_step = environment.reset()
-            while not time_step.is_last():
-                time_step = environment.step(np.int32(agent.step(time_step)))
-                agent.observe(time_step)
-                total += float(time_step.reward)
-        value = bounded(self._compressor.reward, network.outcome, None)
-        losses = agent.end_episode(bonus=value)
-        candidate = Candidate.of(network, value, episode, agent.name)
-        improved = candidate.better_than(self.best)
-        if improved:
-            self.best = candidate
-        outcome = network.outcome
-        entry = {
-            "episode": episode,
-            "agent": agent.name,
-            "reward": value,
-            "step_rewards": total,
-            "validation_metric": outcome.metric,
-            "validation_loss": outcome.loss,
-            "sparsity": outcome.sparsity,
-            "stored_bits": outcome.stored_bits,
-            "reconstruction_error": outcome.reconstruction_error,
-            "operations": network.plan.count_operations(),
-            "illegal_actions": sum(e.illegal_actions for e in self.environments),
-            "evaluations": self.evaluations,
-            "improved": improved,
-            "losses": {name: float(number) for name, number in losses.items()},
-            "seconds": time.monotonic() - started,
-        }
-        self.history.append(entry)
-        self._save(entry, improved)
-        return entry
-
-    def _save(self, entry: dict[str, Any], improved: bool) -> None:
-        if self._run is None:
-            return
-        assert self.best is not None
-        self._run.append(entry)
-        if improved:
-            self._run.save_checkpoint(f"best-{self.best.episode}", self.best.to_arrays())
-        state = {f"agent:{key}": value for key, value in self.agent.get_state().items()}
-        state["seen"] = np.array(sorted(self._network.seen), dtype="S64")
-        state["episodes"] = np.array(entry["episode"] + 1)
-        state["best"] = np.array(self.best.episode)
-        state["illegal_actions"] = np.array([e.illegal_actions for e in self.environments])
-        # The pointer is written last: a run cut off before it redoes the episode.
-        self._run.save_checkpoint("latest", state)
-        self._run.drop_checkpoints(keep={"latest", f"best-{self.best.episode}"})
-
-    def _resume(self, run: RunDirectory) -> None:
-        state = run.load_checkpoint("latest")
-        if state is None:
-            run.read_journal(0)
-            return
-        self._done = int(state["episodes"])
-        self.history = run.read_journal(self._done)
-        self.seconds = sum(entry["seconds"] for entry in self.history)
-        best = run.load_checkpoint(f"best-{int(state['best'])}")
-        if best is None:
-            raise RunError(
-                f"The run in {str(run.path)!r} lacks the checkpoint of its best plan. Pass "
-                "overwrite=True to start the run again."
-            )
-        self.best = Candidate.from_arrays(best)
-        self.agent.set_state(
-            {key.removeprefix("agent:"): v for key, v in state.items() if key.startswith("agent:")}
-        )
-        self._network.seen = {bytes(key).decode() for key in state["seen"]}
-        for environment, count in zip(self.environments, state["illegal_actions"], strict=True):
-            environment.illegal_actions = int(count)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -316,9 +316,15 @@ class CompressionWrapper(keras.layers.Wrapper):
         for attribute, state in self._state.items():
             if "mask_logits" not in state or float(state["mask_frozen"]) > 0:
                 continue
-            grouping = self.grouping(attribute)
-            pruned = int(grouping.sizes[state["mask"].numpy() == 0].sum())
-            live = select_live(self.mask_scores(attribute), grouping.sizes, pruned)
+            sizes = self.grouping(attribute).sizes
+            scores, live = self.mask_scores(attribute), state["mask"].numpy() > 0
+            # Groups compete with groups of their own size: a short tail block that made way for a
+            # full one would raise the sparsity with every selection.
+            for size in np.unique(sizes):
+                same = sizes == size
+                if live[same].any():
+                    pruned = int(size * (~live[same]).sum())
+                    live[same] = select_live(scores[same], sizes[same], pruned)
             state["mask"].assign(live.astype(np.float32))
 
     def freeze_masks(self) -> None:

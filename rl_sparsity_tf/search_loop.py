@@ -1,0 +1,193 @@
+"""The episodes of a search: observe, choose, recover, reward, learn; with checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from rl_sparsity_tf.agents import AgentConfig, build_agent
+from rl_sparsity_tf.candidates import Candidate
+from rl_sparsity_tf.demonstrations import demonstrate
+from rl_sparsity_tf.environment import LayerEnvironment
+from rl_sparsity_tf.errors import RunError
+from rl_sparsity_tf.network import CompressedNetwork
+from rl_sparsity_tf.progress import SearchProgress
+from rl_sparsity_tf.reward import RewardFunction, bounded
+from rl_sparsity_tf.run_directory import RunDirectory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """What the episodes of a search depend on beside the network.
+
+    Attributes:
+        agent: Configuration of the agent.
+        reward: What an outcome is worth.
+        buckets: Decisions per kernel and episode.
+        seed: Seed of the agent and of every episode.
+        warm_start: Whether the first episodes play demonstrations.
+    """
+
+    agent: AgentConfig
+    reward: RewardFunction
+    buckets: int
+    seed: int
+    warm_start: bool
+
+
+class SearchLoop:
+    """The episodes of one search; continues where a run directory's checkpoint stands.
+
+    Args:
+        settings: Agent, reward and seed.
+        network: The network.
+        run: Where to keep the journal and checkpoints, if anywhere.
+    """
+
+    def __init__(
+        self, settings: LoopSettings, network: CompressedNetwork, run: RunDirectory | None = None
+    ):
+        self._settings = settings
+        self._network = network
+        self._run = run
+        self.environments = [
+            LayerEnvironment(network, kernel.path, reward=settings.reward, buckets=settings.buckets)
+            for kernel in network.kernels
+        ]
+        first = self.environments[0]
+        self.agent = build_agent(
+            settings.agent, first.time_step_spec(), first.action_spec(), seed=settings.seed
+        )
+        demonstrations = demonstrate(network) if settings.warm_start else []
+        self._demonstrations = dict(enumerate(demonstrations))
+        self.history: list[dict[str, Any]] = []
+        self.best: Candidate | None = None
+        self.seconds = 0.0
+        self._done = 0
+        if run is not None and run.resumed:
+            self._resume(run)
+
+    @property
+    def evaluations(self) -> int:
+        """Distinct plans scored on validation data, those before a resume included."""
+        return self._network.evaluations
+
+    def run(self, episodes: int, progress: SearchProgress) -> Candidate:
+        """Runs the episodes that are left and returns the best candidate of all."""
+        with _quiet_tensorflow(), progress.running(f"{self.agent.name} search"):
+            for episode in range(self._done, episodes):
+                entry = self._episode(episode)
+                assert self.best is not None
+                progress.update(
+                    episode + 1,
+                    reward=entry["reward"],
+                    best=self.best.value,
+                    metric=entry["validation_metric"],
+                    sparsity=entry["sparsity"],
+                )
+        assert self.best is not None
+        return self.best
+
+    def _episode(self, episode: int) -> dict[str, Any]:
+        started = time.monotonic()
+        network, agent = self._network, self.agent
+        words = np.random.SeedSequence([self._settings.seed, episode]).generate_state(1)
+        tf.random.set_seed(int(words[0]))
+        network.reset()
+        demonstration = self._demonstrations.get(episode)
+        proposed_by = agent.name if demonstration is None else demonstration.name
+        total = 0.0
+        for environment in self.environments:
+            environment.commit()
+            time_step = environment.reset()
+            while not time_step.is_last():
+                forced = None
+                if demonstration is not None:
+                    forced = demonstration.action(environment, time_step)
+                time_step = environment.step(np.int32(agent.step(time_step, action=forced)))
+                agent.observe(time_step)
+                total += float(time_step.reward)
+        value = bounded(self._settings.reward, network.outcome, None)
+        losses = agent.end_episode(bonus=value)
+        candidate = Candidate.of(network, value, episode, proposed_by)
+        improved = candidate.better_than(self.best)
+        if improved:
+            self.best = candidate
+        outcome = network.outcome
+        entry = {
+            "episode": episode,
+            "proposed_by": proposed_by,
+            "reward": value,
+            "step_rewards": total,
+            "validation_metric": outcome.metric,
+            "validation_loss": outcome.loss,
+            "sparsity": outcome.sparsity,
+            "stored_bits": outcome.stored_bits,
+            "reconstruction_error": outcome.reconstruction_error,
+            "operations": network.plan.count_operations(),
+            "illegal_actions": sum(e.illegal_actions for e in self.environments),
+            "evaluations": self.evaluations,
+            "improved": improved,
+            "losses": {name: float(number) for name, number in losses.items()},
+            "seconds": time.monotonic() - started,
+        }
+        self.history.append(entry)
+        self._save(entry, improved)
+        return entry
+
+    def _save(self, entry: dict[str, Any], improved: bool) -> None:
+        if self._run is None:
+            return
+        assert self.best is not None
+        self._run.append(entry)
+        if improved:
+            self._run.save_checkpoint(f"best-{self.best.episode}", self.best.to_arrays())
+        state = {f"agent:{key}": value for key, value in self.agent.get_state().items()}
+        state["seen"] = np.array(sorted(self._network.seen), dtype="S64")
+        state["episodes"] = np.array(entry["episode"] + 1)
+        state["best"] = np.array(self.best.episode)
+        state["illegal_actions"] = np.array([e.illegal_actions for e in self.environments])
+        # The pointer is written last: a run cut off before it redoes the episode.
+        self._run.save_checkpoint("latest", state)
+        self._run.drop_checkpoints(keep={"latest", f"best-{self.best.episode}"})
+
+    def _resume(self, run: RunDirectory) -> None:
+        state = run.load_checkpoint("latest")
+        if state is None:
+            run.read_journal(0)
+            return
+        self._done = int(state["episodes"])
+        self.history = run.read_journal(self._done)
+        self.seconds = sum(entry["seconds"] for entry in self.history)
+        best = run.load_checkpoint(f"best-{int(state['best'])}")
+        if best is None:
+            raise RunError(
+                f"The run in {str(run.path)!r} lacks the checkpoint of its best plan. Pass "
+                "overwrite=True to start the run again."
+            )
+        self.best = Candidate.from_arrays(best)
+        self.agent.set_state(
+            {key.removeprefix("agent:"): v for key, v in state.items() if key.startswith("agent:")}
+        )
+        self._network.seen = {bytes(key).decode() for key in state["seen"]}
+        for environment, count in zip(self.environments, state["illegal_actions"], strict=True):
+            environment.illegal_actions = int(count)
+
+
+@contextlib.contextmanager
+def _quiet_tensorflow() -> Iterator[None]:
+    """Holds back TensorFlow's warnings of deprecated calls inside TF-Agents."""
+    logger = logging.getLogger("tensorflow")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
