@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
+from typing import Any
 
-import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.comparison import compare, comparison_table
@@ -130,15 +130,11 @@ def run_demo(
         f"{data.num_classes} classes; training a network of {model.count_params():,} weights"
     )
     train_base(model, data, batch_size)
-    x, y = _validation(data, seed)
     compressor = Compressor(
         model, Target(sparsity=sparsity), agent=agent, directory=output, seed=seed
     )
-    test = None if data.x_test is None else (data.x_test, data.y_test)
     result = compressor.search(
-        (data.x_train, data.y_train),
-        validation_data=(x, y),
-        test_data=test,
+        **search_data(data, seed),
         episodes=episodes,
         batch_size=batch_size,
         verbose=verbose,
@@ -157,9 +153,14 @@ def run_demo(
     return result
 
 
-def _validation(data: Data, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    rows = len(data.x_validation)
-    if rows <= _VALIDATION_ROWS:
-        return data.x_validation, data.y_validation
-    _, chosen = stratified_split(data.y_validation, _VALIDATION_ROWS / rows, seed)
-    return data.x_validation[chosen], data.y_validation[chosen]
+def search_data(data: Data, seed: int) -> dict[str, Any]:
+    """The data arguments of `Compressor.search`, with at most 2,000 rows of validation data."""
+    x, y = data.x_validation, data.y_validation
+    if len(x) > _VALIDATION_ROWS:
+        _, chosen = stratified_split(y, _VALIDATION_ROWS / len(x), seed)
+        x, y = x[chosen], y[chosen]
+    return {
+        "train": (data.x_train, data.y_train),
+        "validation_data": (x, y),
+        "test_data": None if data.x_test is None else (data.x_test, data.y_test),
+    }

@@ -158,11 +158,23 @@ class LayerEnvironment(py_environment.PyEnvironment):
         groups = self._buckets[self._position]
         if operation != Operation.PRUNE:
             return self.network.decide(self.kernel, groups, operation)
-        # The bucket that meets the target is split: only its least salient groups go.
-        pruned = groups[: self._prunable(groups)]
-        if len(pruned) < len(groups):
-            self.network.decide(self.kernel, groups[len(pruned) :], Operation.KEEP)
-        return self.network.decide(self.kernel, pruned, Operation.PRUNE)
+        # The bucket that meets the target (or the kernel's floor) is split: only its least
+        # salient groups go, and the others are decided with the next bucket.
+        count = self._prunable(groups)
+        if count < len(groups) and self._position + 1 < self.steps:
+            following = self._buckets[self._position + 1]
+            self._buckets[self._position + 1] = np.concatenate([groups[count:], following])
+        elif count < len(groups):
+            self.network.decide(self.kernel, groups[count:], self._like_the_others())
+        return self.network.decide(self.kernel, groups[:count], Operation.PRUNE)
+
+    def _like_the_others(self) -> Operation:
+        """What to do with groups left over at the end: not what would make a kernel mixed."""
+        decided = self.network.decided[self.kernel]
+        operations = self.network.operations[self.kernel][decided]
+        integers = (operations == Operation.QUANTIZE).any()
+        mixed = (operations == Operation.KEEP).any()
+        return Operation.QUANTIZE if integers and not mixed else Operation.KEEP
 
     def _prunable(self, groups: np.ndarray) -> int:
         """How many of the groups, least salient first, may go: to the target, above the floor."""
