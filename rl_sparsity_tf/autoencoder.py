@@ -103,10 +103,13 @@ class WeightAutoencoder:
 
         Returns:
             `d / (1 + d)` in [0, 1), where d is the mean square error in units of the original
-            kernel's variance, beyond that of the original weights; 0 for the original weights.
+            kernel's variance, beyond that of the original weights; 0 for the original weights,
+            and 1 where the weights are too large for that or not finite.
         """
-        present = self._chunks(path, np.asarray(matrix))
-        if not np.isfinite(present).all():
+        with np.errstate(over="ignore", invalid="ignore"):
+            present = self._chunks(path, np.asarray(matrix))
+            distance = self._distance(present, self._originals[path])
+        if not (np.isfinite(present).all() and np.isfinite(distance)):
             return 1.0
-        excess = max(0.0, self._distance(present, self._originals[path]) - self._floors[path])
+        excess = max(0.0, distance - self._floors[path])
         return excess / (1.0 + excess)

@@ -14,8 +14,10 @@ from rich.table import Table
 
 from rl_sparsity_tf.agents import Random
 from rl_sparsity_tf.candidates import Candidate
+from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.finishing import finish
 from rl_sparsity_tf.metrics import baseline_entry
+from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.reward import bounded
@@ -38,8 +40,16 @@ def compare(compressor: Compressor, verbose: int = 1) -> list[dict[str, Any]]:
 
     Returns:
         The entries of `metrics["baselines"]`, which the compressor's last result holds too.
+
+    Raises:
+        ArgumentError: If the compressor has not searched yet.
     """
     search = compressor.last
+    if search is None:
+        raise ArgumentError(
+            "The compressor has not searched yet, so there is nothing to compare with. Call "
+            "compressor.search(...) first."
+        )
     network, figures, result = search.network, search.figures, search.result
     entries = []
     progress = SearchProgress(search.episodes, network.metric.name, verbose)
@@ -58,7 +68,7 @@ def compare(compressor: Compressor, verbose: int = 1) -> list[dict[str, Any]]:
 
     for name, quantize in (("uniform magnitude", False), ("uniform magnitude int8", True)):
         progress.say(f"fine-tuning and exporting: {name}")
-        add(name, _uniform(compressor, quantize, steps), 1)
+        add(name, _uniform(compressor, network, quantize, steps), 1)
 
     network.seen.clear()
     settings = dataclasses.replace(compressor.loop_settings(), agent=Random(), warm_start=False)
@@ -70,9 +80,10 @@ def compare(compressor: Compressor, verbose: int = 1) -> list[dict[str, Any]]:
     return entries
 
 
-def _uniform(compressor: Compressor, quantize: bool, steps: int) -> Candidate:
+def _uniform(
+    compressor: Compressor, network: CompressedNetwork, quantize: bool, steps: int
+) -> Candidate:
     """Uniform magnitude pruning, kernel by kernel, with recovery after each."""
-    network = compressor.last.network
     network.reset()
     plan = uniform_plan(compressor.model, compressor.target.sparsity, compressor.group, quantize)
     share = -(-steps // len(network.kernels))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -86,7 +87,7 @@ class Result:
         if quantization in (None, self.report.quantization):
             with replacing(check_new_file(path, overwrite)) as temporary:
                 temporary.write_bytes(self._tflite)
-            return self.report
+            return dataclasses.replace(self.report, path=os.fspath(path))
         return export_tflite(
             self.model,
             path,

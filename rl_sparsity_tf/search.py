@@ -100,7 +100,7 @@ class Compressor:
         self.metric = metric
         self.buckets = _check_count("buckets", buckets, 1)
         self.warm_start = bool(warm_start) and not isinstance(self.agent, Random)
-        self.last: FinishedSearch
+        self.last: FinishedSearch | None = None
 
     def search(
         self,

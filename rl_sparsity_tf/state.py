@@ -120,6 +120,7 @@ class BucketView:
     pressure: float
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a network that diverged has a state, too
 def observe(network: CompressedNetwork, path: str, bucket: BucketView) -> np.ndarray:
     """Computes the state of a kernel and bucket.
 
@@ -155,12 +156,12 @@ def observe(network: CompressedNetwork, path: str, bucket: BucketView) -> np.nda
         "weight_variance": _against(weights.var(), original.var()),
         "weight_entropy": _entropy(weights, float(np.abs(original).max())),
         "activation_mean": _over(
-            now.activation_mean, math.sqrt(now.activation_variance + now.activation_mean**2)
+            now.activation_mean, math.hypot(math.sqrt(now.activation_variance), now.activation_mean)
         ),
         "activation_variance": _against(now.activation_variance, dense.activation_variance),
         "activation_sparsity": now.activation_sparsity,
         "gradient_mean": _over(
-            now.gradient_mean, math.sqrt(now.gradient_variance + now.gradient_mean**2)
+            now.gradient_mean, math.hypot(math.sqrt(now.gradient_variance), now.gradient_mean)
         ),
         "gradient_variance": _against(now.gradient_variance, float(np.mean(all_variances))),
         "reconstruction_error": network.errors[path],
