@@ -7,6 +7,7 @@ for Keras 2 when this package is imported is early enough, unless somebody touch
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 
@@ -48,3 +49,22 @@ def use_tf_keras() -> None:
             f"first in your program: {_MEND}"
         )
     os.environ["TF_USE_LEGACY_KERAS"] = "1"
+    if "tensorflow" in sys.modules:
+        _find_tf_keras_first()
+
+
+def _find_tf_keras_first() -> None:
+    """Lets `import tensorflow.keras` find Keras 2 when TensorFlow was imported before us.
+
+    `tf.keras` is decided when it is first touched, but the folder in which submodules such as
+    `tensorflow.keras.layers` are looked up (TensorFlow Probability imports them so) is put on the
+    package's path when TensorFlow is imported, by the variable's value at that time.
+    """
+    spec = importlib.util.find_spec("tf_keras")
+    if spec is None or not spec.submodule_search_locations:
+        return  # whoever needs tf_keras says that it is missing
+    folder = os.path.join(next(iter(spec.submodule_search_locations)), "api", "_v2")
+    for name in ("tensorflow", "tensorflow.compat.v2"):
+        path = getattr(sys.modules.get(name), "__path__", None)
+        if path is not None and folder not in path:
+            path.insert(0, folder)

@@ -23,11 +23,13 @@ from rl_sparsity_tf.files import check_new_file, replacing
 from rl_sparsity_tf.flatbuffer import read_flat_model
 from rl_sparsity_tf.kernels import check_model
 from rl_sparsity_tf.matching import MatchedTensor, find_variable, kernel_variables, match_kernels
+from rl_sparsity_tf.plan import CompressionPlan
+from rl_sparsity_tf.rules import resolve
 from rl_sparsity_tf.samples import collect_rows, input_specs, random_rows
 from rl_sparsity_tf.saved_model import reference_outputs, write_saved_model
 from rl_sparsity_tf.verification import TOLERANCES, Tolerance, verify_outputs, verify_zeros
 from rl_sparsity_tf.weight_only import FLOAT_BITS, quantization_entries
-from rl_sparsity_tf.wrapping import is_wrapped, strip
+from rl_sparsity_tf.wrapping import is_wrapped, plan_of, strip
 
 __all__ = ["ExportReport", "TensorReport", "export_tflite", "predict_tflite", "start_worker"]
 
@@ -222,7 +224,11 @@ def _plain_model(model: Any, plan: Any) -> tuple[keras.Model, Any]:
         plan = model.plan if plan is None else plan
         model = model.model
     check_model(model)
-    return (strip(model) if is_wrapped(model) else model), plan
+    if isinstance(plan, CompressionPlan) and not plan.is_resolved:
+        plan = resolve(plan, model)
+    if not is_wrapped(model):
+        return model, plan
+    return strip(model), plan_of(model) if plan is None else plan
 
 
 def _batch_size(model: keras.Model, batch_size: int | None) -> int | None:

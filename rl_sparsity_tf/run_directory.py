@@ -41,7 +41,11 @@ def model_fingerprint(model: keras.Model) -> str:
 def data_fingerprint(batches: Iterable[Any]) -> str:
     """SHA-256 of batches of tensors."""
     parts = [part for part in tf.nest.flatten(list(batches)) if part is not None]
-    return sha256_of(*(np.ascontiguousarray(part).tobytes() for part in parts))
+    chunks = []
+    for part in parts:
+        array = np.ascontiguousarray(part)
+        chunks += [f"{array.shape} {array.dtype}".encode(), array.tobytes()]
+    return sha256_of(*chunks)
 
 
 def versions() -> dict[str, str]:
@@ -128,13 +132,13 @@ class RunDirectory:
 
     def _start(self, wanted: Mapping[str, Any]) -> None:
         self.path.mkdir(exist_ok=True)
-        self._checkpoints.mkdir(exist_ok=True)
         for old in (*RESULT_FILES, "journal.jsonl"):
             (self.path / old).unlink(missing_ok=True)
-        for checkpoint in self._checkpoints.glob("*.npz"):
-            checkpoint.unlink()
+        self.drop_checkpoints(keep=set())
         manifest = {"format_version": FORMAT_VERSION, **wanted, "versions": versions()}
         write_text(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        # After the manifest: a folder that holds anything must say whose it is.
+        self._checkpoints.mkdir(exist_ok=True)
         self._journal.touch()
 
     # ------------------------------------------------------------------ the journal

@@ -18,8 +18,11 @@ from rl_sparsity_tf.masks import MASKS, hard_concrete_sample, magnitude, select_
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.registry import KernelSpec, kernel_spec, kernel_specs
 
-# A logit at which a hard concrete gate is open (or closed) nine times in ten.
-_HARD_CONCRETE_START = 2.5
+# Hard concrete gates start at log alpha = +-2.5 (open or closed nine times in ten). Adam moves a
+# logit by about its learning rate per step whatever the gradient's scale, so log alpha is a
+# multiple of the logit: at 1e-3 it can cross over within some hundred steps instead of thousands.
+_HARD_CONCRETE_GAIN = 10.0
+_HARD_CONCRETE_START = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +194,8 @@ class CompressionWrapper(keras.layers.Wrapper):
         if self.mask == "straight_through":
             return ops.mask_weights_straight_through(matrix, mask, logits, grouping)
         sampling = tf.logical_and(tf.cast(training, tf.bool), state["mask_frozen"] < 0.5)
-        logits = tf.convert_to_tensor(logits)
-        values = tf.cond(sampling, lambda: hard_concrete_sample(logits), lambda: mask)
+        log_alpha = _HARD_CONCRETE_GAIN * tf.convert_to_tensor(logits)
+        values = tf.cond(sampling, lambda: hard_concrete_sample(log_alpha), lambda: mask)
         return ops.mask_weights(matrix, values, grouping)
 
     @contextlib.contextmanager

@@ -1,0 +1,250 @@
+"""Training and validation data in every form that fit takes, and every way to get it wrong."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras as keras
+
+import rl_sparsity_tf as rls
+from rl_sparsity_tf.data import evaluation_data, inputs_of, training_data
+
+ROWS = 22
+
+
+@pytest.fixture(scope="module")
+def model():
+    return keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(2)])
+
+
+@pytest.fixture(scope="module")
+def two_inputs():
+    inputs = [keras.Input((3,), name="left"), keras.Input((2, 2), name="right")]
+    flat = [inputs[0], keras.layers.Flatten()(inputs[1])]
+    return keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Concatenate()(flat)))
+
+
+def x_of(rows=ROWS):
+    return np.arange(rows * 3, dtype=np.float32).reshape(rows, 3)
+
+
+def y_of(rows=ROWS):
+    return np.arange(rows) % 2
+
+
+class Batches(keras.utils.Sequence):
+    """Three batches, the last one shorter."""
+
+    def __init__(self, weights=False, length=3):
+        super().__init__()
+        self.weights, self.length = weights, length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        rows = slice(index * 8, min(ROWS, index * 8 + 8))
+        batch = (x_of()[rows], y_of()[rows])
+        return (*batch, np.ones(ROWS)[rows]) if self.weights else batch
+
+
+FORMS = {
+    "arrays": lambda: (x_of(), y_of()),
+    "weights": lambda: (x_of(), y_of(), np.linspace(0, 1, ROWS)),
+    "no weights": lambda: (x_of(), y_of(), None),
+    "lists": lambda: (x_of().tolist(), y_of().tolist()),
+    "float64": lambda: (x_of().astype(np.float64), y_of()),
+    "tensors": lambda: (tf.constant(x_of()), tf.constant(y_of())),
+    "dataset": lambda: tf.data.Dataset.from_tensor_slices((x_of(), y_of())).batch(8),
+    "weighted dataset": lambda: tf.data.Dataset.from_tensor_slices(
+        (x_of(), y_of(), np.ones(ROWS, np.float32))
+    ).batch(8),
+    "Sequence": lambda: Batches(),
+    "weighted Sequence": lambda: Batches(weights=True),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_all_rows_in_order_for_evaluation(model, form):
+    batches = evaluation_data(FORMS[form](), model, "validation_data", batch_size=8)
+    assert [len(x) for x, _, _ in batches] == [8, 8, 6]
+    np.testing.assert_array_equal(inputs_of(batches), x_of())
+    np.testing.assert_array_equal(np.concatenate([y for _, y, _ in batches]), y_of())
+    weighted = form.startswith("weight")
+    assert all((weights is not None) == weighted for _, _, weights in batches)
+    if form == "weights":
+        together = np.concatenate([weights for _, _, weights in batches])
+        np.testing.assert_allclose(together, np.linspace(0, 1, ROWS), rtol=1e-6)
+    for x, _, weights in batches:
+        assert x.dtype == tf.float32
+        if weights is not None:
+            assert weights.dtype == tf.float32
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_trains(model, form):
+    data = training_data(FORMS[form](), model, batch_size=8)
+    assert data.steps == 3
+    assert {len(x) for x, _, _ in data.pool} == {8}
+    assert data.batch(0) is data.batch(len(data.pool))
+    rows = np.concatenate([batch[0] for batch in data.dataset])
+    np.testing.assert_array_equal(rows[np.argsort(rows[:, 0])], x_of())
+    for x, y, _ in data.pool:  # labels stay with their rows
+        np.testing.assert_array_equal(y, (x.numpy()[:, 0] / 3).astype(int) % 2)
+
+
+def test_training_rows_are_shuffled_by_the_seed(model):
+    def pools(seed):
+        data = training_data((x_of(), y_of()), model, batch_size=4, seed=seed)
+        return np.concatenate([x for x, _, _ in data.pool])
+
+    np.testing.assert_array_equal(pools(1), pools(1))
+    assert (pools(1) != pools(2)).any()
+    assert len(pools(1)) == 20  # equally shaped: the ragged rest is left out
+    few = training_data((x_of(), y_of()), model, batch_size=4, pool_size=2)
+    assert len(few.pool) == 2
+    assert few.steps == 6
+
+
+def test_epochs_are_reshuffled_and_complete(model):
+    data = training_data((x_of(), y_of()), model, batch_size=8)
+    epochs = [np.concatenate([batch[0] for batch in data.dataset]) for _ in range(2)]
+    assert (epochs[0] != epochs[1]).any()
+    np.testing.assert_array_equal(*[epoch[np.argsort(epoch[:, 0])] for epoch in epochs])
+
+
+def test_fewer_rows_than_a_batch(model):
+    data = training_data((x_of(3), y_of(3)), model, batch_size=128)
+    assert [len(x) for x, _, _ in data.pool] == [3]
+    assert data.steps == 1
+
+
+def test_endless_and_unknown_datasets(model):
+    rows = tf.data.Dataset.from_tensor_slices((x_of(), y_of()))
+    endless = training_data(rows.repeat().batch(8), model, pool_size=5)
+    assert (endless.steps, len(endless.pool), len(list(endless.dataset))) == (5, 5, 5)
+    unknown = training_data(rows.filter(lambda x, y: y == 0).batch(4), model)
+    assert unknown.steps is None
+    assert [len(x) for x, _, _ in unknown.pool] == [4, 4]
+
+
+@pytest.mark.parametrize("prepare", [training_data, evaluation_data])
+def test_several_inputs_as_dict_list_or_dataset(two_inputs, prepare):
+    left, right = x_of(), np.ones((ROWS, 2, 2), np.float32)
+    name = () if prepare is training_data else ("validation_data",)
+    named = {"left": left, "right": right}
+    forms = [
+        (named, y_of()),
+        ([left, right], y_of()),
+        ((left, right), y_of()),
+        tf.data.Dataset.from_tensor_slices((named, y_of())).batch(8),
+        tf.data.Dataset.from_tensor_slices(((left, right), y_of())).batch(8),
+    ]
+    for data in forms:
+        prepared = prepare(data, two_inputs, *name, batch_size=8)
+        batch = prepared.pool[0] if prepare is training_data else prepared[0]
+        assert two_inputs(batch[0]).shape == (8, 2)
+    together = inputs_of(evaluation_data((named, y_of()), two_inputs, "x", batch_size=8))
+    np.testing.assert_array_equal(together["left"], left)
+
+
+def test_several_outputs(model):
+    y = {"a": y_of(), "b": x_of()}
+    batches = evaluation_data((x_of(), y), model, "validation_data", batch_size=8)
+    assert batches[0][1]["b"].shape == (8, 3)
+
+
+def test_integer_inputs_stay_integers(model):
+    images = np.ones((ROWS, 3), np.uint8)
+    assert evaluation_data((images, y_of()), model, "x")[0][0].dtype == tf.uint8
+
+
+# ---------------------------------------------------------------------------- errors
+
+
+def broken(row, value=np.nan):
+    x = x_of()
+    x[row, 1] = value
+    return x
+
+
+def dataset(*columns, batch=8):
+    return tf.data.Dataset.from_tensor_slices(columns).batch(batch)
+
+
+WRONG = {
+    "no tuple": (lambda: [x_of(), y_of()], "is a list of 2. Expected \\(x, y\\)"),
+    "one": (lambda: (x_of(),), "is a tuple of 1"),
+    "four": (lambda: (x_of(),) * 4, "is a tuple of 4"),
+    "array": (lambda: x_of(), "is a ndarray"),
+    "none": (lambda: None, "is a NoneType"),
+    "no labels": (lambda: (x_of(), None), "holds None in place of x or y"),
+    "text": (lambda: ("images", y_of()), "holds str that is no array of numbers"),
+    "strings": (lambda: (np.array([["a", "b", "c"]]), y_of(1)), "no array of numbers"),
+    "scalar": (lambda: (3.0, y_of()), "holds float that is no array"),
+    "ragged": (
+        lambda: (np.array([[1.0], [1.0, 2.0]], dtype=object), y_of(2)),
+        "holds ndarray that is no array of numbers",
+    ),
+    "ragged list": (lambda: ([[1.0], [1.0, 2.0]], y_of(2)), "holds list that is no array"),
+    "nan": (lambda: (broken(21), y_of()), "holds 1 values that are NaN or infinite"),
+    "infinite": (lambda: (broken(0, np.inf), y_of()), "remove or replace those rows"),
+    "nan labels": (lambda: (x_of(), y_of() * np.nan), "holds 22 values that are NaN"),
+    "rows": (lambda: (x_of(), y_of(7)), r"has arrays of \[7, 22\] rows.*as many labels"),
+    "weights": (lambda: (x_of(), y_of(), np.ones(3)), r"arrays of \[3, 22\] rows"),
+    "empty": (lambda: (x_of(0), y_of(0)), "is empty. Expected at least one row"),
+    "width": (lambda: (x_of().T, y_of(3)), r"shape \(22,\) per row; the model takes \(3,\)"),
+    "no batch axis": (lambda: (x_of()[0], y_of(3)), r"shape \(\) per row; the model takes \(3,\)"),
+    "inputs": (lambda: ((x_of(), x_of()), y_of()), "has 2 inputs; the model takes 1"),
+    "dataset of x": (
+        lambda: tf.data.Dataset.from_tensor_slices(x_of()).batch(8),
+        "is a dataset of elements.*as_supervised=True",
+    ),
+    "dataset of dicts": (
+        lambda: tf.data.Dataset.from_tensor_slices({"image": x_of(), "label": y_of()}),
+        "for TFDS, pass as_supervised=True",
+    ),
+    "unbatched dataset": (
+        lambda: tf.data.Dataset.from_tensor_slices((x_of(), y_of())),
+        r"shape \(\) per row; the model takes \(3,\).*\.batch\(32\)",
+    ),
+    "empty dataset": (lambda: dataset(x_of(), y_of()).take(0), "Expected at least one batch"),
+    "nan dataset": (lambda: dataset(broken(21), y_of()), "filter or replace those rows"),
+    "empty Sequence": (lambda: Batches(length=0), "is empty. Expected at least one batch"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("name", ["train", "validation_data"])
+def test_data_that_cannot_be_used(model, case, name):
+    make, message = WRONG[case]
+    arguments = (make(), model)
+    prepare = training_data
+    if name != "train":
+        arguments, prepare = (*arguments, name), evaluation_data
+    with pytest.raises(rls.DataError, match=rf"(?s)^{name} .*{message}|^{name} {message}"):
+        prepare(*arguments)
+
+
+def test_endless_data_cannot_be_evaluated(model):
+    with pytest.raises(rls.DataError, match=r"infinite dataset.*end it with \.take\(batches\)"):
+        evaluation_data(dataset(x_of(), y_of()).repeat(), model, "validation_data")
+
+
+def test_missing_named_inputs(two_inputs):
+    with pytest.raises(rls.DataError, match=r"lacks the inputs \['right'\].*received \['left'\]"):
+        evaluation_data(({"left": x_of()}, y_of()), two_inputs, "validation_data")
+
+
+def test_hints_for_forgotten_axes():
+    images = keras.Sequential([keras.layers.Input((8, 8, 1)), keras.layers.Flatten()])
+    with pytest.raises(rls.DataError, match=r"Add the channel axis: x\[\.\.\., None\]"):
+        training_data((np.zeros((ROWS, 8, 8), np.float32), y_of()), images)
+    unbatched = tf.data.Dataset.from_tensor_slices((np.zeros((ROWS, 8, 8, 1)), y_of()))
+    with pytest.raises(rls.DataError, match=r"The batch axis is missing: x\[None\]"):
+        training_data(unbatched, images)
+
+
+def test_open_axes_take_any_size():
+    text = keras.Sequential([keras.layers.Input((None, 4)), keras.layers.GlobalAveragePooling1D()])
+    batches = evaluation_data((np.zeros((5, 9, 4)), y_of(5)), text, "validation_data")
+    assert batches[0][0].shape == (5, 9, 4)

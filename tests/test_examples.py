@@ -1,0 +1,225 @@
+"""What the README, the script and the notebook say is run, and compared with the code."""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import tf_keras as keras
+from nbclient import NotebookClient
+
+import rl_sparsity_tf as rls
+from rl_sparsity_tf.cli import build_parser
+from rl_sparsity_tf.datasets import load_digits_data
+from rl_sparsity_tf.registry import kernel_specs
+from rl_sparsity_tf.state import FEATURES
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
+SCRIPT = ROOT / "examples" / "quickstart.py"
+COMPRESSIBLE = (
+    *("Dense", "Conv1D", "Conv2D", "Conv3D", "DepthwiseConv1D", "DepthwiseConv2D"),
+    *("SeparableConv1D", "SeparableConv2D", "Conv1DTranspose", "Conv2DTranspose"),
+)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The environment of a short run that finds the package and reaches no network."""
+    monkeypatch.setenv("RL_SPARSITY_QUICK", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def run_python(folder, *arguments):
+    finished = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+def litert_outputs(path, rows):
+    """Runs a file without any of the package's own code."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path))
+    (given,), (wanted,) = interpreter.get_input_details(), interpreter.get_output_details()
+    interpreter.resize_tensor_input(given["index"], rows.shape)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(given["index"], rows)
+    interpreter.invoke()
+    return interpreter.get_tensor(wanted["index"])
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def table_rows(title):
+    """The cells of the table whose head begins with a title, without the marks of code."""
+    table = README.split(f"| {title} |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    rows = [re.split(r"(?<!\\)\|", line.strip("|")) for line in table]
+    return [[cell.strip().strip("`").replace("\\|", "|") for cell in row] for row in rows]
+
+
+# ---------------------------------------------------------------------- the examples
+
+
+@pytest.mark.slow
+def test_the_script_writes_the_file_it_talks_about(tmp_path, quick):
+    output = run_python(tmp_path, str(SCRIPT))
+    data = load_digits_data()
+    outputs = litert_outputs(tmp_path / "digits.tflite", data.x_test)
+    accuracy = np.mean(outputs.argmax(axis=1) == data.y_test)
+    size = (tmp_path / "digits.tflite").stat().st_size
+    assert output.splitlines()[-1] == (
+        f"digits.tflite: {size:,} bytes, test accuracy {accuracy:.4f}"
+    )
+    assert "sparsity 0.9000 of all weights" in output
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, quick):
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    client = NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    )
+    client.execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert "pip install" in cells[0].source
+    assert cells[0].outputs == []  # nothing was installed
+    printed = [
+        "".join(part.text for part in cell.outputs if part.get("name") == "stdout")
+        for cell in cells
+    ]
+    assert "after:  [-0.91    0.3     0.      0.62   -0.4371  0.77  ]" in "".join(printed)
+    sizes = {path.stem: path.stat().st_size for path in tmp_path.glob("*.tflite")}
+    assert set(sizes) == {"dense", "by_hand", "searched"}
+    for size in sizes.values():
+        assert f"{size:,} bytes" in printed[-1]
+
+
+def test_the_notebook_is_stored_without_outputs_and_opens_in_colab():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+    badge = notebook.cells[0].source.splitlines()[0]
+    assert badge in README
+    assert badge.endswith(
+        "/github/rl-sparsity-tf/rl_sparsity_tf/blob/main/examples/quickstart.ipynb)"
+    )
+
+
+# ---------------------------------------------------------------------- the README
+
+
+@pytest.mark.slow
+def test_the_code_of_the_readme_runs_in_its_order(tmp_path, quick):
+    code = "\n".join(blocks("python"))
+    short, count = re.subn(r"\b(episodes|(?:finetune_)?epochs)=\d+", r"\1=1", code)
+    assert count == 5
+    (tmp_path / "readme.py").write_text(short, encoding="utf-8")
+    run_python(tmp_path, "readme.py")
+    data = load_digits_data()
+    for name in ("model", "by_hand"):
+        assert litert_outputs(tmp_path / f"{name}.tflite", data.x_test).shape == (359, 10)
+    command = re.search(r"^rl-sparsity (compress model.*)$", README, re.MULTILINE)
+    arguments = command.group(1).replace("--episodes 24", "--episodes 1").split()
+    run_python(tmp_path, "-m", "rl_sparsity_tf.cli", *arguments, "--finetune-epochs", "1")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["compressed"]["sparsity"] == pytest.approx(0.9, abs=1e-3)
+
+
+def test_the_two_commands_for_a_fresh_machine_are_each_one_line():
+    start = "python3 -m venv .venv-uv && .venv-uv/bin/pip install -q uv && .venv-uv/bin/uv run "
+    lines = README.splitlines()
+    assert lines.count(start + "rl-sparsity demo") == 1
+    assert lines.count(start + "pytest") == 1
+
+
+def test_the_features_of_the_state_are_listed_as_they_are():
+    expected = [
+        [str(index), feature.name, f"[{feature.low:g}, 1]", feature.meaning]
+        for index, feature in enumerate(FEATURES)
+    ]
+    assert table_rows("# | feature | range | meaning") == expected
+
+
+def test_the_layers_are_listed_as_they_are_registered():
+    row_shapes = {"Dense": (4,), "Conv3D": (4, 4, 4, 1)}
+    expected = []
+    for name in COMPRESSIBLE:
+        layer_class = getattr(keras.layers, name)
+        shape = row_shapes.get(name, (8, 2) if "1D" in name else (8, 8, 2))
+        short = name == "Dense" or name.startswith("Depthwise")
+        layer = layer_class(3) if short else layer_class(3, 3)
+        layer.build((None, *shape))
+        for spec in kernel_specs(layer):
+            assert len(spec.layout) == getattr(layer, spec.attribute).shape.rank
+            integers = "yes" if spec.exports_int8 else "no"
+            expected.append([name, spec.attribute, spec.layout, integers])
+    assert table_rows("layer | kernel | layout | can be stored as int8") == expected
+
+
+def test_every_public_name_in_the_documents_exists():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    text = README + SCRIPT.read_text(encoding="utf-8")
+    text += "\n".join(cell.source for cell in notebook.cells)
+    names = set(re.findall(r"\brls\.(\w+)", text))
+    assert len(names) > 10
+    assert names - set(rls.__all__) == set()
+
+
+def test_the_readme_names_every_option_of_the_command_line():
+    (section,) = re.findall(r"## Command line\n(.*?)\n## ", README, re.DOTALL)
+    (commands,) = (
+        action
+        for action in build_parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
+    options = {
+        option
+        for parser in commands.choices.values()
+        for option in parser._option_string_actions
+        if option.startswith("--") and option != "--help"
+    }
+    assert {option for option in options if option not in section} == set()
+    mentioned = set(re.findall(r"--[a-z][a-z-]+", section))
+    assert mentioned - options == set()
+
+
+def test_the_plan_of_the_readme_is_a_plan():
+    (text,) = blocks("json")
+    plan = rls.CompressionPlan.from_json(text)
+    assert list(plan.kernels) == ["conv/kernel", "classes/kernel", "*"]
+    assert plan.kernels["classes/kernel"].weights_under(rls.Operation.KEEP) == 64
+
+
+def test_the_links_of_the_readme_lead_somewhere():
+    headings = re.findall(r"^## (.+)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+    links = re.findall(r"\]\(([^)\s]+)\)", README)
+    for link in links:
+        if link.startswith("#"):
+            assert link[1:] in anchors
+        elif not link.startswith("https://"):
+            assert (ROOT / link).exists()
+    listed = [link[1:] for link in links if link.startswith("#")]
+    assert anchors - set(listed) == {"contents"}
