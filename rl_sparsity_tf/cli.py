@@ -41,6 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--memory-limit-mb", type=float, default=2048, help="what the data set may take"
     )
     demo.add_argument("--output", help="folder for the run")
+    demo.add_argument(
+        "--finetune-epochs", type=int, help="epochs of every fine-tuning (about 1,500 steps)"
+    )
     _add_search_arguments(demo, episodes=20)
 
     compress = commands.add_parser("compress", help="compress a model of your own")
@@ -118,6 +121,7 @@ def _demo(options: argparse.Namespace) -> None:
         seed=options.seed,
         episodes=options.episodes,
         sparsity=options.target_sparsity,
+        finetune_epochs=options.finetune_epochs,
         memory_limit_mb=options.memory_limit_mb,
         verbose=options.verbose,
     )
@@ -177,14 +181,54 @@ def _compress(options: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps the libraries' own chatter off the terminal while they are imported and used."""
+    loggers = [logging.getLogger(name) for name in ("tensorflow", "absl")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _import_silently()
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _import_silently() -> None:
+    # While TensorFlow is loaded its C++ side writes to file descriptor 2 whatever the log level
+    # is; gym, which TF-Agents imports, greets on sys.stderr. Both only on the first import.
+    if "tensorflow" in sys.modules:
+        return
+    level = os.environ.get("TF_CPP_MIN_LOG_LEVEL")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    for name in ("tensorflow", "absl"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    # Gym, which TF-Agents imports, greets on standard error.
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(ImportError):
-        import gym  # noqa: F401
-    yield
+    try:
+        with _descriptor_silenced(2), contextlib.redirect_stderr(io.StringIO()):
+            # What is missing is said by the module that needs it.
+            with contextlib.suppress(ImportError):
+                import tensorflow  # noqa: F401
+            with contextlib.suppress(ImportError):
+                import gym  # noqa: F401
+    finally:
+        if level is None:
+            del os.environ["TF_CPP_MIN_LOG_LEVEL"]
+
+
+@contextlib.contextmanager
+def _descriptor_silenced(descriptor: int) -> Iterator[None]:
+    try:
+        kept = os.dup(descriptor)
+    except OSError:  # closed, as under some service managers: nothing to silence
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, descriptor)
+        os.close(kept)
 
 
 if __name__ == "__main__":

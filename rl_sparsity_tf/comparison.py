@@ -20,12 +20,14 @@ from rl_sparsity_tf.metrics import baseline_entry
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.progress import SearchProgress
+from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.reward import bounded
 from rl_sparsity_tf.rules import uniform_plan
 from rl_sparsity_tf.search import Compressor
 from rl_sparsity_tf.search_loop import SearchLoop
 
 
+@quiet_tensorflow()
 def compare(compressor: Compressor, verbose: int = 1) -> list[dict[str, Any]]:
     """Runs the contenders of a finished search and adds their figures to its metrics.
 

@@ -98,6 +98,7 @@ def run_demo(
     seed: int = 0,
     episodes: int = 20,
     sparsity: float = 0.9,
+    finetune_epochs: int | None = None,
     memory_limit_mb: float = 2048,
     verbose: int = 1,
 ) -> Result:
@@ -110,6 +111,7 @@ def run_demo(
         seed: Seed of everything.
         episodes: Search episodes.
         sparsity: The target.
+        finetune_epochs: Epochs of every fine-tuning; by default about 1,500 steps.
         memory_limit_mb: What the data set may take.
         verbose: As in `Compressor.search`.
 
@@ -137,6 +139,7 @@ def run_demo(
         **search_data(data, seed),
         episodes=episodes,
         batch_size=batch_size,
+        finetune_epochs=finetune_epochs,
         verbose=verbose,
     )
     result.metrics["dataset"] = data.name

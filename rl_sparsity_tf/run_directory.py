@@ -17,6 +17,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError, RunError
 from rl_sparsity_tf.files import replacing, sha256_of, write_text
+from rl_sparsity_tf.kernels import walk
 
 FORMAT_VERSION = 1
 _PACKAGES = (
@@ -32,9 +33,12 @@ _PACKAGES = (
 
 
 def model_fingerprint(model: keras.Model) -> str:
-    """SHA-256 of a model's architecture and weights."""
-    chunks = [model.to_json().encode()]
-    chunks += [np.ascontiguousarray(value).tobytes() for value in model.get_weights()]
+    """SHA-256 of a model's layers and weights, whatever Keras named them in this process."""
+    chunks = []
+    for _, layer in walk(model):
+        chunks.append(type(layer).__name__.encode())
+        for value in layer.get_weights():
+            chunks += [f"{value.shape} {value.dtype}".encode(), value.tobytes()]
     return sha256_of(*chunks)
 
 
@@ -65,6 +69,9 @@ def versions() -> dict[str, str]:
 class RunDirectory:
     """One run's folder.
 
+    Making the object only looks, so that a folder in the way is refused before any work; nothing
+    is written or removed before [start][].
+
     Args:
         path: The folder; made if it is missing, its parent must exist.
         arguments: What the run was called with, as JSON values. A folder with an unfinished run
@@ -89,11 +96,11 @@ class RunDirectory:
         check_directory(self.path)
         self._journal = self.path / "journal.jsonl"
         self._checkpoints = self.path / "checkpoints"
-        wanted = json.loads(json.dumps({"arguments": arguments, "fingerprints": fingerprints}))
+        self._wanted = json.loads(
+            json.dumps({"arguments": arguments, "fingerprints": fingerprints})
+        )
         present = self.path.is_dir() and any(self.path.iterdir())
-        self.resumed = present and self._continues(wanted, overwrite)
-        if not self.resumed:
-            self._start(wanted)
+        self.resumed = present and self._continues(self._wanted, overwrite)
 
     def _continues(self, wanted: Mapping[str, Any], overwrite: bool) -> bool:
         manifest = self.path / "manifest.json"
@@ -130,12 +137,15 @@ class RunDirectory:
             )
         return True
 
-    def _start(self, wanted: Mapping[str, Any]) -> None:
+    def start(self) -> None:
+        """Makes the folder ready for writing; a run that is continued keeps what it has."""
+        if self.resumed:
+            return
         self.path.mkdir(exist_ok=True)
         for old in (*RESULT_FILES, "journal.jsonl"):
             (self.path / old).unlink(missing_ok=True)
         self.drop_checkpoints(keep=set())
-        manifest = {"format_version": FORMAT_VERSION, **wanted, "versions": versions()}
+        manifest = {"format_version": FORMAT_VERSION, **self._wanted, "versions": versions()}
         write_text(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         # After the manifest: a folder that holds anything must say whose it is.
         self._checkpoints.mkdir(exist_ok=True)

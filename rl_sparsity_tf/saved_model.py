@@ -16,7 +16,8 @@ from rl_sparsity_tf.errors import ExportError
 
 def flat_model(model: keras.Model) -> keras.Model:
     """The same layers and tensors with flat lists of inputs and outputs, in Keras's order."""
-    return keras.Model(list(model.inputs), list(model.outputs))
+    # The name ends up in the file's tensor names: Keras's own would count up from call to call.
+    return keras.Model(list(model.inputs), list(model.outputs), name="model")
 
 
 def write_saved_model(model: keras.Model, folder: Path, batch_size: int | None) -> None:

@@ -26,9 +26,15 @@ from rl_sparsity_tf.mask_training import default_epochs
 from rl_sparsity_tf.metrics import build_metrics
 from rl_sparsity_tf.network import CompressedNetwork, Recovery
 from rl_sparsity_tf.progress import SearchProgress
+from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.result import Result
 from rl_sparsity_tf.reward import Reward, RewardFunction
-from rl_sparsity_tf.run_directory import RunDirectory, data_fingerprint, model_fingerprint
+from rl_sparsity_tf.run_directory import (
+    RunDirectory,
+    check_directory,
+    data_fingerprint,
+    model_fingerprint,
+)
 
 if TYPE_CHECKING:
     from rl_sparsity_tf.search_loop import LoopSettings, SearchLoop
@@ -87,7 +93,7 @@ class Compressor:
         _check_type("target", self.target, Target, "rls.Target(sparsity=0.9)")
         self.agent = resolve_config(agent)
         self.group = check_choice("group", group, GROUPS)
-        self.directory = directory
+        self.directory = None if directory is None else check_directory(directory)
         self.seed = _check_count("seed", seed, 0)
         self.reward: RewardFunction = Reward() if reward is None else reward
         if not callable(self.reward):
@@ -102,6 +108,7 @@ class Compressor:
         self.warm_start = bool(warm_start) and not isinstance(self.agent, Random)
         self.last: FinishedSearch | None = None
 
+    @quiet_tensorflow()
     def search(
         self,
         train: Any,
@@ -158,10 +165,14 @@ class Compressor:
         from rl_sparsity_tf.search_loop import SearchLoop
 
         started = time.monotonic()
-        start_worker()  # its imports overlap the search
+        # A shuffled dataset's order also depends on the global seed at the time it is made.
+        tf.random.set_seed(self.seed)
         data = training_data(train, self.model, batch_size=batch_size, seed=self.seed)
         validation = evaluation_data(validation_data, self.model, "validation_data")
         test = None if test_data is None else evaluation_data(test_data, self.model, "test_data")
+        epochs = default_epochs(data) if finetune_epochs is None else finetune_epochs
+        run = self._open_run(data, validation, test, episodes, epochs, quantization, overwrite)
+        start_worker()  # its imports overlap the search
         network = CompressedNetwork(
             self.model,
             data,
@@ -172,8 +183,8 @@ class Compressor:
             metric=self.metric,
             seed=self.seed,
         )
-        epochs = default_epochs(data) if finetune_epochs is None else finetune_epochs
-        run = self._open_run(data, validation, test, episodes, epochs, quantization, overwrite)
+        if run is not None:
+            run.start()
         progress = SearchProgress(episodes, network.metric.name, verbose)
         loop = SearchLoop(self.loop_settings(), network, run)
         best = loop.run(episodes, progress)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -81,7 +78,7 @@ class SearchLoop:
 
     def run(self, episodes: int, progress: SearchProgress) -> Candidate:
         """Runs the episodes that are left and returns the best candidate of all."""
-        with _quiet_tensorflow(), progress.running(f"{self.agent.name} search"):
+        with progress.running(f"{self.agent.name} search"):
             for episode in range(self._done, episodes):
                 entry = self._episode(episode)
                 assert self.best is not None
@@ -179,15 +176,3 @@ class SearchLoop:
         self._network.seen = {bytes(key).decode() for key in state["seen"]}
         for environment, count in zip(self.environments, state["illegal_actions"], strict=True):
             environment.illegal_actions = int(count)
-
-
-@contextlib.contextmanager
-def _quiet_tensorflow() -> Iterator[None]:
-    """Holds back TensorFlow's warnings of deprecated calls inside TF-Agents."""
-    logger = logging.getLogger("tensorflow")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -26,7 +26,9 @@ PRINTS = {"model": "abc", "train": "def"}
 
 
 def opened(path, overwrite=False, prints=PRINTS, **changes):
-    return RunDirectory(path, {**ARGUMENTS, **changes}, prints, overwrite)
+    run = RunDirectory(path, {**ARGUMENTS, **changes}, prints, overwrite)
+    run.start()
+    return run
 
 
 def listing(path):
@@ -327,3 +329,25 @@ def test_fingerprints_change_with_weights_architecture_and_data():
     }
     assert len(prints) == 4
     assert data_fingerprint([(x, y, None)]) == data_fingerprint(iter([(x, y, None)]))
+
+
+def test_looking_changes_nothing_on_disk(tmp_path):
+    RunDirectory(tmp_path / "run", ARGUMENTS, {})
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_models_fingerprint_ignores_names_and_sees_weights():
+    import tf_keras as keras
+    from zoo import ZOO
+
+    from rl_sparsity_tf.run_directory import model_fingerprint
+
+    one = ZOO["dense"]()
+    keras.layers.Dense(3)  # names count up
+    other = ZOO["dense"]()
+    assert [layer.name for layer in one.layers] != [layer.name for layer in other.layers]
+    assert model_fingerprint(one) == model_fingerprint(other)
+    weights = other.get_weights()
+    weights[0][0, 0] += 1
+    other.set_weights(weights)
+    assert model_fingerprint(one) != model_fingerprint(other)

@@ -1,0 +1,262 @@
+"""The command line: what it makes, what it says, and what it refuses in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tf_keras as keras
+from tiny_search import TEST, TRAIN, VALIDATION, quick_autoencoder, trained
+
+import rl_sparsity_tf as rls
+from rl_sparsity_tf import cli
+from rl_sparsity_tf.cli import main
+from rl_sparsity_tf.version import __version__
+
+RESULTS = {"model.keras", "model.tflite", "plan.json", "metrics.json", "history.csv"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    with quick_autoencoder():
+        yield
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A folder of models and data, good and bad."""
+    folder = tmp_path_factory.mktemp("files")
+    model = trained()
+    for name in ("model.keras", "model.h5", "saved_model"):
+        model.save(folder / name)
+    keras.models.clone_model(model).save(folder / "uncompiled.keras")
+    arrays = dict(zip(("x_train", "y_train"), TRAIN, strict=True))
+    arrays |= dict(zip(("x_validation", "y_validation"), VALIDATION, strict=True))
+    tested = dict(zip(("x_test", "y_test"), TEST, strict=True))
+    np.savez(folder / "data.npz", **arrays, **tested)
+    np.savez(folder / "missing.npz", **{k: arrays[k] for k in ("x_train", "y_train")})
+    np.savez(folder / "wide.npz", **{k: v[..., None] for k, v in arrays.items()})
+    np.savez(folder / "nan.npz", **{**arrays, "x_train": TRAIN[0] * np.nan})
+    np.savez(folder / "rows.npz", **{**arrays, "y_train": TRAIN[1][:3]})
+    np.savez(folder / "labels.npz", **{**arrays, "y_validation": np.eye(3)[VALIDATION[1]]})
+    (folder / "bad.npz").write_text("no zip file")
+    (folder / "bad.keras").write_text("no zip file")
+    (folder / "model.tflite").write_bytes(b"\x1c\x00\x00\x00TFL3")
+    (folder / "occupied").mkdir()
+    (folder / "occupied" / "thesis.txt").write_text("years of work")
+    return folder
+
+
+def compress(folder: Path, *more: str, model="model.keras", data="data.npz", output="out"):
+    return [
+        "compress",
+        str(folder / model),
+        *("--data", str(folder / data)),
+        *("--output", str(folder / output)),
+        *more,
+    ]
+
+
+QUICK = "--episodes 1 --finetune-epochs 1 --target-sparsity 0.5 --batch-size 32".split()
+
+
+# -- what works ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["compress", "--help"]])
+def test_help_exits_with_0(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("usage: rl-sparsity")
+    assert captured.err == ""
+
+
+def test_version_exits_with_0(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"rl-sparsity {__version__}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["model.keras", "model.h5"])
+def test_compress_writes_a_run(model, files, tmp_path, capsys):
+    silent = ["--verbose", "0"] if model != "model.keras" else []
+    arguments = compress(files, *QUICK, *silent, model=model, output=str(tmp_path / "run"))
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= RESULTS
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["dataset"] == "data.npz"
+    assert metrics["compressed"]["sparsity"] >= 0.5
+    assert metrics["compressed"]["accuracy"] is not None
+    rls.load_model(tmp_path / "run" / "model.keras")
+    if silent:
+        assert captured.out == ""
+    else:
+        assert "Compressed model" in captured.out
+        assert "compressed (" in captured.out
+        assert f"files in {tmp_path / 'run'}" in captured.out
+    # A second call finds the finished run and leaves it alone.
+    before = (tmp_path / "run" / "metrics.json").read_bytes()
+    assert main(arguments) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_demo_on_digits_compares_the_contenders(tmp_path, capsys, monkeypatch):
+    # 900 steps are for a good demonstration; a few show that it runs.
+    monkeypatch.setattr("rl_sparsity_tf.demo._TRAIN_STEPS", 34)
+    folder = tmp_path / "demo"
+    arguments = "demo --episodes 1 --finetune-epochs 1 --agent ppo --seed 3".split()
+    assert main([*arguments, "--output", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["dataset"] == "digits"
+    assert metrics["agent"] == "ppo"
+    assert metrics["seed"] == 3
+    names = ["uniform magnitude", "uniform magnitude int8", "random policy"]
+    assert [entry["name"] for entry in metrics["baselines"]] == names
+    for entry in metrics["baselines"]:
+        assert entry["sparsity"] >= 0.9 - 1e-4
+        assert 0 < entry["gzip_bytes"] <= entry["tflite_bytes"] * 1.1
+    for text in ("digits: 1,079 images", "Compressed model", "dense int8", *names, "took "):
+        assert text in printed
+    assert {path.name for path in folder.iterdir()} >= RESULTS
+
+
+@pytest.mark.slow
+def test_the_program_keeps_standard_error_clean(files, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TF_", "PYTHONW"))}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "rl_sparsity_tf.cli"),
+            *compress(
+                files,
+                *(*QUICK, "--verbose", "2"),
+                model="saved_model",
+                output=str(tmp_path / "run"),
+            ),
+        ],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(cli.__file__).parents[1],
+        timeout=600,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert done.stdout.startswith("dqn search: 1 episodes\nepisode 1/1  reward ")
+
+
+def test_the_callers_process_is_left_as_it_was(files, capsys):
+    environment, filters = dict(os.environ), list(warnings.filters)
+    assert main(compress(files, model="nothing.keras")) == 2
+    assert dict(os.environ) == environment
+    assert list(warnings.filters) == filters
+
+
+def test_interrupting_is_said_in_a_line(files, monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_compress", interrupted)
+    assert main(compress(files)) == 130
+    assert capsys.readouterr().err == "rl-sparsity compress: interrupted\n"
+
+
+# -- what is refused -----------------------------------------------------------------------------
+
+WRONG = {
+    "no command": ([], "the following arguments are required: command"),
+    "unknown command": (["compres"], "invalid choice: 'compres'"),
+    "unknown option": (["demo", "--agnet", "dqn"], "unrecognized arguments: --agnet dqn"),
+    "unknown agent": (["demo", "--agent", "sarsa"], "invalid choice: 'sarsa'"),
+    "episodes": (["demo", "--episodes", "many"], "invalid int value: 'many'"),
+    "demo set": (["demo", "--dataset", "digit"], "neither 'digits', nor a .npz file"),
+    "demo missing file": (["demo", "--dataset", "nowhere.npz"], "does not exist"),
+    "compress alone": (["compress"], "the following arguments are required"),
+    "no data": (["compress", "m.keras", "--output", "o"], "one of the arguments --data --dataset"),
+    "two data": (
+        "compress m.keras --data a --dataset b --output o".split(),
+        "not allowed with argument",
+    ),
+    "group": ("compress m --data a --output o --group row".split(), "invalid choice: 'row'"),
+    "format": (
+        "compress m --data a --output o --quantization int3".split(),
+        "invalid choice: 'int3'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_use_is_said_in_one_line(case, capsys):
+    arguments, message = WRONG[case]
+    try:
+        code = main(arguments)
+    except SystemExit as ended:
+        code = ended.code
+    assert_refused(code, capsys, message)
+
+
+WRONG_INPUTS = {
+    "no model": ({"model": "nothing.keras"}, "There is no file or folder"),
+    "bad model": ({"model": "bad.keras"}, "is damaged or mislabelled"),
+    "tflite": ({"model": "model.tflite"}, "seems to be a TFLite file"),
+    "uncompiled": ({"model": "uncompiled.keras"}, "Pass --loss, for example --loss sparse"),
+    "no npz": ({"data": "nothing.npz"}, "nothing.npz' does not exist"),
+    "bad npz": ({"data": "bad.npz"}, "is not a .npz file"),
+    "arrays missing": ({"data": "missing.npz"}, "missing: ['x_validation', 'y_validation']"),
+    "shape": ({"data": "wide.npz"}, "train has inputs of shape (6, 1) per row"),
+    "NaN": ({"data": "nan.npz"}, "NaN or infinite values in 'x_train'"),
+    "rows": ({"data": "rows.npz"}, "has 96 rows in 'x_train' and 3 in 'y_train'"),
+    "label shape": ({"data": "labels.npz"}, "the same shape in every split"),
+    "occupied": ({"output": "occupied"}, "holds no run of this package"),
+    "file in the way": ({"output": "data.npz"}, "is a file. Expected a folder"),
+    "no parent": ({"output": "nowhere/run"}, "does not exist. Create it first"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_INPUTS)
+def test_wrong_inputs_are_said_in_one_line(case, files, capsys):
+    options, message = WRONG_INPUTS[case]
+    assert_refused(main(compress(files, *QUICK, **options)), capsys, message)
+    assert not (files / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--target-sparsity", "90"], "Target(sparsity=90.0) cannot be met. Expected a number ab"),
+        (["--target-sparsity", "0.99"], "Expected a sparsity of at most 0.97"),
+        (["--target-sparsity", "nan"], "Target(sparsity=nan) cannot be met"),
+        (["--episodes", "0"], "episodes=0 cannot be used"),
+        (["--seed", "-1"], "seed=-1 cannot be used"),
+        (["--batch-size", "0"], "batch_size=0 cannot be used"),
+        (["--finetune-epochs", "-1"], "finetune_epochs=-1 cannot be used"),
+        (["--loss", "sparse_crossentropy"], "sparse_crossentropy"),
+    ],
+)
+def test_wrong_numbers_are_said_in_one_line(more, message, files, capsys):
+    assert_refused(main(compress(files, *QUICK, *more)), capsys, message)
+    assert not (files / "out").exists()
+
+
+def assert_refused(code: object, capsys: pytest.CaptureFixture[str], message: str) -> None:
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1, captured.err
+    assert captured.err.startswith("rl-sparsity")
+    assert message in captured.err
+    assert "Traceback" not in captured.err

@@ -1,0 +1,124 @@
+"""What the tests of the search share: a tiny trained network, its data, and a quick search."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tf_keras as keras
+
+import rl_sparsity_tf as rls
+from rl_sparsity_tf import network as network_module
+from rl_sparsity_tf import search as search_module
+from rl_sparsity_tf.autoencoder import WeightAutoencoder
+
+DQN = rls.DQN(hidden_layers=(8,), train_steps=4, batch_size=8)
+PPO = rls.PPO(hidden_layers=(8,), num_epochs=2)
+SPARSITY = 0.6
+
+
+@contextlib.contextmanager
+def quick_autoencoder() -> Iterator[None]:
+    """One pass of training instead of twelve; everything else is what users run."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick = functools.partial(WeightAutoencoder, epochs=1)
+        patch.setattr(network_module, "WeightAutoencoder", quick)
+        yield
+
+
+class StoppedError(Exception):
+    """Raised in place of the final fine-tuning, or in the middle of an episode."""
+
+
+def stop(*_: Any, **__: Any) -> None:
+    raise StoppedError
+
+
+def rows(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Three classes that a small network separates well."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 3, count)
+    x = rng.normal(size=(count, 6)).astype(np.float32)
+    x[np.arange(count), y] += 2.5
+    return x, y
+
+
+TRAIN, VALIDATION, TEST = rows(96, 0), rows(60, 1), rows(50, 2)
+
+
+@functools.cache
+def _weights() -> list[np.ndarray]:
+    keras.utils.set_random_seed(11)
+    model = untrained()
+    model.fit(*rows(600, 3), epochs=6, batch_size=32, verbose=0)
+    return model.get_weights()
+
+
+def untrained() -> keras.Model:
+    """Kernels of 6 x 8 and 8 x 3: 72 weights."""
+    model = keras.Sequential(
+        [
+            keras.layers.Input((6,), name="given"),
+            keras.layers.Dense(8, activation="relu", name="first"),
+            keras.layers.Dense(3, activation="softmax", name="last"),
+        ],
+        name="tiny",
+    )
+    model.compile(
+        keras.optimizers.Adam(1e-2), "sparse_categorical_crossentropy", metrics=["accuracy"]
+    )
+    return model
+
+
+def trained() -> keras.Model:
+    """The same trained model every time, its optimizer having taken a step."""
+    model = untrained()
+    model.train_on_batch(*TRAIN)
+    model.set_weights(_weights())
+    return model
+
+
+def compressor(model: keras.Model, agent: Any = DQN, **options: Any) -> rls.Compressor:
+    """A compressor whose searches take few steps."""
+    options.setdefault("target", rls.Target(sparsity=SPARSITY))
+    options.setdefault("recovery", rls.Recovery(steps=1))
+    options.setdefault("buckets", 3)
+    return rls.Compressor(model, agent=agent, **options)
+
+
+def search(one: rls.Compressor, **options: Any) -> rls.Result:
+    """A search on the tiny data."""
+    arguments = {
+        "train": TRAIN,
+        "validation_data": VALIDATION,
+        "episodes": 4,
+        "batch_size": 32,
+        "finetune_epochs": 2,
+        "verbose": 0,
+        **options,
+    }
+    return one.search(arguments.pop("train"), **arguments)
+
+
+def episodes_of(one: rls.Compressor, **options: Any) -> list[dict[str, Any]]:
+    """A search's journal, without the final fine-tuning where only the episodes are looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_module, "finish", stop)
+        with pytest.raises(StoppedError):
+            search(one, **options)
+    return journal_of(Path(str(one.directory)))
+
+
+def journal_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+
+
+def figures_of(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A history without the clock."""
+    return [{key: value for key, value in e.items() if key != "seconds"} for e in history]
