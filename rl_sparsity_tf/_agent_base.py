@@ -304,7 +304,7 @@ class Agent(abc.ABC):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `get_state` to a .npz file; an older file of that name is replaced at once."""
         with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **self.get_state())
+            np.savez(file, **self.get_state())  # type: ignore[arg-type]
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Reads what `save` wrote.

@@ -12,7 +12,8 @@ def quiet_tensorflow() -> Iterator[None]:
     """Holds back TensorFlow's warnings of deprecated calls in TF-Agents and of new functions.
 
     Every search makes models and traces their functions once; TensorFlow takes the fresh
-    functions for retracing. Works as a decorator, too. The logger's level is put back afterwards.
+    functions for retracing. Saving a SavedModel prints a line about assets. The logger's level is
+    put back afterwards. Works as a decorator, too.
     """
     logger = logging.getLogger("tensorflow")
     level = logger.level

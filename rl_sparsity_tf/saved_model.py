@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.errors import ExportError
+from rl_sparsity_tf.quiet import quiet_tensorflow
 
 
 def flat_model(model: keras.Model) -> keras.Model:
@@ -49,7 +48,7 @@ def write_saved_model(model: keras.Model, folder: Path, batch_size: int | None) 
         module = tf.Module()
         # Every variable the trace reads, also those that a custom layer does not track.
         module.captured = list(concrete.graph.variables)
-        with _quiet_tensorflow():
+        with quiet_tensorflow():
             tf.saved_model.save(module, str(folder), signatures=concrete)
     except (ValueError, TypeError, AssertionError, tf.errors.OpError) as error:
         lines = str(error).strip().splitlines()
@@ -85,15 +84,3 @@ def reference_outputs(
         outputs = flat([tf.constant(array[taken]) for array in inputs], training=False)
         parts.append([np.asarray(output)[:count] for output in tf.nest.flatten(outputs)])
     return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
-
-
-@contextlib.contextmanager
-def _quiet_tensorflow() -> Iterator[None]:
-    """Silences the line about assets that every SavedModel prints; the level is put back."""
-    logger = logging.getLogger("tensorflow")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
