@@ -19,6 +19,7 @@ import numpy as np
 from rl_sparsity_tf.errors import PlanError, did_you_mean
 from rl_sparsity_tf.files import check_new_file, write_text
 from rl_sparsity_tf.grouping import GROUPS, Grouping
+from rl_sparsity_tf.kernel_rule import KernelRule
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.registry import KernelSpec
 
@@ -182,7 +183,7 @@ class KernelPlan:
 
 
 class CompressionPlan:
-    """One [KernelPlan][] (or [KernelRule][rl_sparsity_tf.rules.KernelRule]) per kernel, frozen.
+    """One plan or [rule][rl_sparsity_tf.kernel_rule.KernelRule] per kernel, frozen.
 
     Args:
         kernels: The kernels' plans and rules. Kernels of a model that a plan does not name are
@@ -196,7 +197,7 @@ class CompressionPlan:
         >>> small = rls.strip(rls.wrap(model, plan))
     """
 
-    def __init__(self, kernels: Iterable[Any] = ()):
+    def __init__(self, kernels: Iterable[KernelPlan | KernelRule] = ()):
         entries: dict[str, Any] = {}
         for kernel in kernels:
             if kernel.path in entries:
@@ -280,8 +281,6 @@ class CompressionPlan:
         Raises:
             PlanError: Naming the entry and field that is wrong.
         """
-        from rl_sparsity_tf.rules import KernelRule
-
         if not isinstance(document, dict) or "kernels" not in document:
             raise PlanError(
                 "This is not a compression plan. Expected an object with format_version and "

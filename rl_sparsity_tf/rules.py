@@ -2,111 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.errors import PlanError, did_you_mean
-from rl_sparsity_tf.grouping import GROUPS, Grouping
+from rl_sparsity_tf.grouping import Grouping
+from rl_sparsity_tf.kernel_rule import KernelRule
 from rl_sparsity_tf.kernels import Kernel, count_weights, find_kernels
 from rl_sparsity_tf.masks import magnitude, select_live
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
 
-METHODS = ("magnitude",)
 
-
-@dataclasses.dataclass(frozen=True)
-class KernelRule:
-    """A rule for a kernel, or for all kernels whose path matches a pattern.
-
-    Attributes:
-        path: A kernel's path, or a pattern with `*` and `?`, e.g. `"*"` for every kernel. A
-            kernel follows the first entry of the plan that matches it; exact paths go first.
-        sparsity: Share of the kernel's weights to prune, in [0, 1).
-        method: What is pruned first: `"magnitude"`, the groups of smallest root mean square.
-        group: Kind of groups.
-        quantize: Whether the groups that stay are quantized.
-        bits: 8 or 4, the grid if they are.
-    """
-
-    path: str
-    sparsity: float
-    method: str = "magnitude"
-    group: str = "element"
-    quantize: bool = False
-    bits: int = 8
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.path, str):
-            raise PlanError(
-                f"A rule has the path {self.path!r}. Expected a text: a kernel's path or a pattern."
-            )
-        if (
-            isinstance(self.sparsity, bool)
-            or not isinstance(self.sparsity, int | float)
-            or not 0.0 <= self.sparsity < 1.0
-        ):
-            raise PlanError(
-                f"The rule for {self.path!r} has sparsity {self.sparsity!r}. Expected a number of "
-                "at least 0 and below 1."
-            )
-        for name, value, choices in (
-            ("method", self.method, METHODS),
-            ("group", self.group, GROUPS),
-        ):
-            if value not in choices:
-                raise PlanError(
-                    f"The rule for {self.path!r} has {name} {value!r}. "
-                    f"{did_you_mean(value, choices)}"
-                )
-        if not isinstance(self.quantize, bool) or self.bits not in (8, 4):
-            raise PlanError(
-                f"The rule for {self.path!r} has quantize={self.quantize!r} and bits="
-                f"{self.bits!r}. Expected true or false, and 8 or 4."
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The rule's entry in format 1."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, entry: Any) -> KernelRule:
-        """Reads a rule's entry.
-
-        Raises:
-            PlanError: If a field is missing, unknown or malformed.
-        """
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
-            raise PlanError(
-                f"The plan has the entry {entry!r}. Expected an object with the path of a kernel."
-            )
-        names = [field.name for field in dataclasses.fields(cls)]
-        for name in entry:
-            if name not in names:
-                raise PlanError(
-                    f"The rule for {entry['path']!r} has the unknown field {name!r}. "
-                    f"{did_you_mean(name, names)}"
-                )
-        return cls(**entry)
-
-    def apply(self, kernel: Kernel) -> KernelPlan:
-        """Turns the rule into operations for one kernel of a model."""
-        grouping = kernel.grouping(self.group)
-        live = prune_by_magnitude(kernel.matrix(), grouping, self.sparsity)
-        survivors = Operation.QUANTIZE if self.quantize else Operation.KEEP
-        return KernelPlan(
-            kernel.path,
-            kernel.shape,
-            kernel.spec.layout,
-            self.group,
-            self.bits,
-            np.where(live, survivors, Operation.PRUNE).astype(np.uint8),
-        )
+def apply_rule(rule: KernelRule, kernel: Kernel) -> KernelPlan:
+    """Turns a rule into operations for one kernel of a model."""
+    grouping = kernel.grouping(rule.group)
+    live = prune_by_magnitude(kernel.matrix(), grouping, rule.sparsity)
+    survivors = Operation.QUANTIZE if rule.quantize else Operation.KEEP
+    return KernelPlan(
+        kernel.path,
+        kernel.shape,
+        kernel.spec.layout,
+        rule.group,
+        rule.bits,
+        np.where(live, survivors, Operation.PRUNE).astype(np.uint8),
+    )
 
 
 def prune_by_magnitude(matrix: np.ndarray, grouping: Grouping, sparsity: float) -> np.ndarray:
@@ -153,7 +75,7 @@ def resolve(plan: CompressionPlan, model: keras.Model) -> CompressionPlan:
             )
         kernel = kernels[path]
         if isinstance(entry, KernelRule):
-            entry = entry.apply(kernel)
+            entry = apply_rule(entry, kernel)
         elif entry.shape != kernel.shape or entry.layout != kernel.spec.layout:
             raise PlanError(
                 f"The plan's kernel {path!r} has shape {entry.shape} and layout {entry.layout!r}, "
@@ -171,7 +93,7 @@ def resolve(plan: CompressionPlan, model: keras.Model) -> CompressionPlan:
             )
         for path in matching:
             if path not in named:
-                exact.append(rule.apply(kernels[path]))
+                exact.append(apply_rule(rule, kernels[path]))
                 named.add(path)
     position = {path: index for index, path in enumerate(kernels)}
     return CompressionPlan(sorted(exact, key=lambda entry: position[entry.path]))
@@ -203,4 +125,4 @@ def uniform_plan(
             f"sparsity below {compressible / max(elements, 1):.4f}."
         )
     rule = KernelRule("*", share, group=group, quantize=quantize)
-    return CompressionPlan(rule.apply(kernel) for kernel in kernels)
+    return CompressionPlan(apply_rule(rule, kernel) for kernel in kernels)
