@@ -185,6 +185,7 @@ def test_unfitting_specs_are_refused(
 
 def test_missing_tf_agents_is_explained_when_an_agent_is_built(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "tf_agents", None)
+    monkeypatch.delitem(sys.modules, "rl_sparsity_tf._tf_agents", raising=False)
     assert [config.name for config in (DQN(), PPO(), Random())] == ["dqn", "ppo", "random"]
     with pytest.raises(MissingDependencyError) as caught:
         build_agent("dqn", None, None)
