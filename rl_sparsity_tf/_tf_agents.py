@@ -16,6 +16,7 @@ try:
     # make newer Pythons warn when they are compiled for the first time.
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)
+        import tf_agents  # noqa: F401
         from tf_agents.environments import py_environment
         from tf_agents.environments import utils as environment_utils
         from tf_agents.specs import array_spec
