@@ -50,7 +50,7 @@ def run(dataset: str, agent: str, seed: int, episodes: int, sparsity: float) -> 
         model, rls.Target(sparsity=sparsity), agent=agent, seed=seed, warm_start=False
     )
     result = compressor.search(
-        **search_data(data, seed), episodes=episodes, batch_size=batch_size, verbose=0
+        **search_data(data), episodes=episodes, batch_size=batch_size, verbose=0
     )
     compressed = result.metrics["compressed"]
     return {

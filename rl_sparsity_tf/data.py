@@ -116,6 +116,34 @@ def evaluation_data(
     ]
 
 
+def sample_rows(
+    batches: list[Batch], rows: int, *, seed: int = 0, batch_size: int = 1024
+) -> list[Batch]:
+    """Draws rows from cached batches, without replacement.
+
+    Args:
+        batches: All batches.
+        rows: Rows wanted; with no more than that, the batches are returned as they are.
+        seed: Which rows.
+        batch_size: Rows in the new batches.
+
+    Returns:
+        Batches of the rows drawn, in their old order.
+    """
+    total = sum(len(tf.nest.flatten(batch[0])[0]) for batch in batches)
+    if total <= rows:
+        return batches
+    chosen = np.sort(np.random.default_rng(seed).choice(total, rows, replace=False))
+    joined = tf.nest.map_structure(
+        lambda *parts: None if parts[0] is None else np.concatenate([p.numpy() for p in parts]),
+        *batches,
+    )
+    return [
+        _tensors(_slice(joined, chosen[start : start + batch_size]))
+        for start in range(0, rows, batch_size)
+    ]
+
+
 def inputs_of(batches: list[Batch]) -> Any:
     """The inputs of all batches in one array, or in one structure of arrays."""
     xs = [batch[0] for batch in batches]

@@ -10,15 +10,13 @@ from typing import Any
 import tf_keras as keras
 
 from rl_sparsity_tf.comparison import compare, comparison_table
-from rl_sparsity_tf.datasets import Data, load_dataset, stratified_split
+from rl_sparsity_tf.datasets import Data, load_dataset
 from rl_sparsity_tf.errors import DataError
 from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.result import Result
 from rl_sparsity_tf.search import Compressor
 
 MAX_WEIGHTS = 40_000
-# Rows of validation data that the reward is computed from: enough to tell plans apart.
-_VALIDATION_ROWS = 2_000
 _TRAIN_STEPS = 900
 
 
@@ -136,7 +134,7 @@ def run_demo(
         model, Target(sparsity=sparsity), agent=agent, directory=output, seed=seed
     )
     result = compressor.search(
-        **search_data(data, seed),
+        **search_data(data),
         episodes=episodes,
         batch_size=batch_size,
         finetune_epochs=finetune_epochs,
@@ -156,14 +154,10 @@ def run_demo(
     return result
 
 
-def search_data(data: Data, seed: int) -> dict[str, Any]:
-    """The data arguments of `Compressor.search`, with at most 2,000 rows of validation data."""
-    x, y = data.x_validation, data.y_validation
-    if len(x) > _VALIDATION_ROWS:
-        _, chosen = stratified_split(y, _VALIDATION_ROWS / len(x), seed)
-        x, y = x[chosen], y[chosen]
+def search_data(data: Data) -> dict[str, Any]:
+    """The data arguments of `Compressor.search`."""
     return {
         "train": (data.x_train, data.y_train),
-        "validation_data": (x, y),
+        "validation_data": (data.x_validation, data.y_validation),
         "test_data": None if data.x_test is None else (data.x_test, data.y_test),
     }

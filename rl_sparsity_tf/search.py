@@ -15,7 +15,7 @@ from rl_sparsity_tf.agents import AgentConfig, Random, resolve_config
 from rl_sparsity_tf.budget import Target
 from rl_sparsity_tf.compile_state import compile_arguments
 from rl_sparsity_tf.conversion import start_worker
-from rl_sparsity_tf.data import TrainingData, evaluation_data, training_data
+from rl_sparsity_tf.data import TrainingData, evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.errors import ArgumentError, DataError, check_choice
 from rl_sparsity_tf.export import QUANTIZATIONS
 from rl_sparsity_tf.finishing import Figures, export_and_score, export_dense_int8, finish
@@ -119,6 +119,7 @@ class Compressor:
         batch_size: int = 128,
         finetune_epochs: int | None = None,
         quantization: str = "plan",
+        validation_rows: int = 2000,
         dataset: str | None = None,
         overwrite: bool = False,
         verbose: int = 1,
@@ -138,6 +139,8 @@ class Compressor:
             batch_size: Rows in a batch, where `train` is not batched already.
             finetune_epochs: Epochs of the final fine-tuning; by default about 1,500 steps.
             quantization: How the result is exported, see `export_tflite`.
+            validation_rows: Rows of the validation data that plans are evaluated on during the
+                search, drawn once; the final figures are over all of them.
             dataset: Name of the data, for metrics.json.
             overwrite: Whether a run in `directory` may be replaced.
             verbose: 0 silent, 1 a progress display, 2 a line per episode.
@@ -151,6 +154,7 @@ class Compressor:
         """
         _check_count("episodes", episodes, 1)
         _check_count("batch_size", batch_size, 1)
+        _check_count("validation_rows", validation_rows, 1)
         if finetune_epochs is not None:
             _check_count("finetune_epochs", finetune_epochs, 0)
         check_choice("quantization", quantization, QUANTIZATIONS)
@@ -171,12 +175,18 @@ class Compressor:
         validation = evaluation_data(validation_data, self.model, "validation_data")
         test = None if test_data is None else evaluation_data(test_data, self.model, "test_data")
         epochs = default_epochs(data) if finetune_epochs is None else finetune_epochs
-        run = self._open_run(data, validation, test, episodes, epochs, quantization, overwrite)
+        arguments = {
+            "episodes": episodes,
+            "finetune_epochs": epochs,
+            "validation_rows": validation_rows,
+            "quantization": quantization,
+        }
+        run = self._open_run(data, validation, test, arguments, overwrite)
         start_worker()  # its imports overlap the search
         network = CompressedNetwork(
             self.model,
             data,
-            validation,
+            sample_rows(validation, validation_rows, seed=self.seed),
             target=self.target,
             group=self.group,
             recovery=self.recovery,
@@ -244,9 +254,7 @@ class Compressor:
         data: TrainingData,
         validation: list[Any],
         test: list[Any] | None,
-        episodes: int,
-        epochs: int,
-        quantization: str,
+        search_arguments: dict[str, Any],
         overwrite: bool,
     ) -> RunDirectory | None:
         if self.directory is None:
@@ -263,9 +271,7 @@ class Compressor:
             "metric": list(self.metric) if isinstance(self.metric, tuple) else self.metric,
             "buckets": self.buckets,
             "warm_start": self.warm_start,
-            "episodes": episodes,
-            "finetune_epochs": epochs,
-            "quantization": quantization,
+            **search_arguments,
         }
         compiled = compile_arguments(self.model) or {}
         fingerprints = {

@@ -6,7 +6,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.data import evaluation_data, inputs_of, training_data
+from rl_sparsity_tf.data import evaluation_data, inputs_of, sample_rows, training_data
 
 ROWS = 22
 
@@ -248,3 +248,31 @@ def test_open_axes_take_any_size():
     text = keras.Sequential([keras.layers.Input((None, 4)), keras.layers.GlobalAveragePooling1D()])
     batches = evaluation_data((np.zeros((5, 9, 4)), y_of(5)), text, "validation_data")
     assert batches[0][0].shape == (5, 9, 4)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sampled_rows_keep_inputs_labels_and_weights_together(model, weighted):
+    y = np.arange(ROWS)
+    columns = (x_of(), y, y / 100) if weighted else (x_of(), y)
+    batches = evaluation_data(columns, model, "validation_data", batch_size=8)
+    drawn = sample_rows(batches, 9, seed=1, batch_size=4)
+    assert [len(batch[1]) for batch in drawn] == [4, 4, 1]
+    labels = np.concatenate([batch[1] for batch in drawn])
+    assert len(set(labels)) == 9
+    np.testing.assert_array_equal(inputs_of(drawn), x_of()[labels])
+    if weighted:
+        weights = np.concatenate([batch[2] for batch in drawn])
+        np.testing.assert_allclose(weights, labels / 100, rtol=1e-6)
+    else:
+        assert all(batch[2] is None for batch in drawn)
+    again = sample_rows(batches, 9, seed=1, batch_size=4)
+    np.testing.assert_array_equal(labels, np.concatenate([batch[1] for batch in again]))
+    assert sample_rows(batches, ROWS) is batches
+
+
+def test_rows_are_sampled_from_every_input(two_inputs):
+    x = {"left": x_of(), "right": np.arange(ROWS * 4, dtype=np.float32).reshape(ROWS, 2, 2)}
+    batches = evaluation_data((x, np.arange(ROWS)), two_inputs, "validation_data", batch_size=8)
+    (drawn,) = sample_rows(batches, 5)
+    np.testing.assert_array_equal(drawn[0]["left"], x["left"][drawn[1]])
+    np.testing.assert_array_equal(drawn[0]["right"], x["right"][drawn[1]])

@@ -213,6 +213,7 @@ WRONG_SEARCHES = {
     "episodes": ({"episodes": 0}, r"episodes=0 cannot be used.*at least 1"),
     "episodes type": ({"episodes": True}, r"episodes=True cannot be used"),
     "batch_size": ({"batch_size": 0}, r"batch_size=0 cannot be used"),
+    "validation_rows": ({"validation_rows": 0}, r"validation_rows=0 cannot be used"),
     "finetune_epochs": ({"finetune_epochs": -1}, r"finetune_epochs=-1 cannot be used"),
     "quantization": ({"quantization": "int4"}, r"quantization='int4' is not known\. Expected one"),
     "verbose": ({"verbose": 3}, r"verbose=3 is not known\. Expected 0, 1 or 2"),
@@ -283,3 +284,15 @@ def test_an_impossible_directory_is_refused_before_training(place, tmp_path, unt
     (tmp_path / "file").write_text("")
     with pytest.raises(ArgumentError, match=r"is a file\. Expected a folder|does not exist\. Cre"):
         search(compressor(untouchable, directory=tmp_path / place))
+
+
+def test_plans_are_evaluated_on_a_sample_and_the_result_on_everything():
+    one = compressor(trained(), agent="random", recovery=rls.Recovery(method="none"))
+    result = search(one, episodes=1, finetune_epochs=0, validation_rows=7)
+    assert one.last is not None
+    assert sum(len(batch[1]) for batch in one.last.network.validation) == 7
+    sevenths = result.history[0]["validation_metric"] * 7
+    assert sevenths == pytest.approx(round(sevenths), abs=1e-4)
+    whole = result.metrics["compressed"]["validation_metric"]
+    scored = result.model.evaluate(*VALIDATION, verbose=0)[1]
+    assert whole == pytest.approx(scored, abs=1e-6)
