@@ -12,6 +12,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.candidates import Candidate
+from rl_sparsity_tf.compile_state import copy_compile_state
 from rl_sparsity_tf.data import Batch, TrainingData, inputs_of
 from rl_sparsity_tf.export import export_tflite, predict_tflite
 from rl_sparsity_tf.export_report import ExportReport
@@ -105,20 +106,13 @@ def finish(
     validation = score_model(stripped, figures.validation, figures.metric)
     test = score_model(stripped, figures.test, figures.metric) if figures.test else None
     exported = export_and_score(stripped, plan, figures, quantization)
-    final = _compiled_like(model, stripped)
-    return Finished(model=final, plan=plan, validation=validation, test=test, exported=exported)
+    copy_compile_state(model, stripped)
+    return Finished(model=stripped, plan=plan, validation=validation, test=test, exported=exported)
 
 
 def _complete(learned: CompressionPlan, planned: CompressionPlan) -> CompressionPlan:
     # Kernels that are kept whole carry no state to read a group kind from.
     return CompressionPlan(learned.kernels.get(path, k) for path, k in planned.kernels.items())
-
-
-def _compiled_like(model: keras.Model, stripped: keras.Model) -> keras.Model:
-    from rl_sparsity_tf.compile_state import copy_compile_state
-
-    copy_compile_state(model, stripped)
-    return stripped
 
 
 def score_model(model: keras.Model, batches: list[Batch], metric: Metric) -> Score:
