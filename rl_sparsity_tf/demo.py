@@ -138,9 +138,9 @@ def run_demo(
         episodes=episodes,
         batch_size=batch_size,
         finetune_epochs=finetune_epochs,
+        dataset=data.name,
         verbose=verbose,
     )
-    result.metrics["dataset"] = data.name
     compare(compressor, verbose)
     if output is not None:
         result.save(output, overwrite=True)

@@ -12,7 +12,7 @@ from rl_sparsity_tf._tf_agents import time_step as ts
 from rl_sparsity_tf.buckets import bucket_edges, saliency_of, split_buckets
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.network import CompressedNetwork, Snapshot
-from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.operations import Operation, stored_as_integers
 from rl_sparsity_tf.reward import Outcome, Reward, RewardFunction, bounded
 from rl_sparsity_tf.state import STATE_SIZE, BucketView, lower_bounds, observe
 
@@ -171,10 +171,8 @@ class LayerEnvironment(py_environment.PyEnvironment):
     def _like_the_others(self) -> Operation:
         """What to do with groups left over at the end: not what would make a kernel mixed."""
         decided = self.network.decided[self.kernel]
-        operations = self.network.operations[self.kernel][decided]
-        integers = (operations == Operation.QUANTIZE).any()
-        mixed = (operations == Operation.KEEP).any()
-        return Operation.QUANTIZE if integers and not mixed else Operation.KEEP
+        integers = stored_as_integers(self.network.operations[self.kernel][decided])
+        return Operation.QUANTIZE if integers else Operation.KEEP
 
     def _prunable(self, groups: np.ndarray) -> int:
         """How many of the groups, least salient first, may go: to the target, above the floor."""

@@ -45,15 +45,13 @@ class MaskTraining(keras.callbacks.Callback):
         self.freeze_after = freeze_after
         self.frozen = False
         self._step = 0
-        self._epoch = 0
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Starts counting."""
-        self.frozen, self._step, self._epoch = False, 0, 0
+        self.frozen, self._step = False, 0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Freezes by epoch where the number of steps is not known."""
-        self._epoch = epoch
         if not self.params.get("steps"):
             self._freeze_at(epoch / self.params["epochs"])
 

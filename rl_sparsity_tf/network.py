@@ -20,7 +20,7 @@ from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.kernels import Kernel, count_weights, find_kernels, walk
 from rl_sparsity_tf.objective import Evaluator, Metric, Score, choose_metric
 from rl_sparsity_tf.objective import search_compile_arguments as search_arguments
-from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.operations import Operation, stored_as_integers
 from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
 from rl_sparsity_tf.reward import Outcome
 from rl_sparsity_tf.statistics import KernelStatistics, StatisticsCollector
@@ -232,10 +232,7 @@ class CompressedNetwork:
     def _stored_bits(self) -> float:
         stored = 0.0
         for kernel in self.kernels:
-            operations = self.operations[kernel.path]
-            integers = (operations == Operation.QUANTIZE).any() and not (
-                operations == Operation.KEEP
-            ).any()
+            integers = stored_as_integers(self.operations[kernel.path])
             stored += kernel.size * (0.25 if integers else 1.0)
         return stored / sum(kernel.size for kernel in self.kernels)
 

@@ -33,6 +33,12 @@ class Operation(enum.IntEnum):
     """The group asks to swap contents with its neighbour along the inputs."""
 
 
+def stored_as_integers(operations: np.ndarray) -> bool:
+    """Whether a kernel is stored as integers: some group is quantized and none is kept."""
+    quantized = (operations == Operation.QUANTIZE).any()
+    return bool(quantized and not (operations == Operation.KEEP).any())
+
+
 def swaps_of(operations: np.ndarray, grouping: Grouping) -> np.ndarray:
     """Finds which neighbours swap: pair `(2i, 2i+1)` does when exactly one of the two asks.
 

@@ -362,10 +362,9 @@ def grid_groups(operations: np.ndarray) -> np.ndarray:
     Returns:
         Booleans of the same shape.
     """
-    quantized = operations == Operation.QUANTIZE
-    if quantized.any() and not (operations == Operation.KEEP).any():
+    if ops.stored_as_integers(operations):
         return np.ones(operations.shape, bool)
-    return quantized
+    return operations == Operation.QUANTIZE
 
 
 def settings_of(layer: keras.layers.Layer, attribute: str, **choices: Any) -> KernelSettings:
