@@ -25,8 +25,9 @@ from rl_sparsity_tf.kernels import check_model
 from rl_sparsity_tf.matching import MatchedTensor, find_variable, kernel_variables, match_kernels
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.rules import resolve
-from rl_sparsity_tf.samples import collect_rows, input_specs, random_rows
+from rl_sparsity_tf.samples import collect_rows, random_rows
 from rl_sparsity_tf.saved_model import reference_outputs, write_saved_model
+from rl_sparsity_tf.signature import input_specs
 from rl_sparsity_tf.verification import TOLERANCES, Tolerance, verify_outputs, verify_zeros
 from rl_sparsity_tf.weight_only import FLOAT_BITS, quantization_entries
 from rl_sparsity_tf.wrapping import is_wrapped, plan_of, strip

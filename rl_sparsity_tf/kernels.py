@@ -11,6 +11,7 @@ import tf_keras as keras
 from rl_sparsity_tf.errors import ModelError
 from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.registry import KernelSpec, kernel_specs
+from rl_sparsity_tf.signature import is_graph
 from rl_sparsity_tf.wrapper import CompressionWrapper
 
 
@@ -53,13 +54,6 @@ class Kernel:
         return self.spec.grouping(self.shape, group)
 
 
-def is_nested(layer: keras.layers.Layer) -> bool:
-    """Whether a layer is itself a Sequential or functional model."""
-    return isinstance(layer, keras.Model) and (
-        isinstance(layer, keras.Sequential) or bool(getattr(layer, "_is_graph_network", False))
-    )
-
-
 def walk(model: keras.Model, prefix: str = "") -> Iterator[tuple[str, keras.layers.Layer]]:
     """Yields `(path, layer)` of every layer, once, descending into nested models."""
     seen: set[int] = set()
@@ -70,7 +64,7 @@ def walk(model: keras.Model, prefix: str = "") -> Iterator[tuple[str, keras.laye
                 continue
             seen.add(id(layer))
             path = f"{parent_path}{layer.name}"
-            if is_nested(layer):
+            if is_graph(layer):
                 yield from visit(layer, f"{path}/")
             else:
                 yield path, layer
@@ -115,7 +109,7 @@ def check_model(model: object) -> None:
             f"Received {type(model).__name__} from module {module!r}. Expected a tf_keras model "
             f"(tf_keras.Sequential or tf_keras.Model).{hint}"
         )
-    if not is_nested(model):
+    if not is_graph(model):
         raise ModelError(
             f"Model {model.name!r} is a subclass of tf_keras.Model ({type(model).__name__}), whose "
             "layers cannot be rebuilt. Expected a Sequential or functional model: build it with "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,44 +11,11 @@ import tf_keras as keras
 
 from rl_sparsity_tf.errors import ArgumentError, DataError
 from rl_sparsity_tf.kernels import walk
+from rl_sparsity_tf.signature import InputSpec
 
 # Size given to an axis that the model leaves open, such as an image's height.
 _OPEN_AXIS = 16
 _SMALL_INTEGERS = 2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class InputSpec:
-    """One input of a model.
-
-    Attributes:
-        name: The input's Keras name.
-        shape: Shape of one row; None for an open axis.
-        dtype: NumPy type name.
-    """
-
-    name: str
-    shape: tuple[int | None, ...]
-    dtype: str
-
-    def accepts(self, array: np.ndarray) -> bool:
-        """Whether an array is a batch of rows of this input."""
-        return array.ndim == len(self.shape) + 1 and all(
-            wanted is None or wanted == size
-            for wanted, size in zip(self.shape, array.shape[1:], strict=True)
-        )
-
-
-def input_specs(model: keras.Model) -> tuple[InputSpec, ...]:
-    """Describes a model's inputs in Keras's order."""
-    return tuple(
-        InputSpec(
-            name=tensor.name.split(":")[0],
-            shape=tuple(tensor.shape[1:]),
-            dtype=tf.as_dtype(tensor.dtype).name,
-        )
-        for tensor in model.inputs
-    )
 
 
 def collect_rows(data: object, specs: Sequence[InputSpec], max_rows: int) -> list[np.ndarray]:

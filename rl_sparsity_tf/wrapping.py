@@ -11,11 +11,12 @@ import tf_keras as keras
 from rl_sparsity_tf.compile_state import copy_compile_state
 from rl_sparsity_tf.errors import ModelError, PlanError, check_choice
 from rl_sparsity_tf.grouping import GROUPS
-from rl_sparsity_tf.kernels import Kernel, check_model, find_kernels, is_nested, walk
+from rl_sparsity_tf.kernels import Kernel, check_model, find_kernels, walk
 from rl_sparsity_tf.masks import MASKS
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
 from rl_sparsity_tf.rules import resolve
+from rl_sparsity_tf.signature import is_graph
 from rl_sparsity_tf.wrapper import CompressionWrapper, KernelSettings, settings_of
 
 
@@ -183,7 +184,7 @@ def _rebuild(
         if id(layer) not in converted:
             converted[id(layer)] = (
                 keras.models.clone_model(layer, clone_function=visit)
-                if is_nested(layer)
+                if is_graph(layer)
                 else convert(layer)
             )
         return converted[id(layer)]

@@ -8,7 +8,8 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.errors import ArgumentError, DataError
-from rl_sparsity_tf.samples import collect_rows, input_specs, random_rows
+from rl_sparsity_tf.samples import collect_rows, random_rows
+from rl_sparsity_tf.signature import input_specs
 
 layers = keras.layers
 

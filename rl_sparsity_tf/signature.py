@@ -1,0 +1,103 @@
+"""What goes into a model and what comes out, whether it is functional or subclassed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """One input of a model.
+
+    Attributes:
+        name: The input's Keras name, or its key where a subclassed model takes a dict.
+        shape: Shape of one row; None for an open axis.
+        dtype: NumPy type name.
+        batch: Rows per call, where the model fixes them.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+    batch: int | None = None
+
+    def accepts(self, array: np.ndarray) -> bool:
+        """Whether an array is a batch of rows of this input."""
+        return array.ndim == len(self.shape) + 1 and all(
+            wanted is None or wanted == size
+            for wanted, size in zip(self.shape, array.shape[1:], strict=True)
+        )
+
+
+def is_graph(layer: keras.layers.Layer) -> bool:
+    """Whether a layer is itself a Sequential or functional model, whose graph is known."""
+    return isinstance(layer, keras.Model) and (
+        isinstance(layer, keras.Sequential) or bool(getattr(layer, "_is_graph_network", False))
+    )
+
+
+def input_specs(model: keras.Model) -> tuple[InputSpec, ...]:
+    """Describes a built model's inputs in Keras's order.
+
+    Args:
+        model: A built model. Of a subclassed one, what it was called or built with is remembered;
+            its batch size counts as open.
+
+    Returns:
+        One entry per input; empty if the model was never called or built.
+    """
+    if is_graph(model):
+        return tuple(
+            InputSpec(
+                name=tensor.name.split(":")[0],
+                shape=tuple(tensor.shape[1:]),
+                dtype=tf.as_dtype(tensor.dtype).name,
+                batch=tensor.shape[0],
+            )
+            for tensor in model.inputs or ()
+        )
+    structure = _subclassed_structure(model)
+    names = list(structure) if isinstance(structure, dict) else None
+    # Structures of dicts are flattened in the order of their sorted keys.
+    names = sorted(names) if names is not None else None
+    flat = tf.nest.flatten(structure) if structure is not None else []
+    return tuple(
+        InputSpec(
+            name=names[index] if names is not None else f"input_{index + 1}",
+            shape=tuple(spec.shape[1:]),
+            dtype=spec.dtype.name,
+        )
+        for index, spec in enumerate(flat)
+    )
+
+
+def pack_inputs(model: keras.Model, arrays: Sequence[Any]) -> Any:
+    """Arranges one value per input as the model's call takes them."""
+    if is_graph(model):
+        # Also for graphs made from a dict: they take a flat list in the order of `inputs`.
+        return list(arrays) if len(arrays) > 1 else arrays[0]
+    return tf.nest.pack_sequence_as(_subclassed_structure(model), list(arrays))
+
+
+def _subclassed_structure(model: keras.Model) -> Any:
+    spec = getattr(model, "_saved_model_inputs_spec", None)
+    if spec is not None:
+        return spec
+    shapes = getattr(model, "_build_input_shape", None)
+    if shapes is None:
+        return None
+    if isinstance(shapes, dict):
+        return {name: _float_spec(shape) for name, shape in shapes.items()}
+    if isinstance(shapes, list) or (shapes and isinstance(shapes[0], tuple | list)):
+        return [_float_spec(shape) for shape in shapes]
+    return _float_spec(shapes)
+
+
+def _float_spec(shape: Any) -> tf.TensorSpec:
+    return tf.TensorSpec(tuple(shape), keras.backend.floatx())
