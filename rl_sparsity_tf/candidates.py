@@ -13,6 +13,7 @@ from rl_sparsity_tf.kernels import walk
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.reward import Outcome
+from rl_sparsity_tf.wrapper import unwrapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Candidate:
     def put_weights(self, wrapped: keras.Model) -> None:
         """Sets a wrapped model's layers to the candidate's weights."""
         for path, layer in walk(wrapped):
-            getattr(layer, "layer", layer).set_weights(self.weights[path])
+            unwrapped(layer).set_weights(self.weights[path])
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Arrays to save: everything as numbers and text, nothing pickled."""

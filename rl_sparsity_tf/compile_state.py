@@ -7,6 +7,8 @@ from typing import Any
 import tensorflow as tf
 import tf_keras as keras
 
+from rl_sparsity_tf.errors import ModelError
+
 
 def compile_arguments(model: keras.Model) -> dict[str, Any] | None:
     """What a model was compiled with, fit for compiling a copy; None if it was not compiled.
@@ -34,8 +36,17 @@ def fresh_optimizer(model: keras.Model) -> keras.optimizers.Optimizer:
 def copy_compile_state(source: keras.Model, destination: keras.Model) -> None:
     """Compiles `destination` as `source` is compiled; leaves it uncompiled if that one is."""
     arguments = compile_arguments(source)
-    if arguments is not None:
+    if arguments is None:
+        return
+    try:
         destination.compile(**arguments)
+    except TypeError as error:
+        # A class whose compile() takes other arguments than Keras's.
+        raise ModelError(
+            f"The compile() of {type(source).__name__} does not take Keras's arguments "
+            f"({str(error).strip().splitlines()[0]}), so a copy cannot be compiled as the model "
+            "is. Let it take optimizer, loss and metrics, or give the model uncompiled."
+        ) from error
 
 
 def _fresh_metric(metric: Any) -> Any:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from rl_sparsity_tf.batch_checks import Batch, BatchCheck, fixed_batch, row_count
+from rl_sparsity_tf.data_forms import as_arrays, check_elements, join_sequence, read_batches
 from rl_sparsity_tf.errors import DataError
 
-Batch = tuple[Any, Any, Any]
-"""`(x, y, sample_weight or None)`, each a tensor or a structure of tensors."""
-
-_FORMS = (
-    "(x, y) or (x, y, sample_weight) of arrays, or a batched tf.data.Dataset of such tuples, "
-    "as fit takes them"
-)
+# A dataset that does not know its size and goes on for longer than this is taken for endless.
+ENDLESS_BATCHES = 10_000
+_ENDLESS_BYTES = 2**33
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,9 +24,9 @@ class TrainingData:
     """Training data, once as the user gave it and once as a pool of cached batches.
 
     Attributes:
-        dataset: Batches for training epochs, reshuffled in every one.
+        dataset: Batches for training epochs, reshuffled in every one where the data allows it.
         pool: Equally shaped batches kept in memory, for statistics and short recoveries.
-        steps: Batches in an epoch, None if not known.
+        steps: Batches in an epoch.
     """
 
     dataset: tf.data.Dataset
@@ -41,83 +39,195 @@ class TrainingData:
 
 
 def training_data(
-    data: Any, model: keras.Model, *, batch_size: int = 128, pool_size: int = 64, seed: int = 0
+    data: Any,
+    model: keras.Model,
+    *,
+    batch_size: int = 128,
+    pool_size: int = 64,
+    seed: int = 0,
+    class_weight: list[float] | None = None,
 ) -> TrainingData:
     """Prepares training data.
 
+    All rows are checked against the model and its compiled loss; of endless datasets, those in the
+    pool. A finite dataset is read once for that. A dataset that does not know its size and has not
+    ended after 10,000 batches counts as endless.
+
     Args:
-        data: Arrays or a dataset, as `fit` takes them.
-        model: The model it is for; its input shapes are checked.
+        data: Arrays, a dataset or a `keras.utils.Sequence`, as `fit` takes them.
+        model: The model it is for. Where it fixes the rows per call, batches have that many and
+            the remainder is left out.
         batch_size: Rows in a batch, where `data` is not batched already.
         pool_size: Batches kept in memory at most.
         seed: Order of the rows.
+        class_weight: Weights by class; sample weights are multiplied with them.
 
     Raises:
         DataError: If the data cannot be used.
+        ArgumentError: If the class weights do not fit the model.
+        ModelError: If the model was never built.
     """
+    check = BatchCheck(model, "train", class_weight)
+    fixed = fixed_batch(model)
     if isinstance(data, keras.utils.Sequence):
-        data = _concatenate(data, "train")
+        data, batch_size = join_sequence(data, "train")
     if isinstance(data, tf.data.Dataset):
-        _check_batched(data, "train")
-        steps = int(data.cardinality())
-        pool = list(_take(data, pool_size, "train"))
-        check_batch(pool[0], model, "train")
-        shapes = [_shapes(batch) for batch in pool]
-        pool = [batch for batch, shape in zip(pool, shapes, strict=True) if shape == shapes[0]]
-        # An endless dataset has no epoch; one pass over the pool stands for it.
-        if steps == tf.data.INFINITE_CARDINALITY:
-            return TrainingData(dataset=data.take(len(pool)), pool=pool, steps=len(pool))
-        return TrainingData(dataset=data, pool=pool, steps=steps if steps > 0 else None)
-    arrays = _arrays(data, "train")
-    rows = _rows(arrays, "train")
-    check_batch(_slice(arrays, slice(0, min(rows, 2))), model, "train")
-    size = min(batch_size, rows)
+        return _training_dataset(data, check, pool_size, fixed)
+    arrays = as_arrays(data, "train")
+    rows = row_count(arrays, "train")
+    check(arrays)
+    check.finish()
+    if fixed is not None and rows < fixed:
+        raise DataError(
+            f"train has {rows} rows; the model takes exactly {fixed} per call. Expected at least "
+            f"that many, or a model built with an open batch size."
+        )
+    arrays = _numpy(check.weighted(*arrays))
+    size = fixed or min(batch_size, rows)
     order = np.random.default_rng(seed).permutation(rows)
     count = min(pool_size, rows // size)
     pool = [_tensors(_slice(arrays, order[i * size : (i + 1) * size])) for i in range(count)]
     x, y, weights = arrays
     columns = (x, y) if weights is None else (x, y, weights)
     dataset = tf.data.Dataset.from_tensor_slices(columns)
-    dataset = dataset.shuffle(min(rows, 100_000), seed=seed).batch(size)
-    return TrainingData(dataset=dataset, pool=pool, steps=-(-rows // size))
+    dataset = dataset.shuffle(min(rows, 100_000), seed=seed)
+    dataset = dataset.batch(size, drop_remainder=fixed is not None)
+    steps = rows // size if fixed else -(-rows // size)
+    return TrainingData(dataset=dataset, pool=pool, steps=steps)
+
+
+def _training_dataset(
+    data: tf.data.Dataset, check: BatchCheck, pool_size: int, fixed: int | None
+) -> TrainingData:
+    check_elements(data, "train")
+    size = int(data.cardinality())
+    endless, unknown = (
+        size == constant for constant in (tf.data.INFINITE_CARDINALITY, tf.data.UNKNOWN_CARDINALITY)
+    )
+    expected = "at least one batch"
+    if fixed is not None and tf.nest.flatten(data.element_spec)[0].shape[:1] != [fixed]:
+        check.shapes(next(read_batches(data, "train", expected)))
+        data = data.unbatch().batch(fixed, drop_remainder=True)
+        expected = f"at least {fixed} rows, which the model takes per call"
+        unknown = not endless
+    limit = pool_size if endless else ENDLESS_BATCHES if unknown else None
+    pool: list[Batch] = []
+    steps = 0
+    for steps, batch in enumerate(read_batches(data, "train", expected), 1):
+        check(batch)
+        if len(pool) < pool_size:
+            pool.append(batch)
+        if steps == limit:
+            endless = True
+            break
+    check.finish()
+    if unknown and not endless and next(iter(data), None) is None:
+        raise DataError(
+            "train can be read only once: the second time it is empty. Expected a dataset that "
+            "begins anew, as from_generator does with a function that makes a new generator at "
+            "every call."
+        )
+    if check.class_weights is not None:
+        data = data.map(_Weighting(check, pool[0]))
+        pool = [check.weighted(*batch) for batch in pool]
+    # An endless dataset has no epoch; one pass over the pool stands for it. Repeating gives a
+    # dataset of unknown size the one that was counted, even if its epochs differ in length.
+    shapes = [str(_shapes(batch)) for batch in pool]
+    ((common, _),) = collections.Counter(shapes).most_common(1)
+    pool = [batch for batch, shape in zip(pool, shapes, strict=True) if shape == common]
+    if endless:
+        steps = len(pool)
+    if endless or unknown:
+        data = data.repeat().take(steps)
+    return TrainingData(dataset=data, pool=pool, steps=steps)
+
+
+class _Weighting:
+    def __init__(self, check: BatchCheck, example: Batch):
+        self._check, self._example = check, example
+
+    def __call__(self, *columns: Any) -> Any:
+        # Datasets from generators may not know how many axes they have.
+        like = self._example if len(columns) == 3 else self._example[:2]
+        return self._check.weighted(*tf.nest.map_structure(_with_rank, columns, tuple(like)))
+
+
+def _with_rank(part: tf.Tensor, like: Any) -> tf.Tensor:
+    return part if like is None else tf.ensure_shape(part, [None] * like.shape.rank)
 
 
 def evaluation_data(
     data: Any, model: keras.Model, name: str, *, batch_size: int = 1024
 ) -> list[Batch]:
-    """Prepares validation or test data: all of it, as cached batches.
+    """Prepares validation or test data: all of it, checked, as cached batches.
 
     Args:
-        data: Arrays or a finite dataset, as `evaluate` takes them.
-        model: The model it is for.
+        data: Arrays, a finite dataset or a `keras.utils.Sequence`, as `evaluate` takes them.
+        model: The model it is for. Where it fixes the rows per call, batches have that many.
         name: What to call the data in errors.
         batch_size: Rows in a batch, where `data` is not batched already.
 
     Raises:
         DataError: If the data cannot be used.
+        ModelError: If the model was never built.
     """
+    check = BatchCheck(model, name)
+    fixed = fixed_batch(model)
     if isinstance(data, keras.utils.Sequence):
-        data = _concatenate(data, name)
+        data, _ = join_sequence(data, name)
     if isinstance(data, tf.data.Dataset):
-        _check_batched(data, name)
-        if int(data.cardinality()) == tf.data.INFINITE_CARDINALITY:
+        check_elements(data, name)
+        batches = _all_batches(data, check, name)
+        _check_row_shapes(batches, name)
+        if fixed is None or all(row_count(batch, name) == fixed for batch in batches):
+            return batches
+        arrays = _joined(batches)
+    else:
+        arrays = as_arrays(data, name)
+        row_count(arrays, name)
+        check(arrays)
+        check.finish()
+    rows, size = check.rows, fixed or batch_size
+    if fixed is not None and rows % fixed:
+        raise DataError(
+            f"{name} has {rows} rows; the model takes exactly {fixed} per call. Expected a "
+            f"multiple of {fixed}: leave out {rows % fixed} rows, or build the model with an open "
+            "batch size."
+        )
+    return [_tensors(_slice(arrays, slice(at, at + size))) for at in range(0, rows, size)]
+
+
+def _all_batches(data: tf.data.Dataset, check: BatchCheck, name: str) -> list[Batch]:
+    size = int(data.cardinality())
+    if size == tf.data.INFINITE_CARDINALITY:
+        raise DataError(
+            f"{name} is an infinite dataset. Expected a finite one: end it with .take(batches)."
+        )
+    batches: list[Batch] = []
+    held = 0
+    for batch in read_batches(data, name, "at least one batch"):
+        check(batch)
+        batches.append(batch)
+        parts = [part for part in tf.nest.flatten(batch) if part is not None]
+        held += sum(part.shape.num_elements() * part.dtype.size for part in parts)
+        long = len(batches) >= ENDLESS_BATCHES or held > _ENDLESS_BYTES
+        if size == tf.data.UNKNOWN_CARDINALITY and long:
             raise DataError(
-                f"{name} is an infinite dataset. Expected a finite one: end it with .take(batches)."
+                f"{name} is a dataset of unknown size that has not ended after {len(batches)} "
+                "batches. Expected a finite one: end it with .take(batches), or give its size "
+                "with .apply(tf.data.experimental.assert_cardinality(batches))."
             )
-        batches = list(_take(data, None, name))
-        check_batch(batches[0], model, name)
-        return batches
-    arrays = _arrays(data, name)
-    rows = _rows(arrays, name)
-    check_batch(_slice(arrays, slice(0, min(rows, 2))), model, name)
-    return [
-        _tensors(_slice(arrays, slice(start, start + batch_size)))
-        for start in range(0, rows, batch_size)
-    ]
+    check.finish()
+    return batches
 
 
 def sample_rows(
-    batches: list[Batch], rows: int, *, seed: int = 0, batch_size: int = 1024
+    batches: list[Batch],
+    rows: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 1024,
+    fixed: int | None = None,
 ) -> list[Batch]:
     """Draws rows from cached batches, without replacement.
 
@@ -126,18 +236,18 @@ def sample_rows(
         rows: Rows wanted; with no more than that, the batches are returned as they are.
         seed: Which rows.
         batch_size: Rows in the new batches.
+        fixed: Rows that every batch must have, if the model fixes them.
 
     Returns:
         Batches of the rows drawn, in their old order.
     """
+    if fixed is not None:
+        rows, batch_size = max(fixed, rows - rows % fixed), fixed
     total = sum(len(tf.nest.flatten(batch[0])[0]) for batch in batches)
     if total <= rows:
         return batches
     chosen = np.sort(np.random.default_rng(seed).choice(total, rows, replace=False))
-    joined = tf.nest.map_structure(
-        lambda *parts: None if parts[0] is None else np.concatenate([p.numpy() for p in parts]),
-        *batches,
-    )
+    joined = _joined(batches)
     return [
         _tensors(_slice(joined, chosen[start : start + batch_size]))
         for start in range(0, rows, batch_size)
@@ -148,101 +258,6 @@ def inputs_of(batches: list[Batch]) -> Any:
     """The inputs of all batches in one array, or in one structure of arrays."""
     xs = [batch[0] for batch in batches]
     return tf.nest.map_structure(lambda *parts: np.concatenate([p.numpy() for p in parts]), *xs)
-
-
-def check_batch(batch: Batch, model: keras.Model, name: str) -> None:
-    """Raises unless a batch's inputs have the shapes that the model takes.
-
-    Raises:
-        DataError: Naming both shapes.
-    """
-    x = batch[0]
-    if isinstance(x, dict):
-        missing = [tensor_name for tensor_name in model.input_names if tensor_name not in x]
-        if missing:
-            raise DataError(
-                f"{name} lacks the inputs {missing}. Expected a dict with {model.input_names}, "
-                f"received {sorted(x)}."
-            )
-        parts = [x[tensor_name] for tensor_name in model.input_names]
-    else:
-        parts = list(x) if isinstance(x, list | tuple) else [x]
-    if len(parts) != len(model.inputs):
-        raise DataError(
-            f"{name} has {len(parts)} inputs; the model takes {len(model.inputs)}: "
-            f"{model.input_names}. Pass them as a list or a dict in the x of (x, y)."
-        )
-    for part, tensor in zip(parts, model.inputs, strict=True):
-        expected = tuple(tensor.shape)[1:]
-        received = tuple(np.shape(part))[1:]
-        fits = len(expected) == len(received) and all(
-            want in (None, have) for want, have in zip(expected, received, strict=True)
-        )
-        if not fits:
-            hint = ""
-            if expected == (*received, 1):
-                hint = " Add the channel axis: x[..., None]."
-            elif tuple(np.shape(part)) == expected:
-                hint = " The batch axis is missing: x[None], or .batch(32) on a dataset."
-            raise DataError(
-                f"{name} has inputs of shape {received} per row; the model takes {expected}.{hint}"
-            )
-
-
-def _arrays(data: Any, name: str) -> Batch:
-    if not isinstance(data, tuple) or len(data) not in (2, 3):
-        received = type(data).__name__
-        if isinstance(data, tuple | list):
-            received = f"{received} of {len(data)}"
-        raise DataError(f"{name} is a {received}. Expected {_FORMS}.")
-
-    def convert(part: Any) -> np.ndarray:
-        try:
-            array = np.asarray(part)
-        except ValueError:  # rows of unequal length
-            array = np.asarray(None)
-        if array.dtype.kind in "OSUMm" or array.ndim == 0:
-            raise DataError(
-                f"{name} holds {type(part).__name__} that is no array of numbers with one row per "
-                f"example. Expected {_FORMS}."
-            )
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise DataError(
-                f"{name} holds {int((~np.isfinite(array)).sum())} values that are NaN or infinite. "
-                "Expected finite numbers: remove or replace those rows."
-            )
-        if array.dtype == np.float64:
-            array = array.astype(np.float32)
-        return array
-
-    parts = tuple(None if p is None else _map(convert, p) for p in data)
-    x, y, weights = (*parts, None) if len(parts) == 2 else parts
-    if x is None or y is None:
-        raise DataError(f"{name} holds None in place of x or y. Expected {_FORMS}.")
-    return x, y, weights
-
-
-def _map(function: Any, part: Any) -> Any:
-    # A list or dict is a structure (several inputs or outputs) only if it holds arrays.
-    if isinstance(part, dict):
-        return {key: _map(function, value) for key, value in part.items()}
-    arrays = isinstance(part, list | tuple) and part and all(np.ndim(v) > 0 for v in part)
-    if arrays and (isinstance(part, tuple) or all(hasattr(value, "shape") for value in part)):
-        return tuple(_map(function, value) for value in part)
-    return function(part)
-
-
-def _rows(arrays: Batch, name: str) -> int:
-    lengths = {len(array) for array in tf.nest.flatten(arrays) if array is not None}
-    if len(lengths) != 1:
-        raise DataError(
-            f"{name} has arrays of {sorted(lengths)} rows. Expected as many labels (and sample "
-            "weights) as inputs."
-        )
-    (rows,) = lengths
-    if rows == 0:
-        raise DataError(f"{name} is empty. Expected at least one row.")
-    return rows
 
 
 def _slice(arrays: Batch, rows: Any) -> Batch:
@@ -263,34 +278,28 @@ def _shapes(batch: Batch) -> list[Any]:
     return [None if part is None else tuple(part.shape) for part in tf.nest.flatten(batch)]
 
 
-def _check_batched(dataset: tf.data.Dataset, name: str) -> None:
-    spec = dataset.element_spec
-    if not isinstance(spec, tuple) or len(spec) not in (2, 3):
-        raise DataError(
-            f"{name} is a dataset of elements {spec}. Expected {_FORMS}; for TFDS, pass "
-            "as_supervised=True."
-        )
+def _numpy(arrays: Batch) -> Batch:
+    x, y, weights = tf.nest.map_structure(
+        lambda array: None if array is None else np.asarray(array), arrays
+    )
+    return x, y, weights
 
 
-def _take(dataset: tf.data.Dataset, count: int | None, name: str) -> Iterator[Batch]:
-    if count is not None:
-        dataset = dataset.take(count)
-    empty = True
-    for element in dataset:
-        empty = False
-        for part in tf.nest.flatten(element):
-            if part.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(part))):
-                raise DataError(
-                    f"{name} holds values that are NaN or infinite. Expected finite numbers: "
-                    "filter or replace those rows."
-                )
-        yield element if len(element) == 3 else (*element, None)
-    if empty:
-        raise DataError(f"{name} is empty. Expected at least one batch.")
+def _joined(batches: list[Batch]) -> Batch:
+    joined: Batch = tf.nest.map_structure(
+        lambda *parts: None if parts[0] is None else np.concatenate([p.numpy() for p in parts]),
+        *batches,
+    )
+    return joined
 
 
-def _concatenate(sequence: keras.utils.Sequence, name: str) -> tuple[Any, ...]:
-    batches = [sequence[index] for index in range(len(sequence))]
-    if not batches:
-        raise DataError(f"{name} is empty. Expected at least one batch.")
-    return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *batches)
+def _check_row_shapes(batches: list[Batch], name: str) -> None:
+    first = [shape and shape[1:] for shape in _shapes(batches[0])]
+    for index, batch in enumerate(batches):
+        shapes = [shape and shape[1:] for shape in _shapes(batch)]
+        if shapes != first:
+            raise DataError(
+                f"{name} has rows of the shapes {first} in batch 0 and {shapes} in batch {index}. "
+                "Expected all batches to have rows of one shape: pad them to one length, for "
+                "example with padded_batch(size, padded_shapes=...)."
+            )

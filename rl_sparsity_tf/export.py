@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,22 @@ import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.conversion import WorkerError, shared_worker, start_worker
-from rl_sparsity_tf.errors import ArgumentError, ExportError, PlanError, check_choice
-from rl_sparsity_tf.export_report import ExportReport, TensorReport
+from rl_sparsity_tf.errors import ArgumentError, PlanError, check_choice
+from rl_sparsity_tf.export_errors import conversion_error
+from rl_sparsity_tf.export_precision import in_float32
+from rl_sparsity_tf.export_report import ExportReport, TensorReport, tensor_reports
 from rl_sparsity_tf.files import check_new_file, replacing
 from rl_sparsity_tf.flatbuffer import read_flat_model
 from rl_sparsity_tf.kernels import check_model
-from rl_sparsity_tf.matching import MatchedTensor, find_variable, kernel_variables, match_kernels
+from rl_sparsity_tf.matching import find_variable, kernel_variables, match_kernels
 from rl_sparsity_tf.plan import CompressionPlan
+from rl_sparsity_tf.recurrent import (
+    check_unroll,
+    looping_layers,
+    names_of,
+    stateless,
+    unrolled,
+)
 from rl_sparsity_tf.rules import resolve
 from rl_sparsity_tf.samples import collect_rows, random_rows
 from rl_sparsity_tf.saved_model import reference_outputs, write_saved_model
@@ -38,7 +47,6 @@ QUANTIZATIONS = ("plan", "none", "dynamic", "int8", "float16")
 _CALIBRATION_ROWS = 512
 _CHECKED_ROWS = 64
 _RANDOM_ROWS = 32
-_REASON_CHARACTERS = 300
 
 
 def export_tflite(
@@ -51,6 +59,7 @@ def export_tflite(
     overwrite: bool = False,
     tolerance: float | None = None,
     batch_size: int | None = None,
+    unroll: bool = False,
 ) -> ExportReport:
     """Writes a verified .tflite file that needs builtin operators only.
 
@@ -59,8 +68,9 @@ def export_tflite(
     looked up in the file. Only a file that passes appears at `path`.
 
     Args:
-        model: A built Sequential or functional `tf_keras` model, plain or wrapped, or an object
-            with attributes `model` and `plan` such as a search result.
+        model: A built `tf_keras` model, plain or wrapped, or an object with attributes `model` and
+            `plan` such as a search result. Models of a mixed precision or of float64 are exported,
+            and compared, as they compute in float32.
         path: The file to write, ending in .tflite.
         quantization: `"plan"` stores the kernels that the plan quantizes as int8 or int4 and
             computes in float32; `"none"` is float32; `"float16"` halves the weights; `"dynamic"` is
@@ -76,7 +86,10 @@ def export_tflite(
         tolerance: Largest allowed difference, relative to the range of the output; by default 1e-4
             for `"none"`, 1e-2 for `"float16"`, 5e-2 for `"plan"` (0.5 with int4 kernels), 0.1 for
             `"dynamic"`; for `"int8"` 0.25 where an output has no top-1, which is judged otherwise.
-        batch_size: Fixes the batch size of the file, which recurrent layers need.
+        batch_size: Fixes the batch size of the file. Recurrent layers need that: by default a model
+            with such layers is exported with batch size 1.
+        unroll: Writes recurrent layers step by step instead of as a loop or a fused operator. The
+            batch size stays open, the number of time steps has to be fixed; the file grows with it.
 
     Returns:
         The sizes, the agreement with Keras, the tensors, and notes on what was not done as asked.
@@ -97,6 +110,8 @@ def export_tflite(
     check_choice("quantization", quantization, QUANTIZATIONS)
     target = _check_path(path, overwrite)
     _check_numbers(tolerance, batch_size)
+    if not isinstance(unroll, bool):
+        raise ArgumentError(f"unroll={unroll!r} cannot be used. Expected True or False.")
     plain, plan = _plain_model(model, plan)
     if quantization == "plan" and plan is None:
         raise ArgumentError(
@@ -108,42 +123,37 @@ def export_tflite(
             "quantization='int8' needs representative_data to find the range of every activation. "
             "Pass some hundred rows of training inputs, or choose quantization='dynamic'."
         )
-    batch_size = _batch_size(plain, batch_size)
+    batch_size, notes = _batch_size(plain, batch_size, unroll)
     variables, bits = _kernels(plain, plan)
     kernels = {name: np.asarray(variable) for name, variable in variables.items()}
-    specs = input_specs(plain)
-    calibration = None
-    if representative_data is None:
-        inputs = random_rows(plain, specs, _RANDOM_ROWS)
-    else:
-        calibration = collect_rows(representative_data, specs, _CALIBRATION_ROWS)
-        inputs = [array[:_CHECKED_ROWS] for array in calibration]
-    if quantization == "int8" and batch_size is not None and calibration is not None:
-        _check_calibration(calibration, batch_size)
-
     worker = shared_worker()
     work = Path(tempfile.mkdtemp(prefix="rl_sparsity_"))
-    try:
-        write_saved_model(plain, work / "saved_model", batch_size)
-        file = work / "model.tflite"
-        notes: list[str] = []
-        mode = "none" if quantization == "plan" else quantization
-        rows = calibration if quantization == "int8" else None
-        try:
-            worker.convert(work / "saved_model", file, mode, rows)
-        except WorkerError as error:
-            raise _conversion_error(plain, quantization, error) from error
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, work, ignore_errors=True)
+        traced, changes = stack.enter_context(in_float32(plain))
+        notes += [*changes, *stack.enter_context(stateless(traced))]
+        inputs, calibration = _samples(traced, representative_data)
+        if quantization == "int8" and batch_size is not None and calibration is not None:
+            _check_calibration(calibration, batch_size)
+        with unrolled(traced) if unroll else contextlib.nullcontext():
+            write_saved_model(traced, work / "saved_model", batch_size)
+            file = work / "model.tflite"
+            mode = "none" if quantization == "plan" else quantization
+            rows = calibration if quantization == "int8" else None
+            try:
+                worker.convert(work / "saved_model", file, mode, rows)
+            except WorkerError as error:
+                raise conversion_error(traced, quantization, error) from error
         allowed = TOLERANCES[quantization]
         if quantization == "plan":
-            file, notes, smallest = _quantize_weights(file, kernels, bits)
+            file, refusals, smallest = _quantize_weights(file, kernels, bits)
+            notes += refusals
             allowed = TOLERANCES["plan4" if smallest == 4 else "plan"]
         if tolerance is not None:
             allowed = dataclasses.replace(allowed, difference=tolerance, judge_difference=True)
         return _finish(
-            file, target, quantization, plain, kernels, inputs, allowed, notes, batch_size
+            file, target, quantization, traced, kernels, inputs, allowed, notes, batch_size
         )
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def predict_tflite(
@@ -232,14 +242,37 @@ def _plain_model(model: Any, plan: Any) -> tuple[keras.Model, Any]:
     return strip(model), plan_of(model) if plan is None else plan
 
 
-def _batch_size(model: keras.Model, batch_size: int | None) -> int | None:
-    fixed = {tensor.shape[0] for tensor in model.inputs} - {None}
+def _batch_size(
+    model: keras.Model, batch_size: int | None, unroll: bool
+) -> tuple[int | None, list[str]]:
+    """Returns the batch size to fix, and a note if nobody asked for it."""
+    if unroll:
+        check_unroll(model)
+    fixed = {spec.batch for spec in input_specs(model) if spec.batch is not None}
     if batch_size is not None and fixed - {batch_size}:
         raise ArgumentError(
             f"batch_size={batch_size} does not fit model {model.name!r}, whose inputs are fixed to "
             f"batches of {sorted(fixed)}. Leave batch_size out."
         )
-    return next(iter(fixed), batch_size)
+    chosen = next(iter(fixed), batch_size)
+    loops = [] if unroll else looping_layers(model)
+    if chosen is not None or not loops:
+        return chosen, []
+    return 1, [
+        f"the file takes 1 row per call, because of the recurrent layers {names_of(loops)}; "
+        "batch_size= fixes another number of rows, unroll=True leaves it open"
+    ]
+
+
+def _samples(
+    model: keras.Model, representative_data: Any
+) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+    """Returns the rows to check the file on, and those to calibrate it with, if there are any."""
+    specs = input_specs(model)
+    if representative_data is None:
+        return random_rows(model, specs, _RANDOM_ROWS), None
+    calibration = collect_rows(representative_data, specs, _CALIBRATION_ROWS)
+    return [array[:_CHECKED_ROWS] for array in calibration], calibration
 
 
 def _check_calibration(calibration: Sequence[np.ndarray], batch_size: int) -> None:
@@ -331,59 +364,7 @@ def _finish(
         output_range=agreement.output_range,
         top1_agreement=agreement.top1_agreement,
         tolerance=allowed.difference,
-        tensors=_tensor_reports(tensors, matches),
+        tensors=tensor_reports(tensors, matches),
         notes=tuple(notes),
         batch_size=batch_size,
-    )
-
-
-def _tensor_reports(
-    tensors: Sequence[Any], matches: Mapping[str, Sequence[MatchedTensor]]
-) -> tuple[TensorReport, ...]:
-    held = {id(match.tensor): name for name, found in matches.items() for match in found}
-    reports = []
-    for tensor in tensors:
-        if not tensor.constant:
-            continue
-        values = tensor.values()
-        reports.append(
-            TensorReport(
-                name=tensor.name,
-                kernel=held.get(id(tensor)),
-                shape=tensor.shape,
-                dtype=tensor.dtype,
-                elements=tensor.elements,
-                zeros=None if values is None else int(values.size - np.count_nonzero(values)),
-                bytes=tensor.stored_bytes,
-            )
-        )
-    return tuple(sorted(reports, key=lambda report: -report.bytes))
-
-
-def _conversion_error(model: keras.Model, quantization: str, error: WorkerError) -> ExportError:
-    text = error.detail
-    if error.reason in ("died", "timeout"):
-        return ExportError(f"Model {model.name!r} could not be converted. {error}")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if "TensorList" in text:
-        return ExportError(
-            f"Model {model.name!r} has recurrent layers, which TFLite's builtin operators take "
-            "only with a fixed batch size. Pass batch_size=1, or build the layers with "
-            "unroll=True."
-        )
-    lacking = sorted(set(re.findall(r"'tf\.(\w+)' op is neither a custom op nor a flex op", text)))
-    lacking += [line for line in lines if line.startswith(("Flex ops:", "Custom ops:"))]
-    if lacking:
-        return ExportError(
-            f"Model {model.name!r} uses operations that TFLite's builtins lack: "
-            f"{', '.join(lacking)}. Replace the layers that use them; files with Select TF ops do "
-            "not run in LiteRT."
-        )
-    # The converter ends its errors with a dump of the graph; its reason is on an "error:" line.
-    reasons = [line.split("error: ", 1)[1] for line in lines if "error: " in line]
-    reason = (reasons or lines or ["no reason given"])[-1][:_REASON_CHARACTERS]
-    return ExportError(
-        f"Model {model.name!r} could not be converted with quantization={quantization!r}: "
-        f"{error.reason}: {reason}. Try quantization='none' to see whether the model or the "
-        "quantization is the cause."
     )

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
+
+from rl_sparsity_tf.flatbuffer import FlatTensor
+from rl_sparsity_tf.matching import MatchedTensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,3 +108,32 @@ class ExportReport:
             print_fn(f"Same top-1 as Keras: {self.top1_agreement:.1%}")
         for note in self.notes:
             print_fn(f"Note: {note}")
+
+
+def tensor_reports(
+    tensors: Sequence[FlatTensor], matches: Mapping[str, Sequence[MatchedTensor]]
+) -> tuple[TensorReport, ...]:
+    """Describes the constants of a file, largest first.
+
+    Args:
+        tensors: The file's tensors.
+        matches: The tensors that hold the model's kernels, by path.
+    """
+    held = {id(match.tensor): name for name, found in matches.items() for match in found}
+    reports = []
+    for tensor in tensors:
+        if not tensor.constant:
+            continue
+        values = tensor.values()
+        reports.append(
+            TensorReport(
+                name=tensor.name,
+                kernel=held.get(id(tensor)),
+                shape=tensor.shape,
+                dtype=tensor.dtype,
+                elements=tensor.elements,
+                zeros=None if values is None else int(values.size - np.count_nonzero(values)),
+                bytes=tensor.stored_bytes,
+            )
+        )
+    return tuple(sorted(reports, key=lambda report: -report.bytes))

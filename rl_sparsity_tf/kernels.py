@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
+import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.errors import ModelError
 from rl_sparsity_tf.grouping import Grouping
-from rl_sparsity_tf.registry import KernelSpec, kernel_specs
-from rl_sparsity_tf.signature import is_graph
-from rl_sparsity_tf.wrapper import CompressionWrapper
+from rl_sparsity_tf.kernel_spec import KernelSpec
+from rl_sparsity_tf.registry import built_kernel_specs
+from rl_sparsity_tf.signature import input_specs, is_graph
+from rl_sparsity_tf.sublayers import follow
+from rl_sparsity_tf.tfmot_wrappers import obstacle
+from rl_sparsity_tf.wrapper import CompressionWrapper, unwrapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +25,9 @@ class Kernel:
     """One compressible kernel of a model.
 
     Attributes:
-        path: Layer path and attribute, e.g. `"encoder/dense/kernel"`; unique in the model.
-        layer: The layer that owns the variable (the inner one if it is wrapped).
+        path: Layer path and attribute, e.g. `"encoder/dense/kernel"` or `"lstm/cell/kernel"`;
+            unique in the model.
+        layer: The layer of the model's graph that it belongs to (the inner one if it is wrapped).
         spec: How the kernel is viewed as a matrix.
         wrapper: The wrapper around the layer, if there is one.
     """
@@ -32,9 +38,19 @@ class Kernel:
     wrapper: CompressionWrapper | None = None
 
     @property
+    def variable(self) -> tf.Variable:
+        """The kernel's variable."""
+        return follow(self.layer, self.spec.attribute)
+
+    @property
+    def owner(self) -> keras.layers.Layer:
+        """The layer that holds the variable: the layer itself, a cell, a part of it."""
+        return follow(self.layer, self.spec.attribute.rpartition("/")[0])
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the kernel variable."""
-        return tuple(int(size) for size in getattr(self.layer, self.spec.attribute).shape)
+        return tuple(int(size) for size in self.variable.shape)
 
     @property
     def size(self) -> int:
@@ -43,7 +59,7 @@ class Kernel:
 
     def value(self) -> np.ndarray:
         """The variable's value (of a wrapped layer: before operations are applied)."""
-        return np.asarray(getattr(self.layer, self.spec.attribute))
+        return np.asarray(self.variable)
 
     def matrix(self) -> np.ndarray:
         """The variable's value viewed as `(inputs, outputs)`."""
@@ -55,15 +71,24 @@ class Kernel:
 
 
 def walk(model: keras.Model, prefix: str = "") -> Iterator[tuple[str, keras.layers.Layer]]:
-    """Yields `(path, layer)` of every layer, once, descending into nested models."""
+    """Yields `(path, layer)` of every layer, once, descending into nested models.
+
+    Layers inside other layers (cells, wrapped layers, parts of custom layers and of subclassed
+    models inside the model) are not listed by themselves; a subclassed model's own are.
+    """
     seen: set[int] = set()
+    paths: set[str] = set()
 
     def visit(parent: keras.Model, parent_path: str) -> Iterator[tuple[str, keras.layers.Layer]]:
         for layer in parent.layers:
             if id(layer) in seen:
                 continue
             seen.add(id(layer))
-            path = f"{parent_path}{layer.name}"
+            path = f"{parent_path}{unwrapped(layer).name}"
+            # Only a graph makes sure that names are unique.
+            numbered = (f"{path}_{number}" for number in itertools.count(1))
+            path = path if path not in paths else next(n for n in numbered if n not in paths)
+            paths.add(path)
             if is_graph(layer):
                 yield from visit(layer, f"{path}/")
             else:
@@ -76,23 +101,26 @@ def find_kernels(model: keras.Model) -> list[Kernel]:
     """Lists the compressible kernels of a model in the order of its layers.
 
     Args:
-        model: A built Sequential or functional model, plain or wrapped.
+        model: A built model, plain or wrapped.
 
     Returns:
-        The kernels; layers of classes that are not registered are passed over.
+        The kernels, each variable once; layers of classes that are not known are passed over.
     """
     found = []
+    seen: set[int] = set()
     for path, layer in walk(model):
         wrapper = layer if isinstance(layer, CompressionWrapper) else None
-        inner = layer.layer if isinstance(layer, CompressionWrapper) else layer
-        for spec in kernel_specs(inner):
-            if getattr(inner, spec.attribute, None) is not None:
-                found.append(Kernel(f"{path}/{spec.attribute}", inner, spec, wrapper))
+        inner = unwrapped(layer)
+        for spec in built_kernel_specs(inner):
+            kernel = Kernel(f"{path}/{spec.label}", inner, spec, wrapper)
+            if id(kernel.variable) not in seen:
+                seen.add(id(kernel.variable))
+                found.append(kernel)
     return found
 
 
 def check_model(model: object) -> None:
-    """Raises unless a model can be wrapped: a built Sequential or functional tf_keras model.
+    """Raises unless a model can be taken apart: a built tf_keras model.
 
     Raises:
         ModelError: Saying what was received, what was expected and how to mend it.
@@ -109,17 +137,15 @@ def check_model(model: object) -> None:
             f"Received {type(model).__name__} from module {module!r}. Expected a tf_keras model "
             f"(tf_keras.Sequential or tf_keras.Model).{hint}"
         )
-    if not is_graph(model):
-        raise ModelError(
-            f"Model {model.name!r} is a subclass of tf_keras.Model ({type(model).__name__}), whose "
-            "layers cannot be rebuilt. Expected a Sequential or functional model: build it with "
-            "tf_keras.Model(inputs, outputs)."
-        )
-    if not model.built or not model.inputs:
+    if not model.built or not input_specs(model):
         raise ModelError(
             f"Model {model.name!r} is not built: its input shape is unknown. Call it once on data, "
             "call model.build(input_shape), or begin it with an Input layer."
         )
+    for _, layer in walk(model):
+        reason = obstacle(layer)
+        if reason:
+            raise ModelError(f"Model {model.name!r} cannot be compressed as it is: {reason}.")
 
 
 def count_weights(model: keras.Model) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.errors import PlanError, did_you_mean
 from rl_sparsity_tf.flatbuffer import FlatTensor
-from rl_sparsity_tf.kernels import walk
+from rl_sparsity_tf.kernels import find_kernels, walk
 
 # A tensor at most this far from a kernel (relative to the kernel's norm) is the kernel itself, no
 # batch normalisation folded in. Rounding to 4 bits moves a kernel by up to about 0.15.
@@ -25,8 +25,9 @@ _SAME = 0.2
 # A tensor is taken for a kernel if one factor per channel leaves at most this share of its energy
 # unexplained: 4-bit rounding leaves about 0.02, an unrelated kernel of n inputs about 1 - 1/n.
 _UNEXPLAINED = 0.1
-# Keras keeps the gates of an LSTM (4) or GRU (3) side by side in one kernel, TFLite one by one.
-_GATES = (4, 3)
+# Keras keeps the gates of an LSTM (4) or GRU (3) side by side in one kernel, TFLite one by one; of
+# a GRU without reset_after it keeps the recurrent kernel's first two gates together.
+_GATES = ((1, 1, 1, 1), (1, 1, 1), (2, 1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,15 +58,18 @@ def kernel_variables(model: keras.Model) -> dict[str, tf.Variable]:
     """Lists the weights of rank >= 2 of a plain model but for biases, each variable once.
 
     Args:
-        model: A Sequential or functional model.
+        model: A built model.
 
     Returns:
-        Variables by path: the path of the layer through nested models, then the weight's own name
-        without its layer's ("block/sep/depthwise_kernel", "lstm/lstm_cell/kernel").
+        Variables by path. Compressible kernels have the paths that plans give them; any other
+        weight the path of the layer through nested models, then its own name without its layer's
+        ("locally_connected/kernel").
     """
+    planned = {id(variable): path for path, variable in _compressible(model).items()}
     found: dict[str, tf.Variable] = {}
     seen: set[int] = set()
-    for layer_path, layer in walk(model):
+    # A subclassed model, walked last, may own weights that none of its layers does.
+    for layer_path, layer in (*walk(model), (model.name, model)):
         for variable in layer.weights:
             if id(variable) in seen or (variable.shape.rank or 0) < 2:
                 continue
@@ -76,7 +80,7 @@ def kernel_variables(model: keras.Model) -> dict[str, tf.Variable]:
             if own.endswith("bias"):
                 # GRU and attention layers have biases of rank 2, which converting adds together.
                 continue
-            path = f"{layer_path}/{own}"
+            path = planned.get(id(variable), f"{layer_path}/{own}")
             numbered = (f"{path}_{number}" for number in itertools.count(1))
             found[path if path not in found else next(n for n in numbered if n not in found)] = (
                 variable
@@ -88,7 +92,7 @@ def find_variable(model: keras.Model, path: str) -> tf.Variable:
     """Looks a kernel up by its path: layers through nested models, then attribute names.
 
     Args:
-        model: A Sequential or functional model.
+        model: A built model.
         path: For example "conv/kernel" or "lstm/cell/kernel".
 
     Returns:
@@ -97,7 +101,7 @@ def find_variable(model: keras.Model, path: str) -> tf.Variable:
     Raises:
         PlanError: If the model has no such kernel.
     """
-    known = kernel_variables(model)
+    known = _compressible(model) | kernel_variables(model)
     if path in known:
         return known[path]
     for layer_path, layer in walk(model):
@@ -146,11 +150,11 @@ def match_kernels(
     used = {id(match.tensor) for match in whole.values()}
     rest = [tensor for tensor in constants if id(tensor) not in used]
     for path, kernel in kernels.items():
-        if found[path] or kernel.ndim != 2:
+        if found[path]:
             continue
         for gates in _GATES:
             columns = _gate_columns(kernel.shape[-1], gates)
-            parts = {str(index): kernel[:, slice(*part)] for index, part in enumerate(columns)}
+            parts = {str(index): kernel[..., slice(*part)] for index, part in enumerate(columns)}
             assigned = _assign(parts, rest)
             if parts and len(assigned) == len(parts):
                 found[path] = tuple(
@@ -167,6 +171,18 @@ def could_hold(kernel: np.ndarray, tensor: FlatTensor) -> bool:
         _reshapes([kernel.shape[axis] for axis in axes], tensor.shape)
         for axes, _ in _layouts(kernel.ndim)
     )
+
+
+def _compressible(model: keras.Model) -> dict[str, tf.Variable]:
+    """The kernels that can be compressed, by the paths that plans give them."""
+    found = {}
+    for kernel in find_kernels(model):
+        variable = getattr(kernel, "variable", None)
+        if variable is None:
+            variable = getattr(kernel.layer, kernel.spec.attribute, None)
+        if variable is not None:
+            found[kernel.path] = variable
+    return found
 
 
 def _assign(
@@ -299,8 +315,9 @@ def _can_be_kernel(tensor: FlatTensor) -> bool:
     return tensor.raw is not None and real and len(tensor.shape) >= 2
 
 
-def _gate_columns(columns: int, gates: int) -> list[tuple[int, int]]:
-    if columns % gates:
+def _gate_columns(columns: int, gates: Sequence[int]) -> list[tuple[int, int]]:
+    if columns % sum(gates):
         return []
-    width = columns // gates
-    return [(gate * width, (gate + 1) * width) for gate in range(gates)]
+    width = columns // sum(gates)
+    ends = [width * end for end in itertools.accumulate(gates)]
+    return list(zip([0, *ends[:-1]], ends, strict=True))

@@ -24,6 +24,7 @@ from rl_sparsity_tf.operations import Operation, stored_as_integers
 from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
 from rl_sparsity_tf.reward import Outcome
 from rl_sparsity_tf.statistics import KernelStatistics, StatisticsCollector
+from rl_sparsity_tf.wrapper import unwrapped
 from rl_sparsity_tf.wrapping import wrap
 
 RECOVERIES = ("finetune", "none")
@@ -321,9 +322,7 @@ class CompressedNetwork:
 
     def latent_weights(self) -> Mapping[str, list[np.ndarray]]:
         """Present weights of every layer by name, before operations are applied."""
-        return {
-            path: getattr(layer, "layer", layer).get_weights() for path, layer in walk(self.model)
-        }
+        return {path: unwrapped(layer).get_weights() for path, layer in walk(self.model)}
 
 
 def _prepare_for_short_recovery(model: keras.Model) -> None:

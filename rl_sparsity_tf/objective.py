@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.compile_state import compile_arguments
 from rl_sparsity_tf.data import Batch
 from rl_sparsity_tf.errors import ArgumentError, DataError, ModelError, did_you_mean
+from rl_sparsity_tf.labels import loss_kind
 
 _HIGHER = (
     "acc auc precision recall f1 f2 fbeta iou dice top cosine r2 kappa sensitivity specificity "
@@ -117,8 +119,10 @@ def choose_metric(
     Args:
         model: A compiled model.
         batch: Data to try the model's `test_step` on.
-        wanted: A metric's name, or its name and `"max"` or `"min"`; by default the first metric,
-            or the loss where there is none.
+        wanted: A metric's name, or its name and `"max"` or `"min"`; by default the first metric.
+            It is the loss where there is no metric, where the model has several outputs (the loss
+            covers all of them), and where binary labels are shares rather than 0 or 1 (an
+            autoencoder's pixels), which an accuracy counts as wrong.
 
     Raises:
         ArgumentError: If the name is not known or its direction cannot be told from it.
@@ -148,6 +152,8 @@ def choose_metric(
         raise ArgumentError(
             f"metric={wanted!r} is not among the model's metrics. {did_you_mean(wanted, names)}"
         )
+    if wanted is None and (_has_several_outputs(model) or _has_soft_binary_labels(model, batch)):
+        figures = []
     name = str(wanted) if wanted is not None else (figures[0] if figures else "loss")
     if direction is not None:
         return Metric(name, direction == "max")
@@ -159,6 +165,20 @@ def choose_metric(
         f"Whether a higher {name!r} is better cannot be told from its name. Pass "
         f"metric=({name!r}, 'max') or metric=({name!r}, 'min')."
     )
+
+
+def _has_several_outputs(model: keras.Model) -> bool:
+    # Keras keeps a loss per output beside the total only if there are several.
+    losses = getattr(model, "compiled_loss", None)
+    return losses is not None and len(losses.metrics) > 1
+
+
+def _has_soft_binary_labels(model: keras.Model, batch: Batch) -> bool:
+    labels = batch[1]
+    if loss_kind(model.loss)[1] != "binary" or not hasattr(labels, "dtype"):
+        return False
+    values = np.asarray(labels)
+    return bool((values != np.round(values)).any())
 
 
 class Evaluator:

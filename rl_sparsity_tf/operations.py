@@ -39,6 +39,23 @@ def stored_as_integers(operations: np.ndarray) -> bool:
     return bool(quantized and not (operations == Operation.KEEP).any())
 
 
+def grid_groups(operations: np.ndarray) -> np.ndarray:
+    """Which groups are put on the integer grid.
+
+    The quantized ones; and in a kernel that is stored as integers, because no living group is
+    kept at full precision, every group.
+
+    Args:
+        operations: One operation per group.
+
+    Returns:
+        Booleans of the same shape.
+    """
+    if stored_as_integers(operations):
+        return np.ones(operations.shape, bool)
+    return operations == Operation.QUANTIZE
+
+
 def swaps_of(operations: np.ndarray, grouping: Grouping) -> np.ndarray:
     """Finds which neighbours swap: pair `(2i, 2i+1)` does when exactly one of the two asks.
 
@@ -125,7 +142,9 @@ def mask_weights_straight_through(
     return masked(matrix, tf.cast(mask, matrix.dtype), tf.cast(logits, matrix.dtype))
 
 
-def grid_scale(matrix: tf.Tensor, levels: tf.Tensor, per_output: bool = True) -> tf.Tensor:
+def grid_scale(
+    matrix: tf.Tensor, levels: tf.Tensor, per_output: bool = True, gates: int = 1
+) -> tf.Tensor:
     """The step of TFLite's symmetric grid: largest magnitude / levels.
 
     Args:
@@ -134,11 +153,18 @@ def grid_scale(matrix: tf.Tensor, levels: tf.Tensor, per_output: bool = True) ->
             input rather than a constant: graph optimisation turns a division by a constant into
             a multiplication, which rounds differently.
         per_output: One scale per output unit (convolutions, dense layers) or one per tensor.
+        gates: Tensors that lie side by side in the matrix, where there is one scale per tensor.
 
     Returns:
         Scales of shape `(1, outputs)` or `(1, 1)`; 0 where all weights are 0.
     """
-    largest = tf.reduce_max(tf.abs(matrix), axis=0 if per_output else None, keepdims=True)
+    largest = tf.reduce_max(tf.abs(matrix), axis=0, keepdims=True)
+    if not per_output and gates > 1:
+        parts = tf.reshape(largest, (gates, -1))
+        parts = tf.broadcast_to(tf.reduce_max(parts, axis=1, keepdims=True), tf.shape(parts))
+        largest = tf.reshape(parts, tf.shape(largest))
+    elif not per_output:
+        largest = tf.reduce_max(largest, keepdims=True)
     return largest / tf.cast(levels, matrix.dtype)
 
 
@@ -148,6 +174,7 @@ def quantize(
     levels: tf.Tensor,
     grouping: Grouping,
     per_output: bool = True,
+    gates: int = 1,
 ) -> tf.Tensor:
     r"""Puts chosen groups on TFLite's symmetric integer grid, with a straight-through gradient.
 
@@ -160,6 +187,7 @@ def quantize(
         levels: Largest integer of the grid, scalar (see [grid_scale][]).
         grouping: How the kernel is cut.
         per_output: One scale per output unit, or one per tensor.
+        gates: Tensors side by side in the matrix (see [grid_scale][]).
 
     Returns:
         A matrix of the same shape and dtype.
@@ -171,7 +199,7 @@ def quantize(
     def rounded(
         weights: tf.Tensor,
     ) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
-        scale = grid_scale(weights, q, per_output)
+        scale = grid_scale(weights, q, per_output, gates)
         safe = tf.where(scale > 0, scale, tf.ones_like(scale))
         integers = tf.clip_by_value(tf.round(weights / safe), -q, q)
         chosen = grouping.expand(tf.cast(on_grid, weights.dtype)) > 0

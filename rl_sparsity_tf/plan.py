@@ -20,8 +20,8 @@ from rl_sparsity_tf.errors import PlanError, did_you_mean
 from rl_sparsity_tf.files import check_new_file, write_text
 from rl_sparsity_tf.grouping import GROUPS, Grouping
 from rl_sparsity_tf.kernel_rule import KernelRule
+from rl_sparsity_tf.kernel_spec import KernelSpec
 from rl_sparsity_tf.operations import Operation
-from rl_sparsity_tf.registry import KernelSpec
 
 FORMAT_VERSION = 1
 _BITS = (32, 8, 4)

@@ -1,99 +1,68 @@
-"""Which layer classes can be compressed, and how their kernels are viewed as matrices."""
+"""Which layers can be compressed: the kernels of every class, in layers within layers too."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable
 
-import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.errors import ArgumentError
-from rl_sparsity_tf.grouping import Grouping
+from rl_sparsity_tf.kernel_spec import KernelSpec
+from rl_sparsity_tf.sublayers import follow, named_sublayers
+
+Rule = Callable[[keras.layers.Layer], tuple[KernelSpec, ...]]
+"""Finds the kernels of a layer whose configuration decides on them."""
 
 
-@dataclasses.dataclass(frozen=True)
-class KernelSpec:
-    """How one kernel of a layer class is viewed.
+def _einsum_kernel(layer: keras.layers.Layer) -> tuple[KernelSpec, ...]:
+    """Axes of the kernel that the equation's result keeps number outputs, the others are summed."""
+    equation = layer.equation.replace(" ", "").replace("...", "")
+    operands, _, result = equation.partition("->")
+    kernel = operands.partition(",")[2]
+    layout = "".join("o" if axis in result else "i" for axis in kernel)
+    return (KernelSpec("kernel", layout),) if "o" in layout else ()
 
-    Attributes:
-        attribute: Name of the layer's attribute that holds the variable, e.g. `"kernel"`.
-        layout: One letter per axis: `i` for axes that are summed over (inputs, kernel positions)
-            and `o` for axes that number the output units. Dense is `"io"`, Conv2D `"iiio"`.
-        per_output_scale: Whether TFLite keeps one quantization scale per output unit (else one
-            per tensor).
-        exports_int8: Whether TFLite can hold the kernel as integers with float activations.
 
-    Example:
-        >>> KernelSpec("kernel", "iioi").matrix_shape((3, 3, 8, 4))  # Conv2DTranspose
-        (36, 8)
-    """
+def _attention_kernels(layer: keras.layers.Layer) -> tuple[KernelSpec, ...]:
+    """The projections, which exist once the layer was called; their shapes follow before that."""
+    shape = layer._output_shape
+    outputs = 1 if shape is None or isinstance(shape, int) else len(shape)
+    heads = tuple(KernelSpec(f"_{name}_dense/kernel", "ioo") for name in ("query", "key", "value"))
+    return (*heads, KernelSpec("_output_dense/kernel", "ii" + "o" * outputs))
 
-    attribute: str
-    layout: str
-    per_output_scale: bool = True
-    exports_int8: bool = True
 
-    def __post_init__(self) -> None:
-        if not self.layout or set(self.layout) - set("io") or "o" not in self.layout:
-            raise ArgumentError(
-                f"layout={self.layout!r} of kernel {self.attribute!r} cannot be used. Expected one "
-                "letter per axis, 'i' for inputs and 'o' for outputs, with at least one 'o', for "
-                "example 'io' for a dense kernel."
-            )
+def _local_kernel(rank: int) -> Rule:
+    """Kernels that differ from place to place: every place counts as an output."""
 
-    @property
-    def axes(self) -> tuple[int, ...]:
-        """The transposition that brings the inputs first and the outputs last."""
-        order = [axis for axis, letter in enumerate(self.layout) if letter == "i"]
-        order += [axis for axis, letter in enumerate(self.layout) if letter == "o"]
-        return tuple(order)
+    def rule(layer: keras.layers.Layer) -> tuple[KernelSpec, ...]:
+        if layer.implementation == 1:
+            return (KernelSpec("kernel", "oio", exports_int8=False),)
+        if layer.implementation == 2:
+            side = "i" * rank + "i" + "o" * rank + "o"
+            return (KernelSpec("kernel", side, exports_int8=False),)
+        return ()  # 3 keeps a vector of the non-zero entries
 
-    def matrix_shape(self, shape: Sequence[int]) -> tuple[int, int]:
-        """`(inputs, outputs)` of a kernel of the given shape."""
-        if len(shape) != len(self.layout):
-            raise ArgumentError(
-                f"Kernel {self.attribute!r} has shape {tuple(shape)}, but its layout "
-                f"{self.layout!r} describes {len(self.layout)} axes. Register the layer class with "
-                "one letter per axis."
-            )
-        sizes = {"i": 1, "o": 1}
-        for size, letter in zip(shape, self.layout, strict=True):
-            sizes[letter] *= int(size)
-        return sizes["i"], sizes["o"]
+    return rule
 
-    def grouping(self, shape: Sequence[int], group: str) -> Grouping:
-        """The groups of a kernel of the given shape."""
-        return Grouping(group, *self.matrix_shape(shape))
 
-    def to_matrix(self, kernel: tf.Tensor) -> tf.Tensor:
-        """Views a kernel as `(inputs, outputs)`."""
-        shape = self.matrix_shape(kernel.shape)
-        if self.axes != tuple(range(len(self.axes))):
-            kernel = tf.transpose(kernel, self.axes)
-        return tf.reshape(kernel, shape)
+def _convolutional_cell(layer: keras.layers.Layer) -> tuple[KernelSpec, ...]:
+    return _recurrent("i" * (layer.rank + 1) + "o", 4)
 
-    def from_matrix(self, matrix: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
-        """Undoes [to_matrix][] for a kernel of the given shape."""
-        kernel = tf.reshape(matrix, [shape[axis] for axis in self.axes])
-        if self.axes != tuple(range(len(self.axes))):
-            kernel = tf.transpose(kernel, np.argsort(self.axes))
-        return kernel
 
-    def to_matrix_numpy(self, kernel: np.ndarray) -> np.ndarray:
-        """[to_matrix][] for NumPy arrays."""
-        return np.transpose(kernel, self.axes).reshape(self.matrix_shape(kernel.shape))
-
-    def from_matrix_numpy(self, matrix: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-        """[from_matrix][] for NumPy arrays."""
-        kernel = matrix.reshape([shape[axis] for axis in self.axes])
-        return np.ascontiguousarray(np.transpose(kernel, np.argsort(self.axes)))
+def _recurrent(layout: str, gates: int) -> tuple[KernelSpec, ...]:
+    names = ("kernel", "recurrent_kernel")
+    return tuple(KernelSpec(n, layout, gates == 1, gates == 1, gates) for n in names)
 
 
 _layers = keras.layers
-_REGISTRY: dict[type, tuple[KernelSpec, ...]] = {
+_REGISTRY: dict[type, tuple[KernelSpec, ...] | Rule] = {
     _layers.Dense: (KernelSpec("kernel", "io"),),
+    _layers.EinsumDense: _einsum_kernel,
+    _layers.MultiHeadAttention: _attention_kernels,
+    _layers.Embedding: (KernelSpec("embeddings", "io", False, False),),
     _layers.Conv1D: (KernelSpec("kernel", "iio"),),
     _layers.Conv2D: (KernelSpec("kernel", "iiio"),),
     # TFLite has no integer kernels for 3D convolutions with float activations.
@@ -110,20 +79,39 @@ _REGISTRY: dict[type, tuple[KernelSpec, ...]] = {
     ),
     _layers.Conv1DTranspose: (KernelSpec("kernel", "ioi"),),
     _layers.Conv2DTranspose: (KernelSpec("kernel", "iioi"),),
+    _layers.Conv3DTranspose: (KernelSpec("kernel", "iiioi", exports_int8=False),),
+    _layers.LocallyConnected1D: _local_kernel(1),
+    _layers.LocallyConnected2D: _local_kernel(2),
+    # Recurrent layers are reached through their cells.
+    _layers.SimpleRNNCell: _recurrent("io", 1),
+    _layers.LSTMCell: _recurrent("io", 4),
+    _layers.GRUCell: _recurrent("io", 3),
+    # One class for 1, 2 and 3 dimensions, which Keras does not export.
+    sys.modules[_layers.ConvLSTM2D.__mro__[1].__module__].ConvLSTMCell: _convolutional_cell,
+    tf.compat.v1.keras.layers.LSTMCell: _recurrent("io", 4),
+    tf.compat.v1.keras.layers.GRUCell: _recurrent("io", 3),
 }
 
 
 def register_layer(
-    layer_class: type, *, per_output_scale: bool = True, exports_int8: bool = True, **layouts: str
+    layer_class: type,
+    *,
+    per_output_scale: bool = True,
+    exports_int8: bool = True,
+    gates: int = 1,
+    **layouts: str,
 ) -> None:
     """Makes a layer class compressible.
 
-    Matches the class exactly, not its subclasses: a subclass may use its kernel differently.
+    Matches the class exactly, not its subclasses: a subclass may use its kernel differently. A
+    class that only holds layers of known classes needs no registration.
 
     Args:
         layer_class: A subclass of `tf_keras.layers.Layer` that can be rebuilt from its config.
         per_output_scale: Whether TFLite keeps one quantization scale per output unit.
         exports_int8: Whether TFLite can hold the kernels as integers.
+        gates: Matrices side by side in every kernel that have a scale each (4 for an LSTM), where
+            there is not one per output unit.
         **layouts: For every kernel attribute, one letter per axis: `i` for inputs (summed over),
             `o` for outputs.
 
@@ -144,22 +132,71 @@ def register_layer(
             "attribute, for example register_layer(MyDense, kernel='io')."
         )
     _REGISTRY[layer_class] = tuple(
-        KernelSpec(attribute, layout, per_output_scale, exports_int8)
+        KernelSpec(attribute, layout, per_output_scale, exports_int8, gates)
         for attribute, layout in layouts.items()
     )
 
 
+def registered_base(layer: keras.layers.Layer) -> type | None:
+    """The registered class that an unregistered layer's class derives from, if there is one."""
+    bases = type(layer).__mro__[1:]
+    return next((base for base in bases if base in _REGISTRY), None)
+
+
 def kernel_specs(layer: keras.layers.Layer) -> tuple[KernelSpec, ...]:
-    """The kernels of a layer that can be compressed; empty if its class is not registered."""
-    return _REGISTRY.get(type(layer), ())
+    """The kernels of a layer that can be compressed.
+
+    A registered class says so itself. Any other layer has the weights that it returns from TFMOT's
+    `get_prunable_weights`, and the kernels of the layers that its attributes lead to: cells,
+    wrapped layers, the parts of a custom layer or of a subclassed model.
+    """
+    rule = _REGISTRY.get(type(layer))
+    if rule is not None:
+        return rule(layer) if callable(rule) else rule
+    found = list(_prunable_weights(layer))
+    for path, sublayer in named_sublayers(layer):
+        for spec in kernel_specs(sublayer):
+            inner = dataclasses.replace(spec, attribute=f"{path}/{spec.attribute}")
+            if inner.attribute not in [known.attribute for known in found]:
+                found.append(inner)
+    return tuple(found)
+
+
+def _prunable_weights(layer: keras.layers.Layer) -> tuple[KernelSpec, ...]:
+    """What a layer with TFMOT's `PrunableLayer` interface offers, its last axis as the outputs."""
+    method = getattr(layer, "get_prunable_weights", None)
+    if not callable(method) or not layer.built:
+        return ()
+    wanted = [id(weight) for weight in method() if len(weight.shape) >= 2]
+    specs = []
+    for path, owner in _owners(layer):
+        for name, value in vars(owner).items():
+            if isinstance(value, tf.Variable) and id(value) in wanted:
+                wanted.remove(id(value))
+                layout = "i" * (len(value.shape) - 1) + "o"
+                specs.append(KernelSpec(f"{path}{name}", layout))
+    return tuple(specs)
+
+
+def _owners(layer: keras.layers.Layer) -> list[tuple[str, keras.layers.Layer]]:
+    owners = [("", layer)]
+    for path, sublayer in named_sublayers(layer):
+        owners += [(f"{path}/{rest}", owner) for rest, owner in _owners(sublayer)]
+    return owners
 
 
 def kernel_spec(layer: keras.layers.Layer, attribute: str) -> KernelSpec:
-    """The view of one kernel of a registered layer."""
-    for spec in kernel_specs(layer):
+    """The view of one kernel of a layer."""
+    specs = kernel_specs(layer)
+    for spec in specs:
         if spec.attribute == attribute:
             return spec
     raise ArgumentError(
         f"Layer {layer.name!r} of class {type(layer).__name__} has no compressible kernel "
-        f"{attribute!r}. Expected one of {[spec.attribute for spec in kernel_specs(layer)]}."
+        f"{attribute!r}. Expected one of {[spec.attribute for spec in specs]}."
     )
+
+
+def built_kernel_specs(layer: keras.layers.Layer) -> tuple[KernelSpec, ...]:
+    """The kernels of a layer whose variables exist."""
+    return tuple(spec for spec in kernel_specs(layer) if follow(layer, spec.attribute) is not None)

@@ -10,8 +10,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.errors import ArgumentError, DataError
-from rl_sparsity_tf.kernels import walk
-from rl_sparsity_tf.signature import InputSpec
+from rl_sparsity_tf.signature import InputSpec, is_graph
 
 # Size given to an axis that the model leaves open, such as an image's height.
 _OPEN_AXIS = 16
@@ -66,17 +65,21 @@ def random_rows(model: keras.Model, specs: Sequence[InputSpec], rows: int) -> li
     """Draws inputs where no data was given; the same ones at every call.
 
     Floats are uniform in [-1, 1], which covers scaled images and most of a standardised feature;
-    8-bit integers take all their values; other integers are ids: below the smallest Embedding's
-    vocabulary, or 0 and 1 in a model without one.
+    8-bit integers take all their values; other integers, and floats that an Embedding reads, are
+    ids: below the smallest Embedding's vocabulary, or 0 and 1 in a model without one.
 
     Raises:
         ArgumentError: If an input has a type that cannot be drawn, such as a string.
     """
     generator = np.random.default_rng(0)
+    # submodules also reaches the layers inside wrappers, custom layers and subclassed models.
     vocabularies = [
-        layer.input_dim for _, layer in walk(model) if isinstance(layer, keras.layers.Embedding)
+        module.input_dim
+        for module in model.submodules
+        if isinstance(module, keras.layers.Embedding)
     ]
     ids = min(vocabularies, default=_SMALL_INTEGERS)
+    float_ids = _inputs_of_embeddings(model)
     drawn = []
     for spec in specs:
         shape = (rows, *(_OPEN_AXIS if size is None else size for size in spec.shape))
@@ -86,7 +89,9 @@ def random_rows(model: keras.Model, specs: Sequence[InputSpec], rows: int) -> li
                 f"Input {spec.name!r} is of type {spec.dtype}; a .tflite file can only be checked "
                 "on numbers. Export the part of the model that follows the preprocessing."
             )
-        if dtype.kind == "f":
+        if dtype.kind == "f" and spec.name in float_ids:
+            drawn.append(generator.integers(0, ids, shape).astype(dtype))
+        elif dtype.kind == "f":
             drawn.append(generator.uniform(-1, 1, shape).astype(dtype))
         elif dtype.itemsize == 1 and dtype.kind in "iu":
             limits = np.iinfo(dtype)
@@ -96,6 +101,18 @@ def random_rows(model: keras.Model, specs: Sequence[InputSpec], rows: int) -> li
                 generator.integers(0, 2 if dtype.kind == "b" else ids, shape).astype(dtype)
             )
     return drawn
+
+
+def _inputs_of_embeddings(model: keras.Model) -> set[str]:
+    """Names of the inputs that go straight into an Embedding; only graphs tell."""
+    if not is_graph(model):
+        return set()
+    return {
+        tensor.name.split(":")[0]
+        for tensor in model.inputs or ()
+        for node in tensor.node.layer.outbound_nodes
+        if isinstance(node.layer, keras.layers.Embedding)
+    }
 
 
 def _as_inputs(data: object, specs: Sequence[InputSpec]) -> list[np.ndarray] | None:

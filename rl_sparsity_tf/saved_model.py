@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -11,19 +12,32 @@ import tf_keras as keras
 
 from rl_sparsity_tf.errors import ExportError
 from rl_sparsity_tf.quiet import quiet_tensorflow
+from rl_sparsity_tf.signature import input_specs, is_graph, pack_inputs
 
 
-def flat_model(model: keras.Model) -> keras.Model:
-    """The same layers and tensors with flat lists of inputs and outputs, in Keras's order."""
-    # The name ends up in the file's tensor names: Keras's own would count up from call to call.
-    return keras.Model(list(model.inputs), list(model.outputs), name="model")
+def flat_call(model: keras.Model) -> Callable[[Sequence[Any]], list[tf.Tensor]]:
+    """The model in inference mode as a function from a list to a list, in Keras's order.
+
+    Outputs that are dicts are taken in the order of their sorted keys.
+    """
+    if is_graph(model):
+        # The name ends up in the file's tensor names: Keras's own would count up.
+        flat = keras.Model(list(model.inputs), list(model.outputs), name="model")
+        return lambda inputs: tf.nest.flatten(flat(list(inputs), training=False))
+
+    def call(inputs: Sequence[Any]) -> list[tf.Tensor]:
+        outputs = tf.nest.flatten(model(pack_inputs(model, inputs), training=False))
+        # A subclassed model may leave an output out.
+        return [output for output in outputs if output is not None]
+
+    return call
 
 
 def write_saved_model(model: keras.Model, folder: Path, batch_size: int | None) -> None:
     """Traces a model in inference mode and saves the trace.
 
     Args:
-        model: A built Sequential or functional model.
+        model: A built model, subclassed ones included.
         folder: The folder to write.
         batch_size: Rows per call; None leaves it open.
 
@@ -33,15 +47,14 @@ def write_saved_model(model: keras.Model, folder: Path, batch_size: int | None) 
     The signature's arguments are `input_0`, `input_1`, ... and its results `output_0`, ..., in
     Keras's order.
     """
-    flat = flat_model(model)
+    flat = flat_call(model)
 
     def call(*inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-        outputs = tf.nest.flatten(flat(list(inputs), training=False))
-        return {f"output_{index}": output for index, output in enumerate(outputs)}
+        return {f"output_{index}": output for index, output in enumerate(flat(inputs))}
 
     signature = [
-        tf.TensorSpec([batch_size, *tensor.shape[1:]], tensor.dtype, name=f"input_{index}")
-        for index, tensor in enumerate(model.inputs)
+        tf.TensorSpec([batch_size, *spec.shape], spec.dtype, name=f"input_{index}")
+        for index, spec in enumerate(input_specs(model))
     ]
     try:
         concrete = tf.function(call, input_signature=signature).get_concrete_function()
@@ -73,7 +86,7 @@ def reference_outputs(
     Returns:
         One float or integer array per output.
     """
-    flat = flat_model(model)
+    flat = flat_call(model)
     rows = len(inputs[0])
     size = batch_size or rows
     parts: list[list[np.ndarray]] = []
@@ -81,6 +94,6 @@ def reference_outputs(
         count = min(size, rows - start)
         # Repeating the last row keeps a fixed batch size full.
         taken = np.minimum(np.arange(start, start + size), rows - 1)
-        outputs = flat([tf.constant(array[taken]) for array in inputs], training=False)
-        parts.append([np.asarray(output)[:count] for output in tf.nest.flatten(outputs)])
+        outputs = flat([tf.constant(array[taken]) for array in inputs])
+        parts.append([np.asarray(output)[:count] for output in outputs])
     return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]

@@ -12,7 +12,9 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.agents import AgentConfig, Random, resolve_config
+from rl_sparsity_tf.batch_checks import fixed_batch
 from rl_sparsity_tf.budget import Target
+from rl_sparsity_tf.class_weights import weight_table
 from rl_sparsity_tf.compile_state import compile_arguments
 from rl_sparsity_tf.conversion import start_worker
 from rl_sparsity_tf.data import TrainingData, evaluation_data, sample_rows, training_data
@@ -56,8 +58,9 @@ class Compressor:
             global generator, which is seeded at the start of every episode.
         reward: The reward; a callable `(outcome, previous) -> float` replaces the default.
         recovery: How the network recovers after a decision.
-        metric: Which of the model's metrics to keep, if not the first: its name, or its name and
-            `"max"` or `"min"`.
+        metric: Which of the model's metrics to keep: its name, or its name and `"max"` or `"min"`.
+            By default the first; the loss for models without one, and for those with several
+            outputs, as it covers them all.
         buckets: Decisions per kernel and episode.
         warm_start: Whether the first episodes play plans of known heuristics (see
             [demonstrations][rl_sparsity_tf.demonstrations]) that the agent learns from. The best
@@ -120,6 +123,7 @@ class Compressor:
         finetune_epochs: int | None = None,
         quantization: str = "plan",
         validation_rows: int = 2000,
+        class_weight: dict[int, float] | None = None,
         dataset: str | None = None,
         overwrite: bool = False,
         verbose: int = 1,
@@ -131,8 +135,9 @@ class Compressor:
         all kernels.
 
         Args:
-            train: Training data as `fit` takes it: `(x, y)`, `(x, y, sample_weight)` or a batched
-                `tf.data.Dataset`.
+            train: Training data as `fit` takes it: `(x, y)`, `(x, y, sample_weight)`, a batched
+                `tf.data.Dataset` or a `keras.utils.Sequence`. All labels are checked against the
+                model's outputs and loss first.
             validation_data: Validation data in the same forms. It steers the search.
             test_data: Test data in the same forms; only the final figures use it.
             episodes: Passes over all kernels.
@@ -141,6 +146,9 @@ class Compressor:
             quantization: How the result is exported, see `export_tflite`.
             validation_rows: Rows of the validation data that plans are evaluated on during the
                 search, drawn once; the final figures are over all of them.
+            class_weight: `{class: weight}` as `fit` takes it, for models with one output: how
+                much the training rows of each class count, in recoveries and the fine-tuning.
+                Validation and test data are not weighted.
             dataset: Name of the data, for metrics.json.
             overwrite: Whether a run in `directory` may be replaced.
             verbose: 0 silent, 1 a progress display, 2 a line per episode.
@@ -157,6 +165,7 @@ class Compressor:
         _check_count("validation_rows", validation_rows, 1)
         if finetune_epochs is not None:
             _check_count("finetune_epochs", finetune_epochs, 0)
+        table = weight_table(class_weight)
         check_choice("quantization", quantization, QUANTIZATIONS)
         if verbose not in (0, 1, 2):
             raise ArgumentError(f"verbose={verbose!r} is not known. Expected 0, 1 or 2.")
@@ -171,7 +180,9 @@ class Compressor:
         started = time.monotonic()
         # A shuffled dataset's order also depends on the global seed at the time it is made.
         tf.random.set_seed(self.seed)
-        data = training_data(train, self.model, batch_size=batch_size, seed=self.seed)
+        data = training_data(
+            train, self.model, batch_size=batch_size, seed=self.seed, class_weight=table
+        )
         validation = evaluation_data(validation_data, self.model, "validation_data")
         test = None if test_data is None else evaluation_data(test_data, self.model, "test_data")
         epochs = default_epochs(data) if finetune_epochs is None else finetune_epochs
@@ -180,13 +191,14 @@ class Compressor:
             "finetune_epochs": epochs,
             "validation_rows": validation_rows,
             "quantization": quantization,
+            "class_weight": table,
         }
         run = self._open_run(data, validation, test, arguments, overwrite)
         start_worker()  # its imports overlap the search
         network = CompressedNetwork(
             self.model,
             data,
-            sample_rows(validation, validation_rows, seed=self.seed),
+            sample_rows(validation, validation_rows, seed=self.seed, fixed=fixed_batch(self.model)),
             target=self.target,
             group=self.group,
             recovery=self.recovery,

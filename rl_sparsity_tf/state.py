@@ -149,7 +149,7 @@ def observe(network: CompressedNetwork, path: str, bucket: BucketView) -> np.nda
     first_order = grouping.sum_numpy(np.abs(now.gradient * network.latent_matrix(path)))
     in_bucket = float(first_order.reshape(-1)[bucket.groups].sum()) / max(1, flat_sizes.sum())
     in_kernel = float(first_order.sum()) / kernel.size
-    layer_name = type(kernel.layer).__name__
+    owner = type(kernel.owner).__name__
     outcome = network.outcome
     values = {
         "weight_mean": _over(weights.mean(), math.sqrt(float(np.mean(weights**2)))),
@@ -187,8 +187,8 @@ def observe(network: CompressedNetwork, path: str, bucket: BucketView) -> np.nda
         "kernel_fan_out": math.log2(1 + grouping.outputs) / 16,
         "kernel_sensitivity": _against(dense.gradient_variance, float(np.mean(all_variances))),
         "kernel_depth": index / max(1, len(network.kernels) - 1),
-        "convolution": float(len(kernel.shape) > 2),
-        "depthwise": float("depthwise" in kernel.spec.attribute or "Depthwise" in layer_name),
+        "convolution": float("Conv" in owner),
+        "depthwise": float("depthwise" in kernel.spec.attribute or "Depthwise" in owner),
     }
     state = np.array([values[feature.name] for feature in FEATURES], np.float32)
     return np.clip(np.nan_to_num(state, nan=0.0, posinf=1.0, neginf=-1.0), lower_bounds(), 1.0)

@@ -56,7 +56,7 @@ class StatisticsCollector:
         self.function = tf.function(self._step)
 
     def _step(self, x: object, y: object, weights: object) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        variables = [getattr(kernel.layer, kernel.spec.attribute) for kernel in self._kernels]
+        variables = [kernel.variable for kernel in self._kernels]
         with contextlib.ExitStack() as stack:
             probes = [stack.enter_context(wrapper.probed()) for wrapper in self._wrappers]
             tape = stack.enter_context(tf.GradientTape(watch_accessed_variables=False))
@@ -67,7 +67,9 @@ class StatisticsCollector:
         gradients = tape.gradient(loss, variables, unconnected_gradients="zero")
         moments = []
         for probe in probes:
-            flat = tf.concat([tf.reshape(tf.cast(part, tf.float32), [-1]) for part in probe], 0)
+            parts = [tf.reshape(tf.cast(part, tf.float32), [-1]) for part in probe]
+            # A layer that the model holds but does not call says nothing.
+            flat = tf.concat(parts, 0) if parts else tf.zeros(1)
             moments.append(
                 tf.stack(
                     [

@@ -14,39 +14,19 @@ import tf_keras as keras
 from rl_sparsity_tf import operations as ops
 from rl_sparsity_tf.errors import ArgumentError, check_choice
 from rl_sparsity_tf.grouping import GROUPS, Grouping
+from rl_sparsity_tf.kernel_settings import KernelSettings
+from rl_sparsity_tf.kernel_spec import KernelSpec
 from rl_sparsity_tf.masks import MASKS, hard_concrete_sample, magnitude, select_live
 from rl_sparsity_tf.operations import Operation
-from rl_sparsity_tf.registry import KernelSpec, kernel_spec, kernel_specs
+from rl_sparsity_tf.registry import kernel_specs
+from rl_sparsity_tf.sublayers import follow, owner_of
+from rl_sparsity_tf.tfmot_wrappers import is_pruning_wrapper
 
 # Hard concrete gates start at log alpha = +-2.5 (open or closed nine times in ten). Adam moves a
 # logit by about its learning rate per step whatever the gradient's scale, so log alpha is a
 # multiple of the logit: at 1e-3 it can cross over within some hundred steps instead of thousands.
 _HARD_CONCRETE_GAIN = 10.0
 _HARD_CONCRETE_START = 0.25
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelSettings:
-    """What a wrapper can do to one kernel.
-
-    Attributes:
-        group: Kind of groups.
-        prune: Whether the kernel has a mask.
-        quantize: Whether groups can be put on the integer grid.
-        shuffle: Whether neighbouring groups can swap.
-        layout: The kernel's layout, kept so that a saved wrapper does not need the registry.
-        per_output_scale: One scale per output unit, or one per tensor.
-    """
-
-    group: str = "element"
-    prune: bool = True
-    quantize: bool = True
-    shuffle: bool = True
-    layout: str = "io"
-    per_output_scale: bool = True
-
-    def __post_init__(self) -> None:
-        check_choice("group", self.group, GROUPS)
 
 
 @keras.saving.register_keras_serializable(package="rl_sparsity_tf")
@@ -57,13 +37,14 @@ class CompressionWrapper(keras.layers.Wrapper):
     in the forward pass it sees the effective kernels in their place.
 
     Args:
-        layer: A layer of a registered class.
+        layer: A layer of a registered class, or one with such layers inside.
         group: Kind of groups, where `kernels` does not say otherwise.
         mask: `"straight_through"` or `"hard_concrete"`: the gradient of learnable masks.
         train_masks: Whether the masks learn (see [update_masks][]). If not, gradients of pruned
             weights are zero and the masks stay.
-        kernels: Settings per kernel attribute, each a [KernelSettings][] or a dict of its fields;
-            by default every kernel of the layer with all operations.
+        kernels: Settings per kernel attribute (a path such as `"cell/kernel"` for the kernels of
+            layers inside the layer), each a [KernelSettings][] or a dict of its fields; by default
+            every kernel of the layer with all operations.
         **kwargs: Keras's own, such as `name`.
 
     Raises:
@@ -84,17 +65,18 @@ class CompressionWrapper(keras.layers.Wrapper):
     ):
         kwargs.setdefault("name", layer.name)
         kwargs.setdefault("trainable", layer.trainable)
+        # Masks and grids are float32 whatever the layer computes in; nor must inputs be cast before
+        # the layer inside sees them.
+        kwargs["dtype"], kwargs["autocast"] = "float32", False
         super().__init__(layer, **kwargs)
+        self.supports_masking = layer.supports_masking
         self.group = check_choice("group", group, GROUPS)
         self.mask = check_choice("mask", mask, MASKS)
         self.train_masks = bool(train_masks)
         self._settings: dict[str, KernelSettings] = {}
         if kernels is None:
             kernels = {
-                spec.attribute: KernelSettings(
-                    group=group, layout=spec.layout, per_output_scale=spec.per_output_scale
-                )
-                for spec in kernel_specs(layer)
+                spec.attribute: KernelSettings.of(spec, group=group) for spec in kernel_specs(layer)
             }
         if not kernels:
             raise ArgumentError(
@@ -113,6 +95,11 @@ class CompressionWrapper(keras.layers.Wrapper):
     def build(self, input_shape: Any = None) -> None:
         """Builds the layer inside and one set of state variables per kernel."""
         super().build(input_shape)
+        # Attention, and custom layers with layers inside, make their weights when first called.
+        if all(follow(self.layer, name) is not None for name in self._settings):
+            self._build_states()
+
+    def _build_states(self) -> None:
         for attribute, settings in self._settings.items():
             self._state[attribute] = self._build_state(attribute, settings)
 
@@ -122,7 +109,7 @@ class CompressionWrapper(keras.layers.Wrapper):
 
         def add(name: str, shape: tuple[int, ...], value: float, trainable: bool = False) -> None:
             variables[name] = self.add_weight(
-                name=f"{attribute}_{name}",
+                name=f"{attribute.replace('/', '_')}_{name}",
                 shape=shape,
                 dtype=tf.float32,
                 initializer=keras.initializers.Constant(value),
@@ -154,11 +141,17 @@ class CompressionWrapper(keras.layers.Wrapper):
     def spec(self, attribute: str) -> KernelSpec:
         """How a kernel is viewed as a matrix."""
         settings = self._settings[attribute]
-        return KernelSpec(attribute, settings.layout, settings.per_output_scale)
+        per_output, gates = settings.per_output_scale, settings.gates
+        return KernelSpec(attribute, settings.layout, per_output, gates=gates)
+
+    def variable(self, attribute: str) -> tf.Variable:
+        """A kernel's variable, as the layer inside trains it."""
+        owner, name = owner_of(self.layer, attribute)
+        return getattr(owner, name)
 
     def grouping(self, attribute: str) -> Grouping:
         """How a kernel is cut into groups."""
-        shape = getattr(self.layer, attribute).shape
+        shape = self.variable(attribute).shape
         return self.spec(attribute).grouping(shape, self._settings[attribute].group)
 
     def state(self, attribute: str) -> dict[str, tf.Variable]:
@@ -170,7 +163,7 @@ class CompressionWrapper(keras.layers.Wrapper):
     def effective_kernel(self, attribute: str, training: Any = False) -> tf.Tensor:
         """`quantize(mask * permute(W))` of one kernel, in the kernel's own shape."""
         settings, state = self._settings[attribute], self._state[attribute]
-        variable = getattr(self.layer, attribute)
+        variable = self.variable(attribute)
         if not state:
             return tf.convert_to_tensor(variable)
         spec, grouping = self.spec(attribute), self.grouping(attribute)
@@ -183,7 +176,12 @@ class CompressionWrapper(keras.layers.Wrapper):
             matrix = ops.mask_weights(matrix, state["mask"], grouping)
         if "on_grid" in state:
             matrix = ops.quantize(
-                matrix, state["on_grid"] > 0, state["levels"], grouping, settings.per_output_scale
+                matrix,
+                state["on_grid"] > 0,
+                state["levels"],
+                grouping,
+                settings.per_output_scale,
+                settings.gates,
             )
         return spec.from_matrix(matrix, variable.shape)
 
@@ -202,14 +200,18 @@ class CompressionWrapper(keras.layers.Wrapper):
     def _effective(self, training: Any) -> Iterator[None]:
         # The variables are swapped for tensors below Keras's attribute tracking, which would
         # otherwise forget them.
-        attributes = self.layer.__dict__
-        variables = {name: attributes[name] for name in self._settings}
-        effective = {name: self.effective_kernel(name, training) for name in self._settings}
+        owners = {attribute: owner_of(self.layer, attribute) for attribute in self._settings}
+        variables = {attribute: vars(owner)[name] for attribute, (owner, name) in owners.items()}
+        effective = {attribute: self.effective_kernel(attribute, training) for attribute in owners}
         try:
-            attributes.update(effective)
+            for attribute, (owner, name) in owners.items():
+                # Keras casts variables to a layer's compute type, but not tensors.
+                wanted = getattr(owner, "compute_dtype", None) or effective[attribute].dtype
+                vars(owner)[name] = tf.cast(effective[attribute], wanted)
             yield
         finally:
-            attributes.update(variables)
+            for attribute, (owner, name) in owners.items():
+                vars(owner)[name] = variables[attribute]
 
     def call(self, inputs: Any, *args: Any, training: Any = None, **kwargs: Any) -> Any:
         """Calls the layer inside with its effective kernels."""
@@ -217,10 +219,17 @@ class CompressionWrapper(keras.layers.Wrapper):
             training = keras.backend.learning_phase()
         if self.layer._expects_training_arg:
             kwargs["training"] = training
+        if not self.layer._expects_mask_arg:
+            kwargs.pop("mask", None)  # Keras hands it to any layer that takes **kwargs
+        if not self._state:
+            self.layer(inputs, *args, **kwargs)
+            with tf.init_scope():
+                self._build_states()
         with self._effective(training):
             outputs = self.layer(inputs, *args, **kwargs)
         if self._probe is not None:
-            self._probe.append(outputs)
+            flat = tf.nest.flatten(outputs)
+            self._probe += [output for output in flat if output.dtype.is_floating]
         return outputs
 
     def compute_output_shape(self, input_shape: Any) -> Any:
@@ -256,7 +265,7 @@ class CompressionWrapper(keras.layers.Wrapper):
         operations = np.asarray(operations)
         state, grouping = self._state[attribute], self.grouping(attribute)
         live = operations != Operation.PRUNE
-        on_grid = grid_groups(operations)
+        on_grid = ops.grid_groups(operations)
         swaps = ops.swaps_of(operations, grouping)
         needs = {"mask": ~live, "on_grid": on_grid, "swaps": swaps}
         for name, groups in needs.items():
@@ -308,7 +317,7 @@ class CompressionWrapper(keras.layers.Wrapper):
         logits = state["mask_logits"].numpy()
         if self.mask == "hard_concrete":
             return logits
-        matrix = self.spec(attribute).to_matrix_numpy(np.asarray(getattr(self.layer, attribute)))
+        matrix = self.spec(attribute).to_matrix_numpy(np.asarray(self.variable(attribute)))
         if "swaps" in state:
             matrix = ops.permute(tf.constant(matrix), state["swaps"] > 0, grouping).numpy()
         squares = grouping.sum_numpy(np.square(matrix, dtype=np.float64))
@@ -350,24 +359,8 @@ class CompressionWrapper(keras.layers.Wrapper):
         }
 
 
-def grid_groups(operations: np.ndarray) -> np.ndarray:
-    """Which groups are put on the integer grid.
-
-    The quantized ones; and in a kernel that is stored as integers, because no living group is
-    kept at full precision, every group.
-
-    Args:
-        operations: One operation per group.
-
-    Returns:
-        Booleans of the same shape.
-    """
-    if ops.stored_as_integers(operations):
-        return np.ones(operations.shape, bool)
-    return operations == Operation.QUANTIZE
-
-
-def settings_of(layer: keras.layers.Layer, attribute: str, **choices: Any) -> KernelSettings:
-    """Settings of a registered layer's kernel."""
-    spec = kernel_spec(layer, attribute)
-    return KernelSettings(layout=spec.layout, per_output_scale=spec.per_output_scale, **choices)
+def unwrapped(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """The layer inside a compression wrapper, or TFMOT's for pruning; any other layer itself."""
+    if isinstance(layer, CompressionWrapper) or is_pruning_wrapper(layer):
+        return layer.layer
+    return layer

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import logging
+from collections.abc import Mapping
 
 import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.compile_state import copy_compile_state
-from rl_sparsity_tf.errors import ModelError, PlanError, check_choice
+from rl_sparsity_tf.copying import copy_layer, copy_own_weights, copy_weights, rebuild
+from rl_sparsity_tf.errors import ModelError, PlanError, check_choice, did_you_mean
 from rl_sparsity_tf.grouping import GROUPS
+from rl_sparsity_tf.kernel_settings import KernelSettings
 from rl_sparsity_tf.kernels import Kernel, check_model, find_kernels, walk
 from rl_sparsity_tf.masks import MASKS
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
 from rl_sparsity_tf.rules import resolve
 from rl_sparsity_tf.signature import is_graph
-from rl_sparsity_tf.wrapper import CompressionWrapper, KernelSettings, settings_of
+from rl_sparsity_tf.sublayers import follow
+from rl_sparsity_tf.tfmot_wrappers import is_pruning_wrapper, masked_weights
+from rl_sparsity_tf.wrapper import CompressionWrapper, unwrapped
+
+_log = logging.getLogger(__name__)
 
 
 def wrap(
@@ -35,7 +41,8 @@ def wrap(
     (see [describe_support][rl_sparsity_tf.describe_support]).
 
     Args:
-        model: A built Sequential or functional `tf_keras` model.
+        model: A built `tf_keras` model: Sequential, functional, or subclassed with its layers in
+            attributes. Wrappers of TFMOT's pruning are taken off.
         plan: What to do. Without a plan every compressible layer is wrapped with everything kept
             and every operation open to `assign_operations`; with a plan, the layers it names.
         group: Kind of groups, where there is no plan.
@@ -67,12 +74,14 @@ def wrap(
             f"plan is a {type(plan).__name__}. Expected a CompressionPlan, for example "
             "CompressionPlan.load('plan.json')."
         )
+    if any(is_pruning_wrapper(layer) for _, layer in walk(model)):
+        _log.warning("The pruning wrappers of TFMOT are taken off %r; its zeros stay.", model.name)
     kernels = find_kernels(model)
     entries = None if plan is None else resolve(plan, model).kernels
     settings: dict[int, dict[str, KernelSettings]] = {}
     for kernel in kernels:
         if entries is None:
-            chosen = settings_of(kernel.layer, kernel.spec.attribute, group=group)
+            chosen = KernelSettings.of(kernel.spec, group=group)
         elif kernel.path in entries:
             chosen = _settings_for(kernel, entries[kernel.path])
         else:
@@ -80,14 +89,15 @@ def wrap(
         settings.setdefault(id(kernel.layer), {})[kernel.spec.attribute] = chosen
 
     def convert(layer: keras.layers.Layer) -> keras.layers.Layer:
-        copy = layer.__class__.from_config(layer.get_config())
-        if id(layer) not in settings:
+        inner = unwrapped(layer)
+        copy = copy_layer(inner)
+        if id(inner) not in settings:
             return copy
         return CompressionWrapper(
             copy, group=group, mask=mask, train_masks=train_masks, kernels=settings[id(layer)]
         )
 
-    wrapped = _rebuild(model, convert)
+    wrapped = rebuild(model, convert)
     _copy_weights(model, wrapped)
     if entries is not None:
         apply_plan(wrapped, entries)
@@ -99,25 +109,18 @@ def strip(model: keras.Model) -> keras.Model:
     """Copies a wrapped model without its wrappers, masks, grids and permutations folded in.
 
     Args:
-        model: A wrapped model (a plain one is copied).
+        model: A wrapped model (a plain one is copied). Wrappers of TFMOT's pruning go, too.
 
     Returns:
         A plain `tf_keras` model that computes the same bits, compiled as the wrapped one was; it
         can be saved as .keras or .h5 and loaded without this package.
 
     Raises:
-        ModelError: If the model is not a built Sequential or functional model.
+        ModelError: If the model is not built or cannot be copied.
     """
     check_model(model)
 
-    def convert(layer: keras.layers.Layer) -> keras.layers.Layer:
-        inner = layer.layer if isinstance(layer, CompressionWrapper) else layer
-        config = inner.get_config()
-        if isinstance(layer, CompressionWrapper):
-            config["trainable"] = layer.trainable
-        return inner.__class__.from_config(config)
-
-    stripped = _rebuild(model, convert)
+    stripped = rebuild(model, lambda layer: copy_layer(unwrapped(layer)))
     _copy_weights(model, stripped)
     copy_compile_state(model, stripped)
     return stripped
@@ -135,10 +138,15 @@ def wrappers_of(model: keras.Model) -> list[CompressionWrapper]:
 
 def apply_plan(wrapped: keras.Model, entries: Mapping[str, KernelPlan]) -> None:
     """Sets the operations of a wrapped model's kernels."""
-    for kernel in find_kernels(wrapped):
-        entry = entries.get(kernel.path)
-        if entry is not None and kernel.wrapper is not None:
-            kernel.wrapper.assign_operations(kernel.spec.attribute, entry.operations, entry.bits)
+    kernels = {kernel.path: kernel for kernel in find_kernels(wrapped)}
+    for path, entry in entries.items():
+        kernel = kernels.get(path)
+        if kernel is None or kernel.wrapper is None:
+            raise PlanError(
+                f"The model {wrapped.name!r} has no wrapped kernel {path!r}. "
+                f"{did_you_mean(path, kernels)}"
+            )
+        kernel.wrapper.assign_operations(kernel.spec.attribute, entry.operations, entry.bits)
 
 
 def plan_of(wrapped: keras.Model) -> CompressionPlan:
@@ -164,9 +172,8 @@ def plan_of(wrapped: keras.Model) -> CompressionPlan:
 def _settings_for(kernel: Kernel, entry: KernelPlan) -> KernelSettings:
     # Only what the plan uses is compiled into the layer, so that an all-Keep kernel costs nothing.
     used = set(np.unique(entry.operations).tolist())
-    return settings_of(
-        kernel.layer,
-        kernel.spec.attribute,
+    return KernelSettings.of(
+        kernel.spec,
         group=entry.group,
         prune=int(Operation.PRUNE) in used,
         quantize=int(Operation.QUANTIZE) in used,
@@ -174,37 +181,25 @@ def _settings_for(kernel: Kernel, entry: KernelPlan) -> KernelSettings:
     )
 
 
-def _rebuild(
-    model: keras.Model, convert: Callable[[keras.layers.Layer], keras.layers.Layer]
-) -> keras.Model:
-    """Rebuilds a model with every layer converted, descending into nested models."""
-    converted: dict[int, keras.layers.Layer] = {}
-
-    def visit(layer: keras.layers.Layer) -> keras.layers.Layer:
-        if id(layer) not in converted:
-            converted[id(layer)] = (
-                keras.models.clone_model(layer, clone_function=visit)
-                if is_graph(layer)
-                else convert(layer)
-            )
-        return converted[id(layer)]
-
-    rebuilt = keras.models.clone_model(model, clone_function=visit)
-    if not rebuilt.built or not rebuilt.inputs:
-        rebuilt.build(model.input_shape)
-    if not model.trainable:  # setting it to True would also thaw layers that are frozen one by one
-        rebuilt.trainable = False
-    return rebuilt
-
-
 def _copy_weights(source: keras.Model, destination: keras.Model) -> None:
-    for (_, old), (_, new) in zip(walk(source), walk(destination), strict=True):
-        old_inner, new_inner = _inner(old), _inner(new)
-        new_inner.set_weights(old_inner.get_weights())
+    pairs = list(zip(walk(source), walk(destination), strict=True))
+    for (_, old), (_, new) in pairs:
+        inner = unwrapped(new)
+        copy_weights(unwrapped(old), inner)
         if isinstance(old, CompressionWrapper):
             for attribute in old.kernels:
-                getattr(new_inner, attribute).assign(old.effective_kernel(attribute))
-
-
-def _inner(layer: Any) -> keras.layers.Layer:
-    return layer.layer if isinstance(layer, CompressionWrapper) else layer
+                follow(inner, attribute).assign(old.effective_kernel(attribute))
+        elif is_pruning_wrapper(old):
+            inner.set_weights(masked_weights(old))
+    if not is_graph(source):
+        copy_own_weights(source, destination)
+    before, after = (
+        {id(weight) for _, layer in walk(model) for weight in unwrapped(layer).weights}
+        for model in (source, destination)
+    )
+    if len(before) != len(after):
+        raise ModelError(
+            f"Layers of the model {source.name!r} share weights with each other "
+            f"({len(before)} weights, {len(after)} in a copy), which a copy cannot keep. Share the "
+            "whole layer instead: call one layer several times."
+        )

@@ -1,0 +1,216 @@
+"""Copies of layers and models that share nothing with the original."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from rl_sparsity_tf.errors import ModelError
+from rl_sparsity_tf.quiet import quiet_tensorflow
+from rl_sparsity_tf.signature import input_specs, is_graph, pack_inputs
+from rl_sparsity_tf.sublayers import direct_sublayers, unreachable_sublayers
+
+Convert = Callable[[keras.layers.Layer], keras.layers.Layer]
+
+# Size given to an axis that the model leaves open while a copy is built.
+_OPEN_AXIS = 16
+
+
+def copy_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """Makes a layer of the same class, configuration and name, with weights of its own.
+
+    Args:
+        layer: A layer that is no Sequential or functional model.
+
+    Raises:
+        ModelError: If the class neither describes itself (`get_config`) nor can be copied.
+    """
+    try:
+        # A class without a get_config of its own leaves name and type out; Keras warns of it.
+        with quiet_tensorflow(), _policy(layer.dtype_policy):
+            copied = type(layer).from_config(layer.get_config())
+        copied._name = layer.name
+        return copied
+    except Exception as error:
+        reason = error
+    # Python's own copy, with the layer taken out of its graph, which would be copied as well.
+    shelved = {name: vars(layer)[name] for name in _GRAPH_LINKS if name in vars(layer)}
+    try:
+        for name in shelved:
+            object.__setattr__(layer, name, [])
+        return copy.deepcopy(layer)
+    except Exception as error:
+        raise ModelError(
+            f"The layer {layer.name!r} of class {type(layer).__name__} cannot be copied "
+            f"({one_line(reason)}). Give its class a get_config() that returns every argument of "
+            "its __init__."
+        ) from error
+    finally:
+        for name, value in shelved.items():
+            object.__setattr__(layer, name, value)
+
+
+@contextlib.contextmanager
+def _policy(policy: keras.mixed_precision.Policy) -> Iterator[None]:
+    before = keras.mixed_precision.global_policy()
+    keras.mixed_precision.set_global_policy(policy)
+    try:
+        yield
+    finally:
+        keras.mixed_precision.set_global_policy(before)
+
+
+_GRAPH_LINKS = ("_inbound_nodes_value", "_outbound_nodes_value")
+
+
+def rebuild(model: keras.Model, convert: Convert) -> keras.Model:
+    """Rebuilds a model with every layer converted, descending into nested models.
+
+    Args:
+        model: A built Sequential, functional or subclassed model.
+        convert: Called once with every layer that is no Sequential or functional model; returns
+            the layer to put in its place.
+
+    Returns:
+        A built model of the same class; its weights are not copied.
+
+    Raises:
+        ModelError: If the model or a layer cannot be rebuilt.
+    """
+    converted: dict[int, keras.layers.Layer] = {}
+
+    def visit(layer: keras.layers.Layer) -> keras.layers.Layer:
+        if id(layer) not in converted:
+            converted[id(layer)] = (
+                keras.models.clone_model(layer, clone_function=visit)
+                if is_graph(layer)
+                else convert(layer)
+            )
+        return converted[id(layer)]
+
+    if is_graph(model):
+        # The model's own policy decides whether compile scales the loss.
+        with _policy(model.dtype_policy):
+            rebuilt = keras.models.clone_model(model, clone_function=visit)
+        if not rebuilt.built or not rebuilt.inputs:
+            rebuilt.build(model.input_shape)
+    else:
+        rebuilt = _rebuild_subclassed(model, visit)
+    if not model.trainable:  # setting it to True would also thaw layers that are frozen one by one
+        rebuilt.trainable = False
+    return rebuilt
+
+
+def _rebuild_subclassed(model: keras.Model, visit: Convert) -> keras.Model:
+    kind = type(model).__name__
+    if unreachable_sublayers(model):
+        names = [layer.name for layer in unreachable_sublayers(model)]
+        raise ModelError(
+            f"The layers {names} of the model {model.name!r} ({kind}) are in no attribute, list or "
+            "dict of it, so they cannot be exchanged. Keep them in attributes of the model."
+        )
+    try:
+        with quiet_tensorflow(), _policy(model.dtype_policy):
+            shell = type(model).from_config(model.get_config())
+        shell._name = model.name
+        for name, value in list(vars(model).items()):
+            if not name.startswith("_self_") and _holds_layers(value):
+                setattr(shell, name, _converted(value, visit))
+        _call_once(shell, model)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"The model {model.name!r} cannot be rebuilt from its class {kind} "
+            f"({one_line(error)}). Give {kind} a get_config() that returns every argument of its "
+            "__init__, and let its call() use its layers only by calling them; or build it with "
+            "tf_keras.Model(inputs, outputs)."
+        ) from error
+    return shell
+
+
+def _holds_layers(value: Any) -> bool:
+    if isinstance(value, keras.layers.Layer):
+        return not isinstance(value, keras.metrics.Metric)
+    if isinstance(value, Mapping):
+        return any(_holds_layers(item) for item in value.values())
+    return isinstance(value, list | tuple) and any(_holds_layers(item) for item in value)
+
+
+def _converted(value: Any, visit: Convert) -> Any:
+    if isinstance(value, keras.layers.Layer):
+        return visit(value)
+    if isinstance(value, Mapping):
+        return {key: _converted(item, visit) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_converted(item, visit) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return value
+
+
+def _call_once(shell: keras.Model, model: keras.Model) -> None:
+    """Builds a copy as its original was built: by a call on data of the same form."""
+    arrays = [
+        np.zeros([1, *(_OPEN_AXIS if size is None else size for size in spec.shape)], spec.dtype)
+        for spec in input_specs(model)
+    ]
+    shell(pack_inputs(model, [tf.constant(array) for array in arrays]))
+
+
+def copy_weights(
+    source: keras.layers.Layer, destination: keras.layers.Layer, what: str = "layer"
+) -> None:
+    """Gives one layer the weights of another, whose copy it is, and freezes what is frozen there.
+
+    Raises:
+        ModelError: If the weights differ in number or shape, as when two layers share a variable.
+    """
+    ours, theirs = destination.weights, source.weights
+    if [tuple(weight.shape) for weight in ours] != [tuple(weight.shape) for weight in theirs]:
+        raise ModelError(
+            f"A copy of the {what} {source.name!r} of class {type(source).__name__} has other "
+            f"weights ({_shapes(destination)}) than itself ({_shapes(source)}). Give its class a "
+            "get_config() that returns every argument of its __init__."
+        )
+    destination.set_weights(source.get_weights())
+    _copy_trainable(source, destination)
+
+
+def copy_own_weights(source: keras.Model, destination: keras.Model) -> None:
+    """Copies what a subclassed model holds beside its layers."""
+    for name in ("_trainable_weights", "_non_trainable_weights"):
+        ours, theirs = getattr(destination, name), getattr(source, name)
+        if [tuple(weight.shape) for weight in ours] != [tuple(weight.shape) for weight in theirs]:
+            raise ModelError(
+                f"A copy of the model {source.name!r} has other weights of its own than itself. "
+                f"Give {type(source).__name__} a get_config() that returns every argument of its "
+                "__init__."
+            )
+        for our, their in zip(ours, theirs, strict=True):
+            our.assign(their)
+
+
+def _copy_trainable(source: keras.layers.Layer, destination: keras.layers.Layer) -> None:
+    # Layer by layer: the public property would pass a layer's state on to those inside it.
+    destination._trainable = source._trainable
+    ours, theirs = direct_sublayers(destination), direct_sublayers(source)
+    if len(ours) == len(theirs):
+        for our, their in zip(ours, theirs, strict=True):
+            _copy_trainable(their, our)
+
+
+def _shapes(layer: keras.layers.Layer) -> str:
+    return ", ".join(str(tuple(weight.shape)) for weight in layer.weights) or "none"
+
+
+def one_line(error: BaseException) -> str:
+    """An error's class and the first line of its text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0].rstrip(".")[:200] if lines else ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

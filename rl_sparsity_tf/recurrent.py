@@ -1,0 +1,115 @@
+"""Recurrent layers on their way to TFLite, which has no builtin for a loop over an open batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import tf_keras as keras
+
+from rl_sparsity_tf.errors import ArgumentError
+from rl_sparsity_tf.signature import input_specs
+
+_CONVOLUTIONAL = (keras.layers.ConvLSTM1D, keras.layers.ConvLSTM2D, keras.layers.ConvLSTM3D)
+
+
+def recurrent_layers(model: keras.Model) -> list[keras.layers.RNN]:
+    """The LSTM, GRU, SimpleRNN, RNN and ConvLSTM layers of a model, at any depth.
+
+    Args:
+        model: A built model; layers inside wrappers and custom layers count, too.
+
+    Returns:
+        The layers, each once, in the order in which they are reached.
+    """
+    return [module for module in model.submodules if isinstance(module, keras.layers.RNN)]
+
+
+def looping_layers(model: keras.Model) -> list[keras.layers.RNN]:
+    """The recurrent layers that become a loop in the graph, not unrolled ones."""
+    return [layer for layer in recurrent_layers(model) if not layer.unroll]
+
+
+def names_of(layers: list[keras.layers.RNN]) -> str:
+    """The layers' names and classes, for messages."""
+    return ", ".join(f"{layer.name!r} ({type(layer).__name__})" for layer in layers)
+
+
+@contextlib.contextmanager
+def stateless(model: keras.Model) -> Iterator[list[str]]:
+    """Makes every recurrent layer start from zero state, and gives notes on those that did not.
+
+    A stateful layer would assign its state in the trace, and the comparison with Keras would
+    change the state of the caller's model.
+    """
+    stateful = [layer for layer in recurrent_layers(model) if layer.stateful]
+    try:
+        for layer in stateful:
+            layer.stateful = False
+        yield [
+            f"{layer.name} is stateful in Keras; in the file every call starts from zero state"
+            for layer in stateful
+        ]
+    finally:
+        for layer in stateful:
+            layer.stateful = True
+
+
+def can_unroll(model: keras.Model) -> bool:
+    """Whether `unroll=True` can be advised."""
+    try:
+        check_unroll(model)
+    except ArgumentError:
+        return False
+    return True
+
+
+def check_unroll(model: keras.Model) -> None:
+    """Raises unless the recurrent layers of a model can be unrolled.
+
+    Raises:
+        ArgumentError: If there is none, one has no unrolled form, or the steps are not known.
+    """
+    layers = recurrent_layers(model)
+    if not layers:
+        raise ArgumentError(
+            f"unroll=True was given, but model {model.name!r} has no recurrent layer. Leave unroll "
+            "out."
+        )
+    fixed = [layer for layer in layers if isinstance(layer, _CONVOLUTIONAL)]
+    if fixed:
+        raise ArgumentError(
+            f"unroll=True does not work for {names_of(fixed)}: convolutional recurrent layers have "
+            "no unrolled form. Pass batch_size=1 instead of unroll=True."
+        )
+    ragged = [spec for spec in input_specs(model) if spec.shape[:1] == (None,)]
+    if ragged:
+        raise ArgumentError(
+            f"unroll=True needs a fixed number of time steps, but input {ragged[0].name!r} has the "
+            f"shape {(None, *ragged[0].shape)}. Build the model with Input((steps, ...)), or pass "
+            "batch_size=1 instead of unroll=True."
+        )
+
+
+@contextlib.contextmanager
+def unrolled(model: keras.Model) -> Iterator[None]:
+    """Lets every recurrent layer of a model be traced step by step, without a loop.
+
+    The layers are switched, not rebuilt: that keeps shared layers, initial states, directions and
+    layers inside custom ones as they are. They are as they were when the context ends.
+    """
+    kept = []
+    try:
+        for layer in looping_layers(model):
+            # The fused form of LSTM and GRU, chosen when the layer is made, ignores unroll.
+            fused = getattr(layer, "_could_use_gpu_kernel", None)
+            kept.append((layer, fused))
+            layer.unroll = True
+            if fused is not None:
+                layer._could_use_gpu_kernel = False
+        yield
+    finally:
+        for layer, fused in kept:
+            layer.unroll = False
+            if fused is not None:
+                layer._could_use_gpu_kernel = fused
