@@ -142,18 +142,22 @@ def run(path: str, inputs: str, outputs: str, batch_size: int, xnnpack: bool) ->
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
     resolver = OpResolverType.AUTO if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-    interpreter = Interpreter(model_path=path, experimental_op_resolver_type=resolver)
-    signatures = interpreter.get_signature_list()
-    if len(signatures) != 1:
-        raise ValueError(
-            f"The file has {len(signatures)} signatures, expected one. Export it with "
-            "export_tflite."
-        )
-    fixed = _batch_of(interpreter.get_input_details()[0]) is not None
-    if fixed:
-        # Before the runner exists: with it the interpreter refuses, and state needs memory.
-        interpreter.allocate_tensors()
-    runner = interpreter.get_signature_runner()
+
+    def begin() -> tuple[Any, Any, bool]:
+        interpreter = Interpreter(model_path=path, experimental_op_resolver_type=resolver)
+        signatures = interpreter.get_signature_list()
+        if len(signatures) != 1:
+            raise ValueError(
+                f"The file has {len(signatures)} signatures, expected one. Export it with "
+                "export_tflite."
+            )
+        fixed = _batch_of(interpreter.get_input_details()[0]) is not None
+        if fixed:
+            # Before the runner exists: with it the interpreter refuses, and state needs memory.
+            interpreter.allocate_tensors()
+        return interpreter, interpreter.get_signature_runner(), fixed
+
+    interpreter, runner, fixed = begin()
     into, out_of = runner.get_input_details(), runner.get_output_details()
     arrays = list(_load(inputs).values())
     names = sorted(into, key=_numbered)
@@ -173,7 +177,11 @@ def run(path: str, inputs: str, outputs: str, batch_size: int, xnnpack: bool) ->
         if fixed:
             # Fused recurrent operators, which fix the batch size, keep their state between calls;
             # Keras starts every call afresh.
-            interpreter.reset_all_variables()
+            try:
+                interpreter.reset_all_variables()
+            except RuntimeError:
+                # LiteRT cannot reset a file that has loops beside such operators.
+                interpreter, runner, _ = begin()
         for name, value in runner(**fed).items():
             collected[name].append(_to_real(value, out_of[name])[:count])
     ordered = [np.concatenate(collected[name]) for name in sorted(collected, key=_numbered)]

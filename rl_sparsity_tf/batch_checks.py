@@ -70,7 +70,7 @@ class BatchCheck:
             self._outputs = model_outputs(self._model, x, self._name)
             if self._table is not None:
                 self.class_weights = ClassWeights(self._table, self._outputs)
-        if self._outputs is not None and getattr(self._model, "loss", None) is not None:
+        if self._outputs is not None and getattr(self._model, "loss", None):
             labels = per_output(y, self._outputs, self._name, "labels")
             for part, output in zip(labels, self._outputs, strict=True):
                 check_labels(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -120,8 +122,12 @@ def _rebuild_subclassed(model: keras.Model, visit: Convert) -> keras.Model:
             shell = type(model).from_config(model.get_config())
         shell._name = model.name
         for name, value in list(vars(model).items()):
-            if not name.startswith("_self_") and _holds_layers(value):
+            if name.startswith("_self_"):  # Keras's own bookkeeping
+                continue
+            if _holds_layers(value):
                 setattr(shell, name, _converted(value, visit))
+            elif name not in _keras_attributes() and _differs(value, vars(shell).get(name)):
+                setattr(shell, name, copy.deepcopy(value))
         _call_once(shell, model)
     except ModelError:
         raise
@@ -141,6 +147,35 @@ def _holds_layers(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(_holds_layers(item) for item in value.values())
     return isinstance(value, list | tuple) and any(_holds_layers(item) for item in value)
+
+
+@functools.cache
+def _keras_attributes() -> frozenset[str]:
+    """Attributes that every model has."""
+    model = keras.Model(name="bare")
+    model.compile("sgd", "mse")
+    return frozenset({*vars(model), "history", "name"})
+
+
+def _differs(value: Any, fresh: Any) -> bool:
+    """Whether a value may be another than the one that a copy was made with, and can be copied.
+
+    Keras leaves arguments that it cannot describe out of a model's config, all of them if there is
+    one such: a copy then has the defaults, and would silently compute something else.
+    """
+    if isinstance(value, types.FunctionType):
+        names = ("__module__", "__qualname__")  # a function of __init__ is the copy's own
+        return any(getattr(value, name) != getattr(fresh, name, None) for name in names)
+    return _is_plain(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, Mapping):
+        return all(_is_plain(item) for item in value.values())
+    plain = bool | int | float | complex | str | bytes | np.ndarray | np.generic | tf.DType
+    return value is None or isinstance(value, plain)
 
 
 def _converted(value: Any, visit: Convert) -> Any:

@@ -34,7 +34,7 @@ from rl_sparsity_tf.recurrent import (
     unrolled,
 )
 from rl_sparsity_tf.rules import resolve
-from rl_sparsity_tf.samples import collect_rows, random_rows
+from rl_sparsity_tf.samples import collect_rows, inputs_of_embeddings, random_rows
 from rl_sparsity_tf.saved_model import reference_outputs, write_saved_model
 from rl_sparsity_tf.signature import input_specs
 from rl_sparsity_tf.verification import TOLERANCES, Tolerance, verify_outputs, verify_zeros
@@ -123,6 +123,8 @@ def export_tflite(
             "quantization='int8' needs representative_data to find the range of every activation. "
             "Pass some hundred rows of training inputs, or choose quantization='dynamic'."
         )
+    if quantization == "int8":
+        _check_ids(plain)
     batch_size, notes = _batch_size(plain, batch_size, unroll)
     variables, bits = _kernels(plain, plan)
     kernels = {name: np.asarray(variable) for name, variable in variables.items()}
@@ -273,6 +275,17 @@ def _samples(
         return random_rows(model, specs, _RANDOM_ROWS), None
     calibration = collect_rows(representative_data, specs, _CALIBRATION_ROWS)
     return [array[:_CHECKED_ROWS] for array in calibration], calibration
+
+
+def _check_ids(model: keras.Model) -> None:
+    floats = {spec.name for spec in input_specs(model) if spec.dtype.startswith(("float", "bf"))}
+    ids = sorted(floats & inputs_of_embeddings(model))
+    if ids:
+        raise ArgumentError(
+            f"quantization='int8' rounds float inputs to 256 levels, and input {ids[0]!r} of model "
+            f"{model.name!r} takes an Embedding's ids as floats. Build it with "
+            "Input(..., dtype='int32'), or choose another quantization."
+        )
 
 
 def _check_calibration(calibration: Sequence[np.ndarray], batch_size: int) -> None:

@@ -38,7 +38,7 @@ def in_float32(model: keras.Model) -> Iterator[tuple[keras.Model, list[str]]]:
         note = f"computes in float32; the weights are {' and '.join(others)} in Keras"
         yield _rebuilt(model, others), [note]
         return
-    mixed = [layer for layer in _layers(model) if _computes_otherwise(layer)]
+    mixed = [layer for layer in model._flatten_layers() if _computes_otherwise(layer)]
     policies = sorted({layer.dtype_policy.name for layer in mixed})
     kept = [(layer, layer.dtype_policy) for layer in mixed]
     try:
@@ -59,12 +59,6 @@ def _other_types(model: keras.Model) -> list[str]:
     return sorted(dtype.name for dtype in types if dtype.is_floating and dtype != tf.float32)
 
 
-def _layers(model: keras.Model) -> list[keras.layers.Layer]:
-    # submodules also reaches the layers inside wrappers, cells and custom layers.
-    inner = (module for module in model.submodules if isinstance(module, keras.layers.Layer))
-    return [model, *inner]
-
-
 def _computes_otherwise(layer: keras.layers.Layer) -> bool:
     # Integer policies belong to layers that make ids; None to layers that take what comes.
     name = layer.compute_dtype
@@ -79,9 +73,9 @@ def _rebuilt(model: keras.Model, others: list[str]) -> keras.Model:
     )
     if not is_graph(model):
         raise ExportError(advice)
-    classes = {type(layer).__name__: type(layer) for layer in _layers(model)}
+    classes = {type(layer).__name__: type(layer) for layer in model._flatten_layers()}
     try:
-        with _floatx(_FLOAT32):
+        with _float32_by_default():
             config = _with_float32(model.get_config())
             copy = type(model).from_config(config, custom_objects=classes)
             if not copy.inputs:
@@ -127,11 +121,18 @@ def _is_floating_policy(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _floatx(name: str) -> Iterator[None]:
-    # Sublayers that a layer makes for itself follow the default type, not the config.
-    kept = keras.backend.floatx()
-    keras.backend.set_floatx(name)
+def _float32_by_default() -> Iterator[None]:
+    """Sublayers that a layer makes for itself follow the defaults, not the config."""
+    floatx = keras.backend.floatx()
+    keras.backend.set_floatx(_FLOAT32)
+    # The policy follows the default type unless it was set by itself.
+    policy = keras.mixed_precision.global_policy()
+    own = policy.name != _FLOAT32
     try:
+        if own:
+            keras.mixed_precision.set_global_policy(_FLOAT32)
         yield
     finally:
-        keras.backend.set_floatx(kept)
+        if own:
+            keras.mixed_precision.set_global_policy(policy)
+        keras.backend.set_floatx(floatx)

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from rl_sparsity_tf.errors import ArgumentError
+from rl_sparsity_tf.export_modes import INTEGER_MODES
 from rl_sparsity_tf.grouping import Grouping
 
 
@@ -26,6 +27,8 @@ class KernelSpec:
         exports_int8: Whether TFLite can hold the kernel as integers with float activations.
         gates: Matrices that lie side by side in the kernel (along its last axis) and that TFLite
             stores, and scales, one by one: 4 for an LSTM.
+        kind: The operator of TFLite that reads the kernel, a key of
+            [INTEGER_MODES][rl_sparsity_tf.export_modes.INTEGER_MODES]; empty if not known.
 
     Example:
         >>> KernelSpec("kernel", "iioi").matrix_shape((3, 3, 8, 4))  # Conv2DTranspose
@@ -37,6 +40,7 @@ class KernelSpec:
     per_output_scale: bool = True
     exports_int8: bool = True
     gates: int = 1
+    kind: str = ""
 
     def __post_init__(self) -> None:
         if not self.layout or set(self.layout) - set("io") or "o" not in self.layout:
@@ -45,6 +49,18 @@ class KernelSpec:
                 "letter per axis, 'i' for inputs and 'o' for outputs, with at least one 'o', for "
                 "example 'io' for a dense kernel."
             )
+
+    @classmethod
+    def of_kind(cls, attribute: str, layout: str, kind: str) -> KernelSpec:
+        """A kernel that TFLite stores, and scales, as was measured for its operator."""
+        stored = INTEGER_MODES[kind]["plan8"]
+        integers = stored.dtype == "int8"
+        # Where weights alone are never stored as integers, the grid is the converter's own.
+        scales = stored.scales if integers else INTEGER_MODES[kind]["dynamic"].scales
+        per_output = scales != "tensor"
+        return cls(
+            attribute, layout, per_output, integers, 1 if per_output else stored.tensors, kind
+        )
 
     @property
     def label(self) -> str:

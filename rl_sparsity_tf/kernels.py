@@ -149,10 +149,15 @@ def check_model(model: object) -> None:
 
 
 def count_weights(model: keras.Model) -> tuple[int, int]:
-    """Counts `(zeros, elements)` over all weights of rank >= 2, each variable once."""
+    """Counts `(zeros, elements)` over all weights of rank >= 2, each variable once.
+
+    Masks and grids of wrappers are no weights of the model.
+    """
     zeros = elements = 0
     seen: set[int] = set()
-    for variable in model.weights:
+    layers = [unwrapped(layer) for _, layer in walk(model)]
+    own = () if is_graph(model) else model._trainable_weights + model._non_trainable_weights
+    for variable in itertools.chain(*(layer.weights for layer in layers), own):
         if variable.shape.rank is None or variable.shape.rank < 2 or id(variable) in seen:
             continue
         seen.add(id(variable))

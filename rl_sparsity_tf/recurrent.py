@@ -22,7 +22,8 @@ def recurrent_layers(model: keras.Model) -> list[keras.layers.RNN]:
     Returns:
         The layers, each once, in the order in which they are reached.
     """
-    return [module for module in model.submodules if isinstance(module, keras.layers.RNN)]
+    layers = model._flatten_layers()
+    return [layer for layer in layers if isinstance(layer, keras.layers.RNN)]
 
 
 def looping_layers(model: keras.Model) -> list[keras.layers.RNN]:

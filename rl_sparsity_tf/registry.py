@@ -17,79 +17,94 @@ Rule = Callable[[keras.layers.Layer], tuple[KernelSpec, ...]]
 """Finds the kernels of a layer whose configuration decides on them."""
 
 
+def _one(attribute: str, layout: str, kind: str) -> tuple[KernelSpec, ...]:
+    return (KernelSpec.of_kind(attribute, layout, kind),)
+
+
 def _einsum_kernel(layer: keras.layers.Layer) -> tuple[KernelSpec, ...]:
     """Axes of the kernel that the equation's result keeps number outputs, the others are summed."""
     equation = layer.equation.replace(" ", "").replace("...", "")
     operands, _, result = equation.partition("->")
     kernel = operands.partition(",")[2]
     layout = "".join("o" if axis in result else "i" for axis in kernel)
-    return (KernelSpec("kernel", layout),) if "o" in layout else ()
+    return _one("kernel", layout, "fully_connected") if "o" in layout else ()
 
 
 def _attention_kernels(layer: keras.layers.Layer) -> tuple[KernelSpec, ...]:
     """The projections, which exist once the layer was called; their shapes follow before that."""
     shape = layer._output_shape
     outputs = 1 if shape is None or isinstance(shape, int) else len(shape)
-    heads = tuple(KernelSpec(f"_{name}_dense/kernel", "ioo") for name in ("query", "key", "value"))
-    return (*heads, KernelSpec("_output_dense/kernel", "ii" + "o" * outputs))
+    layouts = {"query": "ioo", "key": "ioo", "value": "ioo", "output": "ii" + "o" * outputs}
+    return tuple(
+        KernelSpec.of_kind(f"_{name}_dense/kernel", layout, "fully_connected")
+        for name, layout in layouts.items()
+    )
 
 
 def _local_kernel(rank: int) -> Rule:
     """Kernels that differ from place to place: every place counts as an output."""
 
     def rule(layer: keras.layers.Layer) -> tuple[KernelSpec, ...]:
-        if layer.implementation == 1:
-            return (KernelSpec("kernel", "oio", exports_int8=False),)
-        if layer.implementation == 2:
-            side = "i" * rank + "i" + "o" * rank + "o"
-            return (KernelSpec("kernel", side, exports_int8=False),)
-        return ()  # 3 keeps a vector of the non-zero entries
+        if layer.implementation == 3:  # keeps a vector of the entries that are not zero
+            return ()
+        layout = "oio" if layer.implementation == 1 else f"{'i' * (rank + 1)}{'o' * (rank + 1)}"
+        spec = KernelSpec.of_kind("kernel", layout, "batch_matmul")
+        # TFLite's scales go across places, which the grid here does not.
+        return (dataclasses.replace(spec, exports_int8=False),)
 
     return rule
 
 
+def _recurrent_layer(layer: keras.layers.Layer) -> tuple[KernelSpec, ...]:
+    """A layer's cell, or cells; how it is unrolled or fused decides how its kernels are stored."""
+    # Keras asks for the fused operator of a GPU, and TFLite has one too.
+    fused = type(layer) is _layers.LSTM and layer._could_use_gpu_kernel
+    kind = "fully_connected" if layer.unroll else "lstm" if fused else "recurrent_loop"
+    return tuple(
+        KernelSpec.of_kind(f"cell/{spec.attribute}", spec.layout, kind)
+        if spec.kind == "recurrent_loop"
+        else dataclasses.replace(spec, attribute=f"cell/{spec.attribute}")
+        for spec in kernel_specs(layer.cell)
+    )
+
+
 def _convolutional_cell(layer: keras.layers.Layer) -> tuple[KernelSpec, ...]:
-    return _recurrent("i" * (layer.rank + 1) + "o", 4)
-
-
-def _recurrent(layout: str, gates: int) -> tuple[KernelSpec, ...]:
-    names = ("kernel", "recurrent_kernel")
-    return tuple(KernelSpec(n, layout, gates == 1, gates == 1, gates) for n in names)
+    layout = "i" * (layer.rank + 1) + "o"
+    return _one("kernel", layout, "conv_lstm") + _one("recurrent_kernel", layout, "conv_lstm")
 
 
 _layers = keras.layers
+_CELL = _one("kernel", "io", "recurrent_loop") + _one("recurrent_kernel", "io", "recurrent_loop")
 _REGISTRY: dict[type, tuple[KernelSpec, ...] | Rule] = {
-    _layers.Dense: (KernelSpec("kernel", "io"),),
+    _layers.Dense: _one("kernel", "io", "fully_connected"),
     _layers.EinsumDense: _einsum_kernel,
     _layers.MultiHeadAttention: _attention_kernels,
-    _layers.Embedding: (KernelSpec("embeddings", "io", False, False),),
-    _layers.Conv1D: (KernelSpec("kernel", "iio"),),
-    _layers.Conv2D: (KernelSpec("kernel", "iiio"),),
-    # TFLite has no integer kernels for 3D convolutions with float activations.
-    _layers.Conv3D: (KernelSpec("kernel", "iiiio", exports_int8=False),),
-    _layers.DepthwiseConv1D: (KernelSpec("depthwise_kernel", "ioo"),),
-    _layers.DepthwiseConv2D: (KernelSpec("depthwise_kernel", "iioo"),),
-    _layers.SeparableConv1D: (
-        KernelSpec("depthwise_kernel", "ioo"),
-        KernelSpec("pointwise_kernel", "iio"),
-    ),
-    _layers.SeparableConv2D: (
-        KernelSpec("depthwise_kernel", "iioo"),
-        KernelSpec("pointwise_kernel", "iiio"),
-    ),
-    _layers.Conv1DTranspose: (KernelSpec("kernel", "ioi"),),
-    _layers.Conv2DTranspose: (KernelSpec("kernel", "iioi"),),
-    _layers.Conv3DTranspose: (KernelSpec("kernel", "iiioi", exports_int8=False),),
+    _layers.Embedding: _one("embeddings", "io", "gather"),
+    _layers.Conv1D: _one("kernel", "iio", "conv2d"),
+    _layers.Conv2D: _one("kernel", "iiio", "conv2d"),
+    _layers.Conv3D: _one("kernel", "iiiio", "conv3d"),
+    _layers.DepthwiseConv1D: _one("depthwise_kernel", "ioo", "depthwise_conv2d"),
+    _layers.DepthwiseConv2D: _one("depthwise_kernel", "iioo", "depthwise_conv2d"),
+    _layers.SeparableConv1D: _one("depthwise_kernel", "ioo", "depthwise_conv2d")
+    + _one("pointwise_kernel", "iio", "conv2d"),
+    _layers.SeparableConv2D: _one("depthwise_kernel", "iioo", "depthwise_conv2d")
+    + _one("pointwise_kernel", "iiio", "conv2d"),
+    _layers.Conv1DTranspose: _one("kernel", "ioi", "transpose_conv"),
+    _layers.Conv2DTranspose: _one("kernel", "iioi", "transpose_conv"),
+    _layers.Conv3DTranspose: _one("kernel", "iiioi", "conv3d"),
     _layers.LocallyConnected1D: _local_kernel(1),
     _layers.LocallyConnected2D: _local_kernel(2),
-    # Recurrent layers are reached through their cells.
-    _layers.SimpleRNNCell: _recurrent("io", 1),
-    _layers.LSTMCell: _recurrent("io", 4),
-    _layers.GRUCell: _recurrent("io", 3),
+    _layers.LSTM: _recurrent_layer,
+    _layers.GRU: _recurrent_layer,
+    _layers.SimpleRNN: _recurrent_layer,
+    _layers.RNN: _recurrent_layer,
+    _layers.LSTMCell: _CELL,
+    _layers.GRUCell: _CELL,
+    _layers.SimpleRNNCell: _CELL,
+    tf.compat.v1.keras.layers.LSTMCell: _CELL,
+    tf.compat.v1.keras.layers.GRUCell: _CELL,
     # One class for 1, 2 and 3 dimensions, which Keras does not export.
     sys.modules[_layers.ConvLSTM2D.__mro__[1].__module__].ConvLSTMCell: _convolutional_cell,
-    tf.compat.v1.keras.layers.LSTMCell: _recurrent("io", 4),
-    tf.compat.v1.keras.layers.GRUCell: _recurrent("io", 3),
 }
 
 
@@ -153,13 +168,14 @@ def kernel_specs(layer: keras.layers.Layer) -> tuple[KernelSpec, ...]:
     rule = _REGISTRY.get(type(layer))
     if rule is not None:
         return rule(layer) if callable(rule) else rule
-    found = list(_prunable_weights(layer))
+    inner = {}
     for path, sublayer in named_sublayers(layer):
         for spec in kernel_specs(sublayer):
-            inner = dataclasses.replace(spec, attribute=f"{path}/{spec.attribute}")
-            if inner.attribute not in [known.attribute for known in found]:
-                found.append(inner)
-    return tuple(found)
+            attribute = f"{path}/{spec.attribute}"
+            inner[attribute] = dataclasses.replace(spec, attribute=attribute)
+    # TFMOT gives a layer that it prunes the method, too; a registered class knows its kernels best.
+    offered = {spec.attribute: spec for spec in _prunable_weights(layer)}
+    return tuple({**offered, **inner}.values())
 
 
 def _prunable_weights(layer: keras.layers.Layer) -> tuple[KernelSpec, ...]:

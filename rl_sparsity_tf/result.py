@@ -18,7 +18,7 @@ from rich.table import Table
 from rl_sparsity_tf.candidates import Candidate
 from rl_sparsity_tf.errors import FileExistsRLSparsityError
 from rl_sparsity_tf.export import export_tflite
-from rl_sparsity_tf.export_report import ExportReport
+from rl_sparsity_tf.export_report import ExportReport, TensorReport
 from rl_sparsity_tf.files import check_new_file, replacing, write_text
 from rl_sparsity_tf.finishing import Figures, Finished
 from rl_sparsity_tf.kernels import find_kernels
@@ -144,16 +144,19 @@ class Result:
         Args:
             print_fn: Called with every line.
         """
-        stored = {tensor.kernel: tensor for tensor in self.report.tensors if tensor.kernel}
+        stored: dict[str, list[TensorReport]] = {}
+        for tensor in self.report.tensors:
+            if tensor.kernel:  # several tensors may hold one: the gates of an LSTM
+                stored.setdefault(tensor.kernel, []).append(tensor)
         table = Table(title="Compressed model", title_justify="left")
-        table.add_column("kernel")
+        table.add_column("kernel", overflow="fold")
         for title in ("shape", "keep", "prune", "quantize", "shuffle"):
             table.add_column(title, justify="right")
         for title in ("sparsity", "bits", "bytes before", "bytes after"):
             table.add_column(title, justify="right")
         for kernel in find_kernels(self.model):
             entry = self.plan.kernels.get(kernel.path)
-            tensor = stored.get(kernel.path)
+            tensors = stored.get(kernel.path, [])
             counts = [
                 str(entry.weights_under(operation)) if entry else "-" for operation in Operation
             ]
@@ -162,9 +165,9 @@ class Result:
                 "x".join(map(str, kernel.shape)),
                 *counts,
                 f"{entry.sparsity:.4f}" if entry else "0",
-                tensor.dtype if tensor else "?",
+                "/".join(sorted({tensor.dtype for tensor in tensors})) or "?",
                 f"{kernel.size * 4:,}",
-                f"{tensor.bytes:,}" if tensor else "?",
+                f"{sum(tensor.bytes for tensor in tensors):,}" if tensors else "?",
             )
         compressed, dense = self.metrics["compressed"], self.metrics["dense"]
         for line in _lines(table):

@@ -61,6 +61,18 @@ def collect_rows(data: object, specs: Sequence[InputSpec], max_rows: int) -> lis
     return columns
 
 
+def inputs_of_embeddings(model: keras.Model) -> set[str]:
+    """Names of the inputs that go straight into an Embedding; only graphs tell which do."""
+    if not is_graph(model):
+        return set()
+    return {
+        tensor.name.split(":")[0]
+        for tensor in model.inputs or ()
+        for node in tensor.node.layer.outbound_nodes
+        if isinstance(node.layer, keras.layers.Embedding)
+    }
+
+
 def random_rows(model: keras.Model, specs: Sequence[InputSpec], rows: int) -> list[np.ndarray]:
     """Draws inputs where no data was given; the same ones at every call.
 
@@ -72,14 +84,14 @@ def random_rows(model: keras.Model, specs: Sequence[InputSpec], rows: int) -> li
         ArgumentError: If an input has a type that cannot be drawn, such as a string.
     """
     generator = np.random.default_rng(0)
-    # submodules also reaches the layers inside wrappers, custom layers and subclassed models.
+    # Also those inside wrappers, custom layers and subclassed models.
     vocabularies = [
-        module.input_dim
-        for module in model.submodules
-        if isinstance(module, keras.layers.Embedding)
+        layer.input_dim
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.Embedding)
     ]
     ids = min(vocabularies, default=_SMALL_INTEGERS)
-    float_ids = _inputs_of_embeddings(model)
+    float_ids = inputs_of_embeddings(model)
     drawn = []
     for spec in specs:
         shape = (rows, *(_OPEN_AXIS if size is None else size for size in spec.shape))
@@ -101,18 +113,6 @@ def random_rows(model: keras.Model, specs: Sequence[InputSpec], rows: int) -> li
                 generator.integers(0, 2 if dtype.kind == "b" else ids, shape).astype(dtype)
             )
     return drawn
-
-
-def _inputs_of_embeddings(model: keras.Model) -> set[str]:
-    """Names of the inputs that go straight into an Embedding; only graphs tell."""
-    if not is_graph(model):
-        return set()
-    return {
-        tensor.name.split(":")[0]
-        for tensor in model.inputs or ()
-        for node in tensor.node.layer.outbound_nodes
-        if isinstance(node.layer, keras.layers.Embedding)
-    }
 
 
 def _as_inputs(data: object, specs: Sequence[InputSpec]) -> list[np.ndarray] | None:

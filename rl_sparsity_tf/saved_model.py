@@ -50,7 +50,11 @@ def write_saved_model(model: keras.Model, folder: Path, batch_size: int | None) 
     flat = flat_call(model)
 
     def call(*inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {f"output_{index}": output for index, output in enumerate(flat(inputs))}
+        outputs = flat(inputs)
+        for index, output in enumerate(outputs):
+            if not isinstance(output, tf.Tensor):
+                raise TypeError(f"output {index} is a {type(output).__name__}, not a dense tensor")
+        return {f"output_{index}": output for index, output in enumerate(outputs)}
 
     signature = [
         tf.TensorSpec([batch_size, *spec.shape], spec.dtype, name=f"input_{index}")
@@ -85,6 +89,9 @@ def reference_outputs(
 
     Returns:
         One float or integer array per output.
+
+    Raises:
+        ExportError: If an output has no row per row of input.
     """
     flat = flat_call(model)
     rows = len(inputs[0])
@@ -95,5 +102,12 @@ def reference_outputs(
         # Repeating the last row keeps a fixed batch size full.
         taken = np.minimum(np.arange(start, start + size), rows - 1)
         outputs = flat([tf.constant(array[taken]) for array in inputs])
+        for index, output in enumerate(outputs):
+            if not len(output.shape) or output.shape[0] != size:
+                raise ExportError(
+                    f"Output {index} of model {model.name!r} has the shape {tuple(output.shape)} "
+                    f"for {size} rows. Expected one row of output per row of input: leave "
+                    "reductions over the batch out of the model."
+                )
         parts.append([np.asarray(output)[:count] for output in outputs])
     return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]

@@ -23,7 +23,6 @@ from rl_sparsity_tf.export import QUANTIZATIONS
 from rl_sparsity_tf.finishing import Figures, export_and_score, export_dense_int8, finish
 from rl_sparsity_tf.finishing import score_model as score
 from rl_sparsity_tf.grouping import GROUPS
-from rl_sparsity_tf.kernels import check_model
 from rl_sparsity_tf.mask_training import default_epochs
 from rl_sparsity_tf.metrics import build_metrics
 from rl_sparsity_tf.network import CompressedNetwork, Recovery
@@ -37,6 +36,7 @@ from rl_sparsity_tf.run_directory import (
     data_fingerprint,
     model_fingerprint,
 )
+from rl_sparsity_tf.wrapping import accepted
 
 if TYPE_CHECKING:
     from rl_sparsity_tf.search_loop import LoopSettings, SearchLoop
@@ -90,8 +90,7 @@ class Compressor:
         buckets: int = 8,
         warm_start: bool = True,
     ):
-        check_model(model)
-        self.model = model
+        self.model = accepted(model)
         self.target = Target(sparsity=0.9) if target is None else target
         _check_type("target", self.target, Target, "rls.Target(sparsity=0.9)")
         self.agent = resolve_config(agent)

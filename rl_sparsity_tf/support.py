@@ -1,15 +1,49 @@
-"""Which layers of a model can be compressed, and why the others are skipped."""
+"""Which layers of a model can be compressed and how the exporter stores them, or why not."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Callable
 
 import tf_keras as keras
+from rich.console import Console
+from rich.table import Table
 
-from rl_sparsity_tf.kernels import check_model, walk
-from rl_sparsity_tf.registry import kernel_specs
-from rl_sparsity_tf.wrapper import CompressionWrapper
+from rl_sparsity_tf.export_modes import INTEGER_MODES
+from rl_sparsity_tf.kernel_spec import KernelSpec
+from rl_sparsity_tf.kernels import Kernel, check_model, find_kernels, walk
+from rl_sparsity_tf.registry import registered_base
+from rl_sparsity_tf.sublayers import unreachable_sublayers
+from rl_sparsity_tf.wrapper import unwrapped
+
+MODES = ("plan", "dynamic", "int8", "float16")
+"""The export modes that store weights in fewer bits."""
+
+# Below this many elements the converter's dynamic range leaves a tensor as it is.
+_DYNAMIC_ELEMENTS = 1024
+_WIDTH = 150
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelReport:
+    """What is known of one kernel.
+
+    Attributes:
+        path: The kernel's path, as plans name it.
+        shape: Its shape.
+        layout: One letter per axis: `i` is summed over, `o` numbers the output units.
+        scales: What shares a quantization scale: `"per output"`, `"per gate"` or `"per tensor"`.
+        stored: Per export mode the type of its tensors in the file: `"int8"`, `"float16"`,
+            `"float32"`, or `"crash"` where the converter crashes. `"plan"` is for a kernel that the
+            plan quantizes to 8 bits.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    layout: str
+    scales: str
+    stored: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,14 +53,14 @@ class LayerReport:
     Attributes:
         path: The layer's path.
         layer_class: Name of its class.
-        kernels: Attributes of the kernels that can be compressed.
+        kernels: The kernels that can be compressed.
         weights: Elements of its weights of rank >= 2.
-        reason: Why it is skipped; empty if it is not.
+        reason: Why it, or a part of it, is skipped; empty if all of it can be compressed.
     """
 
     path: str
     layer_class: str
-    kernels: tuple[str, ...]
+    kernels: tuple[KernelReport, ...]
     weights: int
     reason: str
 
@@ -35,40 +69,116 @@ def support_report(model: keras.Model) -> list[LayerReport]:
     """Lists every layer of a model with its compressible kernels, or the reason to skip it.
 
     Raises:
-        ModelError: If the model is not a built Sequential or functional model.
+        ModelError: If the model is not built.
     """
     check_model(model)
+    kernels = find_kernels(model)
     reports = []
     for path, layer in walk(model):
-        inner = layer.layer if isinstance(layer, CompressionWrapper) else layer
-        specs = kernel_specs(inner)
+        inner = unwrapped(layer)
+        own = [kernel for kernel in kernels if kernel.layer is inner]
         weights = sum(int(w.shape.num_elements()) for w in inner.weights if w.shape.rank >= 2)
-        name = type(inner).__name__
-        reason = ""
-        if not specs:
-            reason = "has no weights of rank 2 or more"
-            if weights:
-                reason = f"class {name} is not registered (register_layer adds it)"
-        kernels = tuple(spec.attribute for spec in specs)
-        reports.append(LayerReport(path, name, kernels, weights, reason))
+        reports.append(
+            LayerReport(
+                path,
+                type(inner).__name__,
+                tuple(_kernel_report(kernel) for kernel in own),
+                weights,
+                _reason(inner, own, weights),
+            )
+        )
     return reports
+
+
+def stored_types(spec: KernelSpec, elements: int) -> dict[str, str]:
+    """How a kernel is stored in each of [MODES][].
+
+    Args:
+        spec: The kernel's spec.
+        elements: Its number of weights.
+    """
+    plan = "int8" if spec.exports_int8 else "float32"
+    if not spec.kind:  # registered by the user
+        return {"plan": plan, "dynamic": "?", "int8": "?", "float16": "?"}
+    measured = INTEGER_MODES[spec.kind]
+    stored = {mode: measured[mode].dtype for mode in MODES if mode != "plan"}
+    per_tensor = elements // measured["dynamic"].tensors
+    if per_tensor < _DYNAMIC_ELEMENTS and stored["dynamic"] == "int8":
+        stored["dynamic"] = "float32"
+    return {"plan": plan, **stored}
+
+
+def _kernel_report(kernel: Kernel) -> KernelReport:
+    spec = kernel.spec
+    stored = stored_types(spec, kernel.size)
+    return KernelReport(kernel.path, kernel.shape, spec.layout, spec.scales, stored)
+
+
+def _reason(layer: keras.layers.Layer, kernels: list[Kernel], weights: int) -> str:
+    if kernels:
+        left = weights - sum(kernel.size for kernel in kernels)
+        return f"{left:,} of its weights are in no known kernel" if _rest(layer, left) else ""
+    if not weights:
+        return "has no weights of rank 2 or more"
+    name = type(layer).__name__
+    base = registered_base(layer)
+    if base is not None:
+        return (
+            f"class {name} derives from {base.__name__} but may use its weights otherwise "
+            f"(register_layer({name}, ...) adds it)"
+        )
+    hidden = unreachable_sublayers(layer)
+    if hidden:
+        return f"its layers {[sublayer.name for sublayer in hidden]} are in no attribute of it"
+    return f"class {name} is not registered (register_layer adds it)"
+
+
+def _rest(layer: keras.layers.Layer, left: int) -> bool:
+    # Biases of rank 2 (GRU, attention) are never compressed and no cause for doubt.
+    biases = sum(
+        int(weight.shape.num_elements())
+        for weight in layer.weights
+        if weight.shape.rank >= 2 and weight.name.split(":")[0].endswith("bias")
+    )
+    return left > biases
 
 
 def describe_support(model: keras.Model, print_fn: Callable[[str], None] = print) -> None:
     """Prints which layers of a model can be compressed and why the others are skipped.
 
+    For every kernel: its axes (`i` for inputs, `o` for outputs), what shares a quantization scale,
+    and how each export mode stores it.
+
     Args:
         model: A built model, plain or wrapped.
         print_fn: Called with every line.
 
+    Raises:
+        ModelError: If the model is not built.
+
     Example:
         >>> rls.describe_support(model)
     """
-    reports = support_report(model)
-    width = max([len(report.path) for report in reports] + [5])
-    print_fn(f"{'layer':<{width}}  {'class':<22} {'weights':>10}  compressible")
-    for report in reports:
-        verdict = ", ".join(report.kernels) if report.kernels else f"no: {report.reason}"
-        print_fn(
-            f"{report.path:<{width}}  {report.layer_class:<22} {report.weights:>10,}  {verdict}"
-        )
+    table = Table(title="Layers", title_justify="left")
+    for title in ("kernel or layer", "class"):
+        table.add_column(title, overflow="fold")
+    table.add_column("weights", justify="right")
+    for title in ("axes", "scale", *MODES):
+        table.add_column(title, overflow="fold")
+    for report in support_report(model):
+        for kernel in report.kernels:
+            axes = " ".join(f"{s}{a}" for s, a in zip(kernel.shape, kernel.layout, strict=True))
+            size = 1
+            for extent in kernel.shape:
+                size *= extent
+            row = [kernel.path, report.layer_class, f"{size:,}", axes, kernel.scales]
+            table.add_row(*row, *(kernel.stored[mode] for mode in MODES))
+        if not report.kernels:
+            table.add_row(report.path, report.layer_class, f"{report.weights:,}", "skipped")
+    console = Console(file=io.StringIO(), width=_WIDTH, color_system=None)
+    console.print(table)
+    for line in console.file.getvalue().rstrip().splitlines():  # type: ignore[attr-defined]
+        print_fn(line)
+    for report in support_report(model):
+        if report.reason and report.weights:
+            print_fn(f"{report.path}: {report.reason}")

@@ -295,10 +295,12 @@ class CompressionWrapper(keras.layers.Wrapper):
         if "mask" in state:
             live = state["mask"].numpy() > 0
         if "swaps" in state:
-            # Exactly one of a swapping pair asks: the first that lives.
+            # Exactly one of a swapping pair asks: the first that lives and is not on the grid, as
+            # far as there is one.
             pair, output = np.nonzero(state["swaps"].numpy() > 0)
-            first = np.where(live[2 * pair, output], 2 * pair, 2 * pair + 1)
-            result[first, output] = Operation.SHUFFLE
+            rank = 2 * live + (result != Operation.QUANTIZE)
+            second = rank[2 * pair + 1, output] > rank[2 * pair, output]
+            result[2 * pair + second, output] = Operation.SHUFFLE
         result[~live] = Operation.PRUNE
         return result
 
@@ -357,6 +359,19 @@ class CompressionWrapper(keras.layers.Wrapper):
             "train_masks": self.train_masks,
             "kernels": kernels,
         }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> CompressionWrapper:
+        """Keras's own, for layers of registered custom classes, too.
+
+        Keras takes the config of the layer inside for one of the old format, whose reader looks
+        for classes without their package.
+        """
+        inner = config["layer"]
+        if "module" not in inner:
+            return super().from_config(config, custom_objects)
+        rest = {name: value for name, value in config.items() if name != "layer"}
+        return cls(keras.saving.deserialize_keras_object(inner, custom_objects), **rest)
 
 
 def unwrapped(layer: keras.layers.Layer) -> keras.layers.Layer:

@@ -74,8 +74,7 @@ def wrap(
             f"plan is a {type(plan).__name__}. Expected a CompressionPlan, for example "
             "CompressionPlan.load('plan.json')."
         )
-    if any(is_pruning_wrapper(layer) for _, layer in walk(model)):
-        _log.warning("The pruning wrappers of TFMOT are taken off %r; its zeros stay.", model.name)
+    model = accepted(model)
     kernels = find_kernels(model)
     entries = None if plan is None else resolve(plan, model).kernels
     settings: dict[int, dict[str, KernelSettings]] = {}
@@ -94,7 +93,7 @@ def wrap(
         if id(inner) not in settings:
             return copy
         return CompressionWrapper(
-            copy, group=group, mask=mask, train_masks=train_masks, kernels=settings[id(layer)]
+            copy, group=group, mask=mask, train_masks=train_masks, kernels=settings[id(inner)]
         )
 
     wrapped = rebuild(model, convert)
@@ -124,6 +123,19 @@ def strip(model: keras.Model) -> keras.Model:
     _copy_weights(model, stripped)
     copy_compile_state(model, stripped)
     return stripped
+
+
+def accepted(model: keras.Model) -> keras.Model:
+    """The model itself, or a copy without the pruning wrappers of TFMOT if it carries any.
+
+    Raises:
+        ModelError: If the model is not built or carries other wrappers.
+    """
+    check_model(model)
+    if not any(is_pruning_wrapper(layer) for _, layer in walk(model)):
+        return model
+    _log.warning("The pruning wrappers of TFMOT are taken off %r; its zeros stay.", model.name)
+    return strip(model)
 
 
 def is_wrapped(model: keras.Model) -> bool:

@@ -6,6 +6,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 import rl_sparsity_tf as rls
+from rl_sparsity_tf import data as data_module
 from rl_sparsity_tf.data import evaluation_data, inputs_of, sample_rows, training_data
 
 ROWS = 22
@@ -34,9 +35,10 @@ def y_of(rows=ROWS):
 class Batches(keras.utils.Sequence):
     """Three batches, the last one shorter."""
 
-    def __init__(self, weights=False, length=3):
+    def __init__(self, weights=False, length=3, only_x=False, raises=-1, narrow=-1, weighted=-1):
         super().__init__()
-        self.weights, self.length = weights, length
+        self.weights, self.length, self.only_x = weights, length, only_x
+        self.raises, self.narrow, self.weighted = raises, narrow, weighted
 
     def __len__(self):
         return self.length
@@ -44,7 +46,14 @@ class Batches(keras.utils.Sequence):
     def __getitem__(self, index):
         rows = slice(index * 8, min(ROWS, index * 8 + 8))
         batch = (x_of()[rows], y_of()[rows])
-        return (*batch, np.ones(ROWS)[rows]) if self.weights else batch
+        if index == self.raises:
+            raise OSError("gone")
+        if self.only_x:
+            return batch[0]
+        if index == self.narrow:
+            return batch[0][:, :2], batch[1]
+        weighted = self.weights or index == self.weighted
+        return (*batch, np.ones(ROWS)[rows]) if weighted else batch
 
 
 FORMS = {
@@ -123,8 +132,172 @@ def test_endless_and_unknown_datasets(model):
     endless = training_data(rows.repeat().batch(8), model, pool_size=5)
     assert (endless.steps, len(endless.pool), len(list(endless.dataset))) == (5, 5, 5)
     unknown = training_data(rows.filter(lambda x, y: y == 0).batch(4), model)
-    assert unknown.steps is None
+    assert unknown.steps == 3
     assert [len(x) for x, _, _ in unknown.pool] == [4, 4]
+    # Its size is known from now on, so that fit can tell how far it is.
+    assert int(unknown.dataset.cardinality()) == len(list(unknown.dataset)) == 3
+
+
+def generated(*columns, batch=8, signature=True):
+    """A dataset of unknown size, and how many batches were asked of it so far."""
+    asked = []
+
+    def batches():
+        for start in range(0, len(columns[0]), batch):
+            asked.append(start)
+            yield tuple(column[start : start + batch] for column in columns)
+
+    types = [
+        tf.TensorSpec((None,) * column.ndim if signature else None, column.dtype)
+        for column in columns
+    ]
+    return tf.data.Dataset.from_generator(batches, output_signature=tuple(types)), asked
+
+
+@pytest.mark.parametrize("signature", [True, False])
+def test_generators_are_read_once_and_counted(model, signature):
+    data, asked = generated(x_of(), y_of(), batch=2, signature=signature)
+    prepared = training_data(data, model)
+    assert prepared.steps == 11
+    # Its end was seen once; after that its beginning, to see that it begins anew.
+    assert asked[:12] == [*range(0, ROWS, 2), 0]
+    assert asked.count(ROWS - 2) == 1
+    rows = np.concatenate([x for x, _, _ in evaluation_data(data, model, "validation_data")])
+    np.testing.assert_array_equal(rows, x_of())
+
+
+def test_known_sizes_are_read_once(model):
+    data, asked = generated(x_of(), y_of())
+    known = data.apply(tf.data.experimental.assert_cardinality(3))
+    assert training_data(known, model, pool_size=1).steps == 3
+    assert asked == [0, 8, 16]
+
+
+def test_unknown_datasets_that_go_on_count_as_endless(model, monkeypatch):
+    monkeypatch.setattr(data_module, "ENDLESS_BATCHES", 7)
+
+    def batches():
+        while True:
+            yield x_of(4), y_of(4)
+
+    signature = (tf.TensorSpec((None, 3), tf.float32), tf.TensorSpec((None,), tf.int64))
+    data = tf.data.Dataset.from_generator(batches, output_signature=signature)
+    endless = training_data(data, model, pool_size=5)
+    assert (endless.steps, len(endless.pool), len(list(endless.dataset))) == (5, 5, 5)
+    message = (
+        r"unknown size that has not ended after 7 batches\. .*\.take\(batches\), or give its size"
+    )
+    with pytest.raises(rls.DataError, match=message):
+        evaluation_data(data, model, "validation_data")
+    assert len(evaluation_data(data.take(6), model, "validation_data")) == 6
+    sized = data.take(8).apply(tf.data.experimental.assert_cardinality(8))
+    assert len(evaluation_data(sized, model, "validation_data")) == 8
+
+
+def test_large_unknown_datasets_are_not_kept_for_ever(model, monkeypatch):
+    monkeypatch.setattr(data_module, "_ENDLESS_BYTES", 200)
+    data, _ = generated(x_of(), y_of())
+    with pytest.raises(rls.DataError, match="has not ended after 2 batches"):
+        evaluation_data(data, model, "test_data")
+    assert training_data(data, model).steps == 3
+
+
+def test_datasets_that_can_be_read_only_once(model):
+    once = iter([(x_of(), y_of())])
+    signature = (tf.TensorSpec((None, 3), tf.float32), tf.TensorSpec((None,), tf.int64))
+    data = tf.data.Dataset.from_generator(lambda: once, output_signature=signature)
+    with pytest.raises(rls.DataError, match=r"read only once: the second time it is empty\. Expec"):
+        training_data(data, model)
+
+
+def test_padded_batches_of_several_lengths():
+    model = keras.Sequential([keras.layers.Input((None, 3)), keras.layers.GlobalMaxPool1D()])
+
+    def batches():
+        for length in (4, 6, 6, 5):
+            yield np.ones((2, length, 3), np.float32), np.zeros(2, np.int64)
+
+    signature = (tf.TensorSpec((None, None, 3), tf.float32), tf.TensorSpec((None,), tf.int64))
+    data = tf.data.Dataset.from_generator(batches, output_signature=signature)
+    prepared = training_data(data, model)
+    assert prepared.steps == len(list(prepared.dataset)) == 4
+    assert [x.shape[1] for x, _, _ in prepared.pool] == [6, 6]  # the most frequent length
+    with pytest.raises(
+        rls.DataError, match=r"shapes .*4, 3.* in batch 0 .*6, 3.* in batch 1\. .*pad"
+    ):
+        evaluation_data(data, model, "validation_data")
+
+
+@pytest.fixture(scope="module")
+def fixed():
+    return keras.Sequential([keras.layers.Input(batch_shape=(4, 3)), keras.layers.Dense(2)])
+
+
+FIXED_FORMS = {
+    "arrays": lambda rows: (x_of(rows), y_of(rows)),
+    "fitting batches": lambda rows: dataset(x_of(rows), y_of(rows), batch=4),
+    "other batches": lambda rows: dataset(x_of(rows), y_of(rows), batch=5),
+    "generator": lambda rows: generated(x_of(rows), y_of(rows), batch=5)[0],
+    "endless": lambda rows: dataset(x_of(rows), y_of(rows), batch=5).repeat(),
+}
+
+
+@pytest.mark.parametrize("form", FIXED_FORMS)
+def test_models_that_fix_the_rows_per_call(fixed, form):
+    data = training_data(FIXED_FORMS[form](22), fixed, pool_size=3)
+    assert {len(x) for x, _, _ in data.pool} == {len(x) for x, _ in data.dataset} == {4}
+    assert data.steps == len(list(data.dataset)) == (3 if form == "endless" else 5)
+    if form == "endless":
+        return
+    batches = evaluation_data(FIXED_FORMS[form](20), fixed, "validation_data")
+    assert [len(x) for x, _, _ in batches] == [4] * 5
+    np.testing.assert_array_equal(inputs_of(batches), x_of(20))
+    assert [len(x) for x, _, _ in sample_rows(batches, 10, fixed=4)] == [4, 4]
+    assert [len(x) for x, _, _ in sample_rows(batches, 1, fixed=4)] == [4]
+    message = r"has 22 rows; the model takes exactly 4 per call\. .*multiple of 4: leave out 2 rows"
+    with pytest.raises(rls.DataError, match=message):
+        evaluation_data(FIXED_FORMS[form](22), fixed, "validation_data")
+    with pytest.raises(rls.DataError, match=r"exactly 4 per call|at least 4 rows, which the model"):
+        training_data(FIXED_FORMS[form](3), fixed)
+
+
+def test_subclassed_models(two_inputs):
+    class Subclassed(keras.Model):
+        def call(self, inputs):
+            return inputs["left"] + inputs["right"]
+
+    own = Subclassed()
+    data = ({"left": x_of(), "right": x_of()}, y_of())
+    with pytest.raises(rls.ModelError, match=r"is not built: its input shape is unknown\. Call it"):
+        training_data(data, own)
+    own(data[0])
+    assert training_data(data, own, batch_size=8).steps == 3
+    assert len(evaluation_data(data, own, "validation_data", batch_size=8)) == 3
+    with pytest.raises(rls.DataError, match=r"lacks the inputs \['right'\]. Expected a dict with"):
+        training_data(({"left": x_of()}, y_of()), own)
+    with pytest.raises(
+        rls.DataError, match=r"has 1 inputs; the model takes 2: \['left', 'right'\]"
+    ):
+        training_data((x_of(), y_of()), own)
+
+
+class Frame:
+    """Looks like a pandas DataFrame: no array, but gives one."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.array, dtype)
+
+
+def test_whatever_numpy_can_read(model):
+    batches = evaluation_data((Frame(x_of()), Frame(y_of())), model, "validation_data")
+    np.testing.assert_array_equal(inputs_of(batches), x_of())
+
+
+def test_a_sequence_keeps_its_batch_size(model):
+    assert [len(x) for x, _, _ in training_data(Batches(), model).pool] == [8, 8]
 
 
 @pytest.mark.parametrize("prepare", [training_data, evaluation_data])
@@ -171,6 +344,19 @@ def dataset(*columns, batch=8):
     return tf.data.Dataset.from_tensor_slices(columns).batch(batch)
 
 
+def generator_function():
+    yield x_of(), y_of()
+
+
+def raising(error):
+    def batches():
+        yield x_of(), y_of()
+        raise error
+
+    signature = (tf.TensorSpec((None, 3), tf.float32), tf.TensorSpec((None,), tf.int64))
+    return tf.data.Dataset.from_generator(batches, output_signature=signature)
+
+
 WRONG = {
     "no tuple": (lambda: [x_of(), y_of()], "is a list of 2. Expected \\(x, y\\)"),
     "one": (lambda: (x_of(),), "is a tuple of 1"),
@@ -209,6 +395,67 @@ WRONG = {
     ),
     "empty dataset": (lambda: dataset(x_of(), y_of()).take(0), "Expected at least one batch"),
     "nan dataset": (lambda: dataset(broken(21), y_of()), "filter or replace those rows"),
+    "share": (lambda: 0.2, r"is the number 0\.2; .*validation_split .*split the rows yourself"),
+    "generator": (
+        lambda: ((x, y) for x, y in [(x_of(), y_of())]),
+        r"is a generator, which can be read only once.*from_generator, or write a keras.*Sequence",
+    ),
+    "iterator": (lambda: iter([(x_of(), y_of())]), "is a list_iterator, which can be read only"),
+    "generator function": (lambda: generator_function, "is a function, which can be read only"),
+    "swapped": (
+        lambda: (y_of(), x_of()),
+        r"shape \(\) per row; the model takes \(3,\)\. The labels have that shape: x and y look sw",
+    ),
+    "list of rows": (
+        lambda: ([np.ones(3)] * 5, y_of(5)),
+        r"arrays of \[3, 5\] rows.*one array with np\.stack",
+    ),
+    "unbatched open dataset": (
+        lambda: dataset(x_of(), y_of()).map(lambda x, y: (x, y[0])),
+        r"single numbers in place of rows\. Expected batches: add \.batch\(32\)",
+    ),
+    "dict keys": (
+        lambda: dataset(x_of(), y_of()).map(lambda x, y: {"image": x, "label": y}),
+        r"dataset of dicts with the keys \['image', 'label'\].*map\(lambda row: \(row",
+    ),
+    "autoencoder": (lambda: dataset(x_of()).map(lambda x: x), r"map\(lambda x: \(x, x\)\)"),
+    "none in a dataset": (
+        lambda: dataset(x_of(), y_of()).map(lambda x, y: (x, None)),
+        "holds None in place of x or y",
+    ),
+    "ragged dataset": (
+        lambda: dataset(x_of(), y_of()).map(lambda x, y: (tf.RaggedTensor.from_tensor(x), y)),
+        r"holds a RaggedTensor\. Expected dense tensors: \.to_tensor\(\)",
+    ),
+    "text dataset": (
+        lambda: dataset(x_of(), y_of()).map(lambda x, y: (tf.strings.as_string(x), y)),
+        "holds text. Expected numbers",
+    ),
+    "rows in a dataset": (
+        lambda: dataset(x_of(), y_of()).map(lambda x, y: (x, y[:5])),
+        r"arrays of \[5, 8\] rows",
+    ),
+    "generator raising": (
+        lambda: raising(ValueError("no such image\nas 7")),
+        r"could not be read: batch 1 raises ValueError: no such image\. Expected a dataset that",
+    ),
+    "file missing": (
+        lambda: tf.data.TextLineDataset("nowhere.csv").map(lambda line: (x_of(), y_of())),
+        r"could not be read: batch 0 raises NotFoundError: nowhere\.csv; No such file or dir",
+    ),
+    "Sequence raising": (
+        lambda: Batches(raises=1),
+        r"could not be read: batch 1 raises OSError: gone\. Expected a Sequence",
+    ),
+    "Sequence of x": (lambda: Batches(only_x=True), r"has batches of type ndarray \(batch 0\)"),
+    "Sequence of several shapes": (
+        lambda: Batches(narrow=2),
+        r"has batches that do not fit together: ValueError: .*pad them to one length",
+    ),
+    "Sequence of several structures": (
+        lambda: Batches(weighted=2),
+        "has batches that do not fit together",
+    ),
     "empty Sequence": (lambda: Batches(length=0), "is empty. Expected at least one batch"),
 }
 

@@ -11,23 +11,18 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-import tf_keras as keras
+from layer_rows import HEADER, layer_rows
 from nbclient import NotebookClient
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.cli import build_parser
 from rl_sparsity_tf.datasets import load_digits_data
-from rl_sparsity_tf.registry import kernel_specs
 from rl_sparsity_tf.state import FEATURES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 SCRIPT = ROOT / "examples" / "quickstart.py"
-COMPRESSIBLE = (
-    *("Dense", "Conv1D", "Conv2D", "Conv3D", "DepthwiseConv1D", "DepthwiseConv2D"),
-    *("SeparableConv1D", "SeparableConv2D", "Conv1DTranspose", "Conv2DTranspose"),
-)
 
 
 @pytest.fixture
@@ -162,20 +157,9 @@ def test_the_features_of_the_state_are_listed_as_they_are():
     assert table_rows("# | feature | range | meaning") == expected
 
 
-def test_the_layers_are_listed_as_they_are_registered():
-    row_shapes = {"Dense": (4,), "Conv3D": (4, 4, 4, 1)}
-    expected = []
-    for name in COMPRESSIBLE:
-        layer_class = getattr(keras.layers, name)
-        shape = row_shapes.get(name, (8, 2) if "1D" in name else (8, 8, 2))
-        short = name == "Dense" or name.startswith("Depthwise")
-        layer = layer_class(3) if short else layer_class(3, 3)
-        layer.build((None, *shape))
-        for spec in kernel_specs(layer):
-            assert len(spec.layout) == getattr(layer, spec.attribute).shape.rank
-            integers = "yes" if spec.exports_int8 else "no"
-            expected.append([name, spec.attribute, spec.layout, integers])
-    assert table_rows("layer | kernel | layout | can be stored as int8") == expected
+def test_the_layers_are_listed_as_the_package_reports_them():
+    head = " | ".join(HEADER)
+    assert table_rows(head) == layer_rows()
 
 
 def test_every_public_name_in_the_documents_exists():

@@ -191,6 +191,6 @@ def test_a_kernel_is_found_by_attribute_names_too():
     cell = model.layers[0].cell
     assert find_variable(model, "lstm/cell/recurrent_kernel") is cell.recurrent_kernel
     assert list(kernel_variables(model)) == [
-        "lstm/lstm_cell/kernel",
-        "lstm/lstm_cell/recurrent_kernel",
+        "lstm/cell/kernel",
+        "lstm/cell/recurrent_kernel",
     ]

@@ -95,6 +95,22 @@ def test_regression_is_judged_by_its_loss_or_its_own_metric(loss):
     assert not metric.is_accuracy
 
 
+@pytest.mark.parametrize(
+    ("labels", "metric"),
+    [
+        (binary(), Metric("accuracy", True)),
+        (np.full((ROWS, 1), 0.3, np.float32), Metric("loss", False)),
+    ],
+)
+def test_shares_are_judged_by_the_loss_as_no_accuracy_counts_them(labels, metric):
+    model = network(1, "sigmoid")
+    model.compile("sgd", "binary_crossentropy")
+    model.compile(**search_compile_arguments(model, 0.01))
+    batch = prepared(model, x_of(), labels)[0]
+    assert choose_metric(model, batch) == metric
+    assert choose_metric(model, batch, "accuracy") == Metric("accuracy", True)
+
+
 def two_outputs():
     inputs = keras.Input((4,))
     outputs = [
@@ -113,7 +129,9 @@ def test_several_outputs():
     )
     model.compile(**search_compile_arguments(model, 0.01))
     batches = prepared(model, x_of(), {"kind": sparse(), "size": regression()})
-    assert choose_metric(model, batches[0]) == Metric("kind_accuracy", higher_is_better=True)
+    # One output's metric would let the search ruin the other: by default the loss of all counts.
+    assert choose_metric(model, batches[0]) == Metric("loss", higher_is_better=False)
+    assert choose_metric(model, batches[0], "kind_accuracy") == Metric("kind_accuracy", True)
     assert choose_metric(model, batches[0], "size_mae") == Metric("size_mae", False)
     with pytest.raises(rls.ArgumentError, match="Did you mean 'kind_accuracy'"):
         choose_metric(model, batches[0], "kind_acuracy")
@@ -175,7 +193,7 @@ def test_wrong_metrics_and_labels():
     with pytest.raises(rls.ArgumentError, match="'f1' is not among the model's metrics"):
         choose_metric(model, batch, "f1")
     assert choose_metric(model, batch, "loss") == Metric("loss", higher_is_better=False)
-    wide = prepared(model, x_of(), np.zeros((ROWS, 5), np.float32))[0]
+    wide = (tf.constant(x_of()), tf.zeros((ROWS, 5)), None)
     with pytest.raises(rls.DataError, match=r"cannot be computed.*Expected labels in the form"):
         choose_metric(model, wide)
     # What was tried on a batch leaves nothing behind in the metrics.

@@ -63,6 +63,23 @@ def test_random_ids_stay_within_the_vocabulary():
     model = keras.Model(inputs, layers.Embedding(7, 2)(inputs))
     (ids,) = random_rows(model, input_specs(model), 4)
     assert set(ids.reshape(-1)) == set(range(7))
+    floats = keras.Sequential([layers.Input((50,)), layers.Embedding(7, 2)])
+    (ids,) = random_rows(floats, input_specs(floats), 4)
+    assert set(ids.reshape(-1)) == set(range(7))
+    assert ids.dtype == np.float32
+
+    class Words(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.table = [layers.Embedding(5, 2)]
+
+        def call(self, inputs):
+            return self.table[0](inputs)
+
+    words = Words()
+    words(np.zeros((2, 50), np.int32))
+    (ids,) = random_rows(words, input_specs(words), 4)
+    assert set(ids.reshape(-1)) == set(range(5))
     text = keras.Input((1,), dtype="string")
     with pytest.raises(ArgumentError, match="is of type string"):
         random_rows(model, input_specs(keras.Model(text, layers.Flatten()(text))), 4)

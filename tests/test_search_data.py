@@ -10,6 +10,7 @@ from tiny_search import (
     TRAIN,
     VALIDATION,
     compressor,
+    episodes_of,
     quick_autoencoder,
     rows,
     search,
@@ -78,12 +79,94 @@ def two_named_inputs():
     return model, (given, y), (part, y[:32])
 
 
+def several_numbers():
+    x, _ = rows(64)
+    return network(2, None, "huber", ["mae"]), (x, x[:, :2]), (x[:32], x[:32, :2])
+
+
+def several_labels():
+    x, _ = rows(64)
+    y = (x[:, :3] > 0).astype(np.float32)
+    model = network(3, "sigmoid", "binary_crossentropy", ["binary_accuracy"])
+    return model, (x, y), (x[:32], y[:32])
+
+
+def autoencoder():
+    x, _ = rows(64)
+    x = 1 / (1 + np.exp(-x))
+    return network(6, "sigmoid", "binary_crossentropy"), (x, x), (x[:32], x[:32])
+
+
+def sequence_labels():
+    x, _ = rows(64)
+    x = x.reshape(64, 3, 2)
+    y = (x[..., 0] > x[..., 1]).astype(np.int64)
+    model = keras.Sequential(
+        [layers.Input((3, 2)), layers.Dense(8, "relu"), layers.Dense(2, "softmax")]
+    )
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model, (x, y), (x[:32], y[:32])
+
+
+def named_inputs_and_outputs():
+    left, right = keras.Input((6,), name="left"), keras.Input((4,), name="right")
+    joined = layers.Concatenate()([layers.Dense(5, "relu")(left), right])
+    outputs = [
+        layers.Dense(3, "softmax", name="kind")(joined),
+        layers.Dense(1, name="size")(joined),
+    ]
+    model = keras.Model([left, right], outputs)
+    model.compile(
+        "adam",
+        {"kind": "sparse_categorical_crossentropy", "size": "mse"},
+        metrics={"kind": "accuracy"},
+    )
+    x, y = rows(64)
+    given = {"right": x[:, :4] * 2, "left": x}
+    labels = {"size": x[:, 0], "kind": y}
+    data = tf.data.Dataset.from_tensor_slices((given, labels))
+    return model, data.batch(16), data.take(32).batch(8)
+
+
+def generators():
+    def batches(count):
+        x, y = rows(64)
+        return lambda: ((x[i : i + 16], y[i : i + 16]) for i in range(0, count, 16))
+
+    signature = (tf.TensorSpec((None, 6), tf.float32), tf.TensorSpec((None,), tf.int64))
+    train, validation = (
+        tf.data.Dataset.from_generator(batches(count), output_signature=signature)
+        for count in (64, 32)
+    )
+    return network(3, "softmax", "sparse_categorical_crossentropy"), train, validation
+
+
+def fixed_batches():
+    x, y = rows(64)
+    model = keras.Sequential(
+        [
+            layers.Input(batch_shape=(8, 6)),
+            layers.Dense(8, "relu"),
+            layers.Dense(3, "softmax"),
+        ]
+    )
+    model.compile("adam", "sparse_categorical_crossentropy")
+    return model, (x[:60], y[:60]), (x[:32], y[:32])
+
+
 TASKS = {
     "regression with sample weights": (regression, "loss", False),
     "one-hot labels": (one_hot, "accuracy", True),
     "logits from tf.data": (logits_from_datasets, "accuracy", True),
     "binary logits": (binary_logits, "accuracy", True),
     "two named inputs": (two_named_inputs, "accuracy", True),
+    "several numbers": (several_numbers, "mae", False),
+    "several labels": (several_labels, "binary_accuracy", True),
+    "autoencoder": (autoencoder, "loss", False),
+    "labels of steps": (sequence_labels, "accuracy", True),
+    "named inputs and outputs": (named_inputs_and_outputs, "loss", False),
+    "datasets of unknown size": (generators, "accuracy", True),
+    "a fixed batch size": (fixed_batches, "accuracy", True),
 }
 
 
@@ -108,18 +191,63 @@ def test_every_kind_of_task_can_be_searched(task, capfd):
     # Validation and test data are the same here, and the file follows the model.
     assert compressed["metric"] == pytest.approx(compressed["validation_metric"])
     assert compressed["tflite_metric"] == pytest.approx(compressed["metric"], abs=0.1)
-    if metric == "accuracy":
+    if metric.endswith("accuracy"):
         assert compressed["accuracy"] == compressed["metric"]
         assert 0.0 <= compressed["accuracy"] <= 1.0
     else:
         assert compressed["accuracy"] is compressed["validation_accuracy"] is None
-        x, y = validation
-        error = float(np.mean((result.model.predict(x, verbose=0) - y) ** 2))
-        assert compressed["metric"] == pytest.approx(error, rel=1e-4)
+        columns = validation if isinstance(validation, tuple) else (validation,)
+        figures = result.model.evaluate(*columns, verbose=0, return_dict=True)
+        assert compressed["metric"] == pytest.approx(figures[metric], rel=1e-4)
     # verbose=0 is silent, on the terminal too.
     captured = capfd.readouterr()
     assert captured.out == ""
     assert "rl_sparsity" not in captured.err
+
+
+def test_class_weights_reach_recovery_and_fine_tuning_but_no_score(monkeypatch):
+    seen = []
+    model, plain_fit = trained(), keras.Model.fit
+
+    def fit(self, x=None, *args, **options):
+        if len(x.element_spec) == 3:  # not the autoencoder's
+            seen.extend((y.numpy(), weights.numpy()) for _, y, weights in x)
+        return plain_fit(self, x, *args, **options)
+
+    monkeypatch.setattr(keras.Model, "fit", fit)
+    table = {0: 1.0, 1: 0.0, 2: 3.0}
+    one = compressor(model, "random")
+    result = search(one, episodes=1, finetune_epochs=1, class_weight=table)
+    assert one.last is not None
+    data = one.last.figures.train
+    pool = [(y.numpy(), weights.numpy()) for _, y, weights in data.pool]
+    assert len(pool) == 3
+    assert seen
+    for y, weights in (*pool, *seen):
+        np.testing.assert_array_equal(weights, [table[label] for label in y])
+    assert all(weights is None for _, _, weights in one.last.figures.validation)
+    monkeypatch.undo()
+    unweighted = search(compressor(trained(), "random"), episodes=1, finetune_epochs=1)
+    before, after = unweighted.model.get_weights(), result.model.get_weights()
+    assert any((a != b).any() for a, b in zip(before, after, strict=True))
+    # The dense model is scored on the same, unweighted rows.
+    dense = [r.metrics["dense"]["metric"] for r in (result, unweighted)]
+    assert dense[0] == dense[1]
+
+
+def test_a_run_continues_only_with_the_same_class_weights(tmp_path):
+    options = {"directory": tmp_path / "run", "recovery": rls.Recovery(method="none")}
+    weights = {0: 1.0, 1: 2.0, 2: 3.0}
+    first = episodes_of(
+        compressor(trained(), "random", **options), episodes=1, class_weight=weights
+    )
+    with pytest.raises(FileExistsError, match=r"differs in class_weight \(\[1"):
+        search(compressor(trained(), "random", **options), episodes=1)
+    again = {2: 3, 1: 2, 0: 1}  # the same in another order
+    journal = episodes_of(
+        compressor(trained(), "random", **options), episodes=1, class_weight=again
+    )
+    assert journal == first
 
 
 def test_a_function_replaces_the_reward():
@@ -162,7 +290,7 @@ class Subclassed(keras.Model):
 
 WRONG_MODELS = {
     "no model": (lambda: "model.keras", r"Received str from module .*Expected a tf_keras model"),
-    "subclass": (Subclassed, r"is a subclass of tf_keras\.Model .*Expected a Sequential or func"),
+    "subclass": (Subclassed, r"is not built: .*Call it once on data, call model"),
     "unbuilt": (lambda: keras.Sequential([layers.Dense(3)]), r"is not built.*model\.build\("),
 }
 
@@ -229,8 +357,18 @@ WRONG_SEARCHES = {
     "test data": ({"test_data": (X, None)}, r"test_data holds None in place of x or y"),
     "labels": (
         {"validation_data": (X, np.eye(3)[Y])},
-        r"loss and metrics cannot be computed on the data: .*Expected labels in the form",
+        r"validation_data has labels of shape \(3,\) per row; .*categorical_crossentropy, or y\.",
     ),
+    "all labels": (
+        {"train": (X, np.append(Y[:-1], 3))},
+        r"train has the label 3 in row 95; the model's output has 3 classes\. Expected integers fr",
+    ),
+    "class_weight": ({"class_weight": {0: 1, 2: 2}}, r"class_weight has the keys \[0, 2\]\. Expec"),
+    "classes": ({"class_weight": {0: 1, 1: 2}}, r"class_weight has 2 classes; the model has 3"),
+    "share": ({"validation_data": 0.2}, r"validation_data is the number 0\.2; .*split the rows"),
+    "no validation labels": ({"validation_data": X}, r"validation_data is a ndarray\. Expected"),
+    "swapped": ({"train": (Y, X)}, r"x and y look swapped"),
+    "sample weights": ({"train": (X, Y, 0.0 * Y)}, r"only sample weights of 0, so no row counts"),
 }
 
 
