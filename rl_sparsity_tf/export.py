@@ -23,7 +23,6 @@ from rl_sparsity_tf.export_precision import in_float32
 from rl_sparsity_tf.export_report import ExportReport, TensorReport, tensor_reports
 from rl_sparsity_tf.files import check_new_file, replacing
 from rl_sparsity_tf.flatbuffer import read_flat_model
-from rl_sparsity_tf.kernels import check_model
 from rl_sparsity_tf.matching import find_variable, kernel_variables, match_kernels
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.recurrent import (
@@ -39,7 +38,7 @@ from rl_sparsity_tf.saved_model import reference_outputs, write_saved_model
 from rl_sparsity_tf.signature import input_specs
 from rl_sparsity_tf.verification import TOLERANCES, Tolerance, verify_outputs, verify_zeros
 from rl_sparsity_tf.weight_only import FLOAT_BITS, quantization_entries
-from rl_sparsity_tf.wrapping import is_wrapped, plan_of, strip
+from rl_sparsity_tf.wrapping import accepted, is_wrapped, plan_of, strip
 
 __all__ = ["ExportReport", "TensorReport", "export_tflite", "predict_tflite", "start_worker"]
 
@@ -236,7 +235,7 @@ def _plain_model(model: Any, plan: Any) -> tuple[keras.Model, Any]:
     if not isinstance(model, keras.Model) and hasattr(model, "model") and hasattr(model, "plan"):
         plan = model.plan if plan is None else plan
         model = model.model
-    check_model(model)
+    model = accepted(model)
     if isinstance(plan, CompressionPlan) and not plan.is_resolved:
         plan = resolve(plan, model)
     if not is_wrapped(model):

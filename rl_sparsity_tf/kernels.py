@@ -142,7 +142,7 @@ def check_model(model: object) -> None:
             f"Model {model.name!r} is not built: its input shape is unknown. Call it once on data, "
             "call model.build(input_shape), or begin it with an Input layer."
         )
-    for _, layer in walk(model):
+    for layer in model._flatten_layers(include_self=False):
         reason = obstacle(layer)
         if reason:
             raise ModelError(f"Model {model.name!r} cannot be compressed as it is: {reason}.")

@@ -68,13 +68,11 @@ def test_layers_with_a_config_are_made_anew(make):
 )
 def test_the_policy_is_kept_and_the_global_one_restored(make, policy):
     before = keras.mixed_precision.global_policy()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keras.mixed_precision, "_unused", None, raising=False)
-        keras.mixed_precision.set_global_policy(policy)
-        try:
-            layer = make()
-        finally:
-            keras.mixed_precision.set_global_policy(before)
+    keras.mixed_precision.set_global_policy(policy)
+    try:
+        layer = make()
+    finally:
+        keras.mixed_precision.set_global_policy(before)
     copied = copy_layer(layer)
     assert copied.dtype_policy.name == policy
     assert keras.mixed_precision.global_policy() is before
