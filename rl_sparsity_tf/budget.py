@@ -28,16 +28,19 @@ class Target:
         Target(sparsity=0.9)
     """
 
-    sparsity: float
+    # The default is refused: Target() is to say what is missing in words of its own.
+    sparsity: float = math.inf
 
     def __post_init__(self) -> None:
         value = self.sparsity
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+        number = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
         if not number or not 0.0 < value < 1.0:
+            given = "" if value is math.inf else f"sparsity={value!r}"
             raise ArgumentError(
-                f"Target(sparsity={value!r}) cannot be met. Expected a number above 0 and below 1: "
-                "the share of weights to become zero, for example 0.9."
+                f"Target({given}) cannot be met. Expected a number above 0 and below 1: "
+                "the share of weights to become zero, for example Target(sparsity=0.9)."
             )
+        object.__setattr__(self, "sparsity", float(value))
 
     def to_dict(self) -> dict[str, Any]:
         """The target's fields."""

@@ -7,14 +7,16 @@ import contextlib
 import io
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
-from rl_sparsity_tf.errors import RLSparsityError
+from rl_sparsity_tf.errors import ArgumentError, RLSparsityError
 from rl_sparsity_tf.version import __version__
 
 _GROUPS = ("element", "block4", "block16", "channel")
+_SMALLEST = {"episodes": 1, "seed": 0, "batch_size": 1, "finetune_epochs": 0}
 _QUANTIZATIONS = ("plan", "none", "dynamic", "int8", "float16")
 
 
@@ -66,6 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--finetune-epochs", type=int, help="epochs of the final fine-tuning (about 1,500 steps)"
     )
     compress.add_argument(
+        "--unroll", action="store_true", help="export recurrent layers without a loop"
+    )
+    compress.add_argument(
         "--loss", help="loss to compile the model with, if it is saved uncompiled"
     )
     compress.add_argument(
@@ -100,9 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     with _quiet():
         try:
+            _check_numbers(options)
             (_demo if options.command == "demo" else _compress)(options)
         except RLSparsityError as error:
-            message = " ".join(str(error).split())
+            message = _in_options(" ".join(str(error).split()), options)
             print(f"rl-sparsity {options.command}: {message}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
@@ -111,9 +117,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _demo(options: argparse.Namespace) -> None:
-    from rl_sparsity_tf.demo import run_demo
+def _check_numbers(options: argparse.Namespace) -> None:
+    # The search checks them as well, but after data and models are loaded, and trained by the demo.
+    for name, smallest in _SMALLEST.items():
+        value = getattr(options, name, None)
+        if value is not None and value < smallest:
+            raise ArgumentError(
+                f"{name}={value} cannot be used. Expected a whole number of at least {smallest}."
+            )
 
+
+def _in_options(message: str, options: argparse.Namespace) -> str:
+    """Says of arguments that can be passed how to pass them here; the demo has fewer of them."""
+    for name in ("overwrite", "trusted"):
+        if hasattr(options, name):
+            message = message.replace(f"{name}=True", f"--{name}")
+        else:
+            message = re.sub(rf",? or pass {name}=True[^.]*", "", message)
+    return message
+
+
+def _check_loss(name: str) -> None:
+    import difflib
+
+    import tf_keras as keras
+
+    try:
+        keras.losses.get(name)
+    except ValueError as error:
+        known = [loss for loss in dir(keras.losses) if loss.islower() and loss[0] != "_"]
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ArgumentError(
+            f"--loss {name} is not known. Expected the name of one of Keras's losses, such as "
+            f"sparse_categorical_crossentropy or mse.{hint}"
+        ) from error
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from rl_sparsity_tf.budget import Target
+    from rl_sparsity_tf.demo import run_demo
+    from rl_sparsity_tf.run_directory import check_unfinished
+
+    # Before the demo trains the network that is to be compressed.
+    Target(sparsity=options.target_sparsity)
+    if options.output is not None:
+        check_unfinished(options.output)
     run_demo(
         options.dataset,
         agent=options.agent,
@@ -136,6 +185,8 @@ def _compress(options: argparse.Namespace) -> None:
     from rl_sparsity_tf.search import Compressor
 
     target = Target(sparsity=options.target_sparsity)
+    if options.loss:
+        _check_loss(options.loss)
     model = load_model(options.model, trusted=options.trusted)
     if options.loss:
         model.compile(loss=options.loss)
@@ -168,6 +219,7 @@ def _compress(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         finetune_epochs=options.finetune_epochs,
         quantization=options.quantization,
+        unroll=options.unroll,
         dataset=data.name,
         overwrite=options.overwrite,
         verbose=options.verbose,

@@ -17,13 +17,12 @@ from rl_sparsity_tf.candidates import Candidate
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.finishing import finish
 from rl_sparsity_tf.metrics import baseline_entry
-from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.reward import bounded
 from rl_sparsity_tf.rules import uniform_plan
-from rl_sparsity_tf.search import Compressor
+from rl_sparsity_tf.search import Compressor, FinishedSearch
 from rl_sparsity_tf.search_loop import SearchLoop
 
 
@@ -60,7 +59,7 @@ def compare(compressor: Compressor, verbose: int = 1) -> list[dict[str, Any]]:
     def add(name: str, candidate: Candidate, evaluations: int) -> None:
         tf.random.set_seed(compressor.seed)
         finished = finish(
-            compressor.model,
+            search.model,
             candidate,
             figures,
             epochs=search.epochs,
@@ -70,7 +69,7 @@ def compare(compressor: Compressor, verbose: int = 1) -> list[dict[str, Any]]:
 
     for name, quantize in (("uniform magnitude", False), ("uniform magnitude int8", True)):
         progress.say(f"fine-tuning and exporting: {name}")
-        add(name, _uniform(compressor, network, quantize, steps), 1)
+        add(name, _uniform(search, compressor, quantize, steps), 1)
 
     network.seen.clear()
     settings = dataclasses.replace(compressor.loop_settings(), agent=Random(), warm_start=False)
@@ -83,11 +82,12 @@ def compare(compressor: Compressor, verbose: int = 1) -> list[dict[str, Any]]:
 
 
 def _uniform(
-    compressor: Compressor, network: CompressedNetwork, quantize: bool, steps: int
+    search: FinishedSearch, compressor: Compressor, quantize: bool, steps: int
 ) -> Candidate:
     """Uniform magnitude pruning, kernel by kernel, with recovery after each."""
+    network = search.network
     network.reset()
-    plan = uniform_plan(compressor.model, compressor.target.sparsity, compressor.group, quantize)
+    plan = uniform_plan(search.model, compressor.target.sparsity, compressor.group, quantize)
     share = -(-steps // len(network.kernels))
     for kernel in network.kernels:
         operations = plan.kernels[kernel.path].operations.reshape(-1)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import tempfile
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.errors import ModelError
+from rl_sparsity_tf.errors import ModelError, RLSparsityError
 from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.signature import input_specs, is_graph, pack_inputs
 from rl_sparsity_tf.sublayers import direct_sublayers, unreachable_sublayers
@@ -38,6 +39,7 @@ def copy_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
         with quiet_tensorflow(), _policy(layer.dtype_policy):
             copied = type(layer).from_config(layer.get_config())
         copied._name = layer.name
+        _copy_vocabulary(layer, copied)
         return copied
     except Exception as error:
         reason = error
@@ -58,10 +60,21 @@ def copy_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
             object.__setattr__(layer, name, value)
 
 
+def _copy_vocabulary(source: keras.layers.Layer, destination: keras.layers.Layer) -> None:
+    """Passes on what `adapt` has learnt, which is neither in the config nor in the weights."""
+    words = getattr(source, "get_vocabulary", None)
+    if words is not None and words(include_special_tokens=False):
+        with tempfile.TemporaryDirectory() as folder:
+            source.save_assets(folder)
+            destination.load_assets(folder)
+
+
 @contextlib.contextmanager
 def _policy(policy: keras.mixed_precision.Policy) -> Iterator[None]:
     before = keras.mixed_precision.global_policy()
-    keras.mixed_precision.set_global_policy(policy)
+    # Lookup layers are integers or text, which a global policy cannot be, and their configs say so.
+    if tf.as_dtype(policy.compute_dtype or "float32").is_floating:
+        keras.mixed_precision.set_global_policy(policy)
     try:
         yield
     finally:
@@ -89,36 +102,72 @@ def rebuild(model: keras.Model, convert: Convert) -> keras.Model:
 
     def visit(layer: keras.layers.Layer) -> keras.layers.Layer:
         if id(layer) not in converted:
-            converted[id(layer)] = (
-                keras.models.clone_model(layer, clone_function=visit)
-                if is_graph(layer)
-                else convert(layer)
-            )
+            if is_graph(layer):
+                converted[id(layer)] = keras.models.clone_model(layer, clone_function=visit)
+            else:
+                with tape.stop_recording():  # copying reads the original's weights
+                    converted[id(layer)] = convert(layer)
         return converted[id(layer)]
 
-    if is_graph(model):
-        # The model's own policy decides whether compile scales the loss.
-        with _policy(model.dtype_policy):
-            rebuilt = keras.models.clone_model(model, clone_function=visit)
-        if not rebuilt.built or not rebuilt.inputs:
-            rebuilt.build(model.input_shape)
-    else:
-        rebuilt = _rebuild_subclassed(model, visit)
+    with tf.GradientTape() as tape:
+        if is_graph(model):
+            rebuilt = _rebuild_graph(model, visit)
+        else:
+            rebuilt = _rebuild_subclassed(model, visit, tape)
+    _check_tracked(model, rebuilt, tape.watched_variables())
     if not model.trainable:  # setting it to True would also thaw layers that are frozen one by one
         rebuilt.trainable = False
     return rebuilt
 
 
-def _rebuild_subclassed(model: keras.Model, visit: Convert) -> keras.Model:
+def _rebuild_graph(model: keras.Model, visit: Convert) -> keras.Model:
+    try:
+        # The model's own policy decides whether compile scales the loss.
+        with _policy(model.dtype_policy):
+            rebuilt = keras.models.clone_model(model, clone_function=visit)
+        if not rebuilt.built or not rebuilt.inputs:
+            rebuilt.build(model.input_shape)
+    except RLSparsityError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"The model {model.name!r} cannot be rebuilt layer by layer ({one_line(error)}). Let "
+            "it use weights only in the layers that own them, and give each layer class a "
+            "get_config() that returns every argument of its __init__."
+        ) from error
+    return rebuilt
+
+
+def _check_tracked(model: keras.Model, rebuilt: keras.Model, read: Sequence[tf.Variable]) -> None:
+    """Raises if a copy reads variables that are no weights of it: new ones, or the original's."""
+    recurrent = [
+        layer for layer in rebuilt._flatten_layers() if isinstance(layer, keras.layers.RNN)
+    ]
+    states = tf.nest.flatten([layer.states for layer in recurrent if layer.stateful])
+    # Vocabularies are among the weights without being variables.
+    known = {id(getattr(weight, "handle", None)) for weight in [*rebuilt.weights, *states]}
+    hidden = [variable.name for variable in read if id(variable.handle) not in known]
+    if hidden:
+        raise ModelError(
+            f"The model {model.name!r} ({type(model).__name__}) uses weights that Keras does not "
+            f"track where they are used ({', '.join(hidden)}), so a copy would not have them. Keep "
+            "layers in attributes, or in lists or dicts there, and not in sets or functions; use "
+            "a weight only in the layer that owns it."
+        )
+
+
+def _rebuild_subclassed(model: keras.Model, visit: Convert, tape: tf.GradientTape) -> keras.Model:
     kind = type(model).__name__
     if unreachable_sublayers(model):
         names = [layer.name for layer in unreachable_sublayers(model)]
         raise ModelError(
             f"The layers {names} of the model {model.name!r} ({kind}) are in no attribute, list or "
-            "dict of it, so they cannot be exchanged. Keep them in attributes of the model."
+            "dict of it (by text keys without '/'), so they cannot be exchanged. Keep them in "
+            "attributes of the model."
         )
     try:
-        with quiet_tensorflow(), _policy(model.dtype_policy):
+        # Its layers of its own making are thrown away; what they read does not matter.
+        with quiet_tensorflow(), _policy(model.dtype_policy), tape.stop_recording():
             shell = type(model).from_config(model.get_config())
         shell._name = model.name
         for name, value in list(vars(model).items()):
@@ -129,7 +178,7 @@ def _rebuild_subclassed(model: keras.Model, visit: Convert) -> keras.Model:
             elif name not in _keras_attributes() and _differs(value, vars(shell).get(name)):
                 setattr(shell, name, copy.deepcopy(value))
         _call_once(shell, model)
-    except ModelError:
+    except RLSparsityError:
         raise
     except Exception as error:
         raise ModelError(
@@ -206,8 +255,7 @@ def copy_weights(
     Raises:
         ModelError: If the weights differ in number or shape, as when two layers share a variable.
     """
-    ours, theirs = destination.weights, source.weights
-    if [tuple(weight.shape) for weight in ours] != [tuple(weight.shape) for weight in theirs]:
+    if _shapes(destination) != _shapes(source):
         raise ModelError(
             f"A copy of the {what} {source.name!r} of class {type(source).__name__} has other "
             f"weights ({_shapes(destination)}) than itself ({_shapes(source)}). Give its class a "
@@ -241,7 +289,9 @@ def _copy_trainable(source: keras.layers.Layer, destination: keras.layers.Layer)
 
 
 def _shapes(layer: keras.layers.Layer) -> str:
-    return ", ".join(str(tuple(weight.shape)) for weight in layer.weights) or "none"
+    # Vocabularies are among the weights and have no shape.
+    shapes = [str(tuple(weight.shape)) for weight in layer.weights if hasattr(weight, "shape")]
+    return ", ".join(shapes) or "none"
 
 
 def one_line(error: BaseException) -> str:

@@ -8,18 +8,35 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError
+
+
+def as_path(name: str, value: Any, expected: str) -> Path:
+    """Turns an argument into a path.
+
+    Args:
+        name: The argument's name.
+        value: What was given for it.
+        expected: What should have been, for the error.
+
+    Raises:
+        ArgumentError: If it is no path.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise ArgumentError(f"{name}={value!r} is a {type(value).__name__}. Expected {expected}.")
+    return Path(value)
 
 
 def check_new_file(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
     """Checks that a file can be written, before any work is done for it.
 
     Raises:
-        ArgumentError: If the parent folder is missing or the path is a folder.
+        ArgumentError: If there is no path, the parent folder is missing or the path is a folder.
         FileExistsRLSparsityError: If the file exists and `overwrite` is false.
     """
-    path = Path(path)
+    path = as_path("path", path, "the name of a file to write")
     if path.is_dir():
         raise ArgumentError(f"{str(path)!r} is a folder. Expected the name of a file to write.")
     if not path.parent.is_dir():

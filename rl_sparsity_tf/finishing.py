@@ -21,6 +21,7 @@ from rl_sparsity_tf.mask_training import finetune
 from rl_sparsity_tf.objective import Evaluator, Metric, Score, search_compile_arguments
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
+from rl_sparsity_tf.signature import flat_inputs
 from rl_sparsity_tf.wrapping import plan_of, strip, wrap
 
 _REPRESENTATIVE_ROWS = 512
@@ -76,10 +77,10 @@ class Figures:
     test: list[Batch] | None
     metric: Metric
 
-    def representative(self) -> Any:
-        """Training inputs for calibration and verification."""
-        rows = inputs_of(self.train.pool[:4])
-        return tf.nest.map_structure(lambda part: part[:_REPRESENTATIVE_ROWS], rows)
+    def representative(self, model: keras.Model) -> tuple[np.ndarray, ...]:
+        """Training inputs for calibration and verification, one array per input of a model."""
+        rows = flat_inputs(model, inputs_of(self.train.pool[:4]))
+        return tuple(part[:_REPRESENTATIVE_ROWS] for part in rows)
 
 
 def finish(
@@ -129,7 +130,7 @@ def export_and_score(
     with tempfile.TemporaryDirectory(prefix="rl_sparsity_") as folder:
         path = Path(folder) / "model.tflite"
         report = export_tflite(
-            model, path, quantization, plan=plan, representative_data=figures.representative()
+            model, path, quantization, plan=plan, representative_data=figures.representative(model)
         )
         test = score_tflite(path, model, figures.test, figures.metric) if figures.test else None
         return Exported(content=path.read_bytes(), report=report, test=test)
@@ -137,10 +138,10 @@ def export_and_score(
 
 def score_tflite(path: Path, model: keras.Model, batches: list[Batch], metric: Metric) -> Score:
     """Scores a .tflite file with the loss and metrics that a Keras model is compiled with."""
-    inputs = inputs_of(batches)
-    if isinstance(inputs, dict):
-        inputs = [inputs[name] for name in model.input_names]
-    outputs = predict_tflite(path, list(inputs) if isinstance(inputs, tuple) else inputs)
+    predicted = predict_tflite(path, flat_inputs(model, inputs_of(batches)))
+    outputs = predicted if isinstance(predicted, list) else [predicted]
+    # The file lists its outputs; loss and metrics want them as the model arranges them.
+    arranged = model(tf.nest.map_structure(lambda part: part[:1], batches[0][0]), training=False)
     judge = strip(model)
     judge.compile(**search_compile_arguments(model, 1e-3))
     judge.reset_metrics()
@@ -149,9 +150,8 @@ def score_tflite(path: Path, model: keras.Model, batches: list[Batch], metric: M
     start = 0
     for x, y, weights in batches:
         rows = len(tf.nest.flatten(x)[0])
-        part = tf.nest.map_structure(
-            lambda output, a=start, b=start + rows: tf.constant(output[a:b]), outputs
-        )
+        flat = [tf.constant(output[start : start + rows]) for output in outputs]
+        part = tf.nest.pack_sequence_as(arranged, flat)
         value = judge.compute_loss(x, y, part, weights)
         logs = judge.compute_metrics(x, y, part, weights)
         loss, total, start = loss + float(value) * rows, total + rows, start + rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -126,16 +127,12 @@ def check_model(model: object) -> None:
         ModelError: Saying what was received, what was expected and how to mend it.
     """
     if not isinstance(model, keras.Model):
-        module = type(model).__module__ or ""
-        hint = ""
-        if module.startswith("keras."):
-            hint = (
-                " This is a Keras 3 object: build or load the model with tf_keras, or set "
-                "TF_USE_LEGACY_KERAS=1 before TensorFlow is imported."
-            )
+        received = f"{type(model).__name__} from module {type(model).__module__!r}"
+        if isinstance(model, type):
+            received = f"the class {model.__name__}"
         raise ModelError(
-            f"Received {type(model).__name__} from module {module!r}. Expected a tf_keras model "
-            f"(tf_keras.Sequential or tf_keras.Model).{hint}"
+            f"Received {received}. Expected a tf_keras model (tf_keras.Sequential or "
+            f"tf_keras.Model).{_way_to_a_model(model)}"
         )
     if not model.built or not input_specs(model):
         raise ModelError(
@@ -148,6 +145,31 @@ def check_model(model: object) -> None:
             raise ModelError(f"Model {model.name!r} cannot be compressed as it is: {reason}.")
 
 
+def _way_to_a_model(received: object) -> str:
+    """How to make a model of what was given in its place, if that can be told."""
+    if isinstance(received, type):
+        return f" Make one of it: {received.__name__}(...)."
+    if (type(received).__module__ or "").startswith("keras."):
+        return (
+            " This is a Keras 3 object: build or load the model with tf_keras, or set "
+            "TF_USE_LEGACY_KERAS=1 before TensorFlow is imported."
+        )
+    if isinstance(received, str | os.PathLike):
+        path = os.fspath(received)
+        if str(path).endswith(".tflite"):
+            return " A .tflite file cannot be turned back into one: load what it was made from."
+        return f" Load it first: rl_sparsity_tf.load_model({path!r})."
+    if isinstance(received, keras.layers.Layer):
+        return " Put the layer into one: tf_keras.Sequential([Input(shape), layer])."
+    return ""
+
+
+def rank_of(weight: object) -> int:
+    """A weight's number of axes; 0 for vocabularies, which are among the weights and have none."""
+    shape = getattr(weight, "shape", None)
+    return 0 if shape is None else shape.rank or 0
+
+
 def count_weights(model: keras.Model) -> tuple[int, int]:
     """Counts `(zeros, elements)` over all weights of rank >= 2, each variable once.
 
@@ -158,7 +180,7 @@ def count_weights(model: keras.Model) -> tuple[int, int]:
     layers = [unwrapped(layer) for _, layer in walk(model)]
     own = () if is_graph(model) else model._trainable_weights + model._non_trainable_weights
     for variable in itertools.chain(*(layer.weights for layer in layers), own):
-        if variable.shape.rank is None or variable.shape.rank < 2 or id(variable) in seen:
+        if rank_of(variable) < 2 or id(variable) in seen:
             continue
         seen.add(id(variable))
         value = np.asarray(variable)

@@ -17,7 +17,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.errors import PlanError, did_you_mean
 from rl_sparsity_tf.flatbuffer import FlatTensor
-from rl_sparsity_tf.kernels import find_kernels, walk
+from rl_sparsity_tf.kernels import find_kernels, rank_of, walk
 
 # A tensor at most this far from a kernel (relative to the kernel's norm) is the kernel itself, no
 # batch normalisation folded in. Rounding to 4 bits moves a kernel by up to about 0.15.
@@ -71,7 +71,7 @@ def kernel_variables(model: keras.Model) -> dict[str, tf.Variable]:
     # A subclassed model, walked last, may own weights that none of its layers does.
     for layer_path, layer in (*walk(model), (model.name, model)):
         for variable in layer.weights:
-            if id(variable) in seen or (variable.shape.rank or 0) < 2:
+            if id(variable) in seen or rank_of(variable) < 2:
                 continue
             seen.add(id(variable))
             own = variable.name.split(":")[0].removeprefix(f"{layer.name}/")

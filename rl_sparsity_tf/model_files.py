@@ -27,6 +27,7 @@ from tf_keras.protobuf import saved_metadata_pb2
 # Importing it registers the wrapper, so that wrapped models can be read back.
 import rl_sparsity_tf.wrapper  # noqa: F401
 from rl_sparsity_tf.errors import ModelError
+from rl_sparsity_tf.files import as_path
 
 _CLASS_ROOTS = (
     "keras",
@@ -81,6 +82,7 @@ def load_model(path: str | os.PathLike[str], *, trusted: bool = False) -> keras.
         The model, compiled if it was saved compiled.
 
     Raises:
+        ArgumentError: If `path` is no path.
         ModelError: If there is no model at the path, it is damaged, of a foreign format, written
             by Keras 3, or would run code.
 
@@ -88,7 +90,7 @@ def load_model(path: str | os.PathLike[str], *, trusted: bool = False) -> keras.
         >>> model.save("model.keras")
         >>> model = load_model("model.keras")
     """
-    path = Path(path)
+    path = as_path("path", path, _FORMATS)
     configs = _read_configs(path)
     if not trusted:
         reason = next(iter(_foreign(configs)), None) or _foreign_op(path)

@@ -24,6 +24,7 @@ from rl_sparsity_tf.operations import Operation, stored_as_integers
 from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
 from rl_sparsity_tf.reward import Outcome
 from rl_sparsity_tf.statistics import KernelStatistics, StatisticsCollector
+from rl_sparsity_tf.sublayers import all_layers
 from rl_sparsity_tf.wrapper import unwrapped
 from rl_sparsity_tf.wrapping import wrap
 
@@ -108,7 +109,7 @@ class CompressedNetwork:
         seed: Seed of the autoencoder.
 
     Raises:
-        ModelError: If nothing can be compressed or the model is not compiled.
+        ModelError: If nothing can be compressed, the model is not compiled or holds NaN.
         TargetError: If the target is out of reach.
     """
 
@@ -126,6 +127,7 @@ class CompressedNetwork:
     ):
         self.recovery = recovery or Recovery()
         arguments = search_arguments(model, self.recovery.learning_rate)
+        _check_finite(model)
         self.model = wrap(model, group=group)
         _prepare_for_short_recovery(self.model)
         self.model.compile(**arguments)
@@ -155,7 +157,7 @@ class CompressedNetwork:
         self._collector = StatisticsCollector(self.model)
         self.model.optimizer.build(self.model.trainable_variables)
         self._train_function = tf.function(
-            lambda x, y, weights: self.model.train_step((x, y, weights))["loss"]
+            lambda x, y, weights: self.model.train_step((x, y, weights))
         )
         self.originals = {kernel.path: kernel.matrix().copy() for kernel in self.kernels}
         self.autoencoder = WeightAutoencoder(self.originals, seed=seed)
@@ -325,11 +327,24 @@ class CompressedNetwork:
         return {path: unwrapped(layer).get_weights() for path, layer in walk(self.model)}
 
 
+def _check_finite(model: keras.Model) -> None:
+    for weight in model.weights:
+        if weight.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(weight))):
+            raise ModelError(
+                f"The weight {weight.name!r} of model {model.name!r} holds NaN or infinite values. "
+                "Expected a trained model: train it again, with a smaller learning rate if the "
+                "loss became NaN, or load a checkpoint from before."
+            )
+
+
 def _prepare_for_short_recovery(model: keras.Model) -> None:
     """Switches noise off, and lets batch-norm statistics follow within a few steps."""
     layers = keras.layers
-    for layer in model.submodules:
-        if isinstance(layer, layers.Dropout | layers.GaussianDropout | layers.AlphaDropout):
+    for layer in all_layers(model):
+        # Recurrent cells; their layers only pass the rates on.
+        if hasattr(layer, "recurrent_dropout") and not isinstance(layer, layers.RNN):
+            layer.dropout = layer.recurrent_dropout = 0.0
+        elif isinstance(layer, layers.Dropout | layers.GaussianDropout | layers.AlphaDropout):
             layer.rate = 0.0
         elif isinstance(layer, layers.GaussianNoise):
             layer.stddev = 0.0

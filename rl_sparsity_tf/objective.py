@@ -139,6 +139,11 @@ def choose_metric(
         ) from error
     finally:
         model.reset_metrics()
+    if "loss" not in names:
+        raise ModelError(
+            f"The test_step of {type(model).__name__} returns {names} and no 'loss', which plans "
+            "are compared by. Let it return the loss under that name, as Keras's own does."
+        )
     figures = [name for name in names if name != "loss" and not name.endswith("_loss")]
     direction = None
     if isinstance(wanted, tuple) and len(wanted) == 2:
@@ -152,7 +157,10 @@ def choose_metric(
         raise ArgumentError(
             f"metric={wanted!r} is not among the model's metrics. {did_you_mean(wanted, names)}"
         )
-    if wanted is None and (_has_several_outputs(model) or _has_soft_binary_labels(model, batch)):
+    accuracy = bool(figures) and "acc" in figures[0]
+    if wanted is None and (
+        _has_several_outputs(model) or (accuracy and _has_soft_binary_labels(model, batch))
+    ):
         figures = []
     name = str(wanted) if wanted is not None else (figures[0] if figures else "loss")
     if direction is not None:

@@ -10,14 +10,13 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from rl_sparsity_tf.errors import PlanError, did_you_mean
-from rl_sparsity_tf.files import check_new_file, write_text
+from rl_sparsity_tf.files import as_path, check_new_file, write_text
 from rl_sparsity_tf.grouping import GROUPS, Grouping
 from rl_sparsity_tf.kernel_rule import KernelRule
 from rl_sparsity_tf.kernel_spec import KernelSpec
@@ -199,7 +198,12 @@ class CompressionPlan:
 
     def __init__(self, kernels: Iterable[KernelPlan | KernelRule] = ()):
         entries: dict[str, Any] = {}
-        for kernel in kernels:
+        for kernel in kernels if isinstance(kernels, Iterable) else [kernels]:
+            if not isinstance(kernel, KernelPlan | KernelRule):
+                raise PlanError(
+                    f"A CompressionPlan was given {_short(kernel)}. Expected KernelPlan and "
+                    "KernelRule objects; CompressionPlan.from_dict reads what to_dict wrote."
+                )
             if kernel.path in entries:
                 raise PlanError(
                     f"The plan has two entries for {kernel.path!r}. Expected one per kernel."
@@ -331,13 +335,15 @@ class CompressionPlan:
         """Reads a plan's JSON file.
 
         Raises:
+            ArgumentError: If `path` is no path.
             PlanError: If the file is missing, unreadable or no plan.
         """
+        path = as_path("path", path, "the path of a JSON file written by plan.save")
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(
-                f"The plan {os.fspath(path)!r} cannot be read ({error}). Expected a JSON file "
+                f"The plan {str(path)!r} cannot be read ({error}). Expected a JSON file "
                 "written by plan.save."
             ) from error
         return cls.from_json(text)

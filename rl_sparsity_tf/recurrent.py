@@ -9,6 +9,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.signature import input_specs
+from rl_sparsity_tf.wrapping import strip
 
 _CONVOLUTIONAL = (keras.layers.ConvLSTM1D, keras.layers.ConvLSTM2D, keras.layers.ConvLSTM3D)
 
@@ -90,6 +91,23 @@ def check_unroll(model: keras.Model) -> None:
             f"shape {(None, *ragged[0].shape)}. Build the model with Input((steps, ...)), or pass "
             "batch_size=1 instead of unroll=True."
         )
+
+
+def unrolled_copy(model: keras.Model) -> keras.Model:
+    """A copy of a model whose recurrent layers have no loop, in Keras too.
+
+    Their kernels then are those of dense operators, which TFLite can store as integers.
+
+    Raises:
+        ArgumentError: If the model has no recurrent layer or one cannot be unrolled.
+    """
+    check_unroll(model)
+    copy = strip(model)
+    for layer in looping_layers(copy):
+        layer.unroll = True
+        if hasattr(layer, "_could_use_gpu_kernel"):
+            layer._could_use_gpu_kernel = False
+    return copy
 
 
 @contextlib.contextmanager

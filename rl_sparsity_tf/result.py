@@ -73,6 +73,8 @@ class Result:
         quantization: str | None = None,
         *,
         overwrite: bool = False,
+        batch_size: int | None = None,
+        unroll: bool = False,
     ) -> ExportReport:
         """Writes the verified .tflite file, or makes one in another mode.
 
@@ -80,21 +82,26 @@ class Result:
             path: Where to write.
             quantization: A mode of `export_tflite`; by default the file that the search made.
             overwrite: Whether an existing file may be replaced.
+            batch_size: Fixes the batch size of the file, as `export_tflite` does.
+            unroll: Writes recurrent layers without a loop, as `export_tflite` does.
 
         Returns:
             The file's report.
         """
-        if quantization in (None, self.report.quantization):
+        same_mode = quantization in (None, self.report.quantization)
+        if same_mode and batch_size in (None, self.report.batch_size) and not unroll:
             with replacing(check_new_file(path, overwrite)) as temporary:
                 temporary.write_bytes(self._tflite)
             return dataclasses.replace(self.report, path=os.fspath(path))
         return export_tflite(
             self.model,
             path,
-            quantization,
+            quantization or self.report.quantization,
             plan=self.plan,
-            representative_data=self.figures.representative(),
+            representative_data=self.figures.representative(self.model),
             overwrite=overwrite,
+            batch_size=batch_size,
+            unroll=unroll,
         )
 
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:

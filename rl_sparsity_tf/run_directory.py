@@ -16,7 +16,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError, RunError
-from rl_sparsity_tf.files import replacing, sha256_of, write_text
+from rl_sparsity_tf.files import as_path, replacing, sha256_of, write_text
 from rl_sparsity_tf.kernels import walk
 
 FORMAT_VERSION = 1
@@ -103,15 +103,9 @@ class RunDirectory:
         self.resumed = present and self._continues(self._wanted, overwrite)
 
     def _continues(self, wanted: Mapping[str, Any], overwrite: bool) -> bool:
-        manifest = self.path / "manifest.json"
-        if not manifest.is_file():
-            # Never delete what is not ours, not even when asked to overwrite.
-            raise FileExistsRLSparsityError(
-                f"The folder {str(self.path)!r} is not empty and holds no run of this package. "
-                "Choose another folder, or empty it."
-            )
+        _check_is_run(self.path)
         try:
-            found = json.loads(manifest.read_text(encoding="utf-8"))
+            found = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
             version = found["format_version"]
             differences = _differences(found, wanted)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -123,11 +117,7 @@ class RunDirectory:
             ) from error
         if overwrite:
             return False
-        if (self.path / "metrics.json").exists():
-            raise FileExistsRLSparsityError(
-                f"The folder {str(self.path)!r} holds a finished run. Choose another folder, or "
-                "pass overwrite=True to replace it."
-            )
+        _check_is_unfinished(self.path)
         if version != FORMAT_VERSION or differences:
             what = ", ".join(differences) or f"format_version {version}"
             raise FileExistsRLSparsityError(
@@ -223,7 +213,7 @@ RESULT_FILES = ("model.keras", "model.tflite", "plan.json", "metrics.json", "his
 
 def check_directory(path: str | os.PathLike[str]) -> Path:
     """Raises unless a folder exists or can be made at `path`."""
-    path = Path(path)
+    path = as_path("directory", path, "the path of a folder to write to")
     if path.exists() and not path.is_dir():
         raise ArgumentError(f"{str(path)!r} is a file. Expected a folder to write to.")
     if not path.absolute().parent.is_dir():
@@ -232,6 +222,36 @@ def check_directory(path: str | os.PathLike[str]) -> Path:
             f"choose another place for {path.name!r}."
         )
     return path
+
+
+def check_unfinished(path: str | os.PathLike[str]) -> None:
+    """Raises unless a run can begin or go on in a folder, as far as its arguments allow it.
+
+    Raises:
+        ArgumentError: If no folder can be made there.
+        FileExistsRLSparsityError: If the folder holds a finished run or something else.
+    """
+    folder = check_directory(path)
+    if folder.is_dir() and any(folder.iterdir()):
+        _check_is_run(folder)
+        _check_is_unfinished(folder)
+
+
+def _check_is_run(folder: Path) -> None:
+    if not (folder / "manifest.json").is_file():
+        # Never delete what is not ours, not even when asked to overwrite.
+        raise FileExistsRLSparsityError(
+            f"The folder {str(folder)!r} is not empty and holds no run of this package. "
+            "Choose another folder, or empty it."
+        )
+
+
+def _check_is_unfinished(folder: Path) -> None:
+    if (folder / "metrics.json").exists():
+        raise FileExistsRLSparsityError(
+            f"The folder {str(folder)!r} holds a finished run. Choose another folder, or "
+            "pass overwrite=True to replace it."
+        )
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

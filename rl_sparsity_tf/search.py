@@ -28,6 +28,7 @@ from rl_sparsity_tf.metrics import build_metrics
 from rl_sparsity_tf.network import CompressedNetwork, Recovery
 from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.quiet import quiet_tensorflow
+from rl_sparsity_tf.recurrent import unrolled_copy
 from rl_sparsity_tf.result import Result
 from rl_sparsity_tf.reward import Reward, RewardFunction
 from rl_sparsity_tf.run_directory import (
@@ -46,7 +47,8 @@ class Compressor:
     """Compresses a trained model to a target by reinforcement learning.
 
     Args:
-        model: A built and compiled Sequential or functional `tf_keras` model. It is not changed.
+        model: A built and compiled `tf_keras` model: Sequential, functional, or subclassed with its
+            layers in attributes. It is not changed.
         target: What to reach.
         agent: `"dqn"`, `"ppo"`, `"random"` (a baseline), or a configuration such as
             `rls.DQN(learning_rate=1e-3)`.
@@ -123,6 +125,7 @@ class Compressor:
         quantization: str = "plan",
         validation_rows: int = 2000,
         class_weight: dict[int, float] | None = None,
+        unroll: bool = False,
         dataset: str | None = None,
         overwrite: bool = False,
         verbose: int = 1,
@@ -148,6 +151,9 @@ class Compressor:
             class_weight: `{class: weight}` as `fit` takes it, for models with one output: how
                 much the training rows of each class count, in recoveries and the fine-tuning.
                 Validation and test data are not weighted.
+            unroll: Compresses and exports the recurrent layers without a loop: their kernels can
+                then be stored as int8 and the file's batch size stays open, but the file grows
+                with the number of time steps, which has to be fixed.
             dataset: Name of the data, for metrics.json.
             overwrite: Whether a run in `directory` may be replaced.
             verbose: 0 silent, 1 a progress display, 2 a line per episode.
@@ -177,13 +183,14 @@ class Compressor:
         from rl_sparsity_tf.search_loop import SearchLoop
 
         started = time.monotonic()
+        model = unrolled_copy(self.model) if _check_flag("unroll", unroll) else self.model
         # A shuffled dataset's order also depends on the global seed at the time it is made.
         tf.random.set_seed(self.seed)
         data = training_data(
-            train, self.model, batch_size=batch_size, seed=self.seed, class_weight=table
+            train, model, batch_size=batch_size, seed=self.seed, class_weight=table
         )
-        validation = evaluation_data(validation_data, self.model, "validation_data")
-        test = None if test_data is None else evaluation_data(test_data, self.model, "test_data")
+        validation = evaluation_data(validation_data, model, "validation_data")
+        test = None if test_data is None else evaluation_data(test_data, model, "test_data")
         epochs = default_epochs(data) if finetune_epochs is None else finetune_epochs
         arguments = {
             "episodes": episodes,
@@ -191,13 +198,14 @@ class Compressor:
             "validation_rows": validation_rows,
             "quantization": quantization,
             "class_weight": table,
+            "unroll": unroll,
         }
-        run = self._open_run(data, validation, test, arguments, overwrite)
+        run = self._open_run(model, data, validation, test, arguments, overwrite)
         start_worker()  # its imports overlap the search
         network = CompressedNetwork(
-            self.model,
+            model,
             data,
-            sample_rows(validation, validation_rows, seed=self.seed, fixed=fixed_batch(self.model)),
+            sample_rows(validation, validation_rows, seed=self.seed, fixed=fixed_batch(model)),
             target=self.target,
             group=self.group,
             recovery=self.recovery,
@@ -212,12 +220,12 @@ class Compressor:
         figures = Figures(train=data, validation=validation, test=test, metric=network.metric)
         progress.say(f"fine-tuning the best plan (episode {best.episode + 1}) and exporting it")
         tf.random.set_seed(self.seed)
-        finished = finish(self.model, best, figures, epochs=epochs, quantization=quantization)
+        finished = finish(model, best, figures, epochs=epochs, quantization=quantization)
         metrics = build_metrics(
             finished=finished,
-            dense=export_and_score(self.model, None, figures, "none"),
-            dense_int8=export_dense_int8(self.model, figures),
-            dense_test=score(self.model, test, network.metric) if test else None,
+            dense=export_and_score(model, None, figures, "none"),
+            dense_int8=export_dense_int8(model, figures),
+            dense_test=score(model, test, network.metric) if test else None,
             metric=network.metric,
             agent=self.agent.name,
             seed=self.seed,
@@ -228,7 +236,7 @@ class Compressor:
             dataset=dataset,
         )
         result = Result(
-            dense=self.model,
+            dense=model,
             finished=finished,
             metrics=metrics,
             history=loop.history,
@@ -238,6 +246,7 @@ class Compressor:
         if run is not None:
             result.write_files(run.path)
         self.last = FinishedSearch(
+            model=model,
             network=network,
             loop=loop,
             figures=figures,
@@ -262,6 +271,7 @@ class Compressor:
 
     def _open_run(
         self,
+        model: keras.Model,
         data: TrainingData,
         validation: list[Any],
         test: list[Any] | None,
@@ -284,9 +294,9 @@ class Compressor:
             "warm_start": self.warm_start,
             **search_arguments,
         }
-        compiled = compile_arguments(self.model) or {}
+        compiled = compile_arguments(model) or {}
         fingerprints = {
-            "model": model_fingerprint(self.model),
+            "model": model_fingerprint(model),
             "loss": _name_of(compiled.get("loss")),
             "train": data_fingerprint(data.pool),
             "validation_data": data_fingerprint(validation),
@@ -300,6 +310,7 @@ class FinishedSearch:
     """What a search leaves behind for contenders to be run under the same conditions.
 
     Attributes:
+        model: The model that was compressed, unrolled if that was asked for.
         network: The network, with its cached data and traced functions.
         loop: The episodes.
         figures: Data and metric.
@@ -309,6 +320,7 @@ class FinishedSearch:
         quantization: How it was exported.
     """
 
+    model: keras.Model
     network: CompressedNetwork
     loop: SearchLoop
     figures: Figures
@@ -329,6 +341,12 @@ def _check_type(name: str, value: object, expected: type, example: str) -> None:
             f"{name}={value!r} is a {type(value).__name__}. Expected a {expected.__name__}, for "
             f"example {example}."
         )
+
+
+def _check_flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ArgumentError(f"{name}={value!r} cannot be used. Expected True or False.")
+    return bool(value)
 
 
 def _check_count(name: str, value: object, smallest: int) -> int:

@@ -85,6 +85,21 @@ def pack_inputs(model: keras.Model, arrays: Sequence[Any]) -> Any:
     return tf.nest.pack_sequence_as(_subclassed_structure(model), list(arrays))
 
 
+def flat_inputs(model: keras.Model, x: Any) -> list[Any]:
+    """Lists a model's inputs, given as an array, a list or tuple, or a dict by name.
+
+    Args:
+        model: A built model.
+        x: The x of `(x, y)`.
+
+    Returns:
+        One array or tensor per entry of [input_specs][]. Other entries of a dict are left out.
+    """
+    if isinstance(x, dict):
+        return [x[spec.name] for spec in input_specs(model)]
+    return list(x) if isinstance(x, list | tuple) else [x]
+
+
 def _subclassed_structure(model: keras.Model) -> Any:
     spec = getattr(model, "_saved_model_inputs_spec", None)
     if spec is not None:

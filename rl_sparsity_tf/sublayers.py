@@ -21,6 +21,14 @@ def direct_sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     return list(layer._flatten_layers(recursive=False, include_self=False))
 
 
+def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """A layer and the layers inside it, at any depth, each once.
+
+    Unlike `submodules`, which stumbles over the caches of recurrent layers with dropout.
+    """
+    return list({id(found): found for found in layer._flatten_layers()}.values())
+
+
 def named_sublayers(layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
     """Yields `(path, sublayer)` of the direct sublayers that an attribute leads to, each once."""
     wanted = {id(sublayer) for sublayer in direct_sublayers(layer)}

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from rl_sparsity_tf.export_modes import INTEGER_MODES
 from rl_sparsity_tf.kernel_spec import KernelSpec
-from rl_sparsity_tf.kernels import Kernel, check_model, find_kernels, walk
+from rl_sparsity_tf.kernels import Kernel, check_model, find_kernels, rank_of, walk
 from rl_sparsity_tf.registry import registered_base
 from rl_sparsity_tf.sublayers import unreachable_sublayers
 from rl_sparsity_tf.wrapper import unwrapped
@@ -77,7 +77,7 @@ def support_report(model: keras.Model) -> list[LayerReport]:
     for path, layer in walk(model):
         inner = unwrapped(layer)
         own = [kernel for kernel in kernels if kernel.layer is inner]
-        weights = sum(int(w.shape.num_elements()) for w in inner.weights if w.shape.rank >= 2)
+        weights = sum(int(w.shape.num_elements()) for w in inner.weights if rank_of(w) >= 2)
         reports.append(
             LayerReport(
                 path,
@@ -138,7 +138,7 @@ def _rest(layer: keras.layers.Layer, left: int) -> bool:
     biases = sum(
         int(weight.shape.num_elements())
         for weight in layer.weights
-        if weight.shape.rank >= 2 and weight.name.split(":")[0].endswith("bias")
+        if rank_of(weight) >= 2 and weight.name.split(":")[0].endswith("bias")
     )
     return left > biases
 

@@ -370,10 +370,10 @@ class CompressionWrapper(keras.layers.Wrapper):
         inner = config["layer"]
         if "module" not in inner:
             return super().from_config(config, custom_objects)
-        # The wrapper builds its layer itself; the shape that is noted need not be the layer's input.
+        # The wrapper builds its layer; the shape noted need not be that of the layer's input.
         unbuilt = {name: value for name, value in inner.items() if name != "build_config"}
         rest = {name: value for name, value in config.items() if name != "layer"}
-        return cls(keras.saving.deserialize_keras_object(unbuilt, custom_objects), **rest)
+        return cls(keras.layers.deserialize(unbuilt, custom_objects), **rest)
 
 
 def unwrapped(layer: keras.layers.Layer) -> keras.layers.Layer:

@@ -10,8 +10,8 @@ from zoo import layers
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.copying import copy_layer, copy_weights, one_line
-from rl_sparsity_tf.kernels import find_kernels
-from rl_sparsity_tf.rules import KernelRule
+from rl_sparsity_tf.kernels import find_kernels, sparsity_of
+from rl_sparsity_tf.rules import KernelRule, uniform_plan
 
 LINKS = ("_inbound_nodes", "_outbound_nodes")
 
@@ -185,6 +185,99 @@ def test_layers_that_share_a_variable_are_refused():
     assert len(find_kernels(model)) == 1
     with pytest.raises(rls.ModelError, match=r"share weights.*Share the whole layer instead"):
         rls.wrap(model)
+
+
+def adapted(layer, data):
+    layer.adapt(data)
+    return layer
+
+
+WORDS = np.array([["a d"], ["c b"], ["a zebra"]])
+NUMBERS = np.random.default_rng(1).normal(5, 3, (40, 2)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        (lambda: [adapted(layers.Normalization(), NUMBERS)], NUMBERS),
+        (
+            lambda: [adapted(layers.Discretization(num_bins=4), NUMBERS), layers.Embedding(9, 3)],
+            NUMBERS,
+        ),
+        (
+            lambda: [
+                adapted(layers.TextVectorization(output_sequence_length=3), ["a b", "c d a", "a"]),
+                layers.Embedding(9, 3),
+            ],
+            WORDS,
+        ),
+        (lambda: [adapted(layers.StringLookup(output_mode="multi_hot"), ["a d", "x"])], WORDS),
+        (
+            lambda: [
+                adapted(layers.TextVectorization(output_mode="tf_idf"), ["a b", "c d a", "a"]),
+            ],
+            WORDS,
+        ),
+    ],
+)
+def test_what_a_layer_has_adapted_to_is_kept(make, x):
+    start = keras.Input(
+        x.shape[1:], dtype=tf.as_dtype(x.dtype) if x.dtype.kind == "f" else "string"
+    )
+    model = keras.Sequential([start, *make(), layers.Flatten(), layers.Dense(3)])
+    wrapped = rls.wrap(model)
+    x = tf.constant(x)
+    np.testing.assert_array_equal(wrapped(x), model(x))
+    np.testing.assert_array_equal(rls.strip(wrapped)(x), model(x))
+    assert np.ptp(model(x).numpy(), axis=0).all()
+    assert 0 < sparsity_of(rls.strip(rls.wrap(model, uniform_plan(model, 0.1)))) < 0.7
+
+
+@pytest.mark.parametrize("kind", [layers.LSTM, layers.SimpleRNN])
+def test_stateful_layers_start_anew_in_a_copy(kind):
+    model = keras.Sequential([keras.Input((3, 4), batch_size=2), kind(3, stateful=True)])
+    x = np.ones((2, 3, 4), np.float32)
+    first, second = model(x).numpy(), model(x).numpy()
+    wrapped = rls.wrap(model)
+    np.testing.assert_array_equal(wrapped(x), first)
+    np.testing.assert_array_equal(wrapped(x), second)
+    assert not np.array_equal(first, second)
+
+
+class Hiding(layers.Layer):
+    """Its layer is in a function, where Keras does not see it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        dense = layers.Dense(3, name="hidden")
+        self.function = lambda x: dense(x)
+
+    def call(self, x):
+        return self.function(x)
+
+
+def hidden_layer():
+    return model_with(Hiding())
+
+
+def weight_of_another_layer():
+    inputs = keras.Input((4,))
+    dense = layers.Dense(3)
+    return keras.Model(inputs, tf.matmul(dense(inputs), dense.kernel, transpose_b=True))
+
+
+@pytest.mark.parametrize("call", [rls.wrap, rls.strip])
+def test_weights_that_are_used_where_keras_does_not_track_them_are_refused(call):
+    message = r"does not track where they are used \(.*hidden/kernel.*in the layer that owns it"
+    with pytest.raises(rls.ModelError, match=message):
+        call(hidden_layer())
+
+
+@pytest.mark.parametrize("call", [rls.wrap, rls.strip])
+def test_graphs_that_cannot_be_cloned_are_refused(call):
+    message = r"cannot be rebuilt layer by layer \(.*Let it use weights only in the layers that own"
+    with pytest.raises(rls.ModelError, match=message):
+        call(weight_of_another_layer())
 
 
 def test_one_line_is_an_errors_class_and_first_line():

@@ -11,8 +11,8 @@ from hypothesis.extra import numpy as hnp
 from rl_sparsity_tf import operations as ops
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.grouping import GROUPS, Grouping
-from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.kernel_spec import KernelSpec
+from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.registry import _REGISTRY, kernel_spec, register_layer
 
 modest = settings(max_examples=30, deadline=None)
@@ -342,6 +342,82 @@ def test_quantize_passes_gradients_straight_through(kernel):
         rounded = ops.quantize(weights, chosen, tf.constant(7.0), grouping)
         loss = tf.reduce_sum(rounded * upstream)
     np.testing.assert_array_equal(tape.gradient(loss, weights), upstream)
+
+
+# ---------------------------------------------------------------------------- gates
+
+
+def test_every_gate_has_the_scale_of_its_largest_weight():
+    # Three gates of two outputs each; the largest weights are 127, 12.7 and 1.27.
+    matrix = np.array([[127, 1, 0.5, -12.7, 1.27, 0], [-3, 2, 1.04, 3, 0.014, -0.016]], np.float32)
+    level, grouping = tf.constant(127.0), Grouping("element", 2, 6)
+    scale = ops.grid_scale(matrix, level, per_output=False, gates=3).numpy()
+    largest = np.array([127, 127, 12.7, 12.7, 1.27, 1.27], np.float32)
+    np.testing.assert_array_equal(scale, [largest / np.float32(127)])
+    got = ops.quantize(matrix, everywhere(grouping), level, grouping, False, 3).numpy()
+    integers = [[127, 1, 5, -127, 127, 0], [-3, 2, 10, 30, 1, -2]]
+    np.testing.assert_array_equal(got, np.array(integers, np.float32) * scale)
+
+
+def test_a_gate_of_zeros_stays_zero_and_leaves_the_others_alone():
+    matrix = np.array([[0, 0, 1, 0.3]], np.float32)
+    grouping, level = Grouping("element", 1, 4), tf.constant(7.0)
+    scale = ops.grid_scale(matrix, level, per_output=False, gates=2).numpy()
+    assert scale[0, :2].tolist() == [0, 0]
+    got = ops.quantize(matrix, everywhere(grouping), level, grouping, False, 2).numpy()
+    np.testing.assert_array_equal(got, np.float32([[0, 0, 7, 2]]) * scale[0, 2])
+
+
+def test_with_a_scale_per_output_gates_change_nothing():
+    matrix, level = normal(0, 5, 8), tf.constant(127.0)
+    np.testing.assert_array_equal(
+        ops.grid_scale(matrix, level, per_output=True, gates=4), ops.grid_scale(matrix, level)
+    )
+
+
+@st.composite
+def gated_kernels(draw):
+    """A kernel of several gates whose magnitudes differ widely, some of them all zero."""
+    gates, units = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    grouping = Grouping(draw(st.sampled_from(GROUPS)), draw(st.integers(1, 37)), gates * units)
+    matrix = normal(draw(st.integers(0, 2**31)), grouping.inputs, grouping.outputs)
+    sizes = draw(st.lists(st.sampled_from([0, 1e-6, 0.7, 1, 3e4]), min_size=gates, max_size=gates))
+    chosen = draw(hnp.arrays(bool, grouping.shape))
+    return gates, grouping, matrix * np.repeat(np.float32(sizes), units), chosen
+
+
+@modest
+@given(gated_kernels(), st.sampled_from([127.0, 7.0]))
+def test_gates_are_quantized_as_tensors_of_their_own(kernel, levels):
+    gates, grouping, matrix, chosen = kernel
+    level = tf.constant(levels)
+    got = ops.quantize(matrix, tf.constant(chosen), level, grouping, False, gates).numpy()
+    units = grouping.outputs // gates
+    own = Grouping(grouping.group, grouping.inputs, units)
+    for gate in range(gates):
+        part = slice(gate * units, (gate + 1) * units)
+        alone = ops.quantize(
+            matrix[:, part], tf.constant(chosen[:, part]), level, own, per_output=False
+        )
+        np.testing.assert_array_equal(got[:, part], alone)
+
+
+@modest
+@given(gated_kernels(), st.sampled_from([127.0, 7.0]))
+def test_gates_keep_bits_and_gradients(kernel, levels):
+    gates, grouping, matrix, chosen = kernel
+    level, weights = tf.Variable(levels), tf.constant(matrix)
+
+    @tf.function
+    def in_a_graph(value):
+        return ops.quantize(value, tf.constant(chosen), level, grouping, False, gates)
+
+    with tf.GradientTape() as tape:
+        tape.watch(weights)
+        eagerly = ops.quantize(weights, tf.constant(chosen), level, grouping, False, gates)
+        loss = tf.reduce_sum(eagerly * matrix)
+    np.testing.assert_array_equal(in_a_graph(weights), eagerly)
+    np.testing.assert_array_equal(tape.gradient(loss, weights), matrix)
 
 
 # ---------------------------------------------------------------------------- layouts

@@ -437,9 +437,7 @@ def test_uniform_plan_out_of_reach():
     class Table(keras.layers.Embedding):
         """Not registered, so skipped."""
 
-    model = keras.Sequential(
-        [keras.layers.Input((3,)), Table(50, 4), keras.layers.Flatten()]
-    )
+    model = keras.Sequential([keras.layers.Input((3,)), Table(50, 4), keras.layers.Flatten()])
     model.add(keras.layers.Dense(2))
     with pytest.raises(PlanError, match=r"only 24 are in layers.*Expected a sparsity below 0.107"):
         uniform_plan(model, 0.5)

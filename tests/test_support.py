@@ -1,12 +1,42 @@
 """Which layers can be compressed, and why the others are skipped."""
 
+import numpy as np
 import pytest
 import tf_keras as keras
 from zoo import ZOO
 
 import rl_sparsity_tf as rls
+from rl_sparsity_tf.kernel_spec import KernelSpec
 from rl_sparsity_tf.kernels import find_kernels
-from rl_sparsity_tf.support import describe_support, support_report
+from rl_sparsity_tf.support import describe_support, stored_types, support_report
+
+
+class Table(keras.layers.Embedding):
+    """A subclass of a known class, which is not known itself."""
+
+
+class Hidden(keras.layers.Layer):
+    """Keeps a layer where no attribute leads."""
+
+    def __init__(self):
+        super().__init__(name="hidden")
+        inner = keras.layers.Dense(3, name="inner")
+        self._self_tracked_trackables.append(inner)
+        self.work = lambda x: inner(x)
+
+    def call(self, x):
+        return self.work(x)
+
+
+class Own(keras.layers.Layer):
+    """A kernel of its own beside a layer with one."""
+
+    def build(self, input_shape):
+        self.matrix = self.add_weight(name="matrix", shape=(4, 4))
+        self.dense = keras.layers.Dense(2)
+
+    def call(self, x):
+        return self.dense(x @ self.matrix)
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +44,7 @@ def mixed():
     model = keras.Sequential(
         [
             keras.layers.Input((7,)),
-            keras.layers.Embedding(50, 6, name="table"),
+            Table(50, 6, name="table"),
             keras.layers.SeparableConv1D(5, 3, name="separable"),
             keras.layers.BatchNormalization(name="norm"),
             keras.layers.Flatten(name="flat"),
@@ -27,15 +57,31 @@ def mixed():
 
 def test_every_layer_is_listed_with_its_kernels_or_a_reason(mixed):
     table, separable, norm, flat, wide = support_report(mixed)
-    assert (table.layer_class, table.kernels, table.weights) == ("Embedding", (), 300)
-    assert table.reason == "class Embedding is not registered (register_layer adds it)"
-    assert separable.kernels == ("depthwise_kernel", "pointwise_kernel")
+    assert (table.layer_class, table.kernels, table.weights) == ("Table", (), 300)
+    assert table.reason == (
+        "class Table derives from Embedding but may use its weights otherwise "
+        "(register_layer(Table, ...) adds it)"
+    )
+    assert [kernel.path for kernel in separable.kernels] == [
+        "separable/depthwise_kernel",
+        "separable/pointwise_kernel",
+    ]
     assert separable.weights == 3 * 6 + 6 * 5
     assert separable.reason == ""
     for report in (norm, flat):
         assert (report.kernels, report.weights) == ((), 0)
         assert report.reason == "has no weights of rank 2 or more"
-    assert (wide.path, wide.kernels, wide.weights) == ("wide", ("kernel",), 25_000)
+    (kernel,) = wide.kernels
+    assert (wide.path, kernel.path, wide.weights) == ("wide", "wide/kernel", 25_000)
+    assert (kernel.shape, kernel.layout, kernel.scales) == ((25, 1000), "io", "per output")
+    assert kernel.stored == {
+        "plan": "int8",
+        "dynamic": "int8",
+        "int8": "int8",
+        "float16": "float16",
+    }
+    # The converter's dynamic range leaves small tensors as they are.
+    assert separable.kernels[0].stored["dynamic"] == "float32"
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -43,32 +89,51 @@ def test_the_report_agrees_with_the_kernels_found_plain_or_wrapped(name):
     model = ZOO[name]()
     for each in (model, rls.wrap(model)):
         reports = support_report(each)
-        listed = [f"{r.path}/{attribute}" for r in reports for attribute in r.kernels]
+        listed = [kernel.path for report in reports for kernel in report.kernels]
         assert listed == [kernel.path for kernel in find_kernels(each)]
         assert all(bool(report.reason) != bool(report.kernels) for report in reports)
     # The wrapper's masks and grids are no weights of the model.
     assert support_report(rls.wrap(model)) == support_report(model)
 
 
-def test_the_table():
+def test_reasons():
     inputs = keras.Input((4,))
-    model = keras.Model(inputs, keras.layers.Dense(3, name="a_rather_long_name")(inputs))
-    lines = []
-    describe_support(model, lines.append)
-    assert [line.split() for line in lines] == [
-        ["layer", "class", "weights", "compressible"],
-        [model.layers[0].name, "InputLayer", "0", *"no: has no weights of rank 2 or more".split()],
-        ["a_rather_long_name", "Dense", "12", "kernel"],
-    ]
-    columns = {line.rindex(word) for line, word in zip(lines, ("comp", "no:", "kern"), strict=True)}
-    assert len(columns) == 1
+    model = keras.Model(inputs, Own(name="own")(Hidden()(keras.layers.Dense(4)(inputs)) @ W))
+    reports = {report.path: report for report in support_report(model)}
+    assert reports["hidden"].reason == "its layers ['inner'] are in no attribute of it"
+    assert reports["own"].reason == "16 of its weights are in no known kernel"
+    assert [kernel.path for kernel in reports["own"].kernels] == ["own/dense/kernel"]
+
+
+W = np.ones((3, 4), np.float32)
+
+
+def test_kernels_registered_by_the_user_are_not_measured():
+    spec = KernelSpec("kernel", "io")
+    assert stored_types(spec, 5000) == {"plan": "int8", "dynamic": "?", "int8": "?", "float16": "?"}
+
+
+def test_the_gates_of_an_lstm_are_tensors_by_themselves():
+    inputs = keras.Input((5, 16))
+    model = keras.Model(inputs, keras.layers.LSTM(32)(inputs))
+    kernel, recurrent = support_report(model)[-1].kernels
+    assert (kernel.shape, kernel.scales) == ((16, 128), "per gate")
+    assert kernel.stored["dynamic"] == "float32"  # 512 elements in a gate
+    assert recurrent.stored["dynamic"] == "int8"  # 1,024
+    assert kernel.stored["plan"] == "float32"
 
 
 def test_it_is_printed(capsys, mixed):
     rls.describe_support(mixed)
-    printed = capsys.readouterr().out
-    assert "25,000" in printed
-    assert "no: class Embedding is not registered" in printed
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = [line for line in lines if "wide/kernel" in line]
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells == [
+        *("wide/kernel", "Dense", "25,000", "25i 1000o", "per output"),
+        *("int8", "int8", "int8", "float16"),
+    ]
+    assert [line for line in lines if "skipped" in line and "norm" in line]
+    assert lines[-1].startswith("table: class Table derives from Embedding")
 
 
 def test_models_that_cannot_be_wrapped_are_refused():
