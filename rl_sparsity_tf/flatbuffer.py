@@ -1,13 +1,12 @@
 """Reads .tflite files: every tensor of every subgraph, with its constant data dequantised.
 
 The parsing itself is done by the schema classes that LiteRT ships; this module turns their tables
-into small records and undoes the three ways in which a constant may be stored: quantized to
-integers, two 4-bit values in a byte, or outside the flatbuffer.
+into small records and undoes the four ways in which a constant may be stored: quantized to
+integers, two 4-bit values in a byte, without its zeros, or outside the flatbuffer.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import struct
 from pathlib import Path
@@ -18,6 +17,18 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from rl_sparsity_tf.errors import ArgumentError, ExportError
+from rl_sparsity_tf.flat_model import FlatGraph, FlatModel, FlatOperator, FlatTensor
+from rl_sparsity_tf.sparse_format import decode_sparse
+
+__all__ = [
+    "FlatGraph",
+    "FlatModel",
+    "FlatOperator",
+    "FlatTensor",
+    "inline_buffers",
+    "read_flat_model",
+    "read_tensors",
+]
 
 _IDENTIFIER = b"TFL3"
 # Runtimes map the file and compute on the weights in place, so they want them aligned like this.
@@ -38,108 +49,6 @@ def _names_by_code(enumeration: type) -> dict[int, str]:
 
 _TYPE_NAMES = _names_by_code(schema.TensorType)
 _OPERATOR_NAMES = _names_by_code(schema.BuiltinOperator)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class FlatTensor:
-    """One tensor of a .tflite file.
-
-    Attributes:
-        subgraph: Index of the subgraph it belongs to.
-        index: Its index in that subgraph.
-        name: Its name in the file.
-        shape: Its shape; an unknown batch size reads 1.
-        dtype: TFLite's type name in lower case, such as "float32", "int8" or "int4".
-        constant: Whether the file holds its values.
-        stored_bytes: Size of the stored values in bytes (0 if not constant).
-        raw: The stored values as integers or floats of shape `shape`, 4-bit values one per element;
-            None if the tensor is not constant, is sparse, or has a type numpy does not have.
-        scales: Quantization scales, one for the tensor or one per slice along `axis`; else empty.
-        zero_points: Zero points, as many as `scales`.
-        axis: The axis that `scales` run along.
-        sparse: Whether the values are stored in TFLite's sparse format.
-        variable: Whether it keeps its value from one call to the next.
-    """
-
-    subgraph: int
-    index: int
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    constant: bool
-    stored_bytes: int
-    raw: np.ndarray | None
-    scales: np.ndarray
-    zero_points: np.ndarray
-    axis: int
-    sparse: bool
-    variable: bool
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the stored integers stand for real values."""
-        return self.scales.size > 0
-
-    @property
-    def elements(self) -> int:
-        """Number of values."""
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    def values(self) -> np.ndarray | None:
-        """The constant's real values: (stored - zero point) * scale.
-
-        Returns:
-            A float array of shape `shape` for quantized and floating-point tensors, the stored
-            integers for others, None where `raw` is None.
-        """
-        if self.raw is None or not self.quantized:
-            return self.raw
-        scales, zero_points = self.scales, self.zero_points
-        if scales.size > 1:
-            along = [1] * len(self.shape)
-            along[self.axis] = scales.size
-            scales, zero_points = scales.reshape(along), zero_points.reshape(along)
-        return (self.raw.astype(np.float32) - zero_points) * scales
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FlatOperator:
-    """One operator of a .tflite file.
-
-    Attributes:
-        subgraph: Index of the subgraph it belongs to.
-        name: TFLite's name, such as "FULLY_CONNECTED".
-        inputs: Indices of its input tensors in the subgraph; -1 for one left out.
-        outputs: Indices of its output tensors.
-    """
-
-    subgraph: int
-    name: str
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FlatModel:
-    """The tensors and operators of a .tflite file, over all subgraphs."""
-
-    tensors: tuple[FlatTensor, ...]
-    operators: tuple[FlatOperator, ...]
-
-    def consumers(self, tensor: FlatTensor) -> tuple[FlatOperator, ...]:
-        """The operators that read `tensor`."""
-        return tuple(
-            operator
-            for operator in self.operators
-            if operator.subgraph == tensor.subgraph and tensor.index in operator.inputs
-        )
-
-    def tensor(self, subgraph: int, index: int) -> FlatTensor:
-        """The tensor with this index in this subgraph."""
-        for tensor in self.tensors:
-            if (tensor.subgraph, tensor.index) == (subgraph, index):
-                return tensor
-        raise KeyError((subgraph, index))
 
 
 def read_tensors(path: str | os.PathLike[str]) -> list[FlatTensor]:
@@ -168,30 +77,40 @@ def read_flat_model(path: str | os.PathLike[str]) -> FlatModel:
     path = Path(path)
     if not path.is_file():
         raise ArgumentError(f"There is no file {str(path)!r}. Give the path of a .tflite file.")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ArgumentError(
+            f"{path} cannot be read: {error.strerror or error}. Give a .tflite file that this "
+            "user may read."
+        ) from error
     model = _parse(content, str(path))
     tensors: list[FlatTensor] = []
     operators: list[FlatOperator] = []
+    graphs: list[FlatGraph] = []
     try:
         for number, graph in enumerate(model.subgraphs):
-            for index, tensor in enumerate(graph.tensors):
+            graphs.append(
+                FlatGraph(inputs=_integers(graph.inputs), outputs=_integers(graph.outputs))
+            )
+            count = len(_listed(graph.tensors))
+            _check_indices("The graph", (*graphs[-1].inputs, *graphs[-1].outputs), range(count))
+            for index, tensor in enumerate(_listed(graph.tensors)):
                 stored = _stored(model.buffers[tensor.buffer], content)
                 tensors.append(_flat_tensor(number, index, tensor, stored))
-            for operator in graph.operators or []:
-                code = model.operatorCodes[operator.opcodeIndex]
-                # Operators above 127 do not fit the deprecated field, older ones lack the new one.
-                name = _OPERATOR_NAMES.get(max(code.builtinCode, code.deprecatedBuiltinCode))
-                operators.append(
-                    FlatOperator(
-                        subgraph=number,
-                        name=name or "UNKNOWN",
-                        inputs=_integers(operator.inputs),
-                        outputs=_integers(operator.outputs),
-                    )
-                )
-    except (IndexError, TypeError, ValueError, AttributeError) as error:
+            for operator in _listed(graph.operators):
+                flat = _flat_operator(number, operator, model.operatorCodes)
+                _check_indices(flat.name, (*flat.inputs, *flat.outputs), range(-1, count))
+                operators.append(flat)
+        signatures = tuple(_text(entry.signatureKey) for entry in _listed(model.signatureDefs))
+    except (IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _damaged(str(path), error) from error
-    return FlatModel(tensors=tuple(tensors), operators=tuple(operators))
+    return FlatModel(
+        tensors=tuple(tensors),
+        operators=tuple(operators),
+        graphs=tuple(graphs),
+        signatures=signatures,
+    )
 
 
 def inline_buffers(content: bytes) -> bytes:
@@ -213,7 +132,7 @@ def inline_buffers(content: bytes) -> bytes:
     model = _parse(content, "the bytes given")
     buffers = []
     for buffer in model.buffers:
-        aligned = _AlignedBuffer()
+        aligned = AlignedBuffer()
         aligned.data = _stored(buffer, content)
         buffers.append(aligned)
     model.buffers = buffers
@@ -222,7 +141,7 @@ def inline_buffers(content: bytes) -> bytes:
     return bytes(builder.Output())
 
 
-class _AlignedBuffer(schema.BufferT):
+class AlignedBuffer(schema.BufferT):
     """A buffer that honours the schema's force_align, which the generated Python code ignores."""
 
     def Pack(self, builder: Any) -> Any:  # noqa: N802
@@ -248,8 +167,8 @@ def _parse(content: bytes, name: str) -> Any:
         )
     try:
         return schema.ModelT.InitFromPackedBuf(content, 0)
-    except (struct.error, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise _damaged(name, error) from error
+    except (struct.error, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as e:
+        raise _damaged(name, e) from e
 
 
 def _damaged(name: str, error: Exception) -> ExportError:
@@ -279,22 +198,81 @@ def _flat_tensor(subgraph: int, index: int, tensor: Any, stored: np.ndarray | No
     zero_points = _numbers(quantization and quantization.zeroPoint, np.float32)
     if zero_points.size != scales.size:
         zero_points = np.zeros_like(scales)
-    sparse = tensor.sparsity is not None
+    sparsity = tensor.sparsity
+    # A positive number stands for a buffer in another file, which the runtime is given apart.
+    external = bool(getattr(tensor, "externalBuffer", 0))
+    raw = None
+    if stored is not None and sparsity is not None:
+        raw = decode_sparse(stored.tobytes(), shape, sparsity, dtype)
+    elif stored is not None:
+        raw = _decode(stored, dtype, shape)
     return FlatTensor(
         subgraph=subgraph,
         index=index,
-        name=(tensor.name or b"").decode("utf-8", "replace"),
+        name=_text(tensor.name),
         shape=shape,
         dtype=dtype,
-        constant=stored is not None,
+        constant=stored is not None or external,
         stored_bytes=0 if stored is None else int(stored.size),
-        raw=None if stored is None or sparse else _decode(stored, dtype, shape),
+        raw=raw,
         scales=scales,
         zero_points=zero_points,
         axis=int(quantization.quantizedDimension) if quantization else 0,
-        sparse=sparse,
+        sparse=sparsity is not None,
         variable=bool(tensor.isVariable),
+        format="external" if external else _format(sparsity, shape),
+        index_bytes=0 if sparsity is None else _index_bytes(sparsity),
+        buffer=int(tensor.buffer),
+        signature=_integers(tensor.shapeSignature),
     )
+
+
+def _flat_operator(subgraph: int, operator: Any, codes: Any) -> FlatOperator:
+    code = codes[operator.opcodeIndex]
+    # Operators above 127 do not fit the deprecated field, older ones lack the new one.
+    name = _OPERATOR_NAMES.get(max(code.builtinCode, code.deprecatedBuiltinCode), "UNKNOWN")
+    kind = "builtin"
+    if name == "CUSTOM":
+        name = _text(code.customCode) or name
+        kind = "flex" if name.startswith("Flex") else "custom"
+    options = operator.builtinOptions
+    return FlatOperator(
+        subgraph=subgraph,
+        name=name,
+        inputs=_integers(operator.inputs),
+        outputs=_integers(operator.outputs),
+        kind=kind,
+        options={} if options is None else dict(vars(options)),
+    )
+
+
+def _check_indices(reader: str, indices: tuple[int, ...], allowed: range) -> None:
+    for index in indices:
+        if index not in allowed:
+            raise IndexError(f"{reader} names tensor {index} of {allowed.stop}")
+
+
+def _format(sparsity: Any, shape: tuple[int, ...]) -> str:
+    if sparsity is None:
+        return "dense"
+    levels = _listed(sparsity.dimMetadata)
+    blocks = _integers(sparsity.blockMap)
+    compressed = [level.format == schema.DimensionType.SPARSE_CSR for level in levels]
+    if not blocks and sum(compressed) == 1 and compressed[-1]:
+        return "CSR"
+    if blocks == (len(shape) - 1,) and sum(compressed) == 1 and compressed[-2]:
+        return f"block 1x{levels[-1].denseSize}"
+    return "sparse"
+
+
+def _index_bytes(sparsity: Any) -> int:
+    vectors = [
+        vector
+        for level in _listed(sparsity.dimMetadata)
+        for vector in (level.arraySegments, level.arrayIndices)
+        if vector is not None and vector.values is not None
+    ]
+    return sum(np.asarray(vector.values).nbytes for vector in vectors)
 
 
 def _decode(stored: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -311,6 +289,14 @@ def _unpack(stored: np.ndarray, bits: int) -> np.ndarray:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     values = ((stored[:, None] >> shifts) & (2**bits - 1)).astype(np.int8).reshape(-1)
     return np.where(values >= 2 ** (bits - 1), values - 2**bits, values).astype(np.int8)
+
+
+def _listed(values: Any) -> Any:
+    return [] if values is None else values
+
+
+def _text(name: Any) -> str:
+    return (name or b"").decode("utf-8", "replace")
 
 
 def _integers(values: Any) -> tuple[int, ...]:

@@ -124,6 +124,9 @@ def encode_sparse(
     parents = int(np.prod(arranged.shape[:-1], dtype=np.int64))
     blocks = arranged.reshape(parents, width, block)
     used = (blocks != 0).any(axis=2)
+    if used.size and not used.any():
+        # Runtimes take an empty buffer for a tensor that is no constant: store one zero.
+        used[0, 0] = True
     sizes = (*arranged.shape[:-1], width)
     segments = np.concatenate([[0], np.cumsum(used.sum(axis=1, dtype=np.int64))])
     return SparseEncoding(
@@ -169,7 +172,7 @@ def decode_sparse(raw: bytes, shape: Sequence[int], sparsity: Any, dtype: str) -
     block_sizes = [1] * rank
     for number, axis in enumerate(block_of):
         block_sizes[axis] = int(levels[order.index(rank + number)].denseSize)
-    strides = np.cumprod([1, *shape[:0:-1]], dtype=np.int64)[::-1] if rank else []
+    strides = np.cumprod([1, *shape[:0:-1]], dtype=np.int64)[::-1]
     places = np.zeros(1, np.int64)
     for dimension, level in zip(order, levels, strict=True):
         inner = dimension >= rank

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tf_keras as keras
 from ai_edge_litert import schema_py_generated as schema
+from tflite_files import QUANTIZED, SPARSE, convert, pack, tables, with_zeros
 
 from rl_sparsity_tf.errors import ArgumentError, ExportError, PlanError
 from rl_sparsity_tf.flatbuffer import FlatTensor, inline_buffers, read_flat_model, read_tensors
@@ -118,6 +119,88 @@ def test_a_file_that_is_missing_foreign_or_cut_off_is_refused(tmp_path):
     path.write_bytes(outside[:-8])
     with pytest.raises(ExportError, match="a buffer should end at byte"):
         read_flat_model(path)
+
+
+def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "m.tflite"
+    path.write_bytes(file_with(schema.TensorType.FLOAT32, (1,), bytes(4)))
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    with pytest.raises(ArgumentError, match=r"cannot be read: Permission denied\. Give a \.tflite"):
+        read_tensors(path)
+
+
+def dense_model(inputs=32):
+    return keras.Sequential([layers.Input((inputs,)), layers.Dense(20), layers.Dense(6)])
+
+
+@pytest.mark.parametrize(
+    ("block", "formats"), [(1, {"CSR"}), (4, {"block 1x4"})], ids=["csr", "block"]
+)
+def test_sparse_dense_layers_are_decoded_to_the_weights_of_keras(tmp_path, block, formats):
+    model = with_zeros(dense_model(), 0.6, block)
+    path = convert(model, tmp_path / "m.tflite", SPARSE)
+    found = [tensor for tensor in read_tensors(path) if tensor.constant and len(tensor.shape) > 1]
+    assert {tensor.format for tensor in found} == formats
+    kernels = [layer.kernel.numpy() for layer in model.layers]
+    for tensor in found:
+        (kernel,) = [kernel for kernel in kernels if kernel.T.shape == tensor.shape]
+        np.testing.assert_array_equal(tensor.values(), kernel.T)
+        assert tensor.zeros == np.sum(kernel == 0)
+        assert 0 < tensor.index_bytes < tensor.stored_bytes < kernel.nbytes
+
+
+def test_sparse_convolutions_are_decoded_to_the_weights_of_keras(tmp_path):
+    model = keras.Sequential([layers.Input((6, 6, 5)), layers.Conv2D(4, 3, use_bias=False)])
+    path = convert(with_zeros(model, 0.5), tmp_path / "m.tflite", SPARSE)
+    (tensor,) = [tensor for tensor in read_tensors(path) if tensor.sparse]
+    kernel = model.layers[0].kernel.numpy()
+    np.testing.assert_array_equal(tensor.values(), kernel.transpose(3, 0, 1, 2))
+
+
+def test_sparse_integers_are_decoded_and_dequantised(tmp_path):
+    model = with_zeros(dense_model(), 0.6, 16)
+    path = convert(model, tmp_path / "m.tflite", SPARSE, QUANTIZED, integer=True)
+    tensor = next(tensor for tensor in read_tensors(path) if tensor.shape == (20, 32))
+    assert (tensor.format, tensor.dtype) == ("block 1x16", "int8")
+    kernel = model.layers[0].kernel.numpy().T
+    np.testing.assert_array_equal(tensor.raw == 0, np.abs(kernel) < 0.5 * tensor.scales[:, None])
+    assert np.abs(tensor.values() - kernel).max() < tensor.scales.max()
+
+
+def test_operators_options_and_names_are_read(tmp_path):
+    model = keras.Sequential([layers.Input((8, 8, 3)), layers.Conv2D(2, 3, strides=2, name="c")])
+    flat = read_flat_model(convert(model, tmp_path / "m.tflite"))
+    (operator,) = flat.operators
+    assert (operator.name, operator.kind, operator.options["strideH"]) == ("CONV_2D", "builtin", 2)
+    assert flat.signatures == ("serving_default",)
+    (graph,) = flat.graphs
+    assert flat.tensor(0, graph.inputs[0]).signature == (-1, 8, 8, 3)
+    assert flat.tensor(0, graph.outputs[0]).shape == (1, 3, 3, 2)
+
+
+def test_a_file_whose_operators_name_no_tensor_is_damaged(tmp_path):
+    path = convert(dense_model(), tmp_path / "m.tflite")
+    model = tables(path)
+    model.subgraphs[0].operators[0].inputs = [0, 99, -1]
+    with pytest.raises(ExportError, match=r"names tensor 99 of 5.*damaged"):
+        read_flat_model(pack(model, path))
+    model = tables(path)
+    model.subgraphs[0].outputs = [-1]
+    with pytest.raises(ExportError, match=r"The graph names tensor -1 of 5.*damaged"):
+        read_flat_model(pack(model, path))
+
+
+def test_a_tensor_of_another_file_is_constant_but_has_no_values(tmp_path):
+    path = tmp_path / "m.tflite"
+    path.write_bytes(file_with(schema.TensorType.FLOAT32, (2, 2), b""))
+    model = tables(path)
+    model.subgraphs[0].tensors[0].externalBuffer = 3
+    (tensor,) = read_tensors(pack(model, path))
+    assert (tensor.constant, tensor.format, tensor.zeros) == (True, "external", None)
 
 
 @pytest.mark.parametrize(
