@@ -1,50 +1,16 @@
-"""The target of a compression, and the wall that keeps it in reach."""
+"""Counts what is pruned against the target, and keeps the target in reach."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from rl_sparsity_tf.errors import ArgumentError, TargetError
+from rl_sparsity_tf.errors import TargetError
 
 # A kernel's floor, as a share of the density that the target leaves on average.
 _FLOOR_SHARE = 0.25
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Target:
-    """What the compressed model has to meet.
-
-    Attributes:
-        sparsity: Share of zeros among all weights of rank >= 2, in (0, 1). It is met by pruned
-            groups, at the smallest count that reaches it.
-
-    Example:
-        >>> Target(sparsity=0.9)
-        Target(sparsity=0.9)
-    """
-
-    # The default is refused: Target() is to say what is missing in words of its own.
-    sparsity: float = math.inf
-
-    def __post_init__(self) -> None:
-        value = self.sparsity
-        number = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
-        if not number or not 0.0 < value < 1.0:
-            given = "" if value is math.inf else f"sparsity={value!r}"
-            raise ArgumentError(
-                f"Target({given}) cannot be met. Expected a number above 0 and below 1: "
-                "the share of weights to become zero, for example Target(sparsity=0.9)."
-            )
-        object.__setattr__(self, "sparsity", float(value))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The target's fields."""
-        return dataclasses.asdict(self)
 
 
 class Budget:
@@ -57,7 +23,7 @@ class Budget:
     recovers from. Where that floor would put the target out of reach, it is one group.
 
     Args:
-        target: The target.
+        goal: Sparsity to reach, at least 0 and below 1.
         elements: All weights of rank >= 2, those in skipped layers included.
         sizes: For every kernel the weights of each of its groups.
 
@@ -65,11 +31,12 @@ class Budget:
         TargetError: If the target cannot be reached, naming the best that can.
     """
 
-    def __init__(self, target: Target, elements: int, sizes: Sequence[np.ndarray]):
+    def __init__(self, goal: float, elements: int, sizes: Sequence[np.ndarray]):
+        self.goal = goal
         self.elements = elements
         # Rounded first: 0.9 * 10 is 9.000000000000002 in some orders of operations.
-        self.wanted = math.ceil(round(target.sparsity * elements, 6))
-        density = (1.0 - target.sparsity) * _FLOOR_SHARE
+        self.wanted = math.ceil(round(goal * elements, 6))
+        density = (1.0 - goal) * _FLOOR_SHARE
         self.capacity = self._capacity(sizes, density)
         if int(self.capacity.sum()) < self.wanted:
             self.capacity = self._capacity(sizes, 0.0)
@@ -78,7 +45,7 @@ class Budget:
         if reachable < self.wanted:
             best = math.floor(reachable / max(elements, 1) * 1e4) / 1e4
             raise TargetError(
-                f"A sparsity of {target.sparsity} needs {self.wanted} of {elements} weights "
+                f"A sparsity of {goal} needs {self.wanted} of {elements} weights "
                 f"pruned, but only {reachable} can be: the other weights are in layers that cannot "
                 "be compressed, or are the one group that every kernel keeps. Expected a sparsity "
                 f"of at most {best}."
@@ -102,7 +69,7 @@ class Budget:
     @property
     def progress(self) -> float:
         """Share of the target that is met, in [0, 1]."""
-        return min(1.0, float(self.pruned.sum()) / self.wanted)
+        return min(1.0, float(self.pruned.sum()) / self.wanted) if self.wanted else 1.0
 
     @property
     def sparsity(self) -> float:

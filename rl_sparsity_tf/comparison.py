@@ -24,6 +24,7 @@ from rl_sparsity_tf.reward import bounded
 from rl_sparsity_tf.rules import uniform_plan
 from rl_sparsity_tf.search import Compressor, FinishedSearch
 from rl_sparsity_tf.search_loop import SearchLoop
+from rl_sparsity_tf.size_costs import formats_for
 
 
 @quiet_tensorflow()
@@ -64,6 +65,7 @@ def compare(compressor: Compressor, verbose: int = 1) -> list[dict[str, Any]]:
             figures,
             epochs=search.epochs,
             quantization=search.quantization,
+            formats=formats_for(compressor.target),
         )
         entries.append(baseline_entry(name, finished, figures.metric, evaluations))
 
@@ -87,7 +89,7 @@ def _uniform(
     """Uniform magnitude pruning, kernel by kernel, with recovery after each."""
     network = search.network
     network.reset()
-    plan = uniform_plan(search.model, compressor.target.sparsity, compressor.group, quantize)
+    plan = uniform_plan(search.model, network.budget.goal, compressor.group, quantize)
     share = -(-steps // len(network.kernels))
     for kernel in network.kernels:
         operations = plan.kernels[kernel.path].operations.reshape(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from typing import Any
 
@@ -14,7 +15,10 @@ from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.network import CompressedNetwork, Snapshot
 from rl_sparsity_tf.operations import Operation, stored_as_integers
 from rl_sparsity_tf.reward import Outcome, Reward, RewardFunction, bounded
+from rl_sparsity_tf.size_budget import SizeBudget
 from rl_sparsity_tf.state import STATE_SIZE, BucketView, lower_bounds, observe
+
+_LEAST_GOAL = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +72,20 @@ class LayerEnvironment(py_environment.PyEnvironment):
         super().__init__(handle_auto_reset=False)
         if isinstance(buckets, bool) or not isinstance(buckets, int) or buckets < 1:
             raise ArgumentError(f"buckets={buckets!r} cannot be used. Expected an integer above 0.")
+        if not isinstance(network, CompressedNetwork):
+            raise ArgumentError(
+                f"network={network!r} is a {type(network).__name__}. Expected a CompressedNetwork, "
+                "made of a model, its data and a target."
+            )
         self.network = network
         self.kernel = kernel
         self.index = network.index_of(kernel)
         self.reward: RewardFunction = reward if reward is not None else Reward()
         self.illegal_actions = 0
         self.grouping = network.groupings[kernel]
-        self._edges = bucket_edges(self.grouping.count, buckets, network.target.sparsity)
+        # A size that hardly asks for zeros still wants edges to choose among.
+        goal = max(network.budget.goal, _LEAST_GOAL)
+        self._edges = bucket_edges(self.grouping.count, buckets, goal)
         behind = [other.path for other in network.kernels[self.index + 1 :]]
         self._later = [network.index_of(path) for path in (behind if later is None else later)]
         self._base: Snapshot | None = None
@@ -154,7 +165,8 @@ class LayerEnvironment(py_environment.PyEnvironment):
         legal = self._legal()
         if not legal[operation]:
             self.illegal_actions += 1
-            operation = Operation.KEEP if legal[Operation.KEEP] else Operation.PRUNE
+            fallbacks = (Operation.KEEP, Operation.PRUNE, Operation.QUANTIZE, Operation.SHUFFLE)
+            operation = next(fallback for fallback in fallbacks if legal[fallback])
         groups = self._buckets[self._position]
         if operation != Operation.PRUNE:
             return self.network.decide(self.kernel, groups, operation)
@@ -171,7 +183,11 @@ class LayerEnvironment(py_environment.PyEnvironment):
     def _like_the_others(self) -> Operation:
         """What to do with groups left over at the end: not what would make a kernel mixed."""
         decided = self.network.decided[self.kernel]
-        integers = stored_as_integers(self.network.operations[self.kernel][decided])
+        operations = self.network.operations[self.kernel][decided]
+        if isinstance(self.network.budget, SizeBudget) and not (operations == Operation.KEEP).any():
+            integers = self.network.kernels[self.index].spec.exports_int8
+        else:
+            integers = stored_as_integers(operations)
         return Operation.QUANTIZE if integers else Operation.KEEP
 
     def _prunable(self, groups: np.ndarray) -> int:
@@ -179,11 +195,26 @@ class LayerEnvironment(py_environment.PyEnvironment):
         budget = self.network.budget
         sizes = self.grouping.sizes.reshape(-1)[groups]
         gone = np.cumsum(sizes)
-        to_target = int((gone - sizes < budget.missing).sum())
+        if isinstance(budget, SizeBudget):
+            to_target = self._needed(budget, groups)
+        else:
+            to_target = int((gone - sizes < budget.missing).sum())
         rest = int(budget.capacity[self.index] - budget.pruned[self.index])
         # The group that crosses the floor may go too: capacities are counted in weights, not
         # groups, and leave at least the largest group.
         return min(to_target, int((gone - sizes < rest).sum()))
+
+    def _needed(self, budget: SizeBudget, groups: np.ndarray) -> int:
+        """How many of the groups have to go before the file is small enough, or all of them."""
+        network, states = self.network, self.network.states()
+
+        def small_enough(count: int) -> bool:
+            states[self.index] = network.state_after(self.kernel, groups[:count], Operation.PRUNE)
+            return budget.expected(states) <= budget.limit
+
+        if not small_enough(len(groups)):
+            return len(groups)
+        return bisect.bisect_left(range(len(groups)), True, key=small_enough)
 
     def _room(self, position: int) -> int:
         """Weights that can still be pruned if the buckets before a position stay as they are."""
@@ -196,13 +227,32 @@ class LayerEnvironment(py_environment.PyEnvironment):
     def _legal(self) -> np.ndarray:
         budget, groups = self.network.budget, self._buckets[self._position]
         legal = np.ones(len(Operation), np.int32)
-        legal[Operation.PRUNE] = budget.missing > 0 and self._prunable(groups) > 0
+        wanted = isinstance(budget, SizeBudget) or budget.missing > 0
+        legal[Operation.PRUNE] = wanted and self._prunable(groups) > 0
         legal[Operation.SHUFFLE] = self.grouping.pairs > 0
         legal[Operation.QUANTIZE] = self.network.kernels[self.index].spec.exports_int8
+        if isinstance(budget, SizeBudget):
+            return self._within_size(budget, groups, legal)
         if legal[Operation.PRUNE] and budget.missing > self._room(self._position + 1):
             legal[:] = 0
             legal[Operation.PRUNE] = 1
         return legal
+
+    def _within_size(self, budget: SizeBudget, groups: np.ndarray, legal: np.ndarray) -> np.ndarray:
+        """Leaves the operations after which the file can still be brought to its size."""
+        network = self.network
+        states = network.states()
+        sizes = {}
+        for operation in np.flatnonzero(legal):
+            chosen = groups[: self._prunable(groups)] if operation == Operation.PRUNE else groups
+            states[self.index] = network.state_after(self.kernel, chosen, Operation(operation))
+            sizes[operation] = budget.least(states)
+        within = [operation for operation, size in sizes.items() if size <= budget.limit + 0.5]
+        # Rounding alone can leave none: then the one that comes closest.
+        within = within or [min(sizes, key=lambda operation: sizes[operation])]
+        result = np.zeros(len(Operation), np.int32)
+        result[within] = 1
+        return result
 
     def _observe(self) -> dict[str, np.ndarray]:
         position = min(self._position, self.steps - 1)

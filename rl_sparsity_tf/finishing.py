@@ -84,7 +84,13 @@ class Figures:
 
 
 def finish(
-    model: keras.Model, candidate: Candidate, figures: Figures, *, epochs: int, quantization: str
+    model: keras.Model,
+    candidate: Candidate,
+    figures: Figures,
+    *,
+    epochs: int,
+    quantization: str,
+    formats: str = "dense",
 ) -> Finished:
     """Fine-tunes a candidate with learning masks, strips it and exports it.
 
@@ -94,6 +100,7 @@ def finish(
         figures: Data and metric.
         epochs: Epochs of fine-tuning.
         quantization: How to export.
+        formats: Whether tensors may be stored sparse, see `export_tflite`.
 
     Returns:
         The finished model; its plan has the masks that were learned.
@@ -106,7 +113,7 @@ def finish(
     stripped = strip(wrapped)
     validation = score_model(stripped, figures.validation, figures.metric)
     test = score_model(stripped, figures.test, figures.metric) if figures.test else None
-    exported = export_and_score(stripped, plan, figures, quantization)
+    exported = export_and_score(stripped, plan, figures, quantization, formats)
     copy_compile_state(model, stripped)
     return Finished(model=stripped, plan=plan, validation=validation, test=test, exported=exported)
 
@@ -124,13 +131,22 @@ def score_model(model: keras.Model, batches: list[Batch], metric: Metric) -> Sco
 
 
 def export_and_score(
-    model: keras.Model, plan: CompressionPlan | None, figures: Figures, quantization: str
+    model: keras.Model,
+    plan: CompressionPlan | None,
+    figures: Figures,
+    quantization: str,
+    formats: str = "dense",
 ) -> Exported:
     """Exports a model, verifies the file, and scores the file itself on test data."""
     with tempfile.TemporaryDirectory(prefix="rl_sparsity_") as folder:
         path = Path(folder) / "model.tflite"
         report = export_tflite(
-            model, path, quantization, plan=plan, representative_data=figures.representative(model)
+            model,
+            path,
+            quantization,
+            plan=plan,
+            representative_data=figures.representative(model),
+            formats=formats,
         )
         test = score_tflite(path, model, figures.test, figures.metric) if figures.test else None
         return Exported(content=path.read_bytes(), report=report, test=test)

@@ -12,7 +12,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.autoencoder import WeightAutoencoder
-from rl_sparsity_tf.budget import Budget, Target
+from rl_sparsity_tf.budget import Budget
 from rl_sparsity_tf.data import Batch, TrainingData
 from rl_sparsity_tf.errors import ArgumentError, ModelError, check_choice
 from rl_sparsity_tf.files import sha256_of
@@ -23,8 +23,11 @@ from rl_sparsity_tf.objective import search_compile_arguments as search_argument
 from rl_sparsity_tf.operations import Operation, stored_as_integers
 from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
 from rl_sparsity_tf.reward import Outcome
+from rl_sparsity_tf.size_budget import KernelState, SizeBudget
+from rl_sparsity_tf.size_costs import size_budget
 from rl_sparsity_tf.statistics import KernelStatistics, StatisticsCollector
 from rl_sparsity_tf.sublayers import all_layers
+from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapper import unwrapped
 from rl_sparsity_tf.wrapping import wrap
 
@@ -144,7 +147,7 @@ class CompressedNetwork:
             )
         self.groupings: dict[str, Grouping] = {k.path: k.grouping(group) for k in self.kernels}
         _, elements = count_weights(model)
-        self.budget = Budget(target, elements, [self.groupings[k.path].sizes for k in self.kernels])
+        self.budget = self._make_budget(model, elements)
         self.metric: Metric = choose_metric(self.model, validation[0], metric)
         self._effective = {
             kernel.path: tf.function(
@@ -176,6 +179,12 @@ class CompressedNetwork:
         self.dense_statistics = self.statistics
         self.outcome = self._outcome(self.dense)
         self._start = self.snapshot()
+
+    def _make_budget(self, model: keras.Model, elements: int) -> Budget:
+        sizes = [self.groupings[kernel.path].sizes for kernel in self.kernels]
+        if self.target.sparsity is not None:
+            return Budget(self.target.sparsity, elements, sizes)
+        return size_budget(model, self.kernels, self.target, self.group, elements)
 
     # ------------------------------------------------------------------ decisions
 
@@ -227,17 +236,46 @@ class CompressedNetwork:
             loss=score.loss,
             retention=self.metric.retention(score.metric, self.dense.metric),
             sparsity=self.budget.sparsity,
-            target_sparsity=self.target.sparsity,
+            target_sparsity=self.budget.goal,
             stored_bits=self._stored_bits(),
             reconstruction_error=altered / sizes,
         )
 
     def _stored_bits(self) -> float:
+        if isinstance(self.budget, SizeBudget):
+            return self.budget.kernel_bytes(self.states()) / self.budget.dense_kernel_bytes
         stored = 0.0
         for kernel in self.kernels:
             integers = stored_as_integers(self.operations[kernel.path])
             stored += kernel.size * (0.25 if integers else 1.0)
         return stored / sum(kernel.size for kernel in self.kernels)
+
+    def states(self) -> list[KernelState]:
+        """How far every kernel is decided."""
+        return [self.state_after(kernel.path, None) for kernel in self.kernels]
+
+    def state_after(
+        self, path: str, groups: np.ndarray | None, operation: int = Operation.KEEP
+    ) -> KernelState:
+        """How far a kernel would be decided if some groups got an operation.
+
+        Args:
+            path: The kernel's path.
+            groups: Flat indices of the groups; None for the kernel as it is.
+            operation: What to do with them.
+        """
+        sizes = self.groupings[path].sizes
+        decided, operations = self.decided[path], self.operations[path]
+        if groups is not None:
+            decided, operations = decided.copy(), operations.copy()
+            decided.reshape(-1)[groups] = True
+            operations.reshape(-1)[groups] = operation
+        return KernelState(
+            pruned=int(sizes[decided & (operations == Operation.PRUNE)].sum()),
+            undecided=int(sizes[~decided].sum()),
+            kept=bool((decided & (operations == Operation.KEEP)).any()),
+            quantized=bool((decided & (operations == Operation.QUANTIZE)).any()),
+        )
 
     @property
     def evaluations(self) -> int:

@@ -8,16 +8,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.budget import Budget, Target
+from rl_sparsity_tf.budget import Budget
 from rl_sparsity_tf.grouping import GROUPS, Grouping
+from rl_sparsity_tf.target import Target
 
 
-@pytest.mark.parametrize(
-    "sparsity", [0, 1, 1.5, -0.1, float("nan"), float("inf"), "0.9", None, True]
-)
+@pytest.mark.parametrize("sparsity", [0, 1, 1.5, -0.1, float("nan"), float("inf"), "0.9", True])
 def test_wrong_targets(sparsity):
     with pytest.raises(rls.ArgumentError, match=r"Target\(sparsity=.*above 0 and below 1"):
         Target(sparsity=sparsity)
+
+
+@pytest.mark.parametrize("name", ["tflite_bytes", "gzip_bytes"])
+@pytest.mark.parametrize("value", [0, -5, 1.5, "50000", True, float("inf")])
+def test_wrong_sizes(name, value):
+    with pytest.raises(rls.ArgumentError, match=rf"Target\({name}=.*whole number of bytes"):
+        Target(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"Target\(\) names no goals. Expected exactly one: Target\(sparsity=0.9\)"),
+        ({"sparsity": None}, "names no goals"),
+        (
+            {"sparsity": 0.5, "gzip_bytes": 900},
+            r"Target\(sparsity=0.5, gzip_bytes=900\) names 2 goals. Expected exactly one",
+        ),
+    ],
+)
+def test_a_target_is_one_goal(given, message):
+    with pytest.raises(rls.ArgumentError, match=message):
+        Target(**given)
+
+
+def test_a_target_knows_its_goal():
+    target = Target(gzip_bytes=np.int64(900))
+    assert (target.kind, target.value, target.to_dict()) == ("gzip_bytes", 900, {"gzip_bytes": 900})
+    assert type(target.value) is int
 
 
 def test_targets_are_frozen_and_keyword_only():
@@ -45,7 +73,7 @@ def test_a_walk_inside_the_wall_always_meets_the_target(cuts, sparsity, skipped,
     sizes = [cut.sizes for cut in cuts]
     elements = sum(int(size.sum()) for size in sizes) + skipped
     try:
-        budget = Budget(Target(sparsity=sparsity), elements, sizes)
+        budget = Budget(sparsity, elements, sizes)
     except rls.TargetError:
         best = sum(int(size.sum() - size.max()) for size in sizes)
         assert best < sparsity * elements
@@ -72,23 +100,23 @@ def test_a_walk_inside_the_wall_always_meets_the_target(cuts, sparsity, skipped,
 
 def test_the_count_wanted_is_not_spoilt_by_floating_point():
     sizes = [np.ones((10, 10), np.int64)]
-    assert Budget(Target(sparsity=0.9), 100, sizes).wanted == 90
-    assert Budget(Target(sparsity=0.7), 100, sizes).wanted == 70  # 0.7 * 100 = 70.00000000000001
-    assert Budget(Target(sparsity=0.701), 100, sizes).wanted == 71
+    assert Budget(0.9, 100, sizes).wanted == 90
+    assert Budget(0.7, 100, sizes).wanted == 70  # 0.7 * 100 = 70.00000000000001
+    assert Budget(0.701, 100, sizes).wanted == 71
 
 
 def test_the_floor_is_a_quarter_of_the_average_density_while_that_is_in_reach():
     sizes = [np.ones((100, 10), np.int64), np.ones((100, 1), np.int64)]
-    budget = Budget(Target(sparsity=0.8), 1100, sizes)
+    budget = Budget(0.8, 1100, sizes)
     assert budget.capacity.tolist() == [950, 95]
     # 0.86 of all means 0.946 of these two, which leaves 54 per thousand; the floor allows it.
-    assert Budget(Target(sparsity=0.86), 1210, sizes).capacity.tolist() == [965, 96]
+    assert Budget(0.86, 1210, sizes).capacity.tolist() == [965, 96]
     # 0.9 of all means 0.99 of these two: in reach only with one group as the floor.
-    assert Budget(Target(sparsity=0.9), 1210, sizes).capacity.tolist() == [999, 99]
+    assert Budget(0.9, 1210, sizes).capacity.tolist() == [999, 99]
 
 
 def test_a_kernel_of_one_group_gives_nothing():
-    budget = Budget(Target(sparsity=0.5), 110, [np.ones((100, 1)), np.full((1, 1), 10)])
+    budget = Budget(0.5, 110, [np.ones((100, 1)), np.full((1, 1), 10)])
     assert budget.capacity.tolist() == [87, 0]
     assert budget.room([1]) == 0
 
@@ -96,15 +124,15 @@ def test_a_kernel_of_one_group_gives_nothing():
 def test_targets_out_of_reach_name_the_best():
     sizes = [np.ones((10, 5), np.int64)]
     with pytest.raises(rls.TargetError) as caught:
-        Budget(Target(sparsity=0.9), 100, sizes)
+        Budget(0.9, 100, sizes)
     message = str(caught.value)
     assert "needs 90 of 100 weights pruned, but only 49 can be" in message
     assert "Expected a sparsity of at most 0.49." in message
-    assert Budget(Target(sparsity=0.49), 100, sizes).missing == 49
+    assert Budget(0.49, 100, sizes).missing == 49
 
 
 def test_nothing_is_missing_below_zero():
-    budget = Budget(Target(sparsity=0.5), 10, [np.ones((10, 1), np.int64)])
+    budget = Budget(0.5, 10, [np.ones((10, 1), np.int64)])
     budget.pruned[0] = 8
     assert budget.missing == 0
     assert budget.progress == 1

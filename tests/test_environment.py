@@ -99,7 +99,7 @@ def environments(network: CompressedNetwork, sparsity: float | None = None):
     if sparsity is not None:
         network.target = rls.Target(sparsity=sparsity)
         sizes = [network.groupings[kernel.path].sizes for kernel in network.kernels]
-        network.budget = Budget(network.target, network.budget.elements, sizes)
+        network.budget = Budget(network.target.sparsity, network.budget.elements, sizes)
     network.reset()
     return [rls.LayerEnvironment(network, k.path, buckets=BUCKETS) for k in network.kernels]
 

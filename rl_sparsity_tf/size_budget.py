@@ -1,0 +1,155 @@
+"""A budget of bytes: what a network costs in the file, and what it can still be brought to."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from rl_sparsity_tf.budget import Budget
+from rl_sparsity_tf.errors import TargetError
+
+# The implied sparsity is looked for among this many densities.
+_DENSITIES = 512
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KernelCosts:
+    """What a kernel costs in the file, by how many of its weights live.
+
+    Attributes:
+        live: Numbers of living weights, ascending.
+        floats: Bytes with that many, stored as float32.
+        integers: The same as int8; None if it cannot be stored so.
+    """
+
+    live: np.ndarray
+    floats: np.ndarray
+    integers: np.ndarray | None
+
+    def cost(self, live: float, integers: bool) -> float:
+        """Bytes with so many living weights."""
+        stored = self.integers if integers and self.integers is not None else self.floats
+        return float(np.interp(live, self.live, stored))
+
+    def least(self, live: float, integers: bool) -> float:
+        """Bytes in the cheaper of the two types, if integers are open to it."""
+        return min(self.cost(live, False), self.cost(live, integers))
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelState:
+    """How far a kernel is decided.
+
+    Attributes:
+        pruned: Weights pruned.
+        undecided: Weights that nothing was decided for yet.
+        kept: Whether some group is kept at full precision.
+        quantized: Whether some group is quantized.
+    """
+
+    pruned: int
+    undecided: int
+    kept: bool
+    quantized: bool
+
+
+class SizeBudget(Budget):
+    """A budget of bytes.
+
+    The wall: a decision is legal only if the file can still be brought to its size, all undecided
+    groups being pruned as far as the floors allow and the living ones stored as integers; and
+    nothing more is pruned once the file is small enough with all that lives as integers. Floors
+    are those of the sparsity that the size implies when every kernel has the same density.
+
+    Args:
+        limit: Bytes that the file may have by the size model.
+        fixed: Bytes of the file without its kernels.
+        costs: What every kernel costs.
+        elements: All weights of rank >= 2.
+        sizes: For every kernel the weights of each of its groups.
+        name: The target as the user gave it, for errors.
+
+    Raises:
+        TargetError: If the size cannot be reached, naming the smallest that can.
+    """
+
+    def __init__(
+        self,
+        limit: float,
+        fixed: float,
+        costs: Sequence[KernelCosts],
+        elements: int,
+        sizes: Sequence[np.ndarray],
+        name: str,
+    ):
+        self.limit = limit
+        self.fixed = fixed
+        self.costs = list(costs)
+        self.totals = np.array([int(size.sum()) for size in sizes], np.int64)
+        # No kernel can give its last group.
+        possible = float(self._capacity(sizes, 0.0).sum()) / elements
+        super().__init__(min(self._implied_sparsity(elements), possible), elements, sizes)
+        start = [KernelState(0, int(total), False, False) for total in self.totals]
+        if self.least(start) > limit:
+            self.capacity = self._capacity(sizes, 0.0)
+        least = self.least(start)
+        if least > limit:
+            raise TargetError(
+                f"{name} cannot be reached: with every kernel pruned to its last group and stored "
+                f"as integers, the file would have about {math.ceil(least):,} bytes. Expected at "
+                "least that many."
+            )
+
+    def _implied_sparsity(self, elements: int) -> float:
+        """The least sparsity that meets the size if all kernels are integers of one density."""
+        for density in np.linspace(1.0, 0.0, _DENSITIES, endpoint=False):
+            lives = np.maximum(density * self.totals, 1)
+            size = self.fixed + sum(
+                costs.least(live, True) for costs, live in zip(self.costs, lives, strict=True)
+            )
+            if size <= self.limit:
+                return float((1.0 - density) * self.totals.sum() / elements)
+        return 1.0
+
+    def least(self, states: Sequence[KernelState]) -> float:
+        """The smallest file that the undecided groups leave within reach, in bytes."""
+        return self._completed(states, prune=True)
+
+    def expected(self, states: Sequence[KernelState]) -> float:
+        """The file if nothing more is pruned and all that can be is stored as integers."""
+        return self._completed(states, prune=False)
+
+    def _completed(self, states: Sequence[KernelState], prune: bool) -> float:
+        total = self.fixed
+        for index, state in enumerate(states):
+            room = max(0, int(self.capacity[index]) - state.pruned) if prune else 0
+            live = int(self.totals[index]) - state.pruned - min(state.undecided, room)
+            if state.undecided and not state.kept:
+                total += self.costs[index].least(live, True)
+            else:
+                total += self.costs[index].cost(live, state.quantized and not state.kept)
+        return total
+
+    def most(self, states: Sequence[KernelState]) -> float:
+        """The file's size if everything undecided is kept at full precision, in bytes."""
+        return self.fixed + self.kernel_bytes(states)
+
+    def kernel_bytes(self, states: Sequence[KernelState]) -> float:
+        """What the kernels cost as they are, undecided groups at full precision."""
+        total = 0.0
+        for index, state in enumerate(states):
+            integers = state.quantized and not state.kept and state.undecided == 0
+            live = int(self.totals[index]) - state.pruned
+            total += self.costs[index].cost(live, integers)
+        return total
+
+    @property
+    def dense_kernel_bytes(self) -> float:
+        """What the kernels of the dense float32 network cost."""
+        return sum(
+            costs.cost(int(total), False)
+            for costs, total in zip(self.costs, self.totals, strict=True)
+        )

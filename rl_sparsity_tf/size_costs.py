@@ -1,0 +1,85 @@
+"""What the kernels of a network cost in a file of a given kind, measured on its own weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import tf_keras as keras
+
+from rl_sparsity_tf.grouping import Grouping
+from rl_sparsity_tf.kernels import Kernel
+from rl_sparsity_tf.rules import prune_by_magnitude
+from rl_sparsity_tf.size_budget import KernelCosts, SizeBudget
+from rl_sparsity_tf.size_model import SizeModel
+from rl_sparsity_tf.target import Target
+
+_DENSITIES = (0.0, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
+# What the size model may be off by: the raw size within 1 %; the gzipped one changes with the
+# weights while they are trained.
+_MARGINS = {"tflite_bytes": 0.01, "gzip_bytes": 0.03}
+
+
+def formats_for(target: Target) -> str:
+    """The formats that files for a target may use (see `export_tflite`)."""
+    return {"sparsity": "dense", "tflite_bytes": "raw", "gzip_bytes": "gzip"}[target.kind]
+
+
+def size_budget(
+    model: keras.Model, kernels: Sequence[Kernel], target: Target, group: str, elements: int
+) -> SizeBudget:
+    """The budget of a target in bytes.
+
+    Args:
+        model: The dense model.
+        kernels: The kernels that are decided, in order.
+        target: The target; its kind says whether the raw or the gzipped size counts.
+        group: Kind of groups.
+        elements: All weights of rank >= 2.
+
+    Raises:
+        TargetError: If the size cannot be reached.
+        ExportError: If the model cannot be converted.
+    """
+    kind = target.kind
+    sizes = SizeModel(model, formats_for(target))
+    costs = [_costs(sizes, kernel, kernel.grouping(group), kind) for kernel in kernels]
+    values = {kernel.path: kernel.value() for kernel in kernels}
+    fixed = _bytes(sizes.file_size(values, {}), kind) - sum(
+        _bytes(sizes.kernel_size(kernel.path, values[kernel.path]), kind) for kernel in kernels
+    )
+    return SizeBudget(
+        target.value * (1.0 - _MARGINS[kind]),
+        fixed,
+        costs,
+        elements,
+        [kernel.grouping(group).sizes for kernel in kernels],
+        f"Target({kind}={target.value:,.0f})".replace(",", "_"),
+    )
+
+
+def _costs(sizes: SizeModel, kernel: Kernel, grouping: Grouping, kind: str) -> KernelCosts:
+    matrix = kernel.matrix()
+    lives: list[int] = []
+    floats: list[float] = []
+    integers: list[float] = []
+    for density in _DENSITIES:
+        alive = grouping.expand_numpy(prune_by_magnitude(matrix, grouping, 1.0 - density))
+        pruned = kernel.spec.from_matrix_numpy(np.where(alive, matrix, 0.0), kernel.shape)
+        pruned = pruned.astype(np.float32)
+        live = int(alive.sum())
+        if lives and live <= lives[-1]:
+            continue
+        lives.append(live)
+        floats.append(_bytes(sizes.kernel_size(kernel.path, pruned), kind))
+        if kernel.spec.exports_int8:
+            integers.append(_bytes(sizes.kernel_size(kernel.path, pruned, 8), kind))
+    return KernelCosts(
+        np.array(lives, np.float64),
+        np.maximum.accumulate(np.array(floats)),
+        np.maximum.accumulate(np.array(integers)) if integers else None,
+    )
+
+
+def _bytes(size: object, kind: str) -> float:
+    return float(getattr(size, "raw" if kind == "tflite_bytes" else "gzip"))

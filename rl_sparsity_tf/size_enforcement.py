@@ -1,0 +1,105 @@
+"""Holding a target in bytes to the real file: what is too large is pruned further."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import tf_keras as keras
+
+from rl_sparsity_tf.candidates import Candidate
+from rl_sparsity_tf.errors import TargetError
+from rl_sparsity_tf.finishing import Figures, Finished, finish
+from rl_sparsity_tf.kernels import find_kernels
+from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.plan import CompressionPlan
+from rl_sparsity_tf.rules import prune_by_magnitude
+from rl_sparsity_tf.size_costs import formats_for
+from rl_sparsity_tf.target import Target
+
+_ATTEMPTS = 6
+# How much further than the overshoot the next attempt goes.
+_EXTRA = 0.02
+_LEAST = 0.1
+_LARGE_STEP = 0.7
+
+
+def finish_within(
+    model: keras.Model,
+    candidate: Candidate,
+    figures: Figures,
+    target: Target,
+    *,
+    epochs: int,
+    quantization: str,
+) -> Finished:
+    """Finishes a candidate, and if its file is too large, a more pruned form of it.
+
+    The search keeps to the size by a model of it. Fine-tuning changes the weights, and with them
+    how well they compress: where the real file is larger than the target, every kernel gives up
+    its smallest groups in proportion, and is fine-tuned again.
+
+    Args:
+        model: The original model.
+        candidate: The plan and the weights to start from.
+        figures: Data and metric.
+        target: The target; one of sparsity is met by the plan itself.
+        epochs: Epochs of fine-tuning.
+        quantization: How to export.
+
+    Raises:
+        TargetError: If the file is still too large after a few attempts.
+    """
+    formats = formats_for(target)
+    reached: list[int] = []
+    for _ in range(_ATTEMPTS):
+        finished = finish(
+            model, candidate, figures, epochs=epochs, quantization=quantization, formats=formats
+        )
+        if target.sparsity is not None:
+            return finished
+        report = finished.exported.report
+        size = report.tflite_bytes if target.kind == "tflite_bytes" else report.gzip_bytes
+        if size <= target.value:
+            return finished
+        reached.append(size)
+        # Only the kernels can shrink; of the gzipped file they are taken to be the same share.
+        kernels = sum(tensor.bytes for tensor in report.tensors if tensor.kernel)
+        reducible = size * kernels / report.tflite_bytes
+        share = 1.0 - (size - target.value) / reducible - _EXTRA
+        # A dense tensor gets no smaller by some zeros more: then larger steps are needed.
+        stuck = len(reached) > 1 and size > 0.995 * reached[-2]
+        share = float(np.clip(share, _LEAST, _LARGE_STEP if stuck else 1.0))
+        candidate = dataclasses.replace(
+            candidate, plan=pruned_further(finished.model, finished.plan, share)
+        )
+    raise TargetError(
+        f"Target({target.kind}={int(target.value)}) was missed: after fine-tuning the file had "
+        f"{' then '.join(map(str, reached))} bytes. Expected a larger target, or a coarser group, "
+        "whose zeros compress better."
+    )
+
+
+def pruned_further(model: keras.Model, plan: CompressionPlan, share: float) -> CompressionPlan:
+    """Prunes the smallest living groups of every kernel.
+
+    Args:
+        model: The model that the plan was applied to; its weights decide what is small.
+        plan: The plan.
+        share: Share of the living weights of every kernel that may stay.
+
+    Returns:
+        The plan with more groups pruned; the others keep their operations.
+    """
+    entries = []
+    for kernel in find_kernels(model):
+        entry = plan.kernels.get(kernel.path)
+        if entry is None:
+            continue
+        density = (1.0 - entry.sparsity) * share
+        live = prune_by_magnitude(kernel.matrix(), entry.grouping, 1.0 - density)
+        operations = np.where(live, entry.operations, Operation.PRUNE).astype(np.uint8)
+        # Groups that were pruned have no magnitude, so none of them comes back.
+        operations[entry.operations == Operation.PRUNE] = Operation.PRUNE
+        entries.append(dataclasses.replace(entry, operations=operations))
+    return CompressionPlan(entries)
