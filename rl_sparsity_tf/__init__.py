@@ -44,13 +44,15 @@ _EXPORTS = {
     "Result": "result",
     "Recovery": "network",
     "Reward": "reward",
-    "Target": "budget",
+    "Target": "target",
     "TargetError": "errors",
     "VerificationError": "errors",
+    "benchmark_tflite": "timing",
     "check_environment": "environment_check",
     "describe_state": "state",
     "describe_support": "support",
     "export_tflite": "export",
+    "inspect_tflite": "inspection",
     "load_model": "model_files",
     "predict_tflite": "export",
     "register_layer": "registry",
@@ -60,7 +62,6 @@ _EXPORTS = {
 
 if TYPE_CHECKING:
     from rl_sparsity_tf.agents import DQN, PPO, Random
-    from rl_sparsity_tf.budget import Target
     from rl_sparsity_tf.environment import LayerEnvironment
     from rl_sparsity_tf.environment_check import check_environment
     from rl_sparsity_tf.errors import (
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from rl_sparsity_tf.export import ExportReport, export_tflite, predict_tflite
+    from rl_sparsity_tf.inspection import inspect_tflite
     from rl_sparsity_tf.mask_training import MaskTraining
     from rl_sparsity_tf.model_files import load_model
     from rl_sparsity_tf.network import Recovery
@@ -86,6 +88,8 @@ if TYPE_CHECKING:
     from rl_sparsity_tf.search import Compressor
     from rl_sparsity_tf.state import describe_state
     from rl_sparsity_tf.support import describe_support
+    from rl_sparsity_tf.target import Target
+    from rl_sparsity_tf.timing import benchmark_tflite
     from rl_sparsity_tf.wrapper import CompressionWrapper
     from rl_sparsity_tf.wrapping import strip, wrap
 
@@ -116,10 +120,12 @@ __all__ = [
     "TargetError",
     "VerificationError",
     "__version__",
+    "benchmark_tflite",
     "check_environment",
     "describe_state",
     "describe_support",
     "export_tflite",
+    "inspect_tflite",
     "load_model",
     "predict_tflite",
     "register_layer",

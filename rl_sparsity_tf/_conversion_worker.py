@@ -12,15 +12,22 @@ Arrays travel as .npz files. The process ends when standard input does.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+
+from rl_sparsity_tf.file_inputs import check_rows
+
+# Of the "time" command: single calls of small models are too short to be timed.
+_WARM_UP_SECONDS = 0.1
+_SAMPLE_SECONDS = 0.005
 
 
 def warm() -> dict[str, Any]:
@@ -80,52 +87,42 @@ def _fixed_batch(saved_model: str) -> int:
     return int(sizes[0]) if sizes else 1
 
 
-def quantize(source: str, output: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Quantizes weights of a float32 file, activations staying float (weight-only).
+def quantize(
+    source: str,
+    output: str,
+    entries: list[dict[str, Any]],
+    compute: str = "weight_only",
+    representative: str | None = None,
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """Quantizes weights of a float32 file; see [recipes][rl_sparsity_tf.recipes.quantize_file].
 
     Args:
-        source: A float32 .tflite file.
-        output: The file to write, its buffers inside the flatbuffer.
-        entries: One per kernel: {"key", "bits", "operators": [{"code", "scope"}]}, the operators
-            being all that read the kernel's tensor, `scope` their output tensors' names, each
-            followed by a semicolon.
-
-    Returns:
-        {"refused": {key: why}}: the kernels that stay float because the quantizer has no form of
-        their operators with such weights. Nothing is written if that is all of them.
+        source: A float32 .tflite file with one signature.
+        output: The file to write.
+        entries: The operators that read the kernels, and the kernels' bits.
+        compute: "weight_only", "dynamic" or "static".
+        representative: For "static", an .npz file with one array of rows per signature input.
+        batch_size: Rows at a time; a file with a fixed batch size uses its own.
     """
-    from litert_quantizer import quantizer
-    from litert_quantizer.utils import tfl_flatbuffer_utils
+    from rl_sparsity_tf.recipes import quantize_file
 
-    from rl_sparsity_tf.flatbuffer import inline_buffers
+    batches = None if representative is None else _batches(source, representative, batch_size)
+    return quantize_file(source, output, entries, compute, batches)
 
-    refused: dict[str, str] = {}
-    recipe = quantizer.Quantizer(source)
-    for entry in entries:
-        known = {}
-        for operator in entry["operators"]:
-            name = tfl_flatbuffer_utils.TFL_OP_CODE_TO_NAME.get(operator["code"])
-            try:
-                if name is None:
-                    raise ValueError(operator["name"])
-                # A scope that no operator has: asks the quantizer's policy, changes nothing.
-                probe = quantizer.Quantizer(source)
-                probe.add_weight_only_config("^$", name, num_bits=entry["bits"])
-            except ValueError:
-                refused[entry["key"]] = (
-                    f"the quantizer has no {operator['name']} with {entry['bits']}-bit weights and "
-                    "float activations"
-                )
-                break
-            known[operator["scope"]] = name
-        else:
-            for scope, name in known.items():
-                recipe.add_weight_only_config(f"^{re.escape(scope)}$", name, num_bits=entry["bits"])
-    # A kernel that the file keeps gate by gate has several entries under one key.
-    if len(refused) < len({entry["key"] for entry in entries}):
-        result = recipe.quantize(enable_progress_bar=False, enable_progress_report=False)
-        Path(output).write_bytes(inline_buffers(bytes(result.quantized_model)))
-    return {"refused": refused}
+
+def _batches(path: str, inputs: str, batch_size: int) -> list[dict[str, np.ndarray]]:
+    """Whole batches of the rows in an .npz file, for the inputs of a file's signature."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=path)
+    fixed = _batch_of(interpreter.get_input_details()[0])
+    (signature,) = interpreter.get_signature_list().values()
+    named = zip(sorted(signature["inputs"], key=_numbered), _load(inputs).values(), strict=True)
+    rows = dict(named)
+    count, size = len(next(iter(rows.values()))), fixed or batch_size
+    whole = range(0, count - (size - 1 if fixed else 0), size)
+    return [{name: array[start : start + size] for name, array in rows.items()} for start in whole]
 
 
 def run(path: str, inputs: str, outputs: str, batch_size: int, xnnpack: bool) -> dict[str, Any]:
@@ -161,8 +158,7 @@ def run(path: str, inputs: str, outputs: str, batch_size: int, xnnpack: bool) ->
     into, out_of = runner.get_input_details(), runner.get_output_details()
     arrays = list(_load(inputs).values())
     names = sorted(into, key=_numbered)
-    if len(names) != len(arrays):
-        raise ValueError(f"The file has {len(names)} inputs {names}, received {len(arrays)}.")
+    check_rows([into[name] | {"name": name} for name in names], arrays)
     batch = _batch_of(into[names[0]]) or batch_size
     rows = len(arrays[0])
     collected: dict[str, list[np.ndarray]] = {name: [] for name in out_of}
@@ -190,6 +186,97 @@ def run(path: str, inputs: str, outputs: str, batch_size: int, xnnpack: bool) ->
     return {"outputs": len(ordered)}
 
 
+def time_files(
+    paths: list[str],
+    index_limits: list[int],
+    runs: int,
+    threads: int,
+    xnnpack: bool,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Times files in turns, so that what else the machine does meets all of them alike.
+
+    Args:
+        paths: The .tflite files; of each the first subgraph is run on random inputs.
+        index_limits: For each file, what integer inputs must stay below.
+        runs: Number of samples of each file.
+        threads: Threads of the interpreters.
+        xnnpack: Whether the default delegate (XNNPACK) may be used.
+        batch_size: Rows of the inputs that leave it open.
+
+    Returns:
+        {"seconds": one list of samples per file}, each the mean of so many calls that they take
+        about as long as the clock and the scheduler need not to matter.
+    """
+    calls = []
+    for path, limit in zip(paths, index_limits, strict=True):
+        try:
+            calls.append(_prepared(path, limit, threads, xnnpack, batch_size))
+        except (RuntimeError, ValueError) as error:
+            raise RuntimeError(f"{path}: {error}") from error
+    counts = [_warmed_up(call) for call in calls]
+    samples: list[list[float]] = [[] for _ in calls]
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(runs):
+            for call, count, collected in zip(calls, counts, samples, strict=True):
+                begin = time.perf_counter()
+                for _ in range(count):
+                    call()
+                collected.append((time.perf_counter() - begin) / count)
+    finally:
+        gc.enable()
+    return {"seconds": samples}
+
+
+def _prepared(
+    path: str, limit: int, threads: int, xnnpack: bool, batch_size: int
+) -> Callable[[], None]:
+    """An interpreter's invoke, its inputs filled, after one successful call."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    resolver = OpResolverType.AUTO if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    interpreter = Interpreter(
+        model_path=path, experimental_op_resolver_type=resolver, num_threads=threads
+    )
+    for details in interpreter.get_input_details():
+        signature, shape = details["shape_signature"], details["shape"]
+        if len(signature) and signature[0] < 0:
+            interpreter.resize_tensor_input(details["index"], [batch_size, *shape[1:]])
+    interpreter.allocate_tensors()
+    rng = np.random.default_rng(0)
+    for details in interpreter.get_input_details():
+        interpreter.set_tensor(details["index"], _random_input(details, limit, rng))
+    interpreter.invoke()
+    return interpreter.invoke
+
+
+def _random_input(details: dict[str, Any], limit: int, rng: np.random.Generator) -> np.ndarray:
+    dtype, shape = np.dtype(details["dtype"]), tuple(details["shape"])
+    if dtype.kind == "f":
+        return rng.standard_normal(shape).astype(dtype)
+    if dtype.kind == "b":
+        return rng.integers(0, 2, shape).astype(dtype)
+    if dtype.kind not in "iu":
+        raise ValueError(f"there are no random inputs of type {dtype} ({details['name']})")
+    if details["quantization"][0] or dtype.itemsize == 1:
+        limits = np.iinfo(dtype)
+        return rng.integers(limits.min, limits.max, shape, dtype=dtype, endpoint=True)
+    # Integers that are not quantized are mostly rows of a table, which must exist.
+    return rng.integers(0, limit, shape).astype(dtype)
+
+
+def _warmed_up(call: Callable[[], None]) -> int:
+    """Calls until caches and clock rates have settled; returns the calls that make a sample."""
+    begin, done = time.perf_counter(), 0
+    while done < 3 or time.perf_counter() - begin < _WARM_UP_SECONDS:
+        call()
+        done += 1
+    mean = (time.perf_counter() - begin) / done
+    return max(1, round(_SAMPLE_SECONDS / mean))
+
+
 def _batch_of(details: dict[str, Any]) -> int | None:
     signature = details["shape_signature"]
     size = int(signature[0]) if len(signature) else -1
@@ -199,7 +286,7 @@ def _batch_of(details: dict[str, Any]) -> int | None:
 def _to_stored(values: np.ndarray, details: dict[str, Any]) -> np.ndarray:
     dtype = np.dtype(details["dtype"])
     scale, zero_point = details["quantization"]
-    if scale and dtype.kind in "iu" and values.dtype.kind == "f":
+    if scale and dtype.kind in "iu":
         limits = np.iinfo(dtype)
         return np.clip(np.round(values / scale) + zero_point, limits.min, limits.max).astype(dtype)
     return values.astype(dtype)
@@ -228,6 +315,7 @@ _COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "convert": convert,
     "quantize": quantize,
     "run": run,
+    "time": time_files,
 }
 
 

@@ -7,14 +7,33 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import warnings
+from collections.abc import Iterator
 
 from rl_sparsity_tf.errors import MissingDependencyError
 
+
+@contextlib.contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Takes away what an import adds to the environment variables."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
+
+
 try:
     # Gym, which TF-Agents imports, greets on standard error; the sources of TF-Agents 0.19.0
-    # make newer Pythons warn when they are compiled for the first time.
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+    # make newer Pythons warn when they are compiled for the first time. Gym sets a variable, too.
+    with (
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+        _environment_kept(),
+    ):
         warnings.simplefilter("ignore", SyntaxWarning)
         import tf_agents  # noqa: F401
         from tf_agents.environments import py_environment

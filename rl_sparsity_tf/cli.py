@@ -1,23 +1,32 @@
-"""The command line: `rl-sparsity demo` and `rl-sparsity compress`."""
+"""The command line: `rl-sparsity demo`, `compress`, `inspect` and `benchmark`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import io
+import json
 import logging
 import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rl_sparsity_tf.errors import ArgumentError, RLSparsityError
 from rl_sparsity_tf.version import __version__
 
+if TYPE_CHECKING:
+    from rl_sparsity_tf.inspection import FileInspection
+    from rl_sparsity_tf.target import Target
+    from rl_sparsity_tf.timing import Timing
+
 _GROUPS = ("element", "block4", "block16", "channel")
 _SMALLEST = {"episodes": 1, "seed": 0, "batch_size": 1, "finetune_epochs": 0}
 _QUANTIZATIONS = ("plan", "none", "dynamic", "int8", "float16")
+_DEFAULT_SPARSITY = 0.9
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,15 +86,36 @@ def build_parser() -> argparse.ArgumentParser:
         "--trusted", action="store_true", help="open files that contain code of their own"
     )
     compress.add_argument("--overwrite", action="store_true", help="replace a run in --output")
-    _add_search_arguments(compress)
+    _add_search_arguments(compress, sizes=True)
+
+    inspect = commands.add_parser("inspect", help="say what a .tflite file stores, and how")
+    inspect.add_argument("file", help="any .tflite file")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+
+    benchmark = commands.add_parser("benchmark", help="time .tflite files in LiteRT")
+    benchmark.add_argument("file", help="any .tflite file")
+    benchmark.add_argument("--against", help="a second file, timed in turns with the first")
+    benchmark.add_argument("--runs", type=int, default=50, help="samples of each file")
+    benchmark.add_argument("--threads", type=int, default=1, help="threads of LiteRT")
+    benchmark.add_argument("--no-xnnpack", action="store_true", help="time without XNNPACK")
+    benchmark.add_argument("--batch-size", type=int, help="rows, if the files leave it open")
+    benchmark.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
-def _add_search_arguments(parser: argparse.ArgumentParser, episodes: int = 24) -> None:
+def _add_search_arguments(
+    parser: argparse.ArgumentParser, episodes: int = 24, *, sizes: bool = False
+) -> None:
     parser.add_argument("--agent", choices=("dqn", "ppo"), default="dqn", help="who decides")
-    parser.add_argument(
-        "--target-sparsity", type=float, default=0.9, help="share of weights to become zero"
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument(
+        "--target-sparsity", type=float, help="share of weights to become zero (default 0.9)"
     )
+    if sizes:
+        target.add_argument("--target-bytes", type=int, help="bytes of the .tflite file at most")
+        target.add_argument(
+            "--target-gzip-bytes", type=int, help="bytes of the gzipped file at most"
+        )
     parser.add_argument("--episodes", type=int, default=episodes, help="passes over all layers")
     parser.add_argument("--seed", type=int, default=0, help="everything random follows from it")
     parser.add_argument(
@@ -103,10 +133,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0, or 2 for wrong use or bad input, which is said in one line on standard error.
     """
     options = build_parser().parse_args(arguments)
-    with _quiet():
+    commands = {
+        "demo": _demo,
+        "compress": _compress,
+        "inspect": _inspect,
+        "benchmark": _benchmark,
+    }
+    # TensorFlow takes seconds to load, and only searching needs it.
+    searching = options.command in ("demo", "compress")
+    with _quiet() if searching else contextlib.nullcontext():
         try:
             _check_numbers(options)
-            (_demo if options.command == "demo" else _compress)(options)
+            commands[options.command](options)
         except RLSparsityError as error:
             message = _in_options(" ".join(str(error).split()), options)
             print(f"rl-sparsity {options.command}: {message}", file=sys.stderr)
@@ -138,15 +176,14 @@ def _in_options(message: str, options: argparse.Namespace) -> str:
 
 
 def _check_loss(name: str) -> None:
-    import difflib
-
     import tf_keras as keras
 
     try:
         keras.losses.get(name)
     except ValueError as error:
         known = [loss for loss in dir(keras.losses) if loss.islower() and loss[0] != "_"]
-        close = difflib.get_close_matches(name, known, n=1)
+        # Only misspellings: a half-remembered name is closer to that of another loss.
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ArgumentError(
             f"--loss {name} is not known. Expected the name of one of Keras's losses, such as "
@@ -154,13 +191,24 @@ def _check_loss(name: str) -> None:
         ) from error
 
 
+def _target(options: argparse.Namespace) -> Target:
+    from rl_sparsity_tf.target import Target
+
+    given = {
+        "sparsity": options.target_sparsity,
+        "tflite_bytes": getattr(options, "target_bytes", None),
+        "gzip_bytes": getattr(options, "target_gzip_bytes", None),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    return Target(**(given or {"sparsity": _DEFAULT_SPARSITY}))
+
+
 def _demo(options: argparse.Namespace) -> None:
-    from rl_sparsity_tf.budget import Target
     from rl_sparsity_tf.demo import run_demo
     from rl_sparsity_tf.run_directory import check_unfinished
 
     # Before the demo trains the network that is to be compressed.
-    Target(sparsity=options.target_sparsity)
+    target = _target(options)
     if options.output is not None:
         check_unfinished(options.output)
     run_demo(
@@ -169,7 +217,7 @@ def _demo(options: argparse.Namespace) -> None:
         output=options.output,
         seed=options.seed,
         episodes=options.episodes,
-        sparsity=options.target_sparsity,
+        sparsity=target.sparsity,
         finetune_epochs=options.finetune_epochs,
         memory_limit_mb=options.memory_limit_mb,
         verbose=options.verbose,
@@ -177,14 +225,13 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _compress(options: argparse.Namespace) -> None:
-    from rl_sparsity_tf.budget import Target
     from rl_sparsity_tf.comparison import comparison_table
     from rl_sparsity_tf.datasets import load_dataset, load_npz
     from rl_sparsity_tf.errors import ModelError
     from rl_sparsity_tf.model_files import load_model
     from rl_sparsity_tf.search import Compressor
 
-    target = Target(sparsity=options.target_sparsity)
+    target = _target(options)
     if options.loss:
         _check_loss(options.loss)
     model = load_model(options.model, trusted=options.trusted)
@@ -228,6 +275,33 @@ def _compress(options: argparse.Namespace) -> None:
         result.summary()
         comparison_table(result.metrics)
         print(f"files in {options.output}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from rl_sparsity_tf.inspection import inspect_tflite
+
+    _print(inspect_tflite(options.file), options)
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    from rl_sparsity_tf.timing import benchmark_tflite
+
+    timing = benchmark_tflite(
+        options.file,
+        options.against,
+        runs=options.runs,
+        threads=options.threads,
+        xnnpack=not options.no_xnnpack,
+        batch_size=options.batch_size,
+    )
+    _print(timing, options)
+
+
+def _print(found: FileInspection | Timing, options: argparse.Namespace) -> None:
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        found.summary()
 
 
 @contextlib.contextmanager

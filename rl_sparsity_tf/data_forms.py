@@ -18,6 +18,7 @@ _FORMS = (
     "(x, y) or (x, y, sample_weight) of arrays, or a batched tf.data.Dataset of such tuples, "
     "as fit takes them"
 )
+_COLUMNS = ("inputs", "labels", "sample weights")
 
 
 def as_arrays(data: Any, name: str) -> Batch:
@@ -43,8 +44,11 @@ def as_arrays(data: Any, name: str) -> Batch:
         if what == "labels" and array.dtype.kind in "OSU" and array.ndim and array.size:
             first = array.reshape(-1)[0]
             if isinstance(first, str | bytes):
-                raise _text_labels(name, first)
-        if array.dtype.kind in "OSUMm" or array.ndim == 0:
+                raise _text_labels(name, first.item() if isinstance(first, np.generic) else first)
+        if array.dtype.kind == "c":
+            raise _complex(name, what)
+        # Of kind V is bfloat16, too, whose scalars are no np.void.
+        if array.dtype.kind in "OSUMm" or array.dtype.type is np.void or array.ndim == 0:
             raise DataError(
                 f"{name} holds {type(part).__name__} that is no array of numbers with one row per "
                 f"example. Expected {_FORMS}."
@@ -54,18 +58,37 @@ def as_arrays(data: Any, name: str) -> Batch:
                 f"{name} holds {int((~np.isfinite(array)).sum())} values that are NaN or infinite. "
                 "Expected finite numbers: remove or replace those rows."
             )
-        if array.dtype == np.float64:
-            array = array.astype(np.float32)
+        if array.dtype.kind == "f" and array.dtype.itemsize > 4:
+            array = _as_float32(array, name)
         return array
 
     parts = [
         None if part is None else _map(lambda one, what=what: convert(one, what), part)
-        for part, what in zip(data, ("inputs", "labels", "sample weights"), strict=False)
+        for part, what in zip(data, _COLUMNS, strict=False)
     ]
     x, y, weights = (*parts, None) if len(parts) == 2 else parts
     if x is None or y is None:
         raise DataError(f"{name} holds None in place of x or y. Expected {_FORMS}.")
     return x, y, weights
+
+
+def as_rows(data: Any, name: str, batch_size: int) -> tuple[Any, int]:
+    """Reads a Sequence, a tuple of lists and the like into arrays; leaves datasets as they are.
+
+    Args:
+        data: What the user gave.
+        name: What to call it in errors.
+        batch_size: Rows in a batch, where the data does not say.
+
+    Returns:
+        `(x, y, sample_weight or None)` or the dataset, and the batch size.
+
+    Raises:
+        DataError: If it cannot be used.
+    """
+    if isinstance(data, keras.utils.Sequence):
+        data, batch_size = join_sequence(data, name)
+    return data if isinstance(data, tf.data.Dataset) else as_arrays(data, name), batch_size
 
 
 def _check_form(data: Any, name: str) -> None:
@@ -91,6 +114,29 @@ def _text_labels(name: str, first: object) -> DataError:
     return DataError(
         f"{name} has labels that are text{example}. Expected numbers: give every class one, for "
         "example with np.unique(y, return_inverse=True)[1]."
+    )
+
+
+def _complex(name: str, what: str) -> DataError:
+    return DataError(
+        f"{name} has {what} that are complex. Expected real numbers: give the real and the "
+        "imaginary part as columns of their own, np.concatenate([x.real, x.imag], -1)."
+    )
+
+
+def _as_float32(array: np.ndarray, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = array.astype(np.float32)
+    lost = ~np.isfinite(cast)
+    if lost.any():
+        raise _beyond_float32(name, float(array[lost][0]))
+    return cast
+
+
+def _beyond_float32(name: str, value: float) -> DataError:
+    return DataError(
+        f"{name} holds numbers beyond float32, which models compute in, such as {value:.6g}. "
+        f"Expected numbers up to {np.finfo(np.float32).max:.2g}: scale them, or remove those rows."
     )
 
 
@@ -132,6 +178,8 @@ def check_elements(dataset: tf.data.Dataset, name: str) -> None:
                     f"{name} holds a {type(part).__name__.removesuffix('Spec')}. Expected dense "
                     "tensors: .to_tensor() pads ragged ones, tf.sparse.to_dense fills sparse ones."
                 )
+            if part.dtype.is_complex:
+                raise _complex(name, _COLUMNS[index])
             if part.dtype == tf.string and index == 1:
                 raise _text_labels(name, None)
             if part.dtype == tf.string:
@@ -162,7 +210,7 @@ def read_batches(dataset: tf.data.Dataset, name: str, expected: str) -> Iterator
             break
         except Exception as error:  # whatever the user's pipeline raises
             raise DataError(
-                f"{name} could not be read: batch {count} raises {_reason(error)}. Expected a "
+                f"{name} could not be read: batch {count} raises {reason_of(error)}. Expected a "
                 "dataset that a loop runs through: for batch in dataset: pass."
             ) from error
         for part in tf.nest.flatten(element):
@@ -172,13 +220,16 @@ def read_batches(dataset: tf.data.Dataset, name: str, expected: str) -> Iterator
                     f"{name} holds values that are NaN or infinite. Expected finite numbers: "
                     "filter or replace those rows."
                 )
+            if part is not None and part.dtype == tf.float64:
+                _as_float32(part.numpy(), name)
         yield element if len(element) == 3 else (*element, None)
         count += 1
     if not count:
         raise DataError(f"{name} is empty. Expected {expected}.")
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """What an error of the user's own code says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = re.sub(r"^\{\{.*?\}\} *|\s*\[Op:.*$", "", lines[0]) if lines else ""
     # The name that a generator's own error has is in the text; others are named by their class.
@@ -204,7 +255,7 @@ def join_sequence(sequence: keras.utils.Sequence, name: str) -> tuple[tuple[Any,
             batches.append(sequence[index])
     except Exception as error:  # whatever the user's own class raises
         raise DataError(
-            f"{name} could not be read: batch {len(batches)} raises {_reason(error)}. Expected "
+            f"{name} could not be read: batch {len(batches)} raises {reason_of(error)}. Expected "
             "a Sequence that sequence[0] to sequence[len(sequence) - 1] can be read from."
         ) from error
     if not batches:
@@ -221,7 +272,7 @@ def join_sequence(sequence: keras.utils.Sequence, name: str) -> tuple[tuple[Any,
         )
     except (ValueError, TypeError) as error:
         raise DataError(
-            f"{name} has batches that do not fit together: {_reason(error)}. Expected the same "
+            f"{name} has batches that do not fit together: {reason_of(error)}. Expected the same "
             "structure in all of them and rows of one shape: pad them to one length."
         ) from error
     return joined, len(tf.nest.flatten(batches[0])[0])

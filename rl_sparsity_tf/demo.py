@@ -116,7 +116,7 @@ def run_demo(
     Returns:
         The result; its metrics hold the contenders as baselines.
     """
-    from rl_sparsity_tf.budget import Target
+    from rl_sparsity_tf.target import Target
 
     started = time.monotonic()
     say = SearchProgress(episodes, "accuracy", verbose).say

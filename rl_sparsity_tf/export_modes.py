@@ -55,12 +55,12 @@ def _row(plan8: str, plan4: str, dynamic: str, int8: str, tensors: int = 1) -> d
 INTEGER_MODES: Mapping[str, Mapping[str, StoredAs]] = {
     "fully_connected": _row("int8/channel", "int4/channel", "int8/channel", "int8/channel"),
     "conv2d": _row("int8/channel", "int4/channel", "int8/channel", "int8/channel"),
-    "depthwise_conv2d": _row("int8/channel", "float32", "int8/channel", "int8/channel"),
-    "transpose_conv": _row("int8/channel", "float32", "int8/channel", "int8/channel"),
-    "conv3d": _row("float32", "float32", "float32", "float32"),
-    "gather": _row("float32", "float32", "int8/tensor", "int8/tensor"),
+    "depthwise_conv2d": _row("int8/channel", "int4/channel", "int8/channel", "int8/channel"),
+    "transpose_conv": _row("int8/channel", "int4/channel", "int8/channel", "int8/channel"),
+    "conv3d": _row("int8/channel", "int4/channel", "float32", "float32"),
+    "gather": _row("int8/tensor", "int4/tensor", "int8/tensor", "int8/tensor"),
     "batch_matmul": _row("int8/channel", "int4/channel", "int8/tensor", "int8/tensor"),
-    "lstm": _row("float32", "float32", "int8/tensor", "int8/tensor", tensors=4),
+    "lstm": _row("int8/channel", "int4/channel", "int8/tensor", "int8/tensor", tensors=4),
     "recurrent_loop": _row("int8/channel", "int4/channel", "int8/channel", "crash"),
     "conv_lstm": _row("int8/channel", "int4/channel", "int8/channel", "crash", tensors=4),
 }

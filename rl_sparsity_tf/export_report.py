@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from rl_sparsity_tf.flatbuffer import FlatTensor
+from rl_sparsity_tf.exploitation import Exploitation
+from rl_sparsity_tf.flat_model import FlatModel, FlatTensor
 from rl_sparsity_tf.matching import MatchedTensor
 
 
@@ -22,8 +21,11 @@ class TensorReport:
         shape: Its shape in TFLite's layout.
         dtype: How it is stored: "float32", "float16", "int8", "int4", ...
         elements: Number of values.
-        zeros: How many of them are zero; None if they cannot be read (sparse format).
-        bytes: Stored size.
+        zeros: How many of them are zero; None if they cannot be read.
+        bytes: Stored size, the indices of a sparse format included.
+        format: "dense", "CSR", "block 1x4", ...
+        exploited: In plain words, what the kernel that reads it gains from its zeros and its type;
+            empty if the operators were not looked at.
     """
 
     name: str
@@ -33,6 +35,8 @@ class TensorReport:
     elements: int
     zeros: int | None
     bytes: int
+    format: str = "dense"
+    exploited: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,8 @@ class ExportReport:
         tensors: The constants of the file, largest first.
         notes: What was not done as asked, and why.
         batch_size: The batch size the file is fixed to; None if it is open.
+        recipe: The recipe with which LiteRT's quantizer makes the file's integers from the float32
+            file; None if it has quantized nothing. The file beside it holds the same.
     """
 
     path: str
@@ -67,6 +73,7 @@ class ExportReport:
     tensors: tuple[TensorReport, ...]
     notes: tuple[str, ...]
     batch_size: int | None
+    recipe: list[dict[str, Any]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -81,23 +88,36 @@ class ExportReport:
         Args:
             print_fn: Called with every line.
         """
-        rows = [("Kernel", "Tensor shape", "Type", "Zeros", "Bytes")]
-        for tensor in self.tensors:
-            if tensor.kernel is not None:
-                zeros = "?" if tensor.zeros is None else f"{tensor.zeros / tensor.elements:.1%}"
-                shape = "x".join(map(str, tensor.shape))
-                rows.append((tensor.kernel, shape, tensor.dtype, zeros, f"{tensor.bytes:,}"))
+        kernels = [tensor for tensor in self.tensors if tensor.kernel is not None]
+        sentences = list(dict.fromkeys(tensor.exploited for tensor in kernels if tensor.exploited))
+        rows: list[tuple[str, ...]] = [
+            ("Kernel", "Tensor shape", "Type", "Format", "Zeros", "Bytes", "Note")
+        ]
+        for tensor in kernels:
+            zeros = "?" if tensor.zeros is None else f"{tensor.zeros / tensor.elements:.1%}"
+            shape = "x".join(map(str, tensor.shape))
+            note = f"[{sentences.index(tensor.exploited) + 1}]" if tensor.exploited else ""
+            rows.append(
+                (
+                    *(str(tensor.kernel), shape, tensor.dtype, tensor.format),
+                    *(zeros, f"{tensor.bytes:,}", note),
+                )
+            )
+        if not sentences:
+            rows = [row[:-1] for row in rows]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
         print_fn(f"{self.path} (quantization: {self.quantization})")
         print_fn(rule)
         for number, row in enumerate(rows):
-            left = (cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True))
-            right = (cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True))
+            left = (cell.ljust(width) for cell, width in zip(row[:4], widths[:4], strict=True))
+            right = (cell.rjust(width) for cell, width in zip(row[4:], widths[4:], strict=True))
             print_fn("  ".join([*left, *right]).rstrip())
             if number == 0:
                 print_fn(rule)
         print_fn(rule)
+        for number, sentence in enumerate(sentences, 1):
+            print_fn(f"[{number}] {sentence}")
         print_fn(f"File: {self.tflite_bytes:,} bytes ({self.gzip_bytes:,} after gzip)")
         print_fn(f"Batch size: {'any' if self.batch_size is None else self.batch_size}")
         print_fn(
@@ -111,20 +131,23 @@ class ExportReport:
 
 
 def tensor_reports(
-    tensors: Sequence[FlatTensor], matches: Mapping[str, Sequence[MatchedTensor]]
+    tensors: Sequence[FlatTensor],
+    matches: Mapping[str, Sequence[MatchedTensor]],
+    model: FlatModel | None = None,
 ) -> tuple[TensorReport, ...]:
     """Describes the constants of a file, largest first.
 
     Args:
         tensors: The file's tensors.
         matches: The tensors that hold the model's kernels, by path.
+        model: The file's content, from which it is told what the kernels will exploit.
     """
+    exploitation = None if model is None else Exploitation(model)
     held = {id(match.tensor): name for name, found in matches.items() for match in found}
     reports = []
     for tensor in tensors:
         if not tensor.constant:
             continue
-        values = tensor.values()
         reports.append(
             TensorReport(
                 name=tensor.name,
@@ -132,8 +155,10 @@ def tensor_reports(
                 shape=tensor.shape,
                 dtype=tensor.dtype,
                 elements=tensor.elements,
-                zeros=None if values is None else int(values.size - np.count_nonzero(values)),
-                bytes=tensor.stored_bytes,
+                zeros=tensor.zeros,
+                bytes=tensor.stored_bytes + tensor.index_bytes,
+                format=tensor.format,
+                exploited="" if exploitation is None else exploitation.sentence(tensor),
             )
         )
     return tuple(sorted(reports, key=lambda report: -report.bytes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,13 @@ import tf_keras as keras
 
 from rl_sparsity_tf.compile_state import compile_arguments
 from rl_sparsity_tf.data import Batch
-from rl_sparsity_tf.errors import ArgumentError, DataError, ModelError, did_you_mean
+from rl_sparsity_tf.errors import (
+    ArgumentError,
+    DataError,
+    ModelError,
+    RLSparsityError,
+    did_you_mean,
+)
 from rl_sparsity_tf.labels import loss_kind
 
 _HIGHER = (
@@ -79,7 +86,7 @@ def search_compile_arguments(model: keras.Model, learning_rate: float) -> dict[s
     A classifier without a metric gets its accuracy.
 
     Raises:
-        ModelError: If the model is not compiled with a loss.
+        ModelError: If the model is not compiled with a loss, or by a name that is not known.
     """
     arguments = compile_arguments(model)
     if arguments is None or not arguments.get("loss"):
@@ -87,6 +94,8 @@ def search_compile_arguments(model: keras.Model, learning_rate: float) -> dict[s
             f"Model {model.name!r} is not compiled with a loss, so neither training nor "
             "validation is possible. Call model.compile(optimizer, loss, metrics) first."
         )
+    _check_names(model, "loss", arguments["loss"])
+    _check_names(model, "metric", [arguments.get("metrics"), arguments.get("weighted_metrics")])
     arguments["optimizer"] = keras.optimizers.Adam(learning_rate)
     arguments["run_eagerly"] = False
     if not arguments.get("metrics") and not arguments.get("weighted_metrics"):
@@ -94,6 +103,28 @@ def search_compile_arguments(model: keras.Model, learning_rate: float) -> dict[s
         if accuracy is not None:
             arguments["metrics"] = [accuracy]
     return arguments
+
+
+def _check_names(model: keras.Model, kind: str, parts: Any) -> None:
+    """Raises for a name that Keras does not know, which it would only see in training."""
+    module = keras.losses if kind == "loss" else keras.metrics
+    short = ["accuracy", "acc", "crossentropy", "ce"] if kind == "metric" else []
+    for name in tf.nest.flatten(parts):
+        if not isinstance(name, str) or name in short:
+            continue
+        try:
+            if callable(module.get(name)):
+                continue
+        except ValueError:
+            pass
+        known = [*short, *(other for other in dir(module) if other.islower() and other[0] != "_")]
+        # Only misspellings: a half-remembered name is closer to that of another one.
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ModelError(
+            f"Model {model.name!r} is compiled with the {kind} {name!r}, which Keras does not "
+            f"know. Expected the name of one of Keras's own, or a function.{hint}"
+        )
 
 
 def _accuracy_for(loss: Any) -> Any:
@@ -127,15 +158,24 @@ def choose_metric(
     Raises:
         ArgumentError: If the name is not known or its direction cannot be told from it.
         DataError: If the model cannot be evaluated on the batch.
+        ModelError: If its loss or metrics raise.
     """
     try:
         names = list(model.test_step(batch))
+    except RLSparsityError:
+        raise
     except (ValueError, TypeError, tf.errors.OpError) as error:
-        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
         raise DataError(
-            "The model's loss and metrics cannot be computed on the data: "
-            f"{lines[-1] if lines else type(error).__name__}. Expected labels in the form that the "
-            "compiled loss takes (integers for sparse losses, one-hot or float rows otherwise)."
+            f"The model's loss and metrics cannot be computed on the data: {_last_line(error)}. "
+            "Expected labels in the form that the compiled loss takes (integers for sparse "
+            "losses, one-hot or float rows otherwise)."
+        ) from error
+    except Exception as error:  # whatever a loss or metric of the user's raises
+        raised, kind = _last_line(error), type(error).__name__
+        raised = raised if raised.startswith(kind) else f"{kind}: {raised}"
+        raise ModelError(
+            f"The loss and metrics of model {model.name!r} cannot be computed: {raised}. "
+            "Expected functions that model.test_on_batch(x, y) runs through."
         ) from error
     finally:
         model.reset_metrics()
@@ -144,6 +184,8 @@ def choose_metric(
             f"The test_step of {type(model).__name__} returns {names} and no 'loss', which plans "
             "are compared by. Let it return the loss under that name, as Keras's own does."
         )
+    if isinstance(wanted, list):
+        raise ArgumentError(f"metric={wanted!r} is a list. Expected {_as_metric(wanted)}.")
     figures = [name for name in names if name != "loss" and not name.endswith("_loss")]
     direction = None
     if isinstance(wanted, tuple) and len(wanted) == 2:
@@ -153,7 +195,7 @@ def choose_metric(
                 f"metric=({wanted!r}, {direction!r}) has no known direction. Expected 'max' or "
                 "'min'."
             )
-    if wanted is not None and wanted not in names:
+    if wanted is not None and not (isinstance(wanted, str) and wanted in names):
         raise ArgumentError(
             f"metric={wanted!r} is not among the model's metrics. {did_you_mean(wanted, names)}"
         )
@@ -173,6 +215,16 @@ def choose_metric(
         f"Whether a higher {name!r} is better cannot be told from its name. Pass "
         f"metric=({name!r}, 'max') or metric=({name!r}, 'min')."
     )
+
+
+def _as_metric(names: list[Any]) -> str:
+    one = f"metric={names[0]!r}" if names else "one name"
+    return f"metric={tuple(names)!r}" if len(names) == 2 and names[1] in ("max", "min") else one
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].rstrip(".") if lines else type(error).__name__
 
 
 def _has_several_outputs(model: keras.Model) -> bool:

@@ -21,6 +21,7 @@ from rl_sparsity_tf.grouping import GROUPS, Grouping
 from rl_sparsity_tf.kernel_rule import KernelRule
 from rl_sparsity_tf.kernel_spec import KernelSpec
 from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.plan_text import parse_json, read_text
 
 FORMAT_VERSION = 1
 _BITS = (32, 8, 4)
@@ -314,13 +315,12 @@ class CompressionPlan:
             PlanError: If the text is not JSON or not a plan.
         """
         try:
-            document = json.loads(text)
-        except json.JSONDecodeError as error:
+            return cls.from_dict(parse_json(text))
+        except RecursionError as error:  # of the parser, or of what looks at its result
             raise PlanError(
-                f"The plan is not valid JSON (line {error.lineno}, column {error.colno}: "
-                f"{error.msg}). Mend that place, or write the plan again with plan.save(path)."
+                "The plan's JSON is nested too deeply to be read. Expected an object with "
+                "format_version and kernels, as plan.save(path) writes it."
             ) from error
-        return cls.from_dict(document)
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Writes the plan as JSON.
@@ -339,14 +339,7 @@ class CompressionPlan:
             PlanError: If the file is missing, unreadable or no plan.
         """
         path = as_path("path", path, "the path of a JSON file written by plan.save")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(
-                f"The plan {str(path)!r} cannot be read ({error}). Expected a JSON file "
-                "written by plan.save."
-            ) from error
-        return cls.from_json(text)
+        return cls.from_json(read_text(path))
 
 
 def _grouping(path: str, shape: tuple[int, ...], layout: Any, group: Any) -> Grouping:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.errors import ArgumentError
+from rl_sparsity_tf.errors import ArgumentError, did_you_mean
 from rl_sparsity_tf.kernel_spec import KernelSpec
 from rl_sparsity_tf.sublayers import follow, named_sublayers
 
@@ -128,7 +128,8 @@ def register_layer(
         gates: Matrices side by side in every kernel that have a scale each (4 for an LSTM), where
             there is not one per output unit.
         **layouts: For every kernel attribute, one letter per axis: `i` for inputs (summed over),
-            `o` for outputs.
+            `o` for outputs. Whether a layer has the attributes is seen once it is built:
+            [describe_support][rl_sparsity_tf.describe_support] names those it has not.
 
     Raises:
         ArgumentError: If the class is not a layer class or a layout cannot be used.
@@ -214,5 +215,34 @@ def kernel_spec(layer: keras.layers.Layer, attribute: str) -> KernelSpec:
 
 
 def built_kernel_specs(layer: keras.layers.Layer) -> tuple[KernelSpec, ...]:
-    """The kernels of a layer whose variables exist."""
-    return tuple(spec for spec in kernel_specs(layer) if follow(layer, spec.attribute) is not None)
+    """The kernels of a layer whose variables exist, and have the axes that are expected."""
+    return tuple(spec for spec in kernel_specs(layer) if not _obstacle(layer, spec))
+
+
+def wrong_registrations(layer: keras.layers.Layer) -> list[str]:
+    """What was registered for a built layer, or for one inside it, and does not fit it."""
+    registered = [spec for spec in kernel_specs(layer) if not spec.kind]
+    return [text for spec in registered if (text := _obstacle(layer, spec))] if layer.built else []
+
+
+def _obstacle(layer: keras.layers.Layer, spec: KernelSpec) -> str:
+    """Why a layer's attribute is not the kernel that a spec describes; empty if it is."""
+    found = follow(layer, spec.attribute)
+    if found is None:
+        path, _, name = spec.attribute.rpartition("/")
+        owner = follow(layer, path)
+        names = [key for key, value in vars(owner).items() if _is_weight(value)] if owner else []
+        expected = did_you_mean(name, names) if names else "Expected that of a weight."
+        return f"{spec.attribute!r}, which register_layer names, is no attribute of it. {expected}"
+    if not _is_weight(found):
+        return f"{spec.attribute!r}, which register_layer names, is no weight of rank 2 or more"
+    if len(found.shape) != len(spec.layout):
+        return (
+            f"{spec.attribute!r} has {len(found.shape)} axes, the layout {spec.layout!r} that "
+            f"register_layer was given has {len(spec.layout)}"
+        )
+    return ""
+
+
+def _is_weight(value: object) -> bool:
+    return hasattr(value, "assign") and len(getattr(value, "shape", ())) >= 2

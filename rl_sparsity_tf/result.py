@@ -17,9 +17,9 @@ from rich.table import Table
 
 from rl_sparsity_tf.candidates import Candidate
 from rl_sparsity_tf.errors import FileExistsRLSparsityError
-from rl_sparsity_tf.export import export_tflite
+from rl_sparsity_tf.export import check_path, export_tflite
 from rl_sparsity_tf.export_report import ExportReport, TensorReport
-from rl_sparsity_tf.files import check_new_file, replacing, write_text
+from rl_sparsity_tf.files import replacing, write_text
 from rl_sparsity_tf.finishing import Figures, Finished
 from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.operations import Operation
@@ -90,7 +90,7 @@ class Result:
         """
         same_mode = quantization in (None, self.report.quantization)
         if same_mode and batch_size in (None, self.report.batch_size) and not unroll:
-            with replacing(check_new_file(path, overwrite)) as temporary:
+            with replacing(check_path(path, overwrite)) as temporary:
                 temporary.write_bytes(self._tflite)
             return dataclasses.replace(self.report, path=os.fspath(path))
         return export_tflite(

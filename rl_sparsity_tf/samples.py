@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from rl_sparsity_tf.data_forms import reason_of
 from rl_sparsity_tf.errors import ArgumentError, DataError
 from rl_sparsity_tf.signature import InputSpec, is_graph
 
@@ -31,7 +32,7 @@ def collect_rows(data: object, specs: Sequence[InputSpec], max_rows: int) -> lis
         One array per input, of shape (rows, ...) and the input's type.
 
     Raises:
-        DataError: If the data does not fit the inputs, is empty or is not finite.
+        DataError: If the data does not fit the inputs, is empty or not finite, or raises.
     """
     batches: list[list[np.ndarray]] = []
     whole = _as_inputs(data, specs)
@@ -39,7 +40,7 @@ def collect_rows(data: object, specs: Sequence[InputSpec], max_rows: int) -> lis
         batches.append(whole)
     elif isinstance(data, Iterable) and not isinstance(data, (np.ndarray, Mapping, str, bytes)):
         rows = 0
-        for batch in data:
+        for batch in _read(data):
             inputs = _batch_inputs(batch, specs)
             if inputs is None:
                 raise _misfit(batch, specs)
@@ -115,6 +116,19 @@ def random_rows(model: keras.Model, specs: Sequence[InputSpec], rows: int) -> li
     return drawn
 
 
+def _read(data: Iterable[Any]) -> Iterator[Any]:
+    count = 0
+    try:
+        for batch in data:
+            yield batch
+            count += 1
+    except Exception as error:  # whatever the user's generator or dataset raises
+        raise DataError(
+            f"representative_data could not be read: batch {count} raises {reason_of(error)}. "
+            "Expected batches that a loop runs through: for batch in data: pass."
+        ) from error
+
+
 def _as_inputs(data: object, specs: Sequence[InputSpec]) -> list[np.ndarray] | None:
     """Reads `data` as one array of rows per input, or returns None if it is not that."""
     if isinstance(data, (np.ndarray, tf.Tensor)):
@@ -134,6 +148,12 @@ def _as_inputs(data: object, specs: Sequence[InputSpec]) -> list[np.ndarray] | N
         return None
     if len({len(row) for row in rows}) != 1:
         return None
+    for spec, row in zip(specs, rows, strict=True):
+        if row.dtype.kind in "OSUMmc":
+            raise DataError(
+                f"representative_data for input {spec.name!r} is of type {row.dtype}. Expected "
+                f"numbers that can be cast to {spec.dtype}."
+            )
     return [row.astype(spec.dtype) for spec, row in zip(specs, rows, strict=True)]
 
 

@@ -12,15 +12,15 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.agents import AgentConfig, Random, resolve_config
-from rl_sparsity_tf.batch_checks import fixed_batch
-from rl_sparsity_tf.budget import Target
+from rl_sparsity_tf.batch_checks import Batch, fixed_batch
 from rl_sparsity_tf.class_weights import weight_table
 from rl_sparsity_tf.compile_state import compile_arguments
 from rl_sparsity_tf.conversion import start_worker
 from rl_sparsity_tf.data import TrainingData, evaluation_data, sample_rows, training_data
-from rl_sparsity_tf.errors import ArgumentError, DataError, check_choice
+from rl_sparsity_tf.data_forms import as_rows
+from rl_sparsity_tf.errors import ArgumentError, DataError, ModelError, check_choice
 from rl_sparsity_tf.export import QUANTIZATIONS
-from rl_sparsity_tf.finishing import Figures, export_and_score, export_dense_int8, finish
+from rl_sparsity_tf.finishing import Figures, export_and_score, export_dense_int8
 from rl_sparsity_tf.finishing import score_model as score
 from rl_sparsity_tf.grouping import GROUPS
 from rl_sparsity_tf.mask_training import default_epochs
@@ -37,10 +37,14 @@ from rl_sparsity_tf.run_directory import (
     data_fingerprint,
     model_fingerprint,
 )
-from rl_sparsity_tf.wrapping import accepted
+from rl_sparsity_tf.size_enforcement import finish_within
+from rl_sparsity_tf.target import Target
+from rl_sparsity_tf.wrapping import accepted, is_wrapped
 
 if TYPE_CHECKING:
     from rl_sparsity_tf.search_loop import LoopSettings, SearchLoop
+
+_FINGERPRINT_ROWS = 8192
 
 
 class Compressor:
@@ -93,6 +97,10 @@ class Compressor:
         warm_start: bool = True,
     ):
         self.model = accepted(model)
+        if is_wrapped(self.model):
+            raise ModelError(
+                f"Model {model.name!r} is wrapped already. Call rl_sparsity_tf.strip(model) first."
+            )
         self.target = Target(sparsity=0.9) if target is None else target
         _check_type("target", self.target, Target, "rls.Target(sparsity=0.9)")
         self.agent = resolve_config(agent)
@@ -100,16 +108,19 @@ class Compressor:
         self.directory = None if directory is None else check_directory(directory)
         self.seed = _check_count("seed", seed, 0)
         self.reward: RewardFunction = Reward() if reward is None else reward
-        if not callable(self.reward):
+        if isinstance(reward, type) or not callable(self.reward):
+            wrong = "is a class" if isinstance(reward, type) else "cannot be called"
             raise ArgumentError(
-                f"reward={reward!r} cannot be called. Expected rls.Reward(...) or a function "
+                f"reward={reward!r} {wrong}. Expected rls.Reward(...) or a function "
                 "(outcome, previous) -> float."
             )
         self.recovery = Recovery() if recovery is None else recovery
         _check_type("recovery", self.recovery, Recovery, "Recovery(method='finetune')")
         self.metric = metric
         self.buckets = _check_count("buckets", buckets, 1)
-        self.warm_start = bool(warm_start) and not isinstance(self.agent, Random)
+        self.warm_start = _check_flag("warm_start", warm_start) and not isinstance(
+            self.agent, Random
+        )
         self.last: FinishedSearch | None = None
 
     @quiet_tensorflow()
@@ -172,7 +183,19 @@ class Compressor:
             _check_count("finetune_epochs", finetune_epochs, 0)
         table = weight_table(class_weight)
         check_choice("quantization", quantization, QUANTIZATIONS)
-        if verbose not in (0, 1, 2):
+        if dataset is not None and not isinstance(dataset, str):
+            raise ArgumentError(
+                f"dataset={dataset!r} is a {type(dataset).__name__}. Expected the name of the "
+                "data as text, or None; the data itself is passed as train."
+            )
+        _check_flag("overwrite", overwrite)
+        if self.target.sparsity is None and quantization != "plan":
+            raise ArgumentError(
+                f"quantization={quantization!r} does not go with a target in bytes, which is "
+                "counted for the files that the plan decides on. Leave quantization out, or give "
+                "Target(sparsity=...)."
+            )
+        if not isinstance(verbose, int | np.integer) or verbose not in (0, 1, 2):
             raise ArgumentError(f"verbose={verbose!r} is not known. Expected 0, 1 or 2.")
         if validation_data is None:
             raise DataError(
@@ -186,6 +209,7 @@ class Compressor:
         model = unrolled_copy(self.model) if _check_flag("unroll", unroll) else self.model
         # A shuffled dataset's order also depends on the global seed at the time it is made.
         tf.random.set_seed(self.seed)
+        train, batch_size = as_rows(train, "train", batch_size)
         data = training_data(
             train, model, batch_size=batch_size, seed=self.seed, class_weight=table
         )
@@ -200,7 +224,7 @@ class Compressor:
             "class_weight": table,
             "unroll": unroll,
         }
-        run = self._open_run(model, data, validation, test, arguments, overwrite)
+        run = self._open_run(model, train, data, validation, test, arguments, overwrite)
         start_worker()  # its imports overlap the search
         network = CompressedNetwork(
             model,
@@ -220,7 +244,9 @@ class Compressor:
         figures = Figures(train=data, validation=validation, test=test, metric=network.metric)
         progress.say(f"fine-tuning the best plan (episode {best.episode + 1}) and exporting it")
         tf.random.set_seed(self.seed)
-        finished = finish(model, best, figures, epochs=epochs, quantization=quantization)
+        finished = finish_within(
+            model, best, figures, self.target, epochs=epochs, quantization=quantization
+        )
         metrics = build_metrics(
             finished=finished,
             dense=export_and_score(model, None, figures, "none"),
@@ -272,6 +298,7 @@ class Compressor:
     def _open_run(
         self,
         model: keras.Model,
+        train: Any,
         data: TrainingData,
         validation: list[Any],
         test: list[Any] | None,
@@ -298,7 +325,9 @@ class Compressor:
         fingerprints = {
             "model": model_fingerprint(model),
             "loss": _name_of(compiled.get("loss")),
-            "train": data_fingerprint(data.pool),
+            "train": data_fingerprint(
+                data.pool if isinstance(train, tf.data.Dataset) else _evenly(train)
+            ),
             "validation_data": data_fingerprint(validation),
             "test_data": data_fingerprint(test or []),
         }
@@ -328,6 +357,14 @@ class FinishedSearch:
     episodes: int
     epochs: int
     quantization: str
+
+
+def _evenly(arrays: Batch) -> Batch:
+    """Rows for a fingerprint: unlike the pool's, they do not depend on the seed."""
+    count = len(tf.nest.flatten(arrays)[0])
+    rows = np.linspace(0, count - 1, min(count, _FINGERPRINT_ROWS)).astype(int)
+    x, y, weights = tf.nest.map_structure(lambda a: None if a is None else a[rows], arrays)
+    return x, y, weights
 
 
 def _name_of(value: Any) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rl_sparsity_tf.export_modes import INTEGER_MODES
 from rl_sparsity_tf.kernel_spec import KernelSpec
 from rl_sparsity_tf.kernels import Kernel, check_model, find_kernels, rank_of, walk
-from rl_sparsity_tf.registry import registered_base
+from rl_sparsity_tf.registry import registered_base, wrong_registrations
 from rl_sparsity_tf.sublayers import unreachable_sublayers
 from rl_sparsity_tf.wrapper import unwrapped
 
@@ -115,6 +115,9 @@ def _kernel_report(kernel: Kernel) -> KernelReport:
 
 
 def _reason(layer: keras.layers.Layer, kernels: list[Kernel], weights: int) -> str:
+    wrong = wrong_registrations(layer)
+    if wrong:
+        return "; ".join(wrong)
     if kernels:
         left = weights - sum(kernel.size for kernel in kernels)
         return f"{left:,} of its weights are in no known kernel" if _rest(layer, left) else ""

@@ -18,6 +18,7 @@ _SINGLE_ROWS = 4
 # Float32 sums in another order differ by some units in the last place of the largest value, which
 # an output of narrow range around a large value must be allowed.
 _RANGE_FLOOR = 0.1
+_FLOAT_BITS = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,25 @@ TOLERANCES = {
     "dynamic": Tolerance(difference=0.1, top1=0.95),
     # Calibration clips what its rows did not reach: only the ranking is promised.
     "int8": Tolerance(difference=0.25, top1=0.9, judge_difference=False),
+    "int4": Tolerance(difference=0.5, top1=0.9, judge_difference=False),
 }
+
+
+def tolerance_for(quantization: str, compute: str, bits: int) -> Tolerance:
+    """How far a file may be from Keras by default.
+
+    Args:
+        quantization: The mode of the export.
+        compute: How the kernels that a plan quantizes compute.
+        bits: The fewest bits of a kernel, 32 if none is quantized.
+    """
+    if quantization != "plan" or compute == "weight_only" or bits == _FLOAT_BITS:
+        mode = "plan4" if (quantization, bits) == ("plan", 4) else quantization
+    elif compute == "static":
+        mode = "int4" if bits == 4 else "int8"
+    else:
+        mode = "plan4" if bits == 4 else "dynamic"
+    return TOLERANCES[mode]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ class CompressionWrapper(keras.layers.Wrapper):
         **kwargs: Keras's own, such as `name`.
 
     Raises:
-        ArgumentError: If the layer's class is not registered or an argument is not known.
+        ArgumentError: If `layer` is none, its class is not registered, or an argument is not known.
 
     Example:
         >>> CompressionWrapper(tf_keras.layers.Dense(10), group="block4")
@@ -63,6 +63,11 @@ class CompressionWrapper(keras.layers.Wrapper):
         kernels: Mapping[str, KernelSettings | Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ):
+        if not isinstance(layer, keras.layers.Layer):
+            raise ArgumentError(
+                f"CompressionWrapper received {layer!r}. Expected a layer, such as "
+                "tf_keras.layers.Dense(10); rl_sparsity_tf.wrap(model) wraps those of a model."
+            )
         kwargs.setdefault("name", layer.name)
         kwargs.setdefault("trainable", layer.trainable)
         # Masks and grids are float32 whatever the layer computes in; nor must inputs be cast before

@@ -72,7 +72,6 @@ def many_inputs():
 
 
 MODELS = {**zoo.ZOO, "many_inputs": many_inputs}
-UNQUANTIZABLE = {"conv3d": {"conv3d/kernel"}}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -85,9 +84,9 @@ def test_none_and_plan_match_keras_and_keep_every_zero(name, tmp_path):
     assert {t.kernel for t in plain.tensors} - {None} == set(kernel_variables(model))
     assert plain.max_abs_difference <= 1e-4 * plain.output_range
     planned = export_tflite(model, tmp_path / "plan.tflite", "plan", plan=plan_for(model))
-    left_float = {t.kernel for t in planned.tensors if t.kernel and t.dtype == "float32"}
-    assert left_float == UNQUANTIZABLE.get(name, set())
-    assert len(planned.notes) == len(left_float)
+    assert {t.dtype for t in planned.tensors if t.kernel} == {"int8"}
+    # CONV_3D's integers are in no recipe.
+    assert len(planned.notes) == (name == "conv3d")
     kernels = {path: variable.numpy() for path, variable in kernel_variables(model).items()}
     for report in (plain, planned):
         tensors = read_tensors(report.path)
@@ -111,13 +110,21 @@ def test_a_mixed_plan_is_carried_out_kernel_by_kernel(tmp_path):
     assert report.tolerance == TOLERANCES["plan4"].difference
 
 
-def test_what_the_quantizer_cannot_do_stays_float_and_is_noted(tmp_path):
-    model = zoo.separable()
+def test_what_cannot_be_an_integer_stays_float_and_is_noted(tmp_path):
+    class Scaled(layers.Layer):
+        """Multiplies by a weight that no dense layer owns."""
+
+        def build(self, shape):
+            self.factors = self.add_weight("factors", (shape[1], shape[2]))
+
+        def call(self, inputs):
+            return inputs * self.factors
+
+    model = keras.Sequential([layers.Input((4, 6)), Scaled(name="own")])
     report = export_tflite(model, tmp_path / "m.tflite", plan=plan_for(model, bits=4))
-    assert len(report.notes) == 2
-    for note in report.notes:
-        assert "depthwise_kernel: stays float32 although the plan wants int4" in note
-        assert "no DEPTHWISE_CONV_2D with 4-bit weights" in note
+    (note,) = report.notes
+    assert "own/factors: stays float32 although the plan wants int4" in note
+    assert "no MUL with 4-bit weights and float activations" in note
 
 
 def test_equal_kernels_planned_differently_stay_float_and_are_noted(tmp_path):
@@ -155,6 +162,11 @@ def test_converter_modes(quantization, tmp_path):
     assert probabilities.dtype == np.float32
     agreement = np.mean(probabilities.argmax(1) == model.predict(x, verbose=0).argmax(1))
     assert agreement >= 0.95
+    # Integers are real values, too, which a quantized input has to convert.
+    whole = np.round(2 * x)
+    np.testing.assert_array_equal(
+        predict_tflite(path, whole.astype(int)), predict_tflite(path, whole)
+    )
 
 
 def test_predict_follows_keras_order_over_partial_batches(tmp_path):
@@ -167,7 +179,7 @@ def test_predict_follows_keras_order_over_partial_batches(tmp_path):
         outputs = predict_tflite(path, x, batch_size=4, xnnpack=xnnpack)
         for output, expected in zip(outputs, model.predict(x, verbose=0), strict=True):
             np.testing.assert_allclose(output, expected, atol=1e-5)
-    with pytest.raises(ExportError, match="The file has 2 inputs"):
+    with pytest.raises(ArgumentError, match="The file has 2 inputs"):
         predict_tflite(path, x[0])
 
 

@@ -349,6 +349,8 @@ def test_the_result_exports_in_other_modes_too(dqn, tmp_path):
     assert (tmp_path / "same.tflite").read_bytes() == (dqn.folder / "model.tflite").read_bytes()
     with pytest.raises(FileExistsRLSparsityError, match="overwrite=True"):
         dqn.result.export_tflite(tmp_path / "same.tflite")
+    with pytest.raises(rls.ArgumentError, match=r"same\.txt' ends in '\.txt'\. Expected a name"):
+        dqn.result.export_tflite(tmp_path / "same.txt")
     other = dqn.result.export_tflite(tmp_path / "same.tflite", "float16", overwrite=True)
     assert other.quantization == "float16"
     assert other.tflite_bytes == (tmp_path / "same.tflite").stat().st_size

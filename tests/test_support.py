@@ -9,6 +9,7 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf.kernel_spec import KernelSpec
 from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.support import describe_support, stored_types, support_report
+from rl_sparsity_tf.wrapping import wrappers_of
 
 
 class Table(keras.layers.Embedding):
@@ -117,10 +118,10 @@ def test_the_gates_of_an_lstm_are_tensors_by_themselves():
     inputs = keras.Input((5, 16))
     model = keras.Model(inputs, keras.layers.LSTM(32)(inputs))
     kernel, recurrent = support_report(model)[-1].kernels
-    assert (kernel.shape, kernel.scales) == ((16, 128), "per gate")
+    assert (kernel.shape, kernel.scales) == ((16, 128), "per output")
     assert kernel.stored["dynamic"] == "float32"  # 512 elements in a gate
     assert recurrent.stored["dynamic"] == "int8"  # 1,024
-    assert kernel.stored["plan"] == "float32"
+    assert kernel.stored["plan"] == "int8"
 
 
 def test_it_is_printed(capsys, mixed):
@@ -141,3 +142,59 @@ def test_models_that_cannot_be_wrapped_are_refused():
         describe_support("model")
     with pytest.raises(rls.ModelError, match="is not built"):
         describe_support(keras.Sequential([keras.layers.Dense(2)]))
+
+
+WRONG = {
+    "misspelt": (
+        {"kernal": "io"},
+        "'kernal', which register_layer names, is no attribute of it. Expected one of 'kernel'. "
+        "Did you mean 'kernel'?",
+    ),
+    "a number": (
+        {"units": "io"},
+        "'units', which register_layer names, is no weight of rank 2 or more",
+    ),
+    "a vector": (
+        {"bias": "io"},
+        "'bias', which register_layer names, is no weight of rank 2 or more",
+    ),
+    "axes": (
+        {"kernel": "iio"},
+        "'kernel' has 2 axes, the layout 'iio' that register_layer was given has 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_registration_that_does_not_fit_is_named_and_passed_over(case, nested):
+    class Mine(keras.layers.Dense):
+        pass
+
+    layouts, expected = WRONG[case]
+    rls.register_layer(Mine, **layouts)
+    layer = Mine(4, name="mine")
+    if nested:
+        layer = keras.layers.TimeDistributed(layer, name="mine")
+        expected = f"'layer/{expected[1:]}"
+    steps = [layer, keras.layers.Flatten(), keras.layers.Dense(3, name="last")]
+    model = keras.Sequential([keras.layers.Input((2, 5)), *steps])
+    lines = []
+    rls.describe_support(model, print_fn=lines.append)
+    assert f"mine: {expected}" in lines
+    (wrapper,) = wrappers_of(rls.wrap(model))
+    assert wrapper.name == "last"
+
+
+def test_a_registration_that_fits_in_part_is_used_as_far_as_it_does():
+    class Mine(keras.layers.Dense):
+        pass
+
+    rls.register_layer(Mine, kernel="io", table="io")
+    model = keras.Sequential([keras.layers.Input((5,)), Mine(4, name="mine")])
+    lines = []
+    rls.describe_support(model, print_fn=lines.append)
+    assert any(line.startswith("mine: 'table', which register_layer names,") for line in lines)
+    rls.strip(rls.wrap(model))(np.zeros((1, 5)))
+    (wrapper,) = wrappers_of(rls.wrap(model))
+    assert list(wrapper.kernels) == ["kernel"]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ai_edge_litert import schema_py_generated as schema
-
-from rl_sparsity_tf.flatbuffer import FlatModel
+from rl_sparsity_tf.flat_model import FlatModel
 from rl_sparsity_tf.matching import MatchedTensor
+from rl_sparsity_tf.recipes import operator_entry
 
 FLOAT_BITS = 32
 
@@ -54,15 +53,6 @@ def quantization_entries(
             if key in done:
                 continue
             done.add(key)
-            operators = []
-            for operator in flat.consumers(match.tensor):
-                names = [flat.tensor(operator.subgraph, index).name for index in operator.outputs]
-                operators.append(
-                    {
-                        "name": operator.name,
-                        "code": getattr(schema.BuiltinOperator, operator.name, -1),
-                        "scope": "".join(f"{name};" for name in names),
-                    }
-                )
+            operators = [operator_entry(flat, reader) for reader in flat.consumers(match.tensor)]
             entries.append({"key": path, "bits": wanted, "operators": operators})
     return entries, reasons
