@@ -217,7 +217,7 @@ def _demo(options: argparse.Namespace) -> None:
         output=options.output,
         seed=options.seed,
         episodes=options.episodes,
-        sparsity=target.sparsity,
+        sparsity=target.value,
         finetune_epochs=options.finetune_epochs,
         memory_limit_mb=options.memory_limit_mb,
         verbose=options.verbose,

@@ -24,6 +24,7 @@ from rl_sparsity_tf.finishing import Figures, Finished
 from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan
+from rl_sparsity_tf.recipes import check_recipe_path, replacing_with_recipe
 from rl_sparsity_tf.run_directory import RESULT_FILES, check_directory
 
 
@@ -37,6 +38,7 @@ class Result:
         history: One dict per search episode.
         candidate: The plan as the search found it, before the final fine-tuning.
         report: The report of the .tflite file.
+        formats: Whether the file may hold sparse tensors, see `export_tflite`.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Result:
         history: list[dict[str, Any]],
         candidate: Candidate,
         figures: Figures,
+        formats: str = "dense",
     ):
         self.model: keras.Model = finished.model
         self.plan: CompressionPlan = finished.plan
@@ -56,6 +59,7 @@ class Result:
         self.candidate = candidate
         self.report: ExportReport = finished.exported.report
         self.figures = figures
+        self.formats = formats
         self._dense = dense
         self._tflite = finished.exported.content
 
@@ -75,6 +79,8 @@ class Result:
         overwrite: bool = False,
         batch_size: int | None = None,
         unroll: bool = False,
+        compute: str = "weight_only",
+        formats: str | None = None,
     ) -> ExportReport:
         """Writes the verified .tflite file, or makes one in another mode.
 
@@ -84,13 +90,19 @@ class Result:
             overwrite: Whether an existing file may be replaced.
             batch_size: Fixes the batch size of the file, as `export_tflite` does.
             unroll: Writes recurrent layers without a loop, as `export_tflite` does.
+            compute: How the plan's integers compute, as in `export_tflite`.
+            formats: Whether tensors may be stored sparse, as in `export_tflite`; by default as the
+                target of the search wants it.
 
         Returns:
             The file's report.
         """
-        same_mode = quantization in (None, self.report.quantization)
-        if same_mode and batch_size in (None, self.report.batch_size) and not unroll:
-            with replacing(check_path(path, overwrite)) as temporary:
+        same = quantization in (None, self.report.quantization) and compute == "weight_only"
+        same = same and formats in (None, self.formats) and not unroll
+        if same and batch_size in (None, self.report.batch_size):
+            target = check_path(path, overwrite)
+            check_recipe_path(target, overwrite)
+            with replacing_with_recipe(target, self.report.recipe) as temporary:
                 temporary.write_bytes(self._tflite)
             return dataclasses.replace(self.report, path=os.fspath(path))
         return export_tflite(
@@ -102,10 +114,14 @@ class Result:
             overwrite=overwrite,
             batch_size=batch_size,
             unroll=unroll,
+            compute=compute,
+            formats=self.formats if formats is None else formats,
         )
 
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes model.keras, model.tflite, plan.json, metrics.json and history.csv.
+
+        Beside model.tflite comes model.recipe.json, if LiteRT's quantizer had a part in it.
 
         Args:
             directory: A folder; made if it is missing.
@@ -128,7 +144,7 @@ class Result:
         """Writes the result's files, each in one step; metrics.json last."""
         with replacing(folder / "model.keras") as temporary:
             self.model.save(temporary)
-        with replacing(folder / "model.tflite") as temporary:
+        with replacing_with_recipe(folder / "model.tflite", self.report.recipe) as temporary:
             temporary.write_bytes(self._tflite)
         write_text(folder / "plan.json", self.plan.to_json())
         write_text(folder / "history.csv", self._history_csv())

@@ -132,7 +132,7 @@ class RunDirectory:
         if self.resumed:
             return
         self.path.mkdir(exist_ok=True)
-        for old in (*RESULT_FILES, "journal.jsonl"):
+        for old in (*RESULT_FILES, "model.recipe.json", "journal.jsonl"):
             (self.path / old).unlink(missing_ok=True)
         self.drop_checkpoints(keep=set())
         manifest = {"format_version": FORMAT_VERSION, **self._wanted, "versions": versions()}

@@ -37,6 +37,7 @@ from rl_sparsity_tf.run_directory import (
     data_fingerprint,
     model_fingerprint,
 )
+from rl_sparsity_tf.size_costs import formats_for
 from rl_sparsity_tf.size_enforcement import finish_within
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapping import accepted, is_wrapped
@@ -268,6 +269,7 @@ class Compressor:
             history=loop.history,
             candidate=best,
             figures=figures,
+            formats=formats_for(self.target),
         )
         if run is not None:
             result.write_files(run.path)

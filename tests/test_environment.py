@@ -14,11 +14,13 @@ from tf_agents.environments import utils as environment_utils
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf import network as network_module
+from rl_sparsity_tf import registry
 from rl_sparsity_tf.autoencoder import WeightAutoencoder
 from rl_sparsity_tf.budget import Budget
 from rl_sparsity_tf.data import evaluation_data, training_data
 from rl_sparsity_tf.errors import ArgumentError, TargetError
 from rl_sparsity_tf.grouping import GROUPS
+from rl_sparsity_tf.kernel_spec import KernelSpec
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.state import STATE_SIZE, lower_bounds
 
@@ -278,7 +280,9 @@ def test_shuffle_is_illegal_for_channels_and_legal_for_elements():
     assert int(SHUFFLE) in legal_of(environment("element", DENSE).reset())
 
 
-def test_quantize_is_illegal_for_conv3d_which_tflite_keeps_float():
+def test_quantize_is_illegal_for_a_kernel_that_tflite_keeps_float(monkeypatch):
+    stays_float = KernelSpec("kernel", "iiiio", exports_int8=False)
+    monkeypatch.setitem(registry._REGISTRY, layers.Conv3D, (stays_float,))
     network = build(volumes_model(), "element", rls.Recovery(method="none"), 0.1)
     conv, dense = environments(network)
     assert int(QUANTIZE) not in legal_of(conv.reset())
