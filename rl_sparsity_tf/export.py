@@ -41,6 +41,7 @@ from rl_sparsity_tf.prediction import run_rows
 from rl_sparsity_tf.recipes import Recipe, check_recipe_path, replacing_with_recipe
 from rl_sparsity_tf.recurrent import stateless, unrolled
 from rl_sparsity_tf.saved_model import reference_outputs, write_saved_model
+from rl_sparsity_tf.scoring import compare_scores
 from rl_sparsity_tf.stored_weights import FORMATS, make_sparse, store_weights
 from rl_sparsity_tf.verification import Tolerance, tolerance_for, verify_outputs, verify_zeros
 
@@ -63,6 +64,7 @@ def export_tflite(
     *,
     plan: Any = None,
     representative_data: Any = None,
+    test_data: Any = None,
     overwrite: bool = False,
     tolerance: float | None = None,
     batch_size: int | None = None,
@@ -92,6 +94,9 @@ def export_tflite(
             per input, or an iterable of batches (with or without targets). Needed for `"int8"` and
             `compute="static"`, which calibrate on up to 512 rows; the first 64 are used to check
             any file. Without it a file is checked on random inputs in [-1, 1].
+        test_data: Data as `evaluate` takes it, `(x, y)`: the file's metric on it is reported beside
+            the Keras model's, which must be compiled, and an accuracy that falls by more than the
+            mode allows (1 point in float, 2 for `"plan"`, 10 for `"int8"`) is refused.
         overwrite: Whether a file at `path` may be replaced.
         tolerance: Largest allowed difference, relative to the range of the output; by default 1e-4
             for `"none"`, 1e-2 for `"float16"`, 5e-2 for `"plan"` (0.5 with int4 kernels), 0.1 for
@@ -180,6 +185,7 @@ def export_tflite(
             allowed=allowed,
             batch_size=batch_size,
             recipe=recipe,
+            scored=None if test_data is None else (plain, test_data),
         )
         sparse = make_sparse(file, formats)
         if sparse is not None:
@@ -238,6 +244,7 @@ def _finish(
     notes: Sequence[str],
     batch_size: int | None,
     recipe: Recipe | None,
+    scored: tuple[keras.Model, Any] | None,
 ) -> ExportReport:
     """Verifies a converted file, and moves it to its place if it passes."""
     flat = read_flat_model(file)
@@ -251,6 +258,7 @@ def _finish(
             "the file keeps the state of its recurrent layers between calls: call "
             "reset_all_variables() of the interpreter before every sequence, as predict_tflite does"
         )
+    scores = None if scored is None else compare_scores(file, *scored, 1.0 - allowed.top1)
     content = file.read_bytes()
     with replacing_with_recipe(target, recipe) as temporary:
         temporary.write_bytes(content)
@@ -267,4 +275,5 @@ def _finish(
         notes=tuple(notes),
         batch_size=batch_size,
         recipe=recipe,
+        scores=scores,
     )

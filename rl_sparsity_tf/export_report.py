@@ -60,6 +60,7 @@ class ExportReport:
         batch_size: The batch size the file is fixed to; None if it is open.
         recipe: The recipe with which LiteRT's quantizer makes the file's integers from the float32
             file; None if it has quantized nothing. The file beside it holds the same.
+        scores: On the test data given, the metric's name and the figures of Keras and of the file.
     """
 
     path: str
@@ -74,6 +75,7 @@ class ExportReport:
     notes: tuple[str, ...]
     batch_size: int | None
     recipe: list[dict[str, Any]] | None = None
+    scores: dict[str, float | str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -126,6 +128,11 @@ class ExportReport:
         )
         if self.top1_agreement is not None:
             print_fn(f"Same top-1 as Keras: {self.top1_agreement:.1%}")
+        if self.scores is not None:
+            print_fn(
+                f"On the test data: {self.scores['metric']} {self.scores['tflite']:.4f}, Keras "
+                f"{self.scores['keras']:.4f}"
+            )
         for note in self.notes:
             print_fn(f"Note: {note}")
 

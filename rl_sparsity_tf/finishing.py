@@ -5,22 +5,21 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.candidates import Candidate
 from rl_sparsity_tf.compile_state import copy_compile_state
 from rl_sparsity_tf.data import Batch, TrainingData, inputs_of
-from rl_sparsity_tf.export import export_tflite, predict_tflite
+from rl_sparsity_tf.export import export_tflite
 from rl_sparsity_tf.export_report import ExportReport
 from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.mask_training import finetune
-from rl_sparsity_tf.objective import Evaluator, Metric, Score, search_compile_arguments
+from rl_sparsity_tf.objective import Metric, Score
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
+from rl_sparsity_tf.scoring import score_model, score_tflite
 from rl_sparsity_tf.signature import flat_inputs
 from rl_sparsity_tf.wrapping import plan_of, strip, wrap
 
@@ -123,13 +122,6 @@ def _complete(learned: CompressionPlan, planned: CompressionPlan) -> Compression
     return CompressionPlan(learned.kernels.get(path, k) for path, k in planned.kernels.items())
 
 
-def score_model(model: keras.Model, batches: list[Batch], metric: Metric) -> Score:
-    """Scores a plain model; it is compiled for the search's metric on a copy."""
-    copy = strip(model)
-    copy.compile(**search_compile_arguments(model, 1e-3))
-    return Evaluator(copy, metric)(batches)
-
-
 def export_and_score(
     model: keras.Model,
     plan: CompressionPlan | None,
@@ -150,29 +142,6 @@ def export_and_score(
         )
         test = score_tflite(path, model, figures.test, figures.metric) if figures.test else None
         return Exported(content=path.read_bytes(), report=report, test=test)
-
-
-def score_tflite(path: Path, model: keras.Model, batches: list[Batch], metric: Metric) -> Score:
-    """Scores a .tflite file with the loss and metrics that a Keras model is compiled with."""
-    predicted = predict_tflite(path, flat_inputs(model, inputs_of(batches)))
-    outputs = predicted if isinstance(predicted, list) else [predicted]
-    # The file lists its outputs; loss and metrics want them as the model arranges them.
-    arranged = model(tf.nest.map_structure(lambda part: part[:1], batches[0][0]), training=False)
-    judge = strip(model)
-    judge.compile(**search_compile_arguments(model, 1e-3))
-    judge.reset_metrics()
-    loss = total = 0.0
-    logs: dict[str, Any] = {}
-    start = 0
-    for x, y, weights in batches:
-        rows = len(tf.nest.flatten(x)[0])
-        flat = [tf.constant(output[start : start + rows]) for output in outputs]
-        part = tf.nest.pack_sequence_as(arranged, flat)
-        value = judge.compute_loss(x, y, part, weights)
-        logs = judge.compute_metrics(x, y, part, weights)
-        loss, total, start = loss + float(value) * rows, total + rows, start + rows
-    mean = loss / total
-    return Score(metric=float(logs.get(metric.name, mean)), loss=mean)
 
 
 def all_quantized(model: keras.Model) -> CompressionPlan:

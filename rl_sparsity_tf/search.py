@@ -21,7 +21,6 @@ from rl_sparsity_tf.data_forms import as_rows
 from rl_sparsity_tf.errors import ArgumentError, DataError, ModelError, check_choice
 from rl_sparsity_tf.export import QUANTIZATIONS
 from rl_sparsity_tf.finishing import Figures, export_and_score, export_dense_int8
-from rl_sparsity_tf.finishing import score_model as score
 from rl_sparsity_tf.grouping import GROUPS
 from rl_sparsity_tf.mask_training import default_epochs
 from rl_sparsity_tf.metrics import build_metrics
@@ -37,6 +36,7 @@ from rl_sparsity_tf.run_directory import (
     data_fingerprint,
     model_fingerprint,
 )
+from rl_sparsity_tf.scoring import score_model as score
 from rl_sparsity_tf.size_costs import formats_for
 from rl_sparsity_tf.size_enforcement import finish_within
 from rl_sparsity_tf.target import Target

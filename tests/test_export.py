@@ -18,6 +18,7 @@ from rl_sparsity_tf import export
 from rl_sparsity_tf.conversion import WorkerError, shared_worker
 from rl_sparsity_tf.errors import (
     ArgumentError,
+    DataError,
     ExportError,
     FileExistsRLSparsityError,
     ModelError,
@@ -28,6 +29,7 @@ from rl_sparsity_tf.export import export_tflite, predict_tflite
 from rl_sparsity_tf.export_errors import conversion_error
 from rl_sparsity_tf.flatbuffer import read_tensors
 from rl_sparsity_tf.matching import kernel_variables, match_kernels
+from rl_sparsity_tf.objective import Score
 from rl_sparsity_tf.verification import TOLERANCES, compare_outputs, verify_zeros
 
 layers = keras.layers
@@ -415,3 +417,55 @@ def test_an_export_prints_nothing(tmp_path):
     assert done.returncode == 0
     assert done.stdout == "begin\n"
     assert done.stderr.split("begin\n")[1] == ""
+
+
+# ---------------------------------------------------------------------- scores on given data
+
+
+def scored_model():
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 120)
+    x = rng.normal(size=(120, 6)).astype(np.float32)
+    x[np.arange(120), y] += 3
+    model = keras.Sequential([layers.Input((6,)), layers.Dense(8, "relu"), layers.Dense(3)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.01), loss, metrics=["accuracy"])
+    model.fit(x, y, epochs=8, verbose=0)
+    return model, (x, y)
+
+
+def test_the_file_is_scored_on_the_data_given(tmp_path):
+    model, data = scored_model()
+    report = export_tflite(model, tmp_path / "m.tflite", "none", test_data=data)
+    expected = model.evaluate(*data, verbose=0)[1]
+    assert report.scores == {
+        "metric": "accuracy",
+        "keras": pytest.approx(expected),
+        "tflite": pytest.approx(expected),
+    }
+    lines = []
+    report.summary(lines.append)
+    assert f"On the test data: accuracy {expected:.4f}, Keras {expected:.4f}" in lines
+
+
+def test_a_file_that_loses_accuracy_is_refused(tmp_path, monkeypatch):
+    model, data = scored_model()
+
+    def scored(path, model, batches, metric):
+        return Score(metric=0.3, loss=1.0)
+
+    monkeypatch.setattr("rl_sparsity_tf.scoring.score_tflite", scored)
+    with pytest.raises(VerificationError, match=r"accuracy 0.3000 on test_data, the Keras model"):
+        export_tflite(model, tmp_path / "m.tflite", "none", test_data=data)
+    assert not list(tmp_path.iterdir())
+
+
+def test_scores_need_a_compiled_model_and_fitting_data(tmp_path):
+    model, (x, y) = scored_model()
+    with pytest.raises(DataError, match="test_data has inputs of shape"):
+        export_tflite(model, tmp_path / "m.tflite", "none", test_data=(x[:, :5], y))
+    plain = keras.models.clone_model(model)
+    with pytest.raises(ModelError, match="not compiled"):
+        export_tflite(plain, tmp_path / "m.tflite", "none", test_data=(x, y))
+    assert not list(tmp_path.iterdir())

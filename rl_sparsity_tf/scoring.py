@@ -1,0 +1,88 @@
+"""Scores of a Keras model and of its .tflite file, by the loss and metrics it is compiled with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+import tf_keras as keras
+
+from rl_sparsity_tf.data import Batch, evaluation_data, inputs_of
+from rl_sparsity_tf.errors import VerificationError
+from rl_sparsity_tf.objective import (
+    Evaluator,
+    Metric,
+    Score,
+    choose_metric,
+    search_compile_arguments,
+)
+from rl_sparsity_tf.prediction import run_rows
+from rl_sparsity_tf.signature import flat_inputs
+from rl_sparsity_tf.wrapping import strip
+
+_BATCH_SIZE = 256
+
+
+def score_model(model: keras.Model, batches: list[Batch], metric: Metric) -> Score:
+    """Scores a plain model; it is compiled for the search's metric on a copy."""
+    copy = strip(model)
+    copy.compile(**search_compile_arguments(model, 1e-3))
+    return Evaluator(copy, metric)(batches)
+
+
+def score_tflite(path: Path, model: keras.Model, batches: list[Batch], metric: Metric) -> Score:
+    """Scores a .tflite file with the loss and metrics that a Keras model is compiled with."""
+    inputs = flat_inputs(model, inputs_of(batches))
+    outputs = run_rows(path, inputs, batch_size=_BATCH_SIZE, xnnpack=True)
+    # The file lists its outputs; loss and metrics want them as the model arranges them.
+    arranged = model(tf.nest.map_structure(lambda part: part[:1], batches[0][0]), training=False)
+    judge = strip(model)
+    judge.compile(**search_compile_arguments(model, 1e-3))
+    judge.reset_metrics()
+    loss = total = 0.0
+    logs: dict[str, Any] = {}
+    start = 0
+    for x, y, weights in batches:
+        rows = len(tf.nest.flatten(x)[0])
+        flat = [tf.constant(output[start : start + rows]) for output in outputs]
+        part = tf.nest.pack_sequence_as(arranged, flat)
+        value = judge.compute_loss(x, y, part, weights)
+        logs = judge.compute_metrics(x, y, part, weights)
+        loss, total, start = loss + float(value) * rows, total + rows, start + rows
+    mean = loss / total
+    return Score(metric=float(logs.get(metric.name, mean)), loss=mean)
+
+
+def compare_scores(
+    path: Path, model: keras.Model, test_data: Any, lost: float
+) -> dict[str, float | str]:
+    """Scores a file and its Keras model on the same data.
+
+    Args:
+        path: The file.
+        model: The model, compiled.
+        test_data: Data as `evaluate` takes it.
+        lost: How much of an accuracy the file may lose.
+
+    Returns:
+        `{"metric": its name, "keras": the model's figure, "tflite": the file's}`.
+
+    Raises:
+        ModelError: If the model is not compiled.
+        DataError: If the data does not fit it.
+        VerificationError: If the file loses more of an accuracy than is allowed.
+    """
+    batches = evaluation_data(test_data, model, "test_data")
+    judge = strip(model)
+    judge.compile(**search_compile_arguments(model, 1e-3))
+    metric = choose_metric(judge, batches[0])
+    ours = Evaluator(judge, metric)(batches).metric
+    theirs = score_tflite(path, model, batches, metric).metric
+    if metric.is_accuracy and theirs < ours - lost:
+        raise VerificationError(
+            f"The exported file has {metric.name} {theirs:.4f} on test_data, the Keras model "
+            f"{ours:.4f}. Expected at most {lost:g} less. Give representative_data like the data "
+            "the model was trained on, or choose another quantization."
+        )
+    return {"metric": metric.name, "keras": ours, "tflite": theirs}
