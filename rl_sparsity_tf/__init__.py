@@ -44,6 +44,7 @@ _EXPORTS = {
     "Result": "result",
     "Recovery": "network",
     "Reward": "reward",
+    "SizeModel": "size_model",
     "Target": "target",
     "TargetError": "errors",
     "VerificationError": "errors",
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     from rl_sparsity_tf.result import Result
     from rl_sparsity_tf.reward import Outcome, Reward
     from rl_sparsity_tf.search import Compressor
+    from rl_sparsity_tf.size_model import SizeModel
     from rl_sparsity_tf.state import describe_state
     from rl_sparsity_tf.support import describe_support
     from rl_sparsity_tf.target import Target
@@ -116,6 +118,7 @@ __all__ = [
     "Result",
     "Recovery",
     "Reward",
+    "SizeModel",
     "Target",
     "TargetError",
     "VerificationError",

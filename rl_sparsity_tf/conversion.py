@@ -130,18 +130,6 @@ class ConversionWorker:
                 representative=rows,
             )
 
-    def quantize(
-        self,
-        source: str | os.PathLike[str],
-        output: str | os.PathLike[str],
-        entries: Sequence[dict[str, Any]],
-    ) -> dict[str, str]:
-        """Quantizes weights of a float32 file; returns the refused entries' keys and why."""
-        result = self.request(
-            "quantize", source=str(source), output=str(output), entries=list(entries)
-        )
-        return result["refused"]
-
     def run(
         self,
         path: str | os.PathLike[str],

@@ -30,9 +30,10 @@ from rl_sparsity_tf.kernels import Kernel, find_kernels
 from rl_sparsity_tf.matching import MatchedTensor, match_kernels
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.recurrent import stateless
+from rl_sparsity_tf.rules import resolve
 from rl_sparsity_tf.saved_model import write_saved_model
 from rl_sparsity_tf.sparsify import saved_bytes, smallest_format
-from rl_sparsity_tf.stored_weights import FORMATS, make_sparse, quantize_weights
+from rl_sparsity_tf.stored_weights import FORMATS, make_sparse, store_weights
 from rl_sparsity_tf.wrapping import strip, wrap
 
 _LEVEL = 9
@@ -78,10 +79,12 @@ class SizeModel:
 
     Example:
         >>> sizes = SizeModel(model, formats="raw")
+        >>> sizes.plan_size(plan).gzip
         >>> sizes.file_size({}, bits={"dense/kernel": 8}).raw
     """
 
     def __init__(self, model: keras.Model, formats: str = "dense"):
+        self._model = model
         self._formats = check_choice("formats", formats, FORMATS)
         self._kernels = {kernel.path: kernel for kernel in find_kernels(model)}
         # Measured with some weights pruned, as they will be: what is compressed beside dense
@@ -128,7 +131,7 @@ class SizeModel:
     ) -> FileSize:
         """What kernels as int8 cost beside what is known: scales, names, an operator."""
         bits = dict.fromkeys(paths, 8)
-        file, _, _ = quantize_weights(plain, values, bits)
+        file = store_weights(plain, values, bits).file
         flat = read_flat_model(file)
         for path, parts in match_kernels(values, flat.tensors).items():
             if path in paths:
@@ -146,7 +149,7 @@ class SizeModel:
         }
         with tempfile.TemporaryDirectory(prefix="rl_sparsity_") as folder:
             plain = convert_weights(pruned, Path(folder))
-            file, _, _ = quantize_weights(plain, values, bits)
+            file = store_weights(plain, values, bits).file
             sparse = make_sparse(file, self._formats)
             if sparse is None:
                 return
@@ -201,6 +204,24 @@ class SizeModel:
             return FileSize(0, 0)
         saved = (saved_bytes(flat, tensor, chosen, kind) for kind in ("raw", "gzip"))
         return FileSize(*saved) - self._each_sparse[_is_integer(tensor)]
+
+    def plan_size(self, plan: CompressionPlan, model: keras.Model | None = None) -> FileSize:
+        """The size of the file of a plan.
+
+        Args:
+            plan: The plan, or rules.
+            model: The compressed model, whose weights are in the file; by default the dense
+                model's own, with the plan applied.
+
+        Raises:
+            PlanError: If the plan does not fit the model.
+        """
+        plan = resolve(plan, self._model)
+        stripped = strip(wrap(self._model, plan)) if model is None else model
+        values = {kernel.path: kernel.value() for kernel in find_kernels(stripped)}
+        return self.file_size(
+            values, {path: entry.exported_bits for path, entry in plan.kernels.items()}
+        )
 
     def file_size(
         self,

@@ -97,14 +97,6 @@ def store_weights(
     )
 
 
-def quantize_weights(
-    file: Path, kernels: Mapping[str, np.ndarray], bits: Mapping[str, int]
-) -> tuple[Path, list[str], int]:
-    """Applies the plan's bits; returns the file, notes, and the fewest bits used."""
-    stored = store_weights(file, kernels, bits)
-    return stored.file, stored.notes, stored.bits
-
-
 def make_sparse(file: Path, formats: str) -> Path | None:
     """Stores tensors sparse where that is smaller.
 

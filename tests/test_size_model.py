@@ -14,7 +14,7 @@ from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.rules import resolve
 from rl_sparsity_tf.size_model import SizeModel, convert_weights
-from rl_sparsity_tf.stored_weights import FORMATS, make_sparse, quantize_weights
+from rl_sparsity_tf.stored_weights import FORMATS, make_sparse, store_weights
 
 L = keras.layers
 PLANS = 4
@@ -101,7 +101,7 @@ def real_size(model, plan, formats):
     bits = {path: entry.exported_bits for path, entry in plan.kernels.items()}
     with tempfile.TemporaryDirectory() as folder:
         plain = convert_weights(stripped, Path(folder))
-        file, _, _ = quantize_weights(plain, values, bits)
+        file = store_weights(plain, values, bits).file
         content = (make_sparse(file, formats) or file).read_bytes()
     return values, bits, len(content), len(gzip.compress(content, 9, mtime=0))
 
@@ -149,3 +149,16 @@ def test_wrong_names_are_refused():
         SizeModel(model).kernel_size("x/kernel", np.zeros((1, 1)))
     with pytest.raises(rls.ArgumentError, match="formats='sparse' is not known"):
         SizeModel(model, "sparse")
+
+
+def test_the_size_of_a_plan_and_of_the_model_that_came_of_it():
+    model = trained_like("dense", 2)
+    sizes = rls.SizeModel(model)
+    rules = CompressionPlan([KernelRule("*", 0.8, quantize=True)])
+    values, bits, raw, compressed = real_size(model, resolve(rules, model), "dense")
+    predicted = sizes.plan_size(rules)
+    assert predicted == sizes.file_size(values, bits)
+    assert predicted.raw == pytest.approx(raw, rel=0.01)
+    assert predicted.gzip == pytest.approx(compressed, rel=0.05)
+    assert sizes.plan_size(rules, rls.strip(rls.wrap(model, rules))) == predicted
+    assert sizes.plan_size(rules, model).gzip > 2 * predicted.gzip  # without its zeros
