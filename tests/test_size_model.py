@@ -53,7 +53,7 @@ def residual():
 def separable():
     inputs = keras.Input((16, 16, 3))
     x = L.Conv2D(16, 3, strides=2, activation="relu")(inputs)
-    for channels in (32, 64, 96):
+    for channels in (48, 96, 128):
         x = L.DepthwiseConv2D(3, padding="same", use_bias=False)(x)
         x = L.ReLU()(L.BatchNormalization()(x))
         x = L.Conv2D(channels, 1, use_bias=False)(x)
