@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from rich.console import Console
 from rich.table import Table
 
 from rl_sparsity_tf.agents import Random
@@ -25,6 +23,7 @@ from rl_sparsity_tf.rules import uniform_plan
 from rl_sparsity_tf.search import Compressor, FinishedSearch
 from rl_sparsity_tf.search_loop import SearchLoop
 from rl_sparsity_tf.size_costs import formats_for
+from rl_sparsity_tf.tables import table_lines
 
 
 @quiet_tensorflow()
@@ -138,7 +137,5 @@ def comparison_table(metrics: dict[str, Any], print_fn: Callable[[str], Any] = p
     row(title, metrics["compressed"], evaluations)
     for entry in metrics["baselines"]:
         row(entry["name"], entry, entry["evaluations"])
-    console = Console(file=io.StringIO(), width=100, color_system=None)
-    console.print(table)
-    for line in console.file.getvalue().rstrip().splitlines():  # type: ignore[attr-defined]
+    for line in table_lines(table, width=100):
         print_fn(line.rstrip())

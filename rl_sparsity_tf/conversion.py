@@ -121,7 +121,7 @@ class ConversionWorker:
             rows = None
             if representative is not None:
                 rows = os.path.join(folder, "representative.npz")
-                _save_inputs(rows, representative)
+                save_inputs(rows, representative)
             self.request(
                 "convert",
                 saved_model=str(saved_model),
@@ -141,7 +141,7 @@ class ConversionWorker:
         """Runs a .tflite file over all rows; returns its outputs in Keras's order."""
         with tempfile.TemporaryDirectory(prefix="rl_sparsity_") as folder:
             rows, results = os.path.join(folder, "in.npz"), os.path.join(folder, "out.npz")
-            _save_inputs(rows, inputs)
+            save_inputs(rows, inputs)
             self.request(
                 "run",
                 path=os.path.abspath(path),
@@ -329,7 +329,8 @@ def start_worker() -> None:
     shared_worker().start()
 
 
-def _save_inputs(path: str, arrays: Sequence[np.ndarray]) -> None:
+def save_inputs(path: str, arrays: Sequence[np.ndarray]) -> None:
+    """Writes one array of rows per input, as the conversion process reads them."""
     named: dict[str, Any] = {
         f"input_{index}": np.asarray(array) for index, array in enumerate(arrays)
     }

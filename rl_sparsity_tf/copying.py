@@ -14,15 +14,12 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.errors import ModelError, RLSparsityError
+from rl_sparsity_tf.errors import ModelError, RLSparsityError, one_line
 from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.signature import input_specs, is_graph, pack_inputs
-from rl_sparsity_tf.sublayers import direct_sublayers, unreachable_sublayers
+from rl_sparsity_tf.sublayers import direct_sublayers, recurrent_layers, unreachable_sublayers
 
 Convert = Callable[[keras.layers.Layer], keras.layers.Layer]
-
-# Size given to an axis that the model leaves open while a copy is built.
-_OPEN_AXIS = 16
 
 
 def copy_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
@@ -140,9 +137,7 @@ def _rebuild_graph(model: keras.Model, visit: Convert) -> keras.Model:
 
 def _check_tracked(model: keras.Model, rebuilt: keras.Model, read: Sequence[tf.Variable]) -> None:
     """Raises if a copy reads variables that are no weights of it: new ones, or the original's."""
-    recurrent = [
-        layer for layer in rebuilt._flatten_layers() if isinstance(layer, keras.layers.RNN)
-    ]
+    recurrent = recurrent_layers(rebuilt)
     states = tf.nest.flatten([layer.states for layer in recurrent if layer.stateful])
     # Vocabularies are among the weights without being variables.
     known = {id(getattr(weight, "handle", None)) for weight in [*rebuilt.weights, *states]}
@@ -240,16 +235,11 @@ def _converted(value: Any, visit: Convert) -> Any:
 
 def _call_once(shell: keras.Model, model: keras.Model) -> None:
     """Builds a copy as its original was built: by a call on data of the same form."""
-    arrays = [
-        np.zeros([1, *(_OPEN_AXIS if size is None else size for size in spec.shape)], spec.dtype)
-        for spec in input_specs(model)
-    ]
+    arrays = [np.zeros(spec.batch_shape(1), spec.dtype) for spec in input_specs(model)]
     shell(pack_inputs(model, [tf.constant(array) for array in arrays]))
 
 
-def copy_weights(
-    source: keras.layers.Layer, destination: keras.layers.Layer, what: str = "layer"
-) -> None:
+def copy_weights(source: keras.layers.Layer, destination: keras.layers.Layer) -> None:
     """Gives one layer the weights of another, whose copy it is, and freezes what is frozen there.
 
     Raises:
@@ -257,7 +247,7 @@ def copy_weights(
     """
     if _shapes(destination) != _shapes(source):
         raise ModelError(
-            f"A copy of the {what} {source.name!r} of class {type(source).__name__} has other "
+            f"A copy of the layer {source.name!r} of class {type(source).__name__} has other "
             f"weights ({_shapes(destination)}) than itself ({_shapes(source)}). Give its class a "
             "get_config() that returns every argument of its __init__."
         )
@@ -292,10 +282,3 @@ def _shapes(layer: keras.layers.Layer) -> str:
     # Vocabularies are among the weights and have no shape.
     shapes = [str(tuple(weight.shape)) for weight in layer.weights if hasattr(weight, "shape")]
     return ", ".join(shapes) or "none"
-
-
-def one_line(error: BaseException) -> str:
-    """An error's class and the first line of its text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0].rstrip(".")[:200] if lines else ""
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

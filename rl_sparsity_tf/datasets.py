@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rl_sparsity_tf.errors import ArgumentError, DataError
+from rl_sparsity_tf.errors import ArgumentError, DataError, one_line
 from rl_sparsity_tf.npz_files import read_npz
 
 _log = logging.getLogger(__name__)
@@ -219,8 +219,8 @@ def load_tfds(
     except Exception as error:
         raise DataError(
             f"The TFDS data set {name!r} could not be prepared or read in "
-            f"{str(builder.data_dir)!r} ({_one_line(error)}). Expected a network connection, or a "
-            "complete prepared copy: set TFDS_DATA_DIR to the folder that holds one."
+            f"{str(builder.data_dir)!r} ({one_line(error, 300)}). Expected a network connection, "
+            "or a complete prepared copy: set TFDS_DATA_DIR to the folder that holds one."
         ) from error
     lowest = min(int(y.min(initial=0)) for _, y in parts.values())
     if lowest < 0:
@@ -257,7 +257,7 @@ def _tfds_builder(name: str) -> Any:
         ) from error
     except Exception as error:
         raise DataError(
-            f"TFDS cannot use the name {name!r} ({_one_line(error)}). Expected 'name', "
+            f"TFDS cannot use the name {name!r} ({one_line(error, 300)}). Expected 'name', "
             "'name/config' or 'name/config:version'."
         ) from error
 
@@ -358,8 +358,3 @@ def _count_classes(arrays: Mapping[str, np.ndarray]) -> int | None:
 def _check_argument(name: str, value: object, fits: bool, expected: str) -> None:
     if not fits:
         raise ArgumentError(f"{name}={value!r} cannot be used. Expected {expected}.")
-
-
-def _one_line(error: BaseException) -> str:
-    text = (str(error).strip().splitlines() or [""])[0].rstrip(". ")
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -228,23 +228,26 @@ class LayerEnvironment(py_environment.PyEnvironment):
         budget, groups = self.network.budget, self._buckets[self._position]
         legal = np.ones(len(Operation), np.int32)
         wanted = isinstance(budget, SizeBudget) or budget.missing > 0
-        legal[Operation.PRUNE] = wanted and self._prunable(groups) > 0
+        prunable = self._prunable(groups) if wanted else 0
+        legal[Operation.PRUNE] = prunable > 0
         legal[Operation.SHUFFLE] = self.grouping.pairs > 0
         legal[Operation.QUANTIZE] = self.network.kernels[self.index].spec.exports_int8
         if isinstance(budget, SizeBudget):
-            return self._within_size(budget, groups, legal)
+            return self._within_size(budget, groups, prunable, legal)
         if legal[Operation.PRUNE] and budget.missing > self._room(self._position + 1):
             legal[:] = 0
             legal[Operation.PRUNE] = 1
         return legal
 
-    def _within_size(self, budget: SizeBudget, groups: np.ndarray, legal: np.ndarray) -> np.ndarray:
+    def _within_size(
+        self, budget: SizeBudget, groups: np.ndarray, prunable: int, legal: np.ndarray
+    ) -> np.ndarray:
         """Leaves the operations after which the file can still be brought to its size."""
         network = self.network
         states = network.states()
         sizes = {}
         for operation in np.flatnonzero(legal):
-            chosen = groups[: self._prunable(groups)] if operation == Operation.PRUNE else groups
+            chosen = groups[:prunable] if operation == Operation.PRUNE else groups
             states[self.index] = network.state_after(self.kernel, chosen, Operation(operation))
             sizes[operation] = budget.least(states)
         within = [operation for operation, size in sizes.items() if size <= budget.limit + 0.5]

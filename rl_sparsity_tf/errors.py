@@ -72,6 +72,17 @@ def did_you_mean(value: object, choices: Iterable[object]) -> str:
     return f"{text} Did you mean {close[0]!r}?" if close else text
 
 
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """An error's class and the first line of its text, to be quoted in a message.
+
+    Args:
+        error: The error.
+        limit: Characters of the text at most.
+    """
+    text = (str(error).strip().splitlines() or [""])[0].rstrip(". ")
+    return f"{type(error).__name__}: {text[:limit]}" if text else type(error).__name__
+
+
 def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
     """Returns `value` if it is one of the choices, else raises an [ArgumentError][]."""
     choices = list(choices)

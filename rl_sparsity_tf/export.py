@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gzip
 import os
 import shutil
 import tempfile
@@ -34,7 +33,7 @@ from rl_sparsity_tf.export_checks import (
 from rl_sparsity_tf.export_errors import conversion_error
 from rl_sparsity_tf.export_precision import in_float32
 from rl_sparsity_tf.export_report import ExportReport, TensorReport, tensor_reports
-from rl_sparsity_tf.files import as_path
+from rl_sparsity_tf.files import as_path, gzip_size
 from rl_sparsity_tf.flatbuffer import read_flat_model
 from rl_sparsity_tf.matching import match_kernels
 from rl_sparsity_tf.prediction import run_rows
@@ -148,7 +147,6 @@ def export_tflite(
     batch_size, notes = file_batch_size(plain, batch_size, unroll)
     variables, bits = planned_kernels(plain, plan)
     kernels = {name: np.asarray(variable) for name, variable in variables.items()}
-    worker = shared_worker()
     work = Path(tempfile.mkdtemp(prefix="rl_sparsity_"))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, work, ignore_errors=True)
@@ -159,14 +157,8 @@ def export_tflite(
         if calibrates and batch_size is not None and calibration is not None:
             check_calibration(calibration, batch_size)
         with unrolled(traced) if unroll else contextlib.nullcontext():
-            write_saved_model(traced, work / "saved_model", batch_size)
-            file = work / "model.tflite"
-            mode = "none" if quantization == "plan" else quantization
             rows = calibration if quantization == "int8" else None
-            try:
-                worker.convert(work / "saved_model", file, mode, rows)
-            except WorkerError as error:
-                raise conversion_error(traced, quantization, error) from error
+            file = convert_traced(traced, work, batch_size, quantization, rows)
         recipe, smallest = None, 32
         if quantization == "plan":
             stored = store_weights(file, kernels, bits, compute, calibration)
@@ -196,6 +188,38 @@ def export_tflite(
                     f"every tensor is stored dense, because the sparse file failed: {error}"
                 )
         return finish(file, notes=notes)
+
+
+def convert_traced(
+    model: keras.Model,
+    folder: Path,
+    batch_size: int | None,
+    quantization: str = "none",
+    calibration: Sequence[np.ndarray] | None = None,
+) -> Path:
+    """Converts a model, without verifying the file.
+
+    Args:
+        model: A plain model that computes in float32.
+        folder: A folder to work in.
+        batch_size: Rows per call; None leaves it open.
+        quantization: The mode; `"plan"` is converted to float32.
+        calibration: For `"int8"`, one array of rows per input.
+
+    Returns:
+        The file, in the folder.
+
+    Raises:
+        ExportError: If the model cannot be converted.
+    """
+    write_saved_model(model, folder / "saved_model", batch_size)
+    file = folder / "model.tflite"
+    mode = "none" if quantization == "plan" else quantization
+    try:
+        shared_worker().convert(folder / "saved_model", file, mode, calibration)
+    except WorkerError as error:
+        raise conversion_error(model, quantization, error) from error
+    return file
 
 
 def predict_tflite(
@@ -266,7 +290,7 @@ def _finish(
         path=str(target),
         quantization=quantization,
         tflite_bytes=len(content),
-        gzip_bytes=len(gzip.compress(content, compresslevel=9, mtime=0)),
+        gzip_bytes=gzip_size(content),
         max_abs_difference=agreement.max_abs_difference,
         output_range=agreement.output_range,
         top1_agreement=agreement.top1_agreement,

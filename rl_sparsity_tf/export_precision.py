@@ -12,6 +12,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.errors import ExportError
 from rl_sparsity_tf.signature import is_graph
+from rl_sparsity_tf.sublayers import all_layers
 
 _FLOAT32 = "float32"
 
@@ -38,7 +39,7 @@ def in_float32(model: keras.Model) -> Iterator[tuple[keras.Model, list[str]]]:
         note = f"computes in float32; the weights are {' and '.join(others)} in Keras"
         yield _rebuilt(model, others), [note]
         return
-    mixed = [layer for layer in model._flatten_layers() if _computes_otherwise(layer)]
+    mixed = [layer for layer in all_layers(model) if _computes_otherwise(layer)]
     policies = sorted({layer.dtype_policy.name for layer in mixed})
     kept = [(layer, layer.dtype_policy) for layer in mixed]
     try:
@@ -73,7 +74,7 @@ def _rebuilt(model: keras.Model, others: list[str]) -> keras.Model:
     )
     if not is_graph(model):
         raise ExportError(advice)
-    classes = {type(layer).__name__: type(layer) for layer in model._flatten_layers()}
+    classes = {type(layer).__name__: type(layer) for layer in all_layers(model)}
     try:
         with _float32_by_default():
             config = _with_float32(model.get_config())

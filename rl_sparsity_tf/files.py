@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import os
 import tempfile
@@ -78,6 +79,11 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file in one step."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def gzip_size(content: bytes) -> int:
+    """Bytes of a file's content after gzip at its highest level."""
+    return len(gzip.compress(content, compresslevel=9, mtime=0))
 
 
 def sha256_of(*chunks: bytes) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import gzip
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rl_sparsity_tf.exploitation import Exploitation
+from rl_sparsity_tf.files import gzip_size
 from rl_sparsity_tf.flat_model import FlatModel, FlatTensor
 from rl_sparsity_tf.flatbuffer import read_flat_model
 
@@ -211,7 +211,7 @@ def inspect_tflite(path: str | os.PathLike[str]) -> FileInspection:
     return FileInspection(
         path=str(path),
         tflite_bytes=len(content),
-        gzip_bytes=len(gzip.compress(content, compresslevel=9, mtime=0)),
+        gzip_bytes=gzip_size(content),
         tensors=tuple(tensors),
         other_tensors=len(others),
         other_bytes=sum(_stored_once(others).values()),

@@ -148,7 +148,7 @@ def _traced(model: keras.Model, x: Any, name: str) -> Any:
         except Exception as caught:  # whatever the user's own call raises
             error = caught
     raise DataError(
-        f"The model cannot be called on the inputs of {name}: {one_line(error)}. Expected inputs "
+        f"The model cannot be called on the inputs of {name}: {last_line(error)}. Expected inputs "
         "in the form that model.predict takes."
     ) from error
 
@@ -157,7 +157,7 @@ def _dtype(part: Any) -> Any:
     return tf.as_dtype(part.dtype)
 
 
-def one_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     """The last line of an error's message, without TensorFlow's additions."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("Call arguments received", "•"))]

@@ -10,6 +10,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.data import Batch, TrainingData
 from rl_sparsity_tf.errors import ArgumentError
+from rl_sparsity_tf.mask_selection import freeze_masks, update_masks
 from rl_sparsity_tf.objective import Evaluator, Metric, Score, search_compile_arguments
 from rl_sparsity_tf.wrapping import wrappers_of
 
@@ -63,13 +64,13 @@ class MaskTraining(keras.callbacks.Callback):
             self._freeze_at(self._step / (steps * self.params["epochs"]))
         if not self.frozen and self._step % self.every == 0:
             for wrapper in wrappers_of(self.model):
-                wrapper.update_masks()
+                update_masks(wrapper)
 
     def _freeze_at(self, share: float) -> None:
         if not self.frozen and share >= self.freeze_after:
             self.frozen = True
             for wrapper in wrappers_of(self.model):
-                wrapper.freeze_masks()
+                freeze_masks(wrapper)
 
 
 def default_epochs(train: TrainingData) -> int:

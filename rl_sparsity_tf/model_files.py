@@ -26,7 +26,7 @@ from tf_keras.protobuf import saved_metadata_pb2
 
 # Importing it registers the wrapper, so that wrapped models can be read back.
 import rl_sparsity_tf.wrapper  # noqa: F401
-from rl_sparsity_tf.errors import ModelError
+from rl_sparsity_tf.errors import ModelError, one_line
 from rl_sparsity_tf.files import as_path
 
 _CLASS_ROOTS = (
@@ -108,8 +108,8 @@ def load_model(path: str | os.PathLike[str], *, trusted: bool = False) -> keras.
             model = keras.models.load_model(path, safe_mode=not trusted)
     except Exception as error:
         raise ModelError(
-            f"Keras cannot build the model in {str(path)!r}: {_one_line(error)}. If it has classes "
-            "or functions of yours, import what registers them "
+            f"Keras cannot build the model in {str(path)!r}: {one_line(error, 300)}. If it has "
+            "classes or functions of yours, import what registers them "
             "(@keras.saving.register_keras_serializable) before loading; else save it again."
         ) from error
     if not isinstance(model, keras.Model):
@@ -325,11 +325,6 @@ def _seems_to_be(path: Path) -> str:
 
 def _damaged(path: Path, error: Exception) -> ModelError:
     return ModelError(
-        f"{str(path)!r} is damaged or truncated ({_one_line(error)}). Copy it again, or save the "
-        f"model again. Expected {_FORMATS}."
+        f"{str(path)!r} is damaged or truncated ({one_line(error, 300)}). Copy it again, or save "
+        f"the model again. Expected {_FORMATS}."
     )
-
-
-def _one_line(error: BaseException) -> str:
-    text = (str(error).strip().splitlines() or [""])[0].rstrip(". ")
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

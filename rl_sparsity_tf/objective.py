@@ -19,7 +19,7 @@ from rl_sparsity_tf.errors import (
     RLSparsityError,
     did_you_mean,
 )
-from rl_sparsity_tf.labels import loss_kind
+from rl_sparsity_tf.labels import last_line, loss_kind
 
 _HIGHER = (
     "acc auc precision recall f1 f2 fbeta iou dice top cosine r2 kappa sensitivity specificity "
@@ -166,12 +166,12 @@ def choose_metric(
         raise
     except (ValueError, TypeError, tf.errors.OpError) as error:
         raise DataError(
-            f"The model's loss and metrics cannot be computed on the data: {_last_line(error)}. "
+            f"The model's loss and metrics cannot be computed on the data: {last_line(error)}. "
             "Expected labels in the form that the compiled loss takes (integers for sparse "
             "losses, one-hot or float rows otherwise)."
         ) from error
     except Exception as error:  # whatever a loss or metric of the user's raises
-        raised, kind = _last_line(error), type(error).__name__
+        raised, kind = last_line(error), type(error).__name__
         raised = raised if raised.startswith(kind) else f"{kind}: {raised}"
         raise ModelError(
             f"The loss and metrics of model {model.name!r} cannot be computed: {raised}. "
@@ -220,11 +220,6 @@ def choose_metric(
 def _as_metric(names: list[Any]) -> str:
     one = f"metric={names[0]!r}" if names else "one name"
     return f"metric={tuple(names)!r}" if len(names) == 2 and names[1] in ("max", "min") else one
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].rstrip(".") if lines else type(error).__name__
 
 
 def _has_several_outputs(model: keras.Model) -> bool:

@@ -9,22 +9,10 @@ import tf_keras as keras
 
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.signature import input_specs
+from rl_sparsity_tf.sublayers import recurrent_layers
 from rl_sparsity_tf.wrapping import strip
 
 _CONVOLUTIONAL = (keras.layers.ConvLSTM1D, keras.layers.ConvLSTM2D, keras.layers.ConvLSTM3D)
-
-
-def recurrent_layers(model: keras.Model) -> list[keras.layers.RNN]:
-    """The LSTM, GRU, SimpleRNN, RNN and ConvLSTM layers of a model, at any depth.
-
-    Args:
-        model: A built model; layers inside wrappers and custom layers count, too.
-
-    Returns:
-        The layers, each once, in the order in which they are reached.
-    """
-    layers = model._flatten_layers()
-    return [layer for layer in layers if isinstance(layer, keras.layers.RNN)]
 
 
 def looping_layers(model: keras.Model) -> list[keras.layers.RNN]:
@@ -104,9 +92,7 @@ def unrolled_copy(model: keras.Model) -> keras.Model:
     check_unroll(model)
     copy = strip(model)
     for layer in looping_layers(copy):
-        layer.unroll = True
-        if hasattr(layer, "_could_use_gpu_kernel"):
-            layer._could_use_gpu_kernel = False
+        _switch_off_loop(layer)
     return copy
 
 
@@ -120,15 +106,20 @@ def unrolled(model: keras.Model) -> Iterator[None]:
     kept = []
     try:
         for layer in looping_layers(model):
-            # The fused form of LSTM and GRU, chosen when the layer is made, ignores unroll.
-            fused = getattr(layer, "_could_use_gpu_kernel", None)
-            kept.append((layer, fused))
-            layer.unroll = True
-            if fused is not None:
-                layer._could_use_gpu_kernel = False
+            kept.append((layer, _switch_off_loop(layer)))
         yield
     finally:
         for layer, fused in kept:
             layer.unroll = False
             if fused is not None:
                 layer._could_use_gpu_kernel = fused
+
+
+def _switch_off_loop(layer: keras.layers.RNN) -> bool | None:
+    """Unrolls a layer; returns whether it had the fused form, None if its class has none."""
+    # The fused form of LSTM and GRU, chosen when the layer is made, ignores unroll.
+    fused = getattr(layer, "_could_use_gpu_kernel", None)
+    layer.unroll = True
+    if fused is not None:
+        layer._could_use_gpu_kernel = False
+    return fused

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import tf_keras as keras
-from rich.console import Console
 from rich.table import Table
 
 from rl_sparsity_tf.candidates import Candidate
@@ -26,6 +25,7 @@ from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.recipes import check_recipe_path, replacing_with_recipe
 from rl_sparsity_tf.run_directory import RESULT_FILES, check_directory
+from rl_sparsity_tf.tables import table_lines
 
 
 class Result:
@@ -193,7 +193,7 @@ class Result:
                 f"{sum(tensor.bytes for tensor in tensors):,}" if tensors else "?",
             )
         compressed, dense = self.metrics["compressed"], self.metrics["dense"]
-        for line in _lines(table):
+        for line in table_lines(table, width=130):
             print_fn(line)
         print_fn(
             f"sparsity {compressed['sparsity']:.4f} of all weights; file "
@@ -209,9 +209,3 @@ class Result:
             )
         for note in self.report.notes:
             print_fn(f"note: {note}")
-
-
-def _lines(table: Table) -> list[str]:
-    console = Console(file=io.StringIO(), width=130, color_system=None)
-    console.print(table)
-    return console.file.getvalue().rstrip().splitlines()  # type: ignore[attr-defined]

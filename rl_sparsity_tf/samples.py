@@ -12,9 +12,8 @@ import tf_keras as keras
 from rl_sparsity_tf.data_forms import reason_of
 from rl_sparsity_tf.errors import ArgumentError, DataError
 from rl_sparsity_tf.signature import InputSpec, is_graph
+from rl_sparsity_tf.sublayers import all_layers
 
-# Size given to an axis that the model leaves open, such as an image's height.
-_OPEN_AXIS = 16
 _SMALL_INTEGERS = 2
 
 
@@ -86,16 +85,13 @@ def random_rows(model: keras.Model, specs: Sequence[InputSpec], rows: int) -> li
     """
     generator = np.random.default_rng(0)
     # Also those inside wrappers, custom layers and subclassed models.
-    vocabularies = [
-        layer.input_dim
-        for layer in model._flatten_layers()
-        if isinstance(layer, keras.layers.Embedding)
-    ]
+    embeddings = [e for e in all_layers(model) if isinstance(e, keras.layers.Embedding)]
+    vocabularies = [embedding.input_dim for embedding in embeddings]
     ids = min(vocabularies, default=_SMALL_INTEGERS)
     float_ids = inputs_of_embeddings(model)
     drawn = []
     for spec in specs:
-        shape = (rows, *(_OPEN_AXIS if size is None else size for size in spec.shape))
+        shape = spec.batch_shape(rows)
         dtype = np.dtype(spec.dtype) if spec.dtype in np.sctypeDict else None
         if dtype is None or dtype.kind not in "fiub":
             raise ArgumentError(

@@ -26,9 +26,7 @@ _BATCH_SIZE = 256
 
 def score_model(model: keras.Model, batches: list[Batch], metric: Metric) -> Score:
     """Scores a plain model; it is compiled for the search's metric on a copy."""
-    copy = strip(model)
-    copy.compile(**search_compile_arguments(model, 1e-3))
-    return Evaluator(copy, metric)(batches)
+    return Evaluator(_judge(model), metric)(batches)
 
 
 def score_tflite(path: Path, model: keras.Model, batches: list[Batch], metric: Metric) -> Score:
@@ -37,8 +35,7 @@ def score_tflite(path: Path, model: keras.Model, batches: list[Batch], metric: M
     outputs = run_rows(path, inputs, batch_size=_BATCH_SIZE, xnnpack=True)
     # The file lists its outputs; loss and metrics want them as the model arranges them.
     arranged = model(tf.nest.map_structure(lambda part: part[:1], batches[0][0]), training=False)
-    judge = strip(model)
-    judge.compile(**search_compile_arguments(model, 1e-3))
+    judge = _judge(model)
     judge.reset_metrics()
     loss = total = 0.0
     logs: dict[str, Any] = {}
@@ -74,8 +71,7 @@ def compare_scores(
         VerificationError: If the file loses more of an accuracy than is allowed.
     """
     batches = evaluation_data(test_data, model, "test_data")
-    judge = strip(model)
-    judge.compile(**search_compile_arguments(model, 1e-3))
+    judge = _judge(model)
     metric = choose_metric(judge, batches[0])
     ours = Evaluator(judge, metric)(batches).metric
     theirs = score_tflite(path, model, batches, metric).metric
@@ -86,3 +82,10 @@ def compare_scores(
             "the model was trained on, or choose another quantization."
         )
     return {"metric": metric.name, "keras": ours, "tflite": theirs}
+
+
+def _judge(model: keras.Model) -> keras.Model:
+    """A copy that computes the loss and the metrics as the search does."""
+    judge = strip(model)
+    judge.compile(**search_compile_arguments(model, 1e-3))
+    return judge

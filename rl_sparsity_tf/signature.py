@@ -10,6 +10,9 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+# Size given to an axis that the model leaves open, such as an image's height.
+_OPEN_AXIS = 16
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InputSpec:
@@ -33,6 +36,10 @@ class InputSpec:
             wanted is None or wanted == size
             for wanted, size in zip(self.shape, array.shape[1:], strict=True)
         )
+
+    def batch_shape(self, rows: int) -> tuple[int, ...]:
+        """Shape of a batch of rows, with a size for the axes that the model leaves open."""
+        return (rows, *(_OPEN_AXIS if size is None else size for size in self.shape))
 
 
 def is_graph(layer: keras.layers.Layer) -> bool:

@@ -133,10 +133,6 @@ class SizeBudget(Budget):
                 total += self.costs[index].cost(live, state.quantized and not state.kept)
         return total
 
-    def most(self, states: Sequence[KernelState]) -> float:
-        """The file's size if everything undecided is kept at full precision, in bytes."""
-        return self.fixed + self.kernel_bytes(states)
-
     def kernel_bytes(self, states: Sequence[KernelState]) -> float:
         """What the kernels cost as they are, undecided groups at full precision."""
         total = 0.0

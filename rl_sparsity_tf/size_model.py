@@ -8,7 +8,6 @@ layout and type that TFLite stores them in.
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -17,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import tf_keras as keras
 
-from rl_sparsity_tf.conversion import WorkerError, shared_worker
+from rl_sparsity_tf.dequantized import pack_integers
 from rl_sparsity_tf.errors import ArgumentError, check_choice
-from rl_sparsity_tf.export import file_batch_size
-from rl_sparsity_tf.export_errors import conversion_error
+from rl_sparsity_tf.export import convert_traced, file_batch_size
 from rl_sparsity_tf.export_modes import INTEGER_MODES
 from rl_sparsity_tf.export_precision import in_float32
+from rl_sparsity_tf.files import gzip_size
 from rl_sparsity_tf.flat_model import FlatModel, FlatTensor
 from rl_sparsity_tf.flatbuffer import read_flat_model
 from rl_sparsity_tf.kernel_rule import KernelRule
@@ -31,7 +30,6 @@ from rl_sparsity_tf.matching import MatchedTensor, match_kernels
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.recurrent import stateless
 from rl_sparsity_tf.rules import resolve
-from rl_sparsity_tf.saved_model import write_saved_model
 from rl_sparsity_tf.sparsify import saved_bytes, smallest_format
 from rl_sparsity_tf.stored_weights import FORMATS, make_sparse, store_weights
 from rl_sparsity_tf.wrapping import strip, wrap
@@ -253,11 +251,7 @@ def _stored(kernel: Kernel, part: MatchedTensor, value: np.ndarray, bits: int) -
     scale = np.abs(matrix).max(axis=0, keepdims=True) / levels
     integers = np.rint(matrix / np.where(scale > 0, scale, 1.0)).astype(np.int8)
     laid_out = _laid_out(part, kernel.spec.from_matrix_numpy(integers, value.shape))
-    if bits == 8:
-        return laid_out
-    flat = laid_out.reshape(-1)
-    nibbles = np.append(flat, np.int8(0)) if flat.size % 2 else flat
-    return ((nibbles[0::2] & 15) | ((nibbles[1::2] & 15) << 4)).astype(np.uint8)
+    return laid_out if bits == 8 else pack_integers(laid_out, bits)
 
 
 def _laid_out(part: MatchedTensor, value: np.ndarray) -> np.ndarray:
@@ -271,7 +265,7 @@ def _is_integer(tensor: FlatTensor) -> bool:
 
 def _size_of(file: Path) -> FileSize:
     content = file.read_bytes()
-    return FileSize(len(content), len(gzip.compress(content, compresslevel=_LEVEL, mtime=0)))
+    return FileSize(len(content), gzip_size(content))
 
 
 def _folded_factors(
@@ -317,11 +311,5 @@ def convert_weights(model: keras.Model, folder: Path) -> Path:
         ExportError: If the model cannot be converted.
     """
     batch_size, _ = file_batch_size(model, None, unroll=False)
-    file = folder / "model.tflite"
     with in_float32(model) as (traced, _), stateless(traced):
-        write_saved_model(traced, folder / "saved_model", batch_size)
-        try:
-            shared_worker().convert(folder / "saved_model", file, "none", None)
-        except WorkerError as error:
-            raise conversion_error(traced, "none", error) from error
-    return file
+        return convert_traced(traced, folder, batch_size)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rl_sparsity_tf.conversion import WorkerError, shared_worker
+from rl_sparsity_tf.conversion import WorkerError, save_inputs, shared_worker
 from rl_sparsity_tf.dequantized import IntegerForm, integer_form, same_tensor, store_dequantized
+from rl_sparsity_tf.files import gzip_size
 from rl_sparsity_tf.flat_model import FlatTensor
 from rl_sparsity_tf.flatbuffer import read_flat_model
 from rl_sparsity_tf.matching import MatchedTensor, match_kernels
@@ -129,8 +129,7 @@ def _quantize(
     rows = None
     if calibration is not None and compute == "static":
         rows = str(file.with_name("calibration.npz"))
-        named: dict[str, Any] = {f"input_{n}": array for n, array in enumerate(calibration)}
-        np.savez(rows, **named)
+        save_inputs(rows, calibration)
     try:
         return shared_worker().request(
             "quantize",
@@ -175,4 +174,4 @@ def _restorable(
 
 def _size(file: Path, formats: str) -> int:
     content = file.read_bytes()
-    return len(content if formats == "raw" else gzip.compress(content, compresslevel=9, mtime=0))
+    return len(content) if formats == "raw" else gzip_size(content)

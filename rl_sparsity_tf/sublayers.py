@@ -29,6 +29,18 @@ def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     return list({id(found): found for found in layer._flatten_layers()}.values())
 
 
+def recurrent_layers(model: keras.Model) -> list[keras.layers.RNN]:
+    """The LSTM, GRU, SimpleRNN, RNN and ConvLSTM layers of a model, at any depth.
+
+    Args:
+        model: A built model; layers inside wrappers and custom layers count, too.
+
+    Returns:
+        The layers, each once, in the order in which they are reached.
+    """
+    return [layer for layer in all_layers(model) if isinstance(layer, keras.layers.RNN)]
+
+
 def named_sublayers(layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
     """Yields `(path, sublayer)` of the direct sublayers that an attribute leads to, each once."""
     wanted = {id(sublayer) for sublayer in direct_sublayers(layer)}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import io
+import math
 from collections.abc import Callable
 
 import tf_keras as keras
-from rich.console import Console
 from rich.table import Table
 
 from rl_sparsity_tf.export_modes import INTEGER_MODES
@@ -15,6 +14,7 @@ from rl_sparsity_tf.kernel_spec import KernelSpec
 from rl_sparsity_tf.kernels import Kernel, check_model, find_kernels, rank_of, walk
 from rl_sparsity_tf.registry import registered_base, wrong_registrations
 from rl_sparsity_tf.sublayers import unreachable_sublayers
+from rl_sparsity_tf.tables import table_lines
 from rl_sparsity_tf.wrapper import unwrapped
 
 MODES = ("plan", "dynamic", "int8", "float16")
@@ -168,20 +168,17 @@ def describe_support(model: keras.Model, print_fn: Callable[[str], None] = print
     table.add_column("weights", justify="right")
     for title in ("axes", "scale", *MODES):
         table.add_column(title, overflow="fold")
-    for report in support_report(model):
+    reports = support_report(model)
+    for report in reports:
         for kernel in report.kernels:
             axes = " ".join(f"{s}{a}" for s, a in zip(kernel.shape, kernel.layout, strict=True))
-            size = 1
-            for extent in kernel.shape:
-                size *= extent
+            size = math.prod(kernel.shape)
             row = [kernel.path, report.layer_class, f"{size:,}", axes, kernel.scales]
             table.add_row(*row, *(kernel.stored[mode] for mode in MODES))
         if not report.kernels:
             table.add_row(report.path, report.layer_class, f"{report.weights:,}", "skipped")
-    console = Console(file=io.StringIO(), width=_WIDTH, color_system=None)
-    console.print(table)
-    for line in console.file.getvalue().rstrip().splitlines():  # type: ignore[attr-defined]
+    for line in table_lines(table, _WIDTH):
         print_fn(line)
-    for report in support_report(model):
+    for report in reports:
         if report.reason and report.weights:
             print_fn(f"{report.path}: {report.reason}")

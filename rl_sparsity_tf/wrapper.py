@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from rl_sparsity_tf.errors import ArgumentError, check_choice
 from rl_sparsity_tf.grouping import GROUPS, Grouping
 from rl_sparsity_tf.kernel_settings import KernelSettings
 from rl_sparsity_tf.kernel_spec import KernelSpec
-from rl_sparsity_tf.masks import MASKS, hard_concrete_sample, magnitude, select_live
+from rl_sparsity_tf.masks import MASKS, hard_concrete_sample
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.registry import kernel_specs
 from rl_sparsity_tf.sublayers import follow, owner_of
@@ -40,7 +40,8 @@ class CompressionWrapper(keras.layers.Wrapper):
         layer: A layer of a registered class, or one with such layers inside.
         group: Kind of groups, where `kernels` does not say otherwise.
         mask: `"straight_through"` or `"hard_concrete"`: the gradient of learnable masks.
-        train_masks: Whether the masks learn (see [update_masks][]). If not, gradients of pruned
+        train_masks: Whether the masks learn (see
+            [update_masks][rl_sparsity_tf.mask_selection.update_masks]). If not, gradients of pruned
             weights are zero and the masks stay.
         kernels: Settings per kernel attribute (a path such as `"cell/kernel"` for the kernels of
             layers inside the layer), each a [KernelSettings][] or a dict of its fields; by default
@@ -94,6 +95,8 @@ class CompressionWrapper(keras.layers.Wrapper):
             self._settings[attribute] = settings
         self._state: dict[str, dict[str, tf.Variable]] = {}
         self._probe: list[tf.Tensor] | None = None
+        self._before_call: Callable[[Any], None] | None = None
+        self._substitutes: Mapping[str, tf.Tensor] = {}
 
     # ------------------------------------------------------------------ building
 
@@ -167,6 +170,8 @@ class CompressionWrapper(keras.layers.Wrapper):
 
     def effective_kernel(self, attribute: str, training: Any = False) -> tf.Tensor:
         """`quantize(mask * permute(W))` of one kernel, in the kernel's own shape."""
+        if attribute in self._substitutes:
+            return self._substitutes[attribute]
         settings, state = self._settings[attribute], self._state[attribute]
         variable = self.variable(attribute)
         if not state:
@@ -230,6 +235,8 @@ class CompressionWrapper(keras.layers.Wrapper):
             self.layer(inputs, *args, **kwargs)
             with tf.init_scope():
                 self._build_states()
+        if self._before_call is not None:
+            self._before_call(inputs)
         with self._effective(training):
             outputs = self.layer(inputs, *args, **kwargs)
         if self._probe is not None:
@@ -253,6 +260,31 @@ class CompressionWrapper(keras.layers.Wrapper):
             yield self._probe
         finally:
             self._probe = None
+
+    @contextlib.contextmanager
+    def observed(self, before_call: Callable[[Any], None]) -> Iterator[None]:
+        """Hands the layer's inputs to a function before every call while the context is open.
+
+        The function may change the kernels: the call that follows sees what it set.
+        """
+        self._before_call = before_call
+        try:
+            yield
+        finally:
+            self._before_call = None
+
+    @contextlib.contextmanager
+    def substituted(self, kernels: Mapping[str, tf.Tensor]) -> Iterator[None]:
+        """Computes with other effective kernels while the context is open.
+
+        Args:
+            kernels: Tensors by attribute, in the kernels' own shapes; gradients reach them.
+        """
+        self._substitutes = kernels
+        try:
+            yield
+        finally:
+            self._substitutes = {}
 
     # ------------------------------------------------------------------ decisions
 
@@ -315,42 +347,6 @@ class CompressionWrapper(keras.layers.Wrapper):
         if "on_grid" not in state or not state["on_grid"].numpy().any():
             return 32
         return 4 if float(state["levels"]) == 7.0 else 8
-
-    # ------------------------------------------------------------------ learning masks
-
-    def mask_scores(self, attribute: str) -> np.ndarray:
-        """What the mask's selection is made by: the group's magnitude plus its logit."""
-        state, grouping = self._state[attribute], self.grouping(attribute)
-        logits = state["mask_logits"].numpy()
-        if self.mask == "hard_concrete":
-            return logits
-        matrix = self.spec(attribute).to_matrix_numpy(np.asarray(self.variable(attribute)))
-        if "swaps" in state:
-            matrix = ops.permute(tf.constant(matrix), state["swaps"] > 0, grouping).numpy()
-        squares = grouping.sum_numpy(np.square(matrix, dtype=np.float64))
-        return magnitude(matrix, squares, grouping.sizes) + logits
-
-    def update_masks(self) -> None:
-        """Lets learnable masks follow their scores, with each kernel's sparsity held."""
-        for attribute, state in self._state.items():
-            if "mask_logits" not in state or float(state["mask_frozen"]) > 0:
-                continue
-            sizes = self.grouping(attribute).sizes
-            scores, live = self.mask_scores(attribute), state["mask"].numpy() > 0
-            # Groups compete with groups of their own size: a short tail block that made way for a
-            # full one would raise the sparsity with every selection.
-            for size in np.unique(sizes):
-                same = sizes == size
-                if live[same].any():
-                    pruned = int(size * (~live[same]).sum())
-                    live[same] = select_live(scores[same], sizes[same], pruned)
-            state["mask"].assign(live.astype(np.float32))
-
-    def freeze_masks(self) -> None:
-        """Holds learnable masks as they are from now on."""
-        for state in self._state.values():
-            if "mask_frozen" in state:
-                state["mask_frozen"].assign(1.0)
 
     # ------------------------------------------------------------------ serialization
 

@@ -18,3 +18,23 @@ def _fresh_names():
     import tf_keras
 
     tf_keras.backend.clear_session()
+
+
+# What the tests of wrong calls share; imported late, because other tests have no use for it.
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """A folder of files to call the package with."""
+    from wrong_calls import make_files
+
+    return make_files(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture
+def files(shared, tmp_path):
+    """The folder and a place to write to; both must be untouched in the end."""
+    from wrong_calls import Files, untouched
+
+    with untouched(Files(shared, tmp_path)) as found:
+        yield found

@@ -9,7 +9,8 @@ import tf_keras as keras
 from zoo import layers
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.copying import copy_layer, copy_weights, one_line
+from rl_sparsity_tf.copying import copy_layer, copy_weights
+from rl_sparsity_tf.errors import one_line
 from rl_sparsity_tf.kernels import find_kernels, sparsity_of
 from rl_sparsity_tf.rules import KernelRule, uniform_plan
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import json
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 import tensorflow as tf
 import tf_keras as keras
 import zoo
+from fake_plans import FakeKernelPlan, FakePlan, plan_for
 
 from rl_sparsity_tf import export
 from rl_sparsity_tf.conversion import WorkerError, shared_worker
@@ -33,27 +33,6 @@ from rl_sparsity_tf.objective import Score
 from rl_sparsity_tf.verification import TOLERANCES, compare_outputs, verify_zeros
 
 layers = keras.layers
-
-
-@dataclasses.dataclass
-class FakeKernelPlan:
-    path: str
-    shape: tuple[int, ...]
-    exported_bits: int
-
-
-@dataclasses.dataclass
-class FakePlan:
-    kernels: dict[str, FakeKernelPlan]
-
-
-def plan_for(model, bits=8, **exceptions) -> FakePlan:
-    return FakePlan(
-        {
-            path: FakeKernelPlan(path, tuple(variable.shape), exceptions.get(path, bits))
-            for path, variable in kernel_variables(model).items()
-        }
-    )
 
 
 def prune(model, share=0.6):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras as keras
 import zoo
+from fake_plans import plan_for
 
 from rl_sparsity_tf.conversion import WorkerError, shared_worker
 from rl_sparsity_tf.errors import ArgumentError, ExportError, VerificationError
@@ -22,27 +21,6 @@ from rl_sparsity_tf.recurrent import recurrent_layers
 from rl_sparsity_tf.verification import TOLERANCES, compare_outputs
 
 layers = keras.layers
-
-
-@dataclasses.dataclass
-class FakeKernelPlan:
-    path: str
-    shape: tuple[int, ...]
-    exported_bits: int
-
-
-@dataclasses.dataclass
-class FakePlan:
-    kernels: dict[str, FakeKernelPlan]
-
-
-def plan_for(model, bits=8) -> FakePlan:
-    return FakePlan(
-        {
-            path: FakeKernelPlan(path, tuple(variable.shape), bits)
-            for path, variable in kernel_variables(model).items()
-        }
-    )
 
 
 def rows_for(model, count=12):

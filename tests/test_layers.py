@@ -10,6 +10,7 @@ from zoo import RECURRENT_ETC, ZOO, inputs_for, layers
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.kernels import find_kernels
+from rl_sparsity_tf.mask_selection import update_masks
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.registry import kernel_specs
 from rl_sparsity_tf.rules import KernelRule
@@ -305,7 +306,7 @@ def test_learned_masks_of_inner_kernels_follow_their_scores():
     wrapper = next(k.wrapper for k in find_kernels(wrapped) if k.wrapper)
     state = wrapper.state("cell/cells/0/kernel")
     state["mask_logits"].assign(np.where(state["mask"].numpy() > 0, -9.0, 9.0))
-    wrapper.update_masks()
+    update_masks(wrapper)
     after = plan_of(wrapped)
     path = "rnn/cell/cells/0/kernel"
     was, now = before.kernels[path].operations == P, after.kernels[path].operations == P

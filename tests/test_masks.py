@@ -11,6 +11,7 @@ from zoo import ZOO, inputs_for
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.grouping import GROUPS, Grouping
 from rl_sparsity_tf.kernels import find_kernels, sparsity_of
+from rl_sparsity_tf.mask_selection import freeze_masks, update_masks
 from rl_sparsity_tf.masks import MASKS, hard_concrete_sample, magnitude, select_live
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.rules import KernelRule
@@ -248,12 +249,12 @@ def test_a_pruned_group_whose_score_rises_comes_back(mask):
     logits[tuple(pruned)] = 50.0
     state["mask_logits"].assign(logits)
     before = pruned_weights(wrapped)
-    wrapper.update_masks()
+    update_masks(wrapper)
     assert state["mask"].numpy()[tuple(pruned)] == 1
     assert pruned_weights(wrapped) == before
-    wrapper.freeze_masks()
+    freeze_masks(wrapper)
     state["mask_logits"].assign(-logits)
-    wrapper.update_masks()
+    update_masks(wrapper)
     assert state["mask"].numpy()[tuple(pruned)] == 1
 
 
@@ -262,7 +263,7 @@ def test_frozen_hard_concrete_masks_are_not_sampled_any_more():
     wrapper = wrappers_of(wrapped)[0]
     draws = [wrapper.effective_kernel("kernel", training=True).numpy() for _ in range(2)]
     assert (draws[0] != draws[1]).any()
-    wrapper.freeze_masks()
+    freeze_masks(wrapper)
     frozen = wrapper.effective_kernel("kernel", training=True)
     np.testing.assert_array_equal(frozen, wrapper.effective_kernel("kernel", training=False))
 

@@ -34,7 +34,6 @@ from wrong_calls import (
     keras_3,
     layers,
     loaded,
-    make_files,
     mostly_skipped,
     not_begun,
     nothing_runs,
@@ -51,7 +50,6 @@ from wrong_calls import (
     tied,
     tiny,
     two_inputs,
-    untouched,
     with_a_metric_of_its_own,
     with_one,
     wrapped_with,
@@ -708,17 +706,6 @@ CALLS: dict[str, tuple[Call, type[Exception], str]] = {
     **{f"export: {name}": entry for name, entry in EXPORTS.items()},
     **{f"file: {name}": (call, rls.ModelError, text) for name, (call, text) in SAVED.items()},
 }
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory) -> Path:
-    return make_files(tmp_path_factory.mktemp("shared"))
-
-
-@pytest.fixture
-def files(shared, tmp_path):
-    with untouched(Files(shared, tmp_path)) as found:
-        yield found
 
 
 @pytest.mark.parametrize("case", CALLS)

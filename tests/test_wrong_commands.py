@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_search import quick_autoencoder
-from wrong_calls import Files, StartedError, make_files, nothing_runs, tiny, untouched
+from wrong_calls import Files, StartedError, nothing_runs, tiny
 
 from rl_sparsity_tf import demo
 from rl_sparsity_tf.cli import main
@@ -128,17 +127,6 @@ COMMANDS = {
         r"foreign' is not empty and holds no run of this package\. Choose another",
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory) -> Path:
-    return make_files(tmp_path_factory.mktemp("shared"))
-
-
-@pytest.fixture
-def files(shared, tmp_path):
-    with untouched(Files(shared, tmp_path)) as found:
-        yield found
 
 
 @pytest.mark.parametrize("case", COMMANDS)

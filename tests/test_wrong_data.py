@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from wrong_calls import (
     IMAGES,
     LABELS,
     ONE_HOT,
-    Files,
     Rows,
     X,
     Y,
@@ -22,12 +20,10 @@ from wrong_calls import (
     failing,
     generator,
     images,
-    make_files,
     searched,
     stateful,
     tiny_with,
     two_inputs,
-    untouched,
     with_one,
 )
 
@@ -244,17 +240,6 @@ DATA = {
         r"validation_data has 12 rows; the model takes exactly 8 per call\. .*leave out 4 rows",
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory) -> Path:
-    return make_files(tmp_path_factory.mktemp("shared"))
-
-
-@pytest.fixture
-def files(shared, tmp_path):
-    with untouched(Files(shared, tmp_path)) as found:
-        yield found
 
 
 @pytest.mark.parametrize("case", DATA)
