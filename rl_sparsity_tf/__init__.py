@@ -42,7 +42,7 @@ _EXPORTS = {
     "RLSparsityError": "errors",
     "Random": "agents",
     "Result": "result",
-    "Recovery": "network",
+    "Recovery": "recovery",
     "Reward": "reward",
     "SizeModel": "size_model",
     "Target": "target",
@@ -61,7 +61,11 @@ _EXPORTS = {
     "wrap": "wrapping",
 }
 
+# Modules that are used as namespaces.
+_MODULES = ("baselines",)
+
 if TYPE_CHECKING:
+    from rl_sparsity_tf import baselines
     from rl_sparsity_tf.agents import DQN, PPO, Random
     from rl_sparsity_tf.environment import LayerEnvironment
     from rl_sparsity_tf.environment_check import check_environment
@@ -80,9 +84,9 @@ if TYPE_CHECKING:
     from rl_sparsity_tf.inspection import inspect_tflite
     from rl_sparsity_tf.mask_training import MaskTraining
     from rl_sparsity_tf.model_files import load_model
-    from rl_sparsity_tf.network import Recovery
     from rl_sparsity_tf.operations import Operation
     from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
+    from rl_sparsity_tf.recovery import Recovery
     from rl_sparsity_tf.registry import register_layer
     from rl_sparsity_tf.result import Result
     from rl_sparsity_tf.reward import Outcome, Reward
@@ -123,6 +127,7 @@ __all__ = [
     "TargetError",
     "VerificationError",
     "__version__",
+    "baselines",
     "benchmark_tflite",
     "check_environment",
     "describe_state",
@@ -140,6 +145,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # A submodule of the same name as a function (wrap) is bound on the package when it is
     # imported; the function must win, so every name is resolved and bound here, once.
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)

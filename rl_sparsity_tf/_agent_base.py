@@ -176,22 +176,26 @@ class Agent(abc.ABC):
         )
         self._pending = None
 
-    def end_episode(self, bonus: float = 0.0) -> dict[str, float]:
+    def end_episode(self, bonus: float = 0.0, *, worth: float | None = None) -> dict[str, float]:
         """Ends the search episode: amends its rewards and learns from it.
 
         Args:
             bonus: Added to the reward of the last transition of every environment episode in this
                 search episode; the sum is clipped to [-1, 1].
+            worth: Instead of a bonus, what the rewards of every environment episode shall add up
+                to: the last takes the others back, which then shape learning but not which policy
+                is best (Ng, Harada & Russell 1999), as long as nothing is discounted.
 
         Returns:
             The losses of the training, by name; empty if there was none this time.
 
         Raises:
             AgentStateError: If an environment episode is not finished, or nothing was recorded.
-            ArgumentError: If the bonus is not finite.
+            ArgumentError: If the bonus or the worth is not finite.
         """
-        if not np.isfinite(bonus):
-            raise ArgumentError(f"bonus={bonus!r}: expected a finite number, usually in [-1, 1].")
+        for name, value in (("bonus", bonus), ("worth", 0.0 if worth is None else worth)):
+            if not np.isfinite(value):
+                raise ArgumentError(f"{name}={value!r}: expected a finite number, best in [-1, 1].")
         if self._pending is not None or not self._episode:
             raise AgentStateError(
                 "agent.end_episode() was called "
@@ -203,12 +207,17 @@ class Agent(abc.ABC):
                 "agent.end_episode() was called in the middle of an environment episode; play it "
                 "to its LAST time step, or drop it with agent.discard_episode()."
             )
-        transitions = [
-            dataclasses.replace(t, reward=float(np.clip(t.reward + bonus, -1.0, 1.0)))
-            if t.next_step_type == LAST
-            else t
-            for t in self._episode
-        ]
+        transitions = []
+        paid = 0.0
+        for transition in self._episode:
+            if transition.next_step_type != LAST:
+                paid += transition.reward
+            else:
+                amended = float(np.clip(transition.reward + bonus, -1.0, 1.0))
+                amended = amended if worth is None else worth - paid
+                transition = dataclasses.replace(transition, reward=amended)
+                paid = 0.0
+            transitions.append(transition)
         losses = self._learn(transitions)
         self._episode = []
         self.episodes += 1

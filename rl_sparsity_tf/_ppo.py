@@ -10,7 +10,7 @@ generator (see `_dqn` for why).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,13 @@ from tf_agents.utils import common
 from rl_sparsity_tf import _agent_tf
 from rl_sparsity_tf._agent_base import Transition, python_and_numpy_random_kept
 from rl_sparsity_tf.agents import PPO
+from rl_sparsity_tf.errors import AgentStateError
+
+RelaxedLoss = Callable[[NDArray[Any], NDArray[Any], NDArray[Any], int], tuple[float, NDArray[Any]]]
+"""`(logits, legal, actions, step) -> (loss, gradient by the logits)`, a row for each decision of a
+search episode. Agents know nothing of networks: the caller brings it, e.g. a `Relaxation`."""
+
+_RELAXED_EPSILON = 1e-2
 
 Row = dict[str, NDArray[Any]]
 """One search episode as arrays over time; the keys are those of `_FIELDS`."""
@@ -117,6 +124,15 @@ class PPOAgent(_agent_tf.TFAgent):
         self._variables = _agent_tf.unique_variables(
             trainable, self.tf_agent.variables, optimizer.variables
         )
+        # An optimizer of its own: Adam's moments would mix two gradients of unlike size. A gradient
+        # that is all but 0 must not become a full step, as it would with Adam's usual epsilon.
+        rate = config.learning_rate * config.relaxed_reward
+        follower = keras.optimizers.Adam(rate, epsilon=_RELAXED_EPSILON)
+        self._relaxed_loss: RelaxedLoss | None = None
+        self._relaxed_steps = 0
+        if config.relaxed_reward:
+            follower.build(inner_actor.trainable_variables)
+            self._variables += follower.variables
         self._waiting: list[Row] = []
         self._length = 0
         collect_policy = self.tf_agent.collect_policy
@@ -142,11 +158,43 @@ class PPOAgent(_agent_tf.TFAgent):
             optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
             return loss
 
+        def all_logits(state: tf.Tensor) -> tf.Tensor:
+            time_steps = _agent_tf.time_step_of(
+                state, tf.ones((tf.shape(state)[0], n_actions), tf.int32)
+            )
+            distribution, _ = actor(time_steps.observation, time_steps.step_type, ())
+            return distribution.logits_parameter()
+
+        def follow(state: tf.Tensor, gradient: tf.Tensor) -> None:
+            with tf.GradientTape() as tape:
+                logits = all_logits(state)
+            weights = actor.trainable_variables
+            gradients = tape.gradient(logits, weights, output_gradients=gradient)
+            follower.apply_gradients(zip(gradients, weights, strict=True))
+
         self._policy = common.function(evaluate)
         self._preprocess = common.function(self.tf_agent.preprocess_sequence)
         self._train = common.function(train)
         self._imitate = common.function(imitate)
-        self._functions = (self._policy, self._preprocess, self._train, self._imitate)
+        self._logits = common.function(all_logits, reduce_retracing=True)
+        self._follow = common.function(follow, reduce_retracing=True)
+        self._functions = (
+            self._policy,
+            self._preprocess,
+            self._train,
+            self._imitate,
+            self._logits,
+            self._follow,
+        )
+
+    def attach(self, relaxed_loss: RelaxedLoss) -> None:
+        """Says what `PPO(relaxed_reward=...)` is to follow; needed before the first episode ends.
+
+        Args:
+            relaxed_loss: `(logits, legal, actions, step) -> (loss, gradient)`, for instance a
+                `relaxation.Relaxation`. `step` counts the calls, over saving and loading too.
+        """
+        self._relaxed_loss = relaxed_loss
 
     def _evaluate(
         self, state: NDArray[np.float32], legal: NDArray[np.int32]
@@ -165,7 +213,20 @@ class PPOAgent(_agent_tf.TFAgent):
     def _learn(self, transitions: list[Transition]) -> dict[str, float]:
         if any(transition.forced for transition in transitions):
             return self._learn_by_imitation(transitions)
+        if self.config.relaxed_reward and self._relaxed_loss is None:
+            raise AgentStateError(
+                f"PPO(relaxed_reward={self.config.relaxed_reward!r}) has no loss to follow; "
+                "expected agent.attach(Relaxation(network)) before the first end_episode(). Set "
+                "relaxed_reward=0 to learn from the sampled reward only."
+            )
         self._waiting.append(_row(transitions))
+        losses = self._update()
+        if self.config.relaxed_reward and self._relaxed_loss is not None:
+            losses |= self._learn_by_relaxation(transitions, self._relaxed_loss)
+        return losses
+
+    def _update(self) -> dict[str, float]:
+        """PPO's own training, once enough episodes are waiting."""
         if len(self._waiting) < self.config.episodes_per_update:
             return {}
         # Rows keep the longest length seen, so that an unusually short one retraces nothing.
@@ -175,6 +236,24 @@ class PPOAgent(_agent_tf.TFAgent):
         self._waiting = []
         names = ("policy_loss", "value_loss", "entropy_loss")
         return dict(zip(names, np.mean(losses, axis=0).tolist(), strict=True))
+
+    def _learn_by_relaxation(
+        self, transitions: list[Transition], relaxed_loss: RelaxedLoss
+    ) -> dict[str, float]:
+        """Follows the gradient of the relaxed reward in the states of the search episode."""
+        legal = np.stack([t.legal for t in transitions])
+        states = tf.constant(np.stack([t.state for t in transitions]))
+        actions = np.array([t.action for t in transitions], np.int32)
+        losses = []
+        for _ in range(self.config.num_epochs):
+            logits = self._logits(states).numpy()
+            loss, gradient = relaxed_loss(logits, legal, actions, self._relaxed_steps)
+            self._relaxed_steps += 1
+            # A draw that makes the network overflow says nothing, and would ruin the policy.
+            if np.isfinite(loss) and np.isfinite(gradient).all():
+                self._follow(states, tf.constant(gradient, tf.float32))
+                losses.append(loss)
+        return {"relaxed_loss": float(np.mean(losses))} if losses else {}
 
     def _learn_by_imitation(self, transitions: list[Transition]) -> dict[str, float]:
         """Makes forced actions likelier; they say nothing about what the policy would have done."""
@@ -193,11 +272,15 @@ class PPOAgent(_agent_tf.TFAgent):
             for i, row in enumerate(self._waiting)
             for field in _FIELDS
         }
+        if self.config.relaxed_reward:
+            rows["relaxed_steps"] = np.array(self._relaxed_steps)
         return {**super()._arrays(), "length": np.array(self._length), **rows}
 
     def _set_arrays(self, state: Mapping[str, NDArray[Any]]) -> None:
         super()._set_arrays(state)
         self._length = int(state["length"])
+        if self.config.relaxed_reward:
+            self._relaxed_steps = int(state["relaxed_steps"])
         self._waiting = []
         while f"waiting/{len(self._waiting)}/action" in state:
             prefix = f"waiting/{len(self._waiting)}/"

@@ -55,7 +55,8 @@ class AgentConfig:
         for key in values:
             if key not in known:
                 raise ArgumentError(
-                    f"{cls.__name__} has no setting {key!r}. {did_you_mean(key, known)}"
+                    f"{cls.__name__} has no setting {key!r}. "
+                    + (_owner_of(key) or did_you_mean(key, known))
                 )
         return cls(**values)
 
@@ -233,6 +234,11 @@ class PPO(AgentConfig):
     episodes_per_update: int = 1
     """Search episodes collected before each update."""
 
+    relaxed_reward: float = 0.0
+    """Step size of the relaxed reward's gradient, as a multiple of `learning_rate`; 0 is off.
+    After each search episode that the policy played, `num_epochs` more steps follow the loss
+    itself through differentiable masks (see `relaxation.Relaxation`), on training data."""
+
     def __post_init__(self) -> None:
         """Checks every setting."""
         self._number("learning_rate", 0, 1, open_low=True)
@@ -243,6 +249,7 @@ class PPO(AgentConfig):
         self._number("entropy", 0)
         self._number("num_epochs", 1, integer=True)
         self._number("episodes_per_update", 1, integer=True)
+        self._number("relaxed_reward", 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,6 +260,18 @@ class Random(AgentConfig):
 
 
 _CONFIGS: dict[str, type[AgentConfig]] = {"dqn": DQN, "ppo": PPO, "random": Random}
+
+
+def _owner_of(setting: str) -> str:
+    """Says which agents have a setting; empty if none has."""
+    owners = [
+        config.__name__
+        for config in _CONFIGS.values()
+        if setting in {field.name for field in dataclasses.fields(config)}
+    ]
+    if not owners:
+        return ""
+    return f"It is one of {' and '.join(owners)}: leave it out, or use agent={owners[0].lower()!r}."
 
 
 def config_from_dict(values: dict[str, Any]) -> AgentConfig:

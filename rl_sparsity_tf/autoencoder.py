@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import tf_keras as keras
@@ -26,6 +27,7 @@ class WeightAutoencoder:
         seed: Seed of the initial weights, the chunks drawn and the noise.
         epochs: Passes over the chunks.
         max_chunks: Chunks used for training at most.
+        measured_chunks: Chunks of a kernel that its error is measured on at most.
 
     Example:
         >>> autoencoder = WeightAutoencoder({"dense/kernel": weights})
@@ -39,14 +41,22 @@ class WeightAutoencoder:
         seed: int = 0,
         epochs: int = 12,
         max_chunks: int = 4096,
+        measured_chunks: int = 1024,
     ):
         rng = np.random.default_rng(seed)
         self._scales = {path: float(matrix.std()) or 1.0 for path, matrix in kernels.items()}
+        self._drawn: dict[str, Any] = {}
         self._originals = {path: self._chunks(path, kernels[path]) for path in kernels}
         chunks = np.concatenate(list(self._originals.values()))
         if len(chunks) > max_chunks:
             chunks = chunks[rng.choice(len(chunks), max_chunks, replace=False)]
         self._layers = self._train(chunks, rng, epochs)
+        for path, all_chunks in self._originals.items():
+            drawn: Any = slice(None)
+            if len(all_chunks) > measured_chunks:
+                drawn = np.sort(rng.choice(len(all_chunks), measured_chunks, replace=False))
+            self._drawn[path] = drawn
+            self._originals[path] = all_chunks[drawn]
         self._floors = {
             path: self._distance(chunks, chunks) for path, chunks in self._originals.items()
         }
@@ -107,7 +117,7 @@ class WeightAutoencoder:
             and 1 where the weights are too large for that or not finite.
         """
         with np.errstate(over="ignore", invalid="ignore"):
-            present = self._chunks(path, np.asarray(matrix))
+            present = self._chunks(path, np.asarray(matrix))[self._drawn[path]]
             distance = self._distance(present, self._originals[path])
         if not (np.isfinite(present).all() and np.isfinite(distance)):
             return 1.0

@@ -15,6 +15,9 @@ from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.reward import Outcome
 from rl_sparsity_tf.wrapper import unwrapped
 
+PROPOSED = -1
+"""The episode of plans that were evaluated before the first."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
@@ -25,7 +28,7 @@ class Candidate:
         weights: The recovered weights of every layer by path, before operations are applied.
         outcome: Its outcome on validation data.
         value: What the reward says of the finished network.
-        episode: The search episode that found it.
+        episode: The search episode that found it; -1 for a heuristic's plan, evaluated before.
         proposed_by: Who did, e.g. `"dqn"`.
     """
 
@@ -44,11 +47,12 @@ class Candidate:
         weights = network.latent_weights()
         return cls(network.plan, weights, network.outcome, value, episode, proposed_by)
 
-    def better_than(self, other: Candidate | None) -> bool:
-        """Whether it has the higher value, or the same at a lower loss."""
-        if other is None:
-            return True
-        return (self.value, -self.outcome.loss) > (other.value, -other.outcome.loss)
+    @property
+    def found_by(self) -> str:
+        """Who proposed it, and when."""
+        if self.episode == PROPOSED:
+            return self.proposed_by
+        return f"{self.proposed_by}, episode {self.episode + 1}"
 
     def put_weights(self, wrapped: keras.Model) -> None:
         """Sets a wrapped model's layers to the candidate's weights."""
@@ -88,3 +92,8 @@ class Candidate:
             episode=int(arrays["episode"]),
             proposed_by=str(arrays["proposed_by"]),
         )
+
+
+def is_better(value: float, outcome: Outcome, than: Candidate | None) -> bool:
+    """Whether a value is higher than a candidate's, or the same at a lower loss."""
+    return than is None or (value, -outcome.loss) > (than.value, -than.outcome.loss)

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 from rich.table import Table
 
@@ -15,7 +14,7 @@ from rl_sparsity_tf.candidates import Candidate
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.finishing import finish
 from rl_sparsity_tf.metrics import baseline_entry
-from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.plan_evaluation import evaluate_plan
 from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.reward import bounded
@@ -85,21 +84,11 @@ def compare(compressor: Compressor, verbose: int = 1) -> list[dict[str, Any]]:
 def _uniform(
     search: FinishedSearch, compressor: Compressor, quantize: bool, steps: int
 ) -> Candidate:
-    """Uniform magnitude pruning, kernel by kernel, with recovery after each."""
+    """Uniform magnitude pruning, recovered and evaluated like the search's plans."""
     network = search.network
-    network.reset()
     plan = uniform_plan(search.model, network.budget.goal, compressor.group, quantize)
-    share = -(-steps // len(network.kernels))
-    for kernel in network.kernels:
-        operations = plan.kernels[kernel.path].operations.reshape(-1)
-        for operation in (Operation.QUANTIZE, Operation.PRUNE):
-            groups = np.flatnonzero(operations == operation)
-            if len(groups):
-                network.decide(kernel.path, groups, operation)
-        if compressor.recovery.method == "finetune":
-            network.train_steps(share)
-    network.outcome = network.evaluate()
-    value = bounded(compressor.reward, network.outcome, None)
+    outcome = evaluate_plan(network, plan, -(-steps // len(network.kernels)))
+    value = bounded(compressor.reward, outcome, None)
     return Candidate.of(network, value, 0, "uniform")
 
 

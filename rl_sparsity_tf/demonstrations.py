@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from rl_sparsity_tf.buckets import saliency_of
+from rl_sparsity_tf import allocation
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.plan import CompressionPlan
+from rl_sparsity_tf.size_budget import KernelState, SizeBudget
 
 # Edges are rounded to whole groups; a bucket that only begins below the density is left alone.
 _TOLERANCE = 0.1
+# Densities that differ by no more than this are the same.
+_EQUAL = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,42 +60,68 @@ class Demonstration:
 
 
 def demonstrate(network: CompressedNetwork) -> list[Demonstration]:
-    """The demonstrations for a network: uniform and LAMP densities."""
-    return [
-        Demonstration("uniform", uniform_densities(network)),
-        Demonstration("lamp", lamp_densities(network)),
-    ]
+    """The demonstrations for a network: the densities of the heuristics that need no search.
 
-
-def uniform_densities(network: CompressedNetwork) -> dict[str, float]:
-    """The same density in every kernel."""
-    sizes = sum(kernel.size for kernel in network.kernels)
-    density = max(0.0, 1.0 - network.budget.wanted / sizes)
-    return {kernel.path: density for kernel in network.kernels}
-
-
-def lamp_densities(network: CompressedNetwork) -> dict[str, float]:
-    """Densities by layer-adaptive magnitude scores (Lee et al. 2021, arXiv 2010.07611).
-
-    The score of a group is its squared norm over the sum of those of its kernel that are at least
-    as large (equation 2); the groups of lowest score in the whole network go.
+    One whose densities are those of an earlier one is left out.
     """
-    scores, sizes, owners = [], [], []
-    for index, kernel in enumerate(network.kernels):
-        grouping = network.groupings[kernel.path]
-        weights = grouping.sizes.reshape(-1)
-        squares = saliency_of(network.originals[kernel.path], grouping) ** 2 * weights
-        order = np.argsort(-squares, kind="stable")
-        score = np.empty_like(squares)
-        score[order] = squares[order] / np.maximum(np.cumsum(squares[order]), 1e-30)
-        scores.append(score)
-        sizes.append(weights)
-        owners.append(np.full(len(score), index))
-    order = np.argsort(np.concatenate(scores), kind="stable")
-    gone = np.cumsum(np.concatenate(sizes)[order])
-    pruned = order[: int((gone - np.concatenate(sizes)[order] < network.budget.wanted).sum())]
-    counts = np.bincount(np.concatenate(owners)[pruned], minlength=len(network.kernels))
-    return {
-        kernel.path: 1.0 - float(count) / network.groupings[kernel.path].count
-        for kernel, count in zip(network.kernels, counts, strict=True)
-    }
+    found: list[Demonstration] = []
+    for name, live in _heuristics(network):
+        shares = allocation.densities(live)
+        densities = {k.path: share for k, share in zip(network.kernels, shares, strict=True)}
+        if not any(_alike(densities, other.densities) for other in found):
+            found.append(Demonstration(name, densities))
+    return found
+
+
+def proposals(network: CompressedNetwork) -> list[tuple[str, CompressionPlan]]:
+    """The exact plans of the heuristics: which groups they prune, the others as integers.
+
+    Args:
+        network: The network. Its budget says how much is pruned: the weights that a sparsity
+            asks for, or as few as bring the file to its size by the budget's costs.
+
+    Returns:
+        Names and complete plans that meet the target; what proposes the same plan as an earlier
+        one is left out. Beyond the group that every kernel keeps no floor is held.
+    """
+    found: list[tuple[str, CompressionPlan]] = []
+    for name, live in _heuristics(network):
+        plan = allocation.plan_from_live(network.kernels, network.group, live, quantize=True)
+        if all(plan != other for _, other in found):
+            found.append((name, plan))
+    return found
+
+
+def _heuristics(network: CompressedNetwork) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """What lives in the plan of every heuristic that meets the target."""
+    gradients = {path: one.gradient for path, one in network.dense_statistics.items()}
+    sizes = [network.groupings[kernel.path].sizes for kernel in network.kernels]
+    for name in allocation.HEURISTICS:
+        # A network that fits its data perfectly has no gradient to rank by.
+        if name == "first_order" and not any(one.any() for one in gradients.values()):
+            continue
+        scores = allocation.scores(
+            name, network.kernels, network.groupings, network.originals, gradients
+        )
+        ranking = allocation.Ranking(scores, sizes)
+        budget = network.budget
+        if isinstance(budget, SizeBudget):
+            live, reached = ranking.least_pruned(functools.partial(_fits, network, budget))
+            if reached:
+                yield name, live
+        else:
+            yield name, ranking.live(budget.wanted)
+
+
+def _fits(network: CompressedNetwork, budget: SizeBudget, live: Sequence[np.ndarray]) -> bool:
+    """Whether the file is small enough with the living groups as integers where that works."""
+    states = []
+    for kernel, alive in zip(network.kernels, live, strict=True):
+        integers = allocation.survivors(kernel, True) == Operation.QUANTIZE
+        pruned = int(network.groupings[kernel.path].sizes[~alive].sum())
+        states.append(KernelState(pruned, 0, kept=not integers, quantized=integers))
+    return budget.expected(states) <= budget.limit
+
+
+def _alike(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    return all(abs(one[path] - other[path]) <= _EQUAL for path in one)

@@ -12,10 +12,11 @@ from rl_sparsity_tf._tf_agents import array_spec, py_environment, types
 from rl_sparsity_tf._tf_agents import time_step as ts
 from rl_sparsity_tf.buckets import bucket_edges, saliency_of, split_buckets
 from rl_sparsity_tf.errors import ArgumentError
-from rl_sparsity_tf.network import CompressedNetwork, Snapshot
+from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.operations import Operation, stored_as_integers
 from rl_sparsity_tf.reward import Outcome, Reward, RewardFunction, bounded
 from rl_sparsity_tf.size_budget import SizeBudget
+from rl_sparsity_tf.snapshot import Snapshot
 from rl_sparsity_tf.state import STATE_SIZE, BucketView, lower_bounds, observe
 
 _LEAST_GOAL = 0.5
@@ -53,6 +54,8 @@ class LayerEnvironment(py_environment.PyEnvironment):
         reward: What an outcome is worth.
         buckets: Decisions per kernel at most.
         later: Kernels that are decided after this one; by default, those behind it.
+        evaluate: Whether the last step evaluates the network, where the recovery leaves that to
+            the end (least squares).
 
     Example:
         >>> env = LayerEnvironment(network, "dense/kernel")
@@ -68,6 +71,7 @@ class LayerEnvironment(py_environment.PyEnvironment):
         reward: RewardFunction | None = None,
         buckets: int = 8,
         later: list[str] | None = None,
+        evaluate: bool = True,
     ):
         super().__init__(handle_auto_reset=False)
         if isinstance(buckets, bool) or not isinstance(buckets, int) or buckets < 1:
@@ -81,6 +85,7 @@ class LayerEnvironment(py_environment.PyEnvironment):
         self.kernel = kernel
         self.index = network.index_of(kernel)
         self.reward: RewardFunction = reward if reward is not None else Reward()
+        self.evaluate = evaluate
         self.illegal_actions = 0
         self.grouping = network.groupings[kernel]
         # A size that hardly asks for zeros still wants edges to choose among.
@@ -154,8 +159,10 @@ class LayerEnvironment(py_environment.PyEnvironment):
             return self.reset()
         previous = self.network.outcome
         outcome = self._execute(Operation(int(action)))
-        reward = np.float32(bounded(self.reward, outcome, previous))
         self._position += 1
+        if self._position == self.steps and self.evaluate:
+            outcome = self.network.finish()
+        reward = np.float32(bounded(self.reward, outcome, previous))
         observation = self._observe()
         if self._position == self.steps:
             return ts.termination(observation, reward)
@@ -219,8 +226,11 @@ class LayerEnvironment(py_environment.PyEnvironment):
     def _room(self, position: int) -> int:
         """Weights that can still be pruned if the buckets before a position stay as they are."""
         budget = self.network.budget
-        sizes = self.grouping.sizes.reshape(-1)
-        ahead = sum(int(sizes[groups].sum()) for groups in self._buckets[position:])
+        if self.grouping.group == "element":
+            ahead = sum(len(groups) for groups in self._buckets[position:])
+        else:
+            sizes = self.grouping.sizes.reshape(-1)
+            ahead = sum(int(sizes[groups].sum()) for groups in self._buckets[position:])
         rest = int(budget.capacity[self.index] - budget.pruned[self.index])
         return min(ahead, rest) + budget.room(self._later)
 

@@ -9,12 +9,21 @@ import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.data import Batch, TrainingData
+from rl_sparsity_tf.distillation import distilled
 from rl_sparsity_tf.errors import ArgumentError
-from rl_sparsity_tf.mask_selection import freeze_masks, update_masks
+from rl_sparsity_tf.mask_selection import freeze_masks, start_gates, update_masks
 from rl_sparsity_tf.objective import Evaluator, Metric, Score, search_compile_arguments
+from rl_sparsity_tf.wrapper import CompressionWrapper
 from rl_sparsity_tf.wrapping import wrappers_of
 
 DEFAULT_STEPS = 1500
+DISTILLATION = 0.0
+"""The teacher's share of the loss. With all labels at hand straight-through masks were no better
+with a teacher (benchmarks/finetuning.py); fixed and hard concrete ones were, at 0.5."""
+LEARNING_RATE = 2e-3
+# Adam moves a pruned weight as far as a living one, whatever its gradient's scale: at 2e-3 the
+# weights behind a straight-through mask grow back at random, and the masks follow them.
+STRAIGHT_THROUGH_LEARNING_RATE = 1e-3
 
 
 class MaskTraining(keras.callbacks.Callback):
@@ -46,10 +55,14 @@ class MaskTraining(keras.callbacks.Callback):
         self.freeze_after = freeze_after
         self.frozen = False
         self._step = 0
+        self._wrappers: list[CompressionWrapper] = []
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Starts counting."""
+        """Starts counting, and gives untrained hard concrete gates their start."""
         self.frozen, self._step = False, 0
+        self._wrappers = wrappers_of(self.model)
+        for wrapper in self._wrappers:
+            start_gates(wrapper)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Freezes by epoch where the number of steps is not known."""
@@ -63,13 +76,13 @@ class MaskTraining(keras.callbacks.Callback):
         if steps:
             self._freeze_at(self._step / (steps * self.params["epochs"]))
         if not self.frozen and self._step % self.every == 0:
-            for wrapper in wrappers_of(self.model):
+            for wrapper in self._wrappers:
                 update_masks(wrapper)
 
     def _freeze_at(self, share: float) -> None:
         if not self.frozen and share >= self.freeze_after:
             self.frozen = True
-            for wrapper in wrappers_of(self.model):
+            for wrapper in self._wrappers:
                 freeze_masks(wrapper)
 
 
@@ -86,8 +99,10 @@ def finetune(
     metric: Metric,
     *,
     epochs: int,
-    learning_rate: float = 2e-3,
+    learning_rate: float | None = None,
     callbacks: list[keras.callbacks.Callback] | None = None,
+    teacher: keras.Model | None = None,
+    distillation: float = DISTILLATION,
 ) -> Score:
     """Trains a wrapped model, its masks included, and keeps the best epoch after they froze.
 
@@ -97,12 +112,19 @@ def finetune(
         validation: Validation batches, which choose the epoch.
         metric: The metric to choose by.
         epochs: Epochs to train; 0 leaves the model as it is.
-        learning_rate: First learning rate of Adam; it falls to 0 as a cosine.
+        learning_rate: First learning rate of Adam; it falls to 0 as a cosine. By default 2e-3, and
+            1e-3 for straight-through masks that learn.
         callbacks: Further callbacks.
+        teacher: A model whose outputs are learned, too, usually the dense one; it is not changed.
+        distillation: The teacher's share of the loss, from 0 to 1 (see
+            [distilled][rl_sparsity_tf.distillation.distilled]).
 
     Returns:
         The validation score of the epoch kept.
     """
+    if learning_rate is None:
+        learns = any(w.train_masks and w.mask == "straight_through" for w in wrappers_of(wrapped))
+        learning_rate = STRAIGHT_THROUGH_LEARNING_RATE if learns else LEARNING_RATE
     steps = (train.steps or len(train.pool)) * max(1, epochs)
     arguments = search_compile_arguments(wrapped, learning_rate)
     schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
@@ -111,10 +133,10 @@ def finetune(
     evaluator = Evaluator(wrapped, metric)
     masks = MaskTraining()
     keeper = _BestEpoch(evaluator, validation, masks)
+    followers = [masks, keeper, *(callbacks or [])]
     if epochs:
-        wrapped.fit(
-            train.dataset, epochs=epochs, verbose=0, callbacks=[masks, keeper, *(callbacks or [])]
-        )
+        with distilled(wrapped, teacher, distillation, train.pool):
+            wrapped.fit(train.dataset, epochs=epochs, verbose=0, callbacks=followers)
     return keeper.restore()
 
 

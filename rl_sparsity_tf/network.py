@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -14,84 +11,28 @@ import tf_keras as keras
 from rl_sparsity_tf.autoencoder import WeightAutoencoder
 from rl_sparsity_tf.budget import Budget
 from rl_sparsity_tf.data import Batch, TrainingData
-from rl_sparsity_tf.errors import ArgumentError, ModelError, check_choice
+from rl_sparsity_tf.effective_kernels import EffectiveKernels
+from rl_sparsity_tf.errors import ArgumentError, ModelError
 from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.kernels import Kernel, count_weights, find_kernels, walk
+from rl_sparsity_tf.least_squares import LeastSquares, closed_form
 from rl_sparsity_tf.objective import Evaluator, Metric, Score, choose_metric
 from rl_sparsity_tf.objective import search_compile_arguments as search_arguments
 from rl_sparsity_tf.operations import Operation, stored_as_integers
 from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
+from rl_sparsity_tf.preparation import check_finite, prepare_for_short_recovery
+from rl_sparsity_tf.recovery import Recovery
 from rl_sparsity_tf.reward import Outcome
 from rl_sparsity_tf.size_budget import KernelState, SizeBudget
-from rl_sparsity_tf.size_costs import size_budget
-from rl_sparsity_tf.statistics import KernelStatistics, StatisticsCollector
-from rl_sparsity_tf.sublayers import all_layers
+from rl_sparsity_tf.size_costs import make_budget
+from rl_sparsity_tf.snapshot import Snapshot
+from rl_sparsity_tf.statistics import KernelStatistics, StatisticsCollector, WeightMoments
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapper import unwrapped
 from rl_sparsity_tf.wrapping import wrap
 
-RECOVERIES = ("finetune", "none")
 _STATISTICS_BATCHES = 8
-# Four recovery steps renew two thirds of the moving statistics. At Keras's default of 0.99 they
-# would describe the network before the decision, and every plan would score like chance.
-_BATCH_NORM_MOMENTUM = 0.75
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recovery:
-    """How the network recovers after a decision, before it is evaluated.
-
-    Attributes:
-        method: `"finetune"` (a few training steps) or `"none"`.
-        steps: Training steps after every decision that changes the network.
-        learning_rate: Of the Adam optimizer that takes them.
-    """
-
-    method: str = "finetune"
-    steps: int = 4
-    learning_rate: float = 1e-3
-
-    def __post_init__(self) -> None:
-        check_choice("Recovery(method)", self.method, RECOVERIES)
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
-            raise ArgumentError(
-                f"Recovery(steps={self.steps!r}) cannot be used. Expected an integer of at least 0."
-            )
-        if not isinstance(self.learning_rate, int | float) or not 0 < self.learning_rate < 10:
-            raise ArgumentError(
-                f"Recovery(learning_rate={self.learning_rate!r}) cannot be used. Expected a "
-                "positive number, for example 1e-3."
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The recovery's fields."""
-        return dataclasses.asdict(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """Everything that a decision changes: to go back to, or to save.
-
-    Attributes:
-        weights: Weights of the wrapped model, masks and grids included.
-        optimizer: The optimizer's variables.
-        operations: Operations by kernel path.
-        decided: Per kernel and group, whether it has been decided.
-        errors: The autoencoder's error per kernel, as of the kernel's last decision.
-        pruned: Weights pruned per kernel.
-        clock: Training steps taken.
-        outcome: The last outcome.
-    """
-
-    weights: list[np.ndarray]
-    optimizer: list[np.ndarray]
-    operations: dict[str, np.ndarray]
-    decided: dict[str, np.ndarray]
-    errors: dict[str, float]
-    pruned: np.ndarray
-    clock: int
-    outcome: Outcome
 
 
 class CompressedNetwork:
@@ -128,16 +69,14 @@ class CompressedNetwork:
         metric: str | tuple[str, str] | None = None,
         seed: int = 0,
     ):
-        self.recovery = recovery or Recovery()
-        arguments = search_arguments(model, self.recovery.learning_rate)
-        _check_finite(model)
+        recovery = recovery or Recovery()
+        arguments = search_arguments(model, recovery.learning_rate)
+        check_finite(model)
         self.model = wrap(model, group=group)
-        _prepare_for_short_recovery(self.model)
+        prepare_for_short_recovery(self.model)
         self.model.compile(**arguments)
-        self.group = group
-        self.target = target
-        self.train = train
-        self.validation = validation
+        self.group, self.target = group, target
+        self.train, self.validation = train, validation
         self.kernels: list[Kernel] = find_kernels(self.model)
         if not self.kernels:
             raise ModelError(
@@ -145,25 +84,25 @@ class CompressedNetwork:
                 "layer of a registered class; rl_sparsity_tf.describe_support(model) lists why "
                 "each is skipped, and register_layer adds a class."
             )
+        self.recovery = recovery.resolved(self.kernels)
         self.groupings: dict[str, Grouping] = {k.path: k.grouping(group) for k in self.kernels}
         _, elements = count_weights(model)
-        self.budget = self._make_budget(model, elements)
+        self.budget: Budget = make_budget(model, self.kernels, target, group, elements)
         self.metric: Metric = choose_metric(self.model, validation[0], metric)
-        self._effective = {
-            kernel.path: tf.function(
-                functools.partial(kernel.wrapper.effective_kernel, kernel.spec.attribute)
-            )
-            for kernel in self.kernels
-            if kernel.wrapper is not None
-        }
+        self._effective = EffectiveKernels(self.kernels)
         self._evaluator = Evaluator(self.model, self.metric)
         self._collector = StatisticsCollector(self.model)
-        self.model.optimizer.build(self.model.trainable_variables)
+        if self.recovery.method == "finetune":
+            self.model.optimizer.build(self.model.trainable_variables)
         self._train_function = tf.function(
             lambda x, y, weights: self.model.train_step((x, y, weights))
         )
         self.originals = {kernel.path: kernel.matrix().copy() for kernel in self.kernels}
         self.autoencoder = WeightAutoencoder(self.originals, seed=seed)
+        self.original_moments = {
+            path: WeightMoments.of(matrix) for path, matrix in self.originals.items()
+        }
+        self._first_order: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._clock = 0
         self.operations = {
             path: np.full(grouping.shape, Operation.KEEP, np.uint8)
@@ -171,25 +110,28 @@ class CompressedNetwork:
         }
         self.decided = {path: np.zeros(g.shape, bool) for path, g in self.groupings.items()}
         self.errors = dict.fromkeys(self.groupings, 0.0)
+        self.output_errors = dict.fromkeys(self.groupings, 0.0)
         self.seen: set[str] = set()  # digests of the plans that were evaluated
+        self._known: dict[str, Outcome] = {}
         self.dense: Score = self._evaluator(validation)
         self.statistics: dict[str, KernelStatistics] = self._collector(
             train.batch(index) for index in range(min(_STATISTICS_BATCHES, len(train.pool)))
         )
         self.dense_statistics = self.statistics
+        self.least_squares: LeastSquares | None = None
+        if self.recovery.method == "least_squares":
+            pieces = (self.model, self.kernels, self.groupings, train)
+            self.least_squares = closed_form(*pieces, ridge=self.recovery.ridge)
         self.outcome = self._outcome(self.dense)
         self._start = self.snapshot()
-
-    def _make_budget(self, model: keras.Model, elements: int) -> Budget:
-        sizes = [self.groupings[kernel.path].sizes for kernel in self.kernels]
-        if self.target.sparsity is not None:
-            return Budget(self.target.sparsity, elements, sizes)
-        return size_budget(model, self.kernels, self.target, self.group, elements)
 
     # ------------------------------------------------------------------ decisions
 
     def decide(self, path: str, groups: np.ndarray, operation: Operation) -> Outcome:
-        """Applies one operation to some groups of a kernel, recovers and evaluates.
+        """Applies one operation to some groups of a kernel.
+
+        The network then recovers by training steps and is evaluated; or, with least squares,
+        its outcome is estimated from how far the layer's outputs move, until [finish][].
 
         Args:
             path: The kernel's path.
@@ -203,6 +145,28 @@ class CompressedNetwork:
         self.operations[path].reshape(-1)[groups] = operation
         if operation == Operation.KEEP or len(groups) == 0:
             return self.outcome
+        self._apply(path)
+        if self.recovery.method == "finetune":
+            self.train_steps(self.recovery.steps)
+        self._measure_alteration(path)
+        if self.least_squares is None:
+            self.outcome = self.evaluate()
+        else:
+            self.outcome = self._outcome(self._estimate())
+        return self.outcome
+
+    def assign(self, path: str, operations: np.ndarray) -> None:
+        """Decides a whole kernel, without recovery or evaluation."""
+        self.decided[path][:] = True
+        self.operations[path][:] = operations
+        self._apply(path)
+        self._measure_alteration(path)
+
+    def _apply(self, path: str) -> None:
+        if self.least_squares is not None and self.least_squares.fitted:
+            self.least_squares.reset()
+            self._forget()
+        self._effective.forget(path)
         index = self.index_of(path)
         self.budget.pruned[index] = int(
             self.groupings[path].sizes[self.operations[path] == Operation.PRUNE].sum()
@@ -210,22 +174,61 @@ class CompressedNetwork:
         kernel = self.kernels[index]
         assert kernel.wrapper is not None
         kernel.wrapper.assign_operations(kernel.spec.attribute, self.operations[path])
-        if self.recovery.method == "finetune":
-            self.train_steps(self.recovery.steps)
-        self.errors[path] = self.autoencoder.error(path, self.effective_matrix(path))
-        self.outcome = self.evaluate()
+
+    def _measure_alteration(self, path: str) -> None:
+        effective = self.effective_matrix(path)
+        self.errors[path] = self.autoencoder.error(path, effective)
+        if self.least_squares is not None:
+            self.output_errors[path] = self.least_squares.error(path, effective)
+
+    def finish(self, evaluated: bool = True) -> Outcome:
+        """Recovers by least squares and evaluates, if that is the recovery.
+
+        A plan that was evaluated before has the outcome it had then.
+
+        Args:
+            evaluated: Whether other recoveries have evaluated the decisions already.
+
+        Returns:
+            The network's outcome, now measured.
+        """
+        if self.least_squares is None:
+            self.outcome = self.outcome if evaluated else self.evaluate()
+            return self.outcome
+        digest = self._digest()
+        if digest not in self._known:
+            self._recover()
+            self._known[digest] = self.evaluate()
+        self.seen.add(digest)
+        self.outcome = self._known[digest]
         return self.outcome
+
+    def _recover(self) -> None:
+        assert self.least_squares is not None
+        self._forget()
+        self.least_squares.recover(self.operations, dict.fromkeys(self.operations, 8))
+
+    def _estimate(self) -> Score:
+        """A score from the layers' output errors; only differences between plans mean anything."""
+        left = 1.0 - float(np.mean(list(self.output_errors.values())))
+        left, metric = max(left, 1e-6), self.dense.metric
+        better = self.metric.higher_is_better == (metric >= 0)
+        return Score(metric * left if better else metric / left, self.dense.loss / left)
 
     def train_steps(self, steps: int) -> None:
         """Trains on the next batches of the pool, with the operations held."""
+        self._forget()
         for _ in range(steps):
             self._train_function(*self.train.batch(self._clock))
             self._clock += 1
 
     def evaluate(self) -> Outcome:
         """Scores the network as it is on the validation data."""
-        self.seen.add(sha256_of(*(value.tobytes() for value in self.operations.values())))
+        self.seen.add(self._digest())
         return self._outcome(self._evaluator(self.validation))
+
+    def _digest(self) -> str:
+        return sha256_of(*(value.tobytes() for value in self.operations.values()))
 
     def _outcome(self, score: Score) -> Outcome:
         altered = sum(self.errors[kernel.path] * kernel.size for kernel in self.kernels)
@@ -239,6 +242,7 @@ class CompressedNetwork:
             target_sparsity=self.budget.goal,
             stored_bits=self._stored_bits(),
             reconstruction_error=altered / sizes,
+            output_error=float(np.mean(list(self.output_errors.values()))),
         )
 
     def _stored_bits(self) -> float:
@@ -270,12 +274,7 @@ class CompressedNetwork:
             decided, operations = decided.copy(), operations.copy()
             decided.reshape(-1)[groups] = True
             operations.reshape(-1)[groups] = operation
-        return KernelState(
-            pruned=int(sizes[decided & (operations == Operation.PRUNE)].sum()),
-            undecided=int(sizes[~decided].sum()),
-            kept=bool((decided & (operations == Operation.KEEP)).any()),
-            quantized=bool((decided & (operations == Operation.QUANTIZE)).any()),
-        )
+        return KernelState.of(sizes, decided, operations)
 
     @property
     def evaluations(self) -> int:
@@ -290,22 +289,40 @@ class CompressedNetwork:
             if kernel.path == path:
                 return index
         raise ArgumentError(
-            f"The network has no kernel {path!r}. Expected one of "
-            f"{[kernel.path for kernel in self.kernels]}."
+            f"The network has no kernel {path!r}. Expected one of {list(self.groupings)}."
         )
 
     def effective_matrix(self, path: str) -> np.ndarray:
         """A kernel's present effective weights, viewed as `(inputs, outputs)`."""
-        kernel = self.kernels[self.index_of(path)]
-        return kernel.spec.to_matrix_numpy(self._effective[path]().numpy())
+        return self._effective.matrix(path)
+
+    def _forget(self) -> None:
+        """To be called when weights have changed."""
+        self._effective.forget()
+        if self.least_squares is None:
+            self._first_order.clear()
 
     def latent_matrix(self, path: str) -> np.ndarray:
         """A kernel's present weights before operations are applied."""
         return self.kernels[self.index_of(path)].matrix()
 
+    def first_order(self, path: str) -> tuple[np.ndarray, np.ndarray]:
+        """Saliencies of all groups, from the last statistics and the present weights."""
+        if path not in self._first_order:
+            self._first_order[path] = self.statistics[path].first_order(
+                self.latent_matrix(path), self.groupings[path]
+            )
+        return self._first_order[path]
+
     def measure(self) -> None:
-        """Refreshes the activation and gradient statistics, on one training batch."""
-        self.statistics = self._collector([self.train.batch(self._clock)])
+        """Refreshes the activation and gradient statistics, on one training batch.
+
+        With least squares, where nothing is trained on the way, they stay those of the dense
+        network.
+        """
+        if self.least_squares is None:
+            self._forget()
+            self.statistics = self._collector([self.train.batch(self._clock)])
 
     @property
     def plan(self) -> CompressionPlan:
@@ -326,12 +343,14 @@ class CompressedNetwork:
 
     def snapshot(self) -> Snapshot:
         """Copies everything that decisions change."""
+        trained = self.least_squares is None
         return Snapshot(
-            weights=[variable.numpy() for variable in self.model.weights],
+            weights=[variable.numpy() for variable in self.model.weights] if trained else None,
             optimizer=[variable.numpy() for variable in self.model.optimizer.variables],
             operations={path: value.copy() for path, value in self.operations.items()},
             decided={path: value.copy() for path, value in self.decided.items()},
             errors=dict(self.errors),
+            output_errors=dict(self.output_errors),
             pruned=self.budget.pruned.copy(),
             clock=self._clock,
             outcome=self.outcome,
@@ -339,16 +358,29 @@ class CompressedNetwork:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Goes back to a snapshot."""
-        for variable, value in zip(self.model.weights, snapshot.weights, strict=True):
+        if snapshot.weights is None:
+            self._undo(snapshot)
+        self._forget()
+        for variable, value in zip(self.model.weights, snapshot.weights or [], strict=False):
             variable.assign(value)
         for variable, value in zip(self.model.optimizer.variables, snapshot.optimizer, strict=True):
             variable.assign(value)
         self.operations = {path: value.copy() for path, value in snapshot.operations.items()}
         self.decided = {path: value.copy() for path, value in snapshot.decided.items()}
         self.errors = dict(snapshot.errors)
+        self.output_errors = dict(snapshot.output_errors)
         self.budget.pruned[:] = snapshot.pruned
         self._clock = snapshot.clock
         self.outcome = snapshot.outcome
+
+    def _undo(self, snapshot: Snapshot) -> None:
+        """Goes back to the trained weights under a snapshot's operations."""
+        assert self.least_squares is not None
+        self.least_squares.reset()
+        for kernel in self.kernels:
+            wanted = snapshot.operations[kernel.path]
+            if kernel.wrapper is not None and (wanted != self.operations[kernel.path]).any():
+                kernel.wrapper.assign_operations(kernel.spec.attribute, wanted)
 
     def reset(self) -> None:
         """Goes back to the dense network."""
@@ -357,34 +389,11 @@ class CompressedNetwork:
     def tracing_count(self) -> int:
         """How often the network's functions were traced, for tests of retracing."""
         functions = [self._train_function, self._evaluator.function, self._collector.function]
-        functions += self._effective.values()
+        functions += self._effective.functions
         return sum(function.experimental_get_tracing_count() for function in functions)
 
     def latent_weights(self) -> Mapping[str, list[np.ndarray]]:
         """Present weights of every layer by name, before operations are applied."""
+        if self.least_squares is not None and not self.least_squares.fitted:
+            self._recover()
         return {path: unwrapped(layer).get_weights() for path, layer in walk(self.model)}
-
-
-def _check_finite(model: keras.Model) -> None:
-    for weight in model.weights:
-        if weight.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(weight))):
-            raise ModelError(
-                f"The weight {weight.name!r} of model {model.name!r} holds NaN or infinite values. "
-                "Expected a trained model: train it again, with a smaller learning rate if the "
-                "loss became NaN, or load a checkpoint from before."
-            )
-
-
-def _prepare_for_short_recovery(model: keras.Model) -> None:
-    """Switches noise off, and lets batch-norm statistics follow within a few steps."""
-    layers = keras.layers
-    for layer in all_layers(model):
-        # Recurrent cells; their layers only pass the rates on.
-        if hasattr(layer, "recurrent_dropout") and not isinstance(layer, layers.RNN):
-            layer.dropout = layer.recurrent_dropout = 0.0
-        elif isinstance(layer, layers.Dropout | layers.GaussianDropout | layers.AlphaDropout):
-            layer.rate = 0.0
-        elif isinstance(layer, layers.GaussianNoise):
-            layer.stddev = 0.0
-        elif isinstance(layer, layers.BatchNormalization):
-            layer.momentum = min(layer.momentum, _BATCH_NORM_MOMENTUM)

@@ -24,6 +24,10 @@ class Outcome:
         stored_bits: Bits that the weights would be stored in, as a share of 32 each.
         reconstruction_error: How badly the autoencoder trained on the original weights
             reconstructs them from the present ones, in [0, 1].
+        output_error: How far the outputs of the layers move by what was done to their kernels,
+            before recovery: the mean over kernels, in [0, 1]. Known with least squares only, else
+            0. There, metric, loss and retention are estimates from it until the end of a search
+            episode, when the network is fitted and evaluated.
     """
 
     metric: float
@@ -34,6 +38,7 @@ class Outcome:
     target_sparsity: float
     stored_bits: float
     reconstruction_error: float
+    output_error: float = 0.0
 
 
 RewardFunction = Callable[[Outcome, Outcome | None], float]

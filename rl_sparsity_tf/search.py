@@ -24,9 +24,10 @@ from rl_sparsity_tf.finishing import Figures, export_and_score, export_dense_int
 from rl_sparsity_tf.grouping import GROUPS
 from rl_sparsity_tf.mask_training import default_epochs
 from rl_sparsity_tf.metrics import build_metrics
-from rl_sparsity_tf.network import CompressedNetwork, Recovery
+from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.quiet import quiet_tensorflow
+from rl_sparsity_tf.recovery import Recovery, as_recovery
 from rl_sparsity_tf.recurrent import unrolled_copy
 from rl_sparsity_tf.result import Result
 from rl_sparsity_tf.reward import Reward, RewardFunction
@@ -64,14 +65,17 @@ class Compressor:
         seed: Everything random follows from it. TF-Agents and dropout draw from TensorFlow's
             global generator, which is seeded at the start of every episode.
         reward: The reward; a callable `(outcome, previous) -> float` replaces the default.
-        recovery: How the network recovers after a decision.
+        recovery: How the network recovers before it is evaluated: `"least_squares"`,
+            `"finetune"`, `"none"` or a [Recovery][rl_sparsity_tf.Recovery]; by default least
+            squares, where the layers allow it.
         metric: Which of the model's metrics to keep: its name, or its name and `"max"` or `"min"`.
             By default the first; the loss for models without one, and for those with several
             outputs, as it covers them all.
         buckets: Decisions per kernel and episode.
-        warm_start: Whether the first episodes play plans of known heuristics (see
-            [demonstrations][rl_sparsity_tf.demonstrations]) that the agent learns from. The best
-            plan evaluated is returned, whoever proposed it.
+        warm_start: Whether the plans of known heuristics are evaluated before the first episode,
+            and played in the first episodes (see
+            [demonstrations][rl_sparsity_tf.demonstrations]), so that the agent learns from them.
+            The best plan evaluated is returned, whoever proposed it.
 
     Raises:
         RLSparsityError: If an argument cannot be used; nothing has been trained by then.
@@ -92,7 +96,7 @@ class Compressor:
         seed: int = 0,
         *,
         reward: RewardFunction | None = None,
-        recovery: Recovery | None = None,
+        recovery: Recovery | str | None = None,
         metric: str | tuple[str, str] | None = None,
         buckets: int = 8,
         warm_start: bool = True,
@@ -115,8 +119,7 @@ class Compressor:
                 f"reward={reward!r} {wrong}. Expected rls.Reward(...) or a function "
                 "(outcome, previous) -> float."
             )
-        self.recovery = Recovery() if recovery is None else recovery
-        _check_type("recovery", self.recovery, Recovery, "Recovery(method='finetune')")
+        self.recovery = as_recovery(recovery)
         self.metric = metric
         self.buckets = _check_count("buckets", buckets, 1)
         self.warm_start = _check_flag("warm_start", warm_start) and not isinstance(
@@ -144,9 +147,9 @@ class Compressor:
     ) -> Result:
         """Searches, fine-tunes the best plan, and exports it.
 
-        In every episode each kernel's buckets are decided one after the other; after every
-        decision the network recovers and is evaluated on the validation data. One policy serves
-        all kernels.
+        In every episode each kernel's buckets are decided one after the other, by one policy for
+        all kernels; at its end (or, without least squares, after every decision) the network
+        recovers and is evaluated on the validation data.
 
         Args:
             train: Training data as `fit` takes it: `(x, y)`, `(x, y, sample_weight)`, a batched
@@ -243,7 +246,7 @@ class Compressor:
         loop = SearchLoop(self.loop_settings(), network, run)
         best = loop.run(episodes, progress)
         figures = Figures(train=data, validation=validation, test=test, metric=network.metric)
-        progress.say(f"fine-tuning the best plan (episode {best.episode + 1}) and exporting it")
+        progress.say(f"fine-tuning the best plan ({best.found_by}) and exporting it")
         tf.random.set_seed(self.seed)
         finished = finish_within(
             model, best, figures, self.target, epochs=epochs, quantization=quantization

@@ -10,11 +10,12 @@ import numpy as np
 import tensorflow as tf
 
 from rl_sparsity_tf.agents import AgentConfig, build_agent
-from rl_sparsity_tf.candidates import Candidate
-from rl_sparsity_tf.demonstrations import demonstrate
+from rl_sparsity_tf.candidates import PROPOSED, Candidate, is_better
+from rl_sparsity_tf.demonstrations import Demonstration, demonstrate, proposals
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.errors import RunError
 from rl_sparsity_tf.network import CompressedNetwork
+from rl_sparsity_tf.plan_evaluation import evaluate_plan
 from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.reward import RewardFunction, bounded
 from rl_sparsity_tf.run_directory import RunDirectory
@@ -29,7 +30,7 @@ class LoopSettings:
         reward: What an outcome is worth.
         buckets: Decisions per kernel and episode.
         seed: Seed of the agent and of every episode.
-        warm_start: Whether the first episodes play demonstrations.
+        warm_start: Whether the plans of heuristics are evaluated and demonstrated first.
     """
 
     agent: AgentConfig
@@ -55,15 +56,20 @@ class SearchLoop:
         self._network = network
         self._run = run
         self.environments = [
-            LayerEnvironment(network, kernel.path, reward=settings.reward, buckets=settings.buckets)
+            LayerEnvironment(
+                network,
+                kernel.path,
+                reward=settings.reward,
+                buckets=settings.buckets,
+                evaluate=kernel is network.kernels[-1],
+            )
             for kernel in network.kernels
         ]
         first = self.environments[0]
         self.agent = build_agent(
             settings.agent, first.time_step_spec(), first.action_spec(), seed=settings.seed
         )
-        demonstrations = demonstrate(network) if settings.warm_start else []
-        self._demonstrations = dict(enumerate(demonstrations))
+        self._demonstrations: list[Demonstration] = []
         self.history: list[dict[str, Any]] = []
         self.best: Candidate | None = None
         self.seconds = 0.0
@@ -77,7 +83,15 @@ class SearchLoop:
         return self._network.evaluations
 
     def run(self, episodes: int, progress: SearchProgress) -> Candidate:
-        """Runs the episodes that are left and returns the best candidate of all."""
+        """Runs the episodes that are left and returns the best candidate of all.
+
+        With a warm start the exact plans of the heuristics are evaluated first, and the agent then
+        learns from episodes that play them as closely as buckets allow, the best first. They are
+        a third of all episodes at most.
+        """
+        if self._settings.warm_start and self._done < episodes:
+            progress.say("evaluating the plans of known heuristics")
+            self._propose(max(1, episodes // 3))
         with progress.running(f"{self.agent.name} search"):
             for episode in range(self._done, episodes):
                 entry = self._episode(episode)
@@ -92,13 +106,29 @@ class SearchLoop:
         assert self.best is not None
         return self.best
 
+    def _propose(self, demonstrations: int) -> None:
+        network = self._network
+        steps = self._settings.buckets * network.recovery.steps
+        values: dict[str, float] = {}
+        tf.random.set_seed(self._settings.seed)
+        for name, plan in proposals(network):
+            outcome = evaluate_plan(network, plan, steps)
+            values[name] = value = bounded(self._settings.reward, outcome, None)
+            if is_better(value, outcome, self.best):
+                self.best = Candidate.of(network, value, PROPOSED, name)
+        # What proposes the plan of another has no value of its own, and the densities of another.
+        shown = [one for one in demonstrate(network) if one.name in values]
+        shown.sort(key=lambda one: -values[one.name])
+        self._demonstrations = shown[:demonstrations]
+
     def _episode(self, episode: int) -> dict[str, Any]:
         started = time.monotonic()
         network, agent = self._network, self.agent
         words = np.random.SeedSequence([self._settings.seed, episode]).generate_state(1)
         tf.random.set_seed(int(words[0]))
         network.reset()
-        demonstration = self._demonstrations.get(episode)
+        shown = self._demonstrations[episode : episode + 1]
+        demonstration = shown[0] if shown else None
         proposed_by = agent.name if demonstration is None else demonstration.name
         total = 0.0
         for environment in self.environments:
@@ -112,11 +142,13 @@ class SearchLoop:
                 agent.observe(time_step)
                 total += float(time_step.reward)
         value = bounded(self._settings.reward, network.outcome, None)
-        losses = agent.end_episode(bonus=value)
-        candidate = Candidate.of(network, value, episode, proposed_by)
-        improved = candidate.better_than(self.best)
+        if network.least_squares is None:
+            losses = agent.end_episode(bonus=value)
+        else:  # the steps were paid by estimates, which must not count in the end
+            losses = agent.end_episode(worth=value)
+        improved = is_better(value, network.outcome, self.best)
         if improved:
-            self.best = candidate
+            self.best = Candidate.of(network, value, episode, proposed_by)
         outcome = network.outcome
         entry = {
             "episode": episode,
@@ -144,7 +176,7 @@ class SearchLoop:
             return
         assert self.best is not None
         self._run.append(entry)
-        if improved:
+        if improved or entry["episode"] == 0:
             self._run.save_checkpoint(f"best-{self.best.episode}", self.best.to_arrays())
         state = {f"agent:{key}": value for key, value in self.agent.get_state().items()}
         state["seen"] = np.array(sorted(self._network.seen), dtype="S64")

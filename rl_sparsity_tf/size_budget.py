@@ -10,6 +10,7 @@ import numpy as np
 
 from rl_sparsity_tf.budget import Budget
 from rl_sparsity_tf.errors import TargetError
+from rl_sparsity_tf.operations import Operation
 
 # The implied sparsity is looked for among this many densities.
 _DENSITIES = 512
@@ -54,6 +55,16 @@ class KernelState:
     undecided: int
     kept: bool
     quantized: bool
+
+    @classmethod
+    def of(cls, sizes: np.ndarray, decided: np.ndarray, operations: np.ndarray) -> KernelState:
+        """Reads it from what was decided, one entry per group."""
+        return cls(
+            pruned=int(sizes[decided & (operations == Operation.PRUNE)].sum()),
+            undecided=int(sizes[~decided].sum()),
+            kept=bool((decided & (operations == Operation.KEEP)).any()),
+            quantized=bool((decided & (operations == Operation.QUANTIZE)).any()),
+        )
 
 
 class SizeBudget(Budget):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import tf_keras as keras
 
+from rl_sparsity_tf.budget import Budget
 from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.kernels import Kernel
 from rl_sparsity_tf.rules import prune_by_magnitude
@@ -17,12 +18,23 @@ from rl_sparsity_tf.target import Target
 _DENSITIES = (0.0, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 # What the size model may be off by: the raw size within 1 %; the gzipped one changes with the
 # weights while they are trained.
-_MARGINS = {"tflite_bytes": 0.01, "gzip_bytes": 0.03}
+MARGINS = {"tflite_bytes": 0.01, "gzip_bytes": 0.03}
+"""Room left for what the model of the size does not know, by kind of target."""
 
 
 def formats_for(target: Target) -> str:
     """The formats that files for a target may use (see `export_tflite`)."""
     return {"sparsity": "dense", "tflite_bytes": "raw", "gzip_bytes": "gzip"}[target.kind]
+
+
+def make_budget(
+    model: keras.Model, kernels: list[Kernel], target: Target, group: str, elements: int
+) -> Budget:
+    """The budget of a target: in weights for a sparsity, else in bytes; see [size_budget][]."""
+    if target.sparsity is not None:
+        sizes = [kernel.grouping(group).sizes for kernel in kernels]
+        return Budget(target.sparsity, elements, sizes)
+    return size_budget(model, kernels, target, group, elements)
 
 
 def size_budget(
@@ -49,7 +61,7 @@ def size_budget(
         _bytes(sizes.kernel_size(kernel.path, values[kernel.path]), kind) for kernel in kernels
     )
     return SizeBudget(
-        target.value * (1.0 - _MARGINS[kind]),
+        target.value * (1.0 - MARGINS[kind]),
         fixed,
         costs,
         elements,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterable
 
 import numpy as np
@@ -11,8 +12,27 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.data import Batch
+from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.kernels import Kernel, find_kernels
 from rl_sparsity_tf.wrapping import wrappers_of
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightMoments:
+    """What is known of a kernel's original weights.
+
+    Attributes:
+        variance: Their variance.
+        largest: Their largest magnitude.
+    """
+
+    variance: float
+    largest: float
+
+    @classmethod
+    def of(cls, matrix: np.ndarray) -> WeightMoments:
+        """Measures a kernel."""
+        return cls(float(matrix.var()), float(np.abs(matrix).max()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +51,30 @@ class KernelStatistics:
     activation_sparsity: float
     gradient: np.ndarray
 
-    @property
+    @functools.cached_property
     def gradient_mean(self) -> float:
         """Mean of the gradient's entries."""
         return float(self.gradient.mean())
 
-    @property
+    @functools.cached_property
     def gradient_variance(self) -> float:
         """Variance of the gradient's entries."""
         return float(self.gradient.var())
+
+    def first_order(self, weights: np.ndarray, grouping: Grouping) -> tuple[np.ndarray, np.ndarray]:
+        """What the loss would change by, to first order, if groups went.
+
+        Args:
+            weights: The kernel's weights, viewed as `(inputs, outputs)`.
+            grouping: How it is cut.
+
+        Returns:
+            Per group, flat: the sum of |gradient * weight|, and the gradient by the group's mask,
+            which is the sum of gradient * weight.
+        """
+        products = self.gradient * weights
+        magnitudes = grouping.sum_numpy(np.abs(products)).reshape(-1)
+        return magnitudes, grouping.sum_numpy(products).reshape(-1)
 
 
 class StatisticsCollector:

@@ -93,7 +93,9 @@ def network_of(group: str) -> CompressedNetwork:
 @pytest.fixture(scope="module")
 def trained() -> CompressedNetwork:
     """A network that recovers by training."""
-    return build(odd_model(), "element", rls.Recovery(steps=1, learning_rate=1e-2), 0.7)
+    return build(
+        odd_model(), "element", rls.Recovery(method="finetune", steps=1, learning_rate=1e-2), 0.7
+    )
 
 
 def environments(network: CompressedNetwork, sparsity: float | None = None):

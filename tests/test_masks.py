@@ -1,5 +1,7 @@
 """Selecting what lives, hard concrete gates, and masks that learn."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -11,10 +13,15 @@ from zoo import ZOO, inputs_for
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.grouping import GROUPS, Grouping
 from rl_sparsity_tf.kernels import find_kernels, sparsity_of
-from rl_sparsity_tf.mask_selection import freeze_masks, update_masks
+from rl_sparsity_tf.mask_selection import (
+    _without_smallest,
+    freeze_masks,
+    start_gates,
+    update_masks,
+)
 from rl_sparsity_tf.masks import MASKS, hard_concrete_sample, magnitude, select_live
 from rl_sparsity_tf.plan import CompressionPlan
-from rl_sparsity_tf.rules import KernelRule
+from rl_sparsity_tf.rules import KernelRule, resolve
 from rl_sparsity_tf.wrapping import plan_of, wrappers_of
 
 modest = settings(max_examples=50, deadline=None)
@@ -56,6 +63,22 @@ def test_select_live_keeps_the_shape_and_the_best():
     live = select_live(np.array([[3.0, 1.0], [2.0, 5.0]]), np.ones((2, 2)), 99)
     np.testing.assert_array_equal(live, [[False, False], [False, True]])
     assert select_live(np.array([[0.0]]), np.ones((1, 1)), 1).all()
+
+
+@modest
+@given(st.integers(1, 80), st.integers(0, 79), st.integers(0, 2**31), st.integers(1, 12))
+def test_the_quick_selection_agrees_with_the_sorted_one(groups, count, seed, levels):
+    scores = np.random.default_rng(seed).integers(0, levels, groups).astype(np.float32)
+    count = min(count, groups - 1)
+    expected = select_live(scores, np.ones(groups, np.int64), count)
+    np.testing.assert_array_equal(_without_smallest(scores, count), expected)
+
+
+def test_the_sparsity_is_held_even_where_training_diverged():
+    scores = np.full((4, 5), np.nan, np.float32)
+    assert (~_without_smallest(scores, 7)).sum() == 7
+    scores[0, 0] = 1.0
+    assert (~_without_smallest(scores, 7)).sum() == 7
 
 
 def test_magnitude_is_relative_to_the_kernel():
@@ -256,6 +279,95 @@ def test_a_pruned_group_whose_score_rises_comes_back(mask):
     state["mask_logits"].assign(-logits)
     update_masks(wrapper)
     assert state["mask"].numpy()[tuple(pruned)] == 1
+
+
+def test_hard_concrete_gates_start_by_magnitude_and_open_as_the_plan_says():
+    _, wrapped = learnable("hard_concrete", sparsity=0.8)
+    wrapper = wrappers_of(wrapped)[0]
+    state, weights = wrapper.state("kernel"), np.abs(wrapper.layer.kernel.numpy())
+    live = state["mask"].numpy() > 0
+    start_gates(wrapper)
+    logits = state["mask_logits"].numpy()
+    assert (logits[live] >= 0).all()
+    assert (logits[~live] <= 0).all()
+    assert (np.argsort(logits, axis=None) == np.argsort(weights, axis=None)).all()
+    # What is drawn in training is about as dense as what is evaluated.
+    drawn = [wrapper.effective_kernel("kernel", training=True).numpy() != 0 for _ in range(20)]
+    assert np.mean(drawn) < live.mean() + 0.35
+    state["mask_logits"].assign(logits + 0.1)
+    start_gates(wrapper)  # trained ones are left alone
+    np.testing.assert_allclose(state["mask_logits"], logits + 0.1, rtol=1e-6)
+
+
+def test_gates_start_as_the_plan_says_where_magnitudes_say_otherwise():
+    _, wrapped = learnable("hard_concrete", "block4")
+    wrapper = wrappers_of(wrapped)[0]
+    state = wrapper.state("kernel")
+    live = np.random.default_rng(0).permuted(state["mask"].numpy())
+    state["mask"].assign(live)
+    start_gates(wrapper)
+    before = pruned_weights(wrapped)
+    assert (np.sign(state["mask_logits"]) * (live - 0.5) >= 0).all()
+    update_masks(wrapper)
+    assert pruned_weights(wrapped) == before
+
+
+def recovered_support(mask, group):
+    """Trains the logits alone on what a network of known support computes."""
+    rng = np.random.default_rng(3)
+    weights = (rng.uniform(0.5, 1.5, (12, 6)) * rng.choice([-1, 1], (12, 6))).astype(np.float32)
+    model = keras.Sequential(
+        [keras.layers.Input((12,)), keras.layers.Dense(6, use_bias=False, name="dense")]
+    )
+    model.set_weights([weights])
+    model.compile("sgd", "mse")
+    plan = resolve(CompressionPlan([KernelRule("*", 0.5, group=group)]), model)
+    entry = plan.kernels["dense/kernel"]
+    support = rng.permuted(entry.operations.reshape(-1)).reshape(entry.operations.shape)
+    start = rng.permuted(entry.operations.reshape(-1)).reshape(entry.operations.shape)
+    keep = entry.grouping.expand_numpy(support == rls.Operation.KEEP)
+    x = rng.normal(size=(256, 12)).astype(np.float32)
+    y = x @ (weights * keep)
+    plan = CompressionPlan([dataclasses.replace(entry, operations=start)])
+    tf.random.set_seed(0)
+    wrapped = rls.wrap(model, plan, mask=mask, train_masks=True)
+    wrapper = wrappers_of(wrapped)[0]
+    wrapper.layer.trainable = False
+    assert [variable.name for variable in wrapped.trainable_variables] == [
+        wrapper.state("kernel")["mask_logits"].name
+    ]
+    wrapped.compile(keras.optimizers.Adam(0.05), "mse")
+    training = rls.MaskTraining(every=2, freeze_after=0.9)
+    wrapped.fit(x, y, batch_size=32, epochs=24, verbose=0, callbacks=[training])
+    np.testing.assert_array_equal(wrapper.layer.kernel, weights)
+    assert (start != support).sum() >= 6
+    found = plan_of(wrapped).kernels["dense/kernel"].operations
+    return (found == support).mean()
+
+
+@pytest.mark.parametrize("group", ["element", "block4"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_logits_alone_find_a_known_support(mask, group):
+    assert recovered_support(mask, group) == 1.0
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_without_the_gradient_of_the_logits_the_support_is_not_found(mask, monkeypatch):
+    import rl_sparsity_tf.operations as operations
+    import rl_sparsity_tf.wrapper as wrapper
+
+    straight, sample = operations.mask_weights_straight_through, wrapper.hard_concrete_sample
+
+    def cut(logits):
+        return tf.stop_gradient(logits) + 0.0 * logits
+
+    monkeypatch.setattr(
+        operations,
+        "mask_weights_straight_through",
+        lambda matrix, hard, logits, grouping: straight(matrix, hard, cut(logits), grouping),
+    )
+    monkeypatch.setattr(wrapper, "hard_concrete_sample", lambda logits: sample(cut(logits)))
+    assert recovered_support(mask, "element") < 0.8
 
 
 def test_frozen_hard_concrete_masks_are_not_sampled_any_more():

@@ -31,7 +31,7 @@ def classifier(model):
 
 
 def run(model, train=TRAIN, validation=VALIDATION, test=TEST, quantization="plan", **options):
-    one = compressor(model, "random", recovery=rls.Recovery(steps=1), buckets=2)
+    one = compressor(model, "random", recovery=rls.Recovery(method="finetune", steps=1), buckets=2)
     return search(
         one,
         train=train,

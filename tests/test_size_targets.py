@@ -97,7 +97,7 @@ def test_other_quantizations_do_not_go_with_a_size(model):
 
 def test_a_file_that_came_out_too_large_is_pruned_further(model, monkeypatch):
     """Pretends that every first file is larger than the model of it said."""
-    monkeypatch.setattr("rl_sparsity_tf.size_costs._MARGINS", {"tflite_bytes": -0.2})
+    monkeypatch.setattr("rl_sparsity_tf.size_costs.MARGINS", {"tflite_bytes": -0.2})
     seen = []
     finish = size_enforcement.finish
 
@@ -114,7 +114,7 @@ def test_a_file_that_came_out_too_large_is_pruned_further(model, monkeypatch):
 
 def test_a_size_that_is_missed_for_good_is_said(model, monkeypatch):
     monkeypatch.setattr(size_enforcement, "pruned_further", lambda _, plan, __: plan)
-    monkeypatch.setattr("rl_sparsity_tf.size_costs._MARGINS", {"tflite_bytes": -0.2})
+    monkeypatch.setattr("rl_sparsity_tf.size_costs.MARGINS", {"tflite_bytes": -0.2})
     with pytest.raises(rls.TargetError, match=r"Target\(tflite_bytes=4500\) was missed.*then"):
         run(model, rls.Target(tflite_bytes=4500), episodes=1)
 

@@ -11,7 +11,8 @@ from zoo import ZOO, inputs_for
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.autoencoder import WeightAutoencoder
 from rl_sparsity_tf.data import evaluation_data, training_data
-from rl_sparsity_tf.network import CompressedNetwork, Recovery
+from rl_sparsity_tf.network import CompressedNetwork
+from rl_sparsity_tf.recovery import Recovery
 from rl_sparsity_tf.state import (
     FEATURES,
     STATE_SIZE,

@@ -1,6 +1,7 @@
 """The package is flat, and its imports follow the data flow."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -182,7 +183,10 @@ def test_wrapping_and_plans_do_not_load_tf_agents():
 
 def test_the_public_surface_is_consistent():
     exports = rl_sparsity_tf._EXPORTS
-    assert set(rl_sparsity_tf.__all__) == {*exports, "__version__"}
+    modules = rl_sparsity_tf._MODULES
+    assert set(rl_sparsity_tf.__all__) == {*exports, *modules, "__version__"}
+    for name in modules:
+        assert getattr(rl_sparsity_tf, name) is importlib.import_module(f"{NAME}.{name}")
     assert dir(rl_sparsity_tf) == sorted(rl_sparsity_tf.__all__)
     for name, module in exports.items():
         defined = {node.name for node in TREES[module].body if hasattr(node, "name")}
@@ -192,6 +196,7 @@ def test_the_public_surface_is_consistent():
     typed = {
         (alias.name, node.module) for block in blocks for node in block.body for alias in node.names
     }
-    assert typed == {(name, f"{NAME}.{module}") for name, module in exports.items()}
+    expected = {(name, f"{NAME}.{module}") for name, module in exports.items()}
+    assert typed == expected | {(name, NAME) for name in modules}
     with pytest.raises(AttributeError, match="has no attribute 'wrapp'"):
         rl_sparsity_tf.wrapp  # noqa: B018

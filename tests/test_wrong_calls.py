@@ -228,8 +228,8 @@ ARGUMENTS = {
     "group": (option(group="elemnt"), r"group='elemnt' is not known\. .*Did you mean 'element'"),
     "group None": (option(group=None), r"group=None is not known\. Expected one of 'element'"),
     "recovery": (
-        option(recovery="finetune"),
-        r"recovery='finetune' is a str\. Expected a Recovery, for example Recovery\(method=",
+        option(recovery=4),
+        r"recovery=4 is a int\. Expected one of 'least_squares', 'finetune', 'none', or",
     ),
     "recovery's method": (
         lambda files: rls.Recovery(method="fine-tune"),

@@ -87,7 +87,7 @@ def trained() -> keras.Model:
 def compressor(model: keras.Model, agent: Any = DQN, **options: Any) -> rls.Compressor:
     """A compressor whose searches take few steps."""
     options.setdefault("target", rls.Target(sparsity=SPARSITY))
-    options.setdefault("recovery", rls.Recovery(steps=1))
+    options.setdefault("recovery", rls.Recovery(method="finetune", steps=1))
     options.setdefault("buckets", 3)
     return rls.Compressor(model, agent=agent, **options)
 

@@ -1,0 +1,209 @@
+"""The least-squares problem of one kernel: to give back the dense layer's outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from rl_sparsity_tf import operations as ops
+from rl_sparsity_tf.error_feedback import round_with_feedback
+from rl_sparsity_tf.grouping import Grouping
+from rl_sparsity_tf.kernels import Kernel
+from rl_sparsity_tf.layer_rows import RowSource
+from rl_sparsity_tf.masked_ridge import fit_depthwise, fit_masked
+
+_ON_GRID_LEVELS = 127.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """What the rows say, and all that a fit needs of them.
+
+    Attributes:
+        mean: Mean of the rows, shape `(inputs,)`, or `(positions, channels)` for depthwise kernels;
+            0 where the layer has no bias that could make up for it.
+        gram: Second moments about the mean, shape `(inputs, inputs)` or
+            `(channels, positions, positions)`.
+        cross: Moments of the rows and the wanted outputs, shape `(inputs, outputs)`.
+    """
+
+    mean: np.ndarray
+    gram: np.ndarray
+    cross: np.ndarray
+
+
+class LayerProblem:
+    """One kernel's rows, wanted outputs and moments.
+
+    Args:
+        kernel: The wrapped kernel, with its trained weights.
+        grouping: How it is cut.
+        source: Where its rows come from.
+        inputs: The layer's inputs in the dense network.
+        ridge: Strength of the ridge.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        grouping: Grouping,
+        source: RowSource,
+        inputs: np.ndarray,
+        *,
+        ridge: float,
+    ):
+        self.kernel = kernel
+        self.grouping = grouping
+        self._source = source
+        self._ridge = ridge
+        self.original = kernel.matrix().astype(np.float32)
+        layer: Any = kernel.layer
+        self.bias = layer.bias if getattr(layer, "use_bias", False) else None
+        self._bias0 = None if self.bias is None else np.asarray(self.bias)
+        rows = source.take(inputs)
+        outputs = self._product(rows, self.original)
+        self._output_mean = outputs.mean(axis=0, dtype=np.float64)
+        if self.bias is None:
+            self._output_mean = np.zeros_like(self._output_mean)
+        self._wanted = (outputs - self._output_mean).astype(np.float32)
+        self.dense = self.moments(rows)
+        # Single precision will do for comparing errors, and takes half the time.
+        self._gram32 = self.dense.gram.astype(np.float32)
+        self.energy = max(self._energy(self.original, self._gram32), 1e-30)
+
+    def take(self, inputs: np.ndarray) -> np.ndarray:
+        """The rows of the layer's inputs."""
+        return self._source.take(inputs)
+
+    def moments(self, rows: np.ndarray) -> Moments:
+        """Computes the moments of rows taken from the same places as the dense network's."""
+        count = len(rows)
+        mean = rows.mean(axis=0, dtype=np.float64)
+        if self.bias is None:
+            mean = np.zeros_like(mean)
+        centred = rows - mean.astype(np.float32)
+        if not self._source.depthwise:
+            gram = (centred.T @ centred).astype(np.float64) / count
+            cross = (centred.T @ self._wanted).astype(np.float64) / count
+            return Moments(mean, gram, cross)
+        by_channel = centred.transpose(2, 1, 0)  # (channels, positions, rows)
+        gram = (by_channel @ by_channel.transpose(0, 2, 1)).astype(np.float64) / count
+        channels = by_channel.shape[0]
+        wanted = self._wanted.reshape(count, channels, -1).transpose(1, 0, 2)
+        cross = (by_channel @ wanted).astype(np.float64) / count
+        return Moments(mean, gram, cross.transpose(1, 0, 2).reshape(by_channel.shape[1], -1))
+
+    def _product(self, rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+        if not self._source.depthwise:
+            return rows @ matrix
+        channels = rows.shape[2]
+        parts = matrix.reshape(matrix.shape[0], channels, -1).transpose(1, 0, 2)
+        return (rows.transpose(2, 0, 1) @ parts).transpose(1, 0, 2).reshape(len(rows), -1)
+
+    def _per_output(self, gram: np.ndarray) -> np.ndarray:
+        """A depthwise kernel's Gram matrices, one per output."""
+        return np.repeat(gram, self.grouping.outputs // gram.shape[0], axis=0)
+
+    def _energy(self, matrix: np.ndarray, gram: np.ndarray) -> float:
+        if not self._source.depthwise:
+            # Rows that are zero everywhere take no part.
+            used = np.flatnonzero(np.any(matrix != 0, axis=1))
+            if 2 * len(used) < len(matrix):
+                matrix, gram = matrix[used], gram[np.ix_(used, used)]
+            return float(np.vdot(matrix, gram @ matrix))
+        return float(np.einsum("ko,okl,lo->", matrix, self._per_output(gram), matrix))
+
+    def error(self, matrix: np.ndarray) -> float:
+        r"""How far the layer's outputs move if its kernel becomes another, without a forward pass.
+
+        \(e = \mathrm{tr}(\Delta^T G \Delta) / \mathrm{tr}(W^T G W)\) with the Gram matrix G of the
+        dense network's inputs (about their mean where there is a bias, which recovery adapts).
+
+        Args:
+            matrix: The other kernel, shape `(inputs, outputs)`.
+
+        Returns:
+            `e / (1 + e)`, in [0, 1); 1 if the kernel is not finite.
+        """
+        error = self.relative_error(matrix)
+        return error / (1.0 + error) if np.isfinite(error) else 1.0
+
+    def relative_error(self, matrix: np.ndarray) -> float:
+        """The error as it is, before it is squeezed: energy of the change over the outputs' own."""
+        change = np.asarray(matrix, np.float32) - self.original
+        return self._energy(change, self._gram32) / self.energy
+
+    @property
+    def input_energy(self) -> np.ndarray:
+        """Mean square of what every weight is multiplied with, shape `(inputs, outputs)` or 1."""
+        if not self._source.depthwise:
+            return np.diag(self.dense.gram)[:, None]
+        return np.einsum("okk->ko", self._per_output(self.dense.gram))
+
+    def fit(self, operations: np.ndarray, bits: int, moments: Moments) -> None:
+        """Sets the kernel and bias to what gives the dense layer's outputs back best.
+
+        Args:
+            operations: One operation per group.
+            bits: 8 or 4, the grid of the quantized groups.
+            moments: Of the compressed network's rows.
+        """
+        grouping, spec = self.grouping, self.kernel.spec
+        weights = self.solve(operations, bits, moments)
+        swaps = tf.constant(ops.swaps_of(operations, grouping))
+        live = grouping.expand_numpy(operations != ops.Operation.PRUNE)
+        permuted = ops.permute(tf.constant(self.original), swaps, grouping).numpy()
+        # Groups that are pruned keep what they were trained to, in case they come back.
+        latent = ops.permute(tf.constant(np.where(live, weights, permuted)), swaps, grouping)
+        value = spec.from_matrix_numpy(latent.numpy(), self.kernel.shape)
+        self.kernel.variable.assign(value)
+        if self.bias is not None and self._bias0 is not None:
+            shift = self._mean_product(moments.mean, weights)
+            self.bias.assign(self._bias0 + (self._output_mean - shift).astype(np.float32))
+
+    def solve(self, operations: np.ndarray, bits: int, moments: Moments) -> np.ndarray:
+        """The effective kernel that gives the dense layer's outputs back best; sets nothing.
+
+        Args:
+            operations: One operation per group.
+            bits: 8 or 4, the grid of the quantized groups.
+            moments: Of the rows that the layer is given.
+
+        Returns:
+            Float32 of shape `(inputs, outputs)`, after permutation; 0 where groups are pruned.
+        """
+        spec = self.kernel.spec
+        live = self.grouping.expand_numpy(operations != ops.Operation.PRUNE)
+        depthwise = self._source.depthwise
+        gram = self._per_output(moments.gram) if depthwise else moments.gram
+        fit = fit_depthwise if depthwise else fit_masked
+        fitted = fit(gram, moments.cross, self.original, live, ridge=self._ridge)
+        weights = fitted.astype(np.float32)
+        grid = ops.grid_groups(operations)
+        if grid.any():
+            levels = tf.Variable(7.0 if bits == 4 else _ON_GRID_LEVELS)
+            scale = ops.grid_scale(
+                tf.constant(weights), levels, spec.per_output_scale, spec.gates
+            ).numpy()
+            on_grid = self.grouping.expand_numpy(grid)
+            weights = round_with_feedback(
+                weights, gram, scale, float(levels.numpy()), on_grid, live
+            )
+        return weights
+
+    def _mean_product(self, mean: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        if not self._source.depthwise:
+            return mean @ weights
+        repeated = np.repeat(mean, self.grouping.outputs // mean.shape[1], axis=1)
+        return (repeated * weights).sum(axis=0)
+
+    def restore(self) -> None:
+        """Puts the trained weights back."""
+        self.kernel.variable.assign(
+            self.kernel.spec.from_matrix_numpy(self.original, self.kernel.shape)
+        )
+        if self.bias is not None:
+            self.bias.assign(self._bias0)

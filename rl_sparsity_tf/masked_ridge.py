@@ -1,0 +1,181 @@
+"""Ridge regression on the surviving inputs of every output unit, for all units together."""
+
+from __future__ import annotations
+
+import numpy as np
+
+EXACT_SURVIVORS = 1024
+"""Output units with more surviving inputs than this are fitted by conjugate gradients."""
+
+CHUNK_BYTES = 64 * 2**20
+"""Memory that the systems solved at the same time may take."""
+
+_ITERATIONS = 64
+_TOLERANCE = 1e-4
+
+
+def fit_masked(
+    gram: np.ndarray,
+    cross: np.ndarray,
+    start: np.ndarray,
+    live: np.ndarray,
+    *,
+    ridge: float,
+    chunk_bytes: int = CHUNK_BYTES,
+    exact_survivors: int = EXACT_SURVIVORS,
+) -> np.ndarray:
+    r"""Fits every column of a kernel on the inputs that survive in it.
+
+    For output unit o with surviving inputs S it solves the normal equations of ridge regression,
+
+    \((G_{SS} + \lambda I)\, w_S = c_S + \lambda\, w^0_S\), with \(\lambda\) = `ridge` times the
+    mean of G's diagonal: the weights that give back the wanted outputs best, kept near the ones
+    that the network was trained to where the data says nothing.
+
+    Units with the same survivors share one factorisation; the others are solved in batches of
+    similar size. Above `exact_survivors` conjugate gradients run on all such units at once, where
+    every step is one product with G.
+
+    Args:
+        gram: \(G = X^T X / n\), float64 of shape `(inputs, inputs)`.
+        cross: \(X^T Y / n\), shape `(inputs, outputs)`.
+        start: \(w^0\), shape `(inputs, outputs)`.
+        live: Booleans, shape `(inputs, outputs)`.
+        ridge: Strength of the ridge, unit-free.
+        chunk_bytes: Memory that the systems solved at the same time may take.
+        exact_survivors: Above this many survivors conjugate gradients are used.
+
+    Returns:
+        Float64 of shape `(inputs, outputs)`, 0 where nothing lives.
+
+    Example:
+        >>> fit_masked(x.T @ x / len(x), x.T @ y / len(x), w, w != 0, ridge=1e-3)
+    """
+    weights = np.where(live, start, 0.0).astype(np.float64)
+    strength = max(ridge * float(np.mean(np.diag(gram))), 1e-12)
+    residual = np.where(live, cross - gram @ weights, 0.0)
+    survivors = live.sum(axis=0)
+    large = np.flatnonzero(survivors > exact_survivors)
+    if len(large):
+        weights[:, large] += _conjugate_gradients(
+            gram, residual[:, large], live[:, large], strength
+        )
+    small = np.flatnonzero((survivors > 0) & (survivors <= exact_survivors))
+    patterns, owner = _patterns(live[:, small])
+    shared = np.flatnonzero(np.bincount(owner) > 1)
+    single = np.ones(len(small), bool)
+    for pattern in shared:
+        columns = small[owner == pattern]
+        rows = np.flatnonzero(patterns[:, pattern])
+        system = gram[np.ix_(rows, rows)] + strength * np.eye(len(rows))
+        weights[np.ix_(rows, columns)] += np.linalg.solve(system, residual[np.ix_(rows, columns)])
+        single[owner == pattern] = False
+    rest = small[single]
+    rest = rest[np.argsort(survivors[rest], kind="stable")]
+    at = 0
+    while at < len(rest):
+        end = _chunk_end(survivors[rest], at, chunk_bytes)
+        columns = rest[at:end]
+        _solve_batch(weights, gram, residual, live, columns, strength)
+        at = end
+    return weights
+
+
+def fit_depthwise(
+    gram: np.ndarray,
+    cross: np.ndarray,
+    start: np.ndarray,
+    live: np.ndarray,
+    *,
+    ridge: float,
+) -> np.ndarray:
+    """[fit_masked][] where every output has inputs of its own.
+
+    Args:
+        gram: Shape `(outputs, positions, positions)`.
+        cross: Shape `(positions, outputs)`.
+        start: The trained weights, shape `(positions, outputs)`.
+        live: Booleans of the same shape.
+        ridge: Strength of the ridge, unit-free; relative to every output's own diagonal.
+
+    Returns:
+        Float64 of shape `(positions, outputs)`.
+    """
+    mask = live.T.astype(np.float64)
+    weights = start.T * mask
+    diagonal = np.einsum("okk->ok", gram)
+    strength = np.maximum(ridge * diagonal.mean(axis=1), 1e-12)
+    residual = (cross.T - np.einsum("okl,ol->ok", gram, weights)) * mask
+    system = gram * mask[:, :, None] * mask[:, None, :]
+    positions = np.arange(gram.shape[1])
+    system[:, positions, positions] += np.where(mask > 0, strength[:, None], 1.0)
+    return (weights + np.linalg.solve(system, residual[:, :, None])[:, :, 0]).T
+
+
+def _patterns(live: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct columns of booleans, and which of them every column is."""
+    packed = np.ascontiguousarray(np.packbits(live, axis=0).T)
+    keys = packed.view([("", packed.dtype)] * packed.shape[1]).reshape(-1)
+    _, first, owner = np.unique(keys, return_index=True, return_inverse=True)
+    return live[:, first], owner.reshape(-1)
+
+
+def _chunk_end(survivors: np.ndarray, at: int, chunk_bytes: int) -> int:
+    """How far a batch of systems may go; all take the memory of the largest, which is the last."""
+    end = at + 1
+    while end < len(survivors):
+        size = int(survivors[end])
+        if (end + 1 - at) * size * size * 8 > chunk_bytes or size > 2 * int(survivors[at]) + 16:
+            break
+        end += 1
+    return end
+
+
+def _solve_batch(
+    weights: np.ndarray,
+    gram: np.ndarray,
+    residual: np.ndarray,
+    live: np.ndarray,
+    columns: np.ndarray,
+    strength: float,
+) -> None:
+    size = int(live[:, columns].sum(axis=0).max())
+    # The survivors of every column first, in their order; shorter columns are filled up with
+    # others, which are cut out of the system below.
+    index = np.argsort(~live[:, columns], axis=0, kind="stable")[:size].T
+    chosen = np.take_along_axis(live[:, columns].T, index, axis=1)
+    system = gram[index[:, :, None], index[:, None, :]]
+    system *= chosen[:, :, None] & chosen[:, None, :]
+    diagonal = np.arange(size)
+    system[:, diagonal, diagonal] += np.where(chosen, strength, 1.0)
+    wanted = residual[index, columns[:, None]] * chosen
+    found = np.linalg.solve(system, wanted[:, :, None])[:, :, 0]
+    weights[index, columns[:, None]] += found * chosen
+
+
+def _conjugate_gradients(
+    gram: np.ndarray, residual: np.ndarray, live: np.ndarray, strength: float
+) -> np.ndarray:
+    """Solves all columns at once, preconditioned by the diagonal."""
+    mask = live.astype(np.float64)
+    inverse = mask / (np.diag(gram) + strength)[:, None]
+    found = np.zeros_like(residual)
+    left = residual.copy()
+    direction = inverse * left
+    energy = (left * direction).sum(axis=0)
+    wanted = _TOLERANCE**2 * energy
+    for _ in range(_ITERATIONS):
+        active = energy > np.maximum(wanted, 1e-300)
+        if not active.any():
+            break
+        step = mask * (gram @ direction) + strength * direction
+        curvature = (direction * step).sum(axis=0)
+        length = np.where(active, energy / np.where(curvature > 0, curvature, 1.0), 0.0)
+        found += length * direction
+        left -= length * step
+        smoothed = inverse * left
+        following = (left * smoothed).sum(axis=0)
+        ratio = np.where(active, following / np.where(energy > 0, energy, 1.0), 0.0)
+        direction = smoothed + ratio * direction
+        energy = np.where(active, following, energy)
+    return found

@@ -1,0 +1,181 @@
+"""What a plan without a search is wanted for, and how far a ranking is pruned to meet it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tf_keras as keras
+
+from rl_sparsity_tf import allocation, size_costs
+from rl_sparsity_tf.budget import Budget
+from rl_sparsity_tf.errors import ArgumentError, ModelError, TargetError, check_choice
+from rl_sparsity_tf.grouping import GROUPS, Grouping
+from rl_sparsity_tf.kernels import Kernel, count_weights, find_kernels
+from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.plan import CompressionPlan
+from rl_sparsity_tf.size_model import SizeModel
+from rl_sparsity_tf.target import Target
+from rl_sparsity_tf.wrapping import accepted, is_wrapped
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PlanRequest:
+    """What a plan is wanted for, checked: what all baselines have in common.
+
+    Attributes:
+        model: The model.
+        kernels: Its compressible kernels.
+        target: What to reach.
+        group: Kind of groups.
+        quantize: Whether what lives is quantized.
+        bits: The grid if it is.
+    """
+
+    model: keras.Model
+    kernels: Sequence[Kernel]
+    target: Target
+    group: str
+    quantize: bool
+    bits: int
+
+    @classmethod
+    def of(
+        cls,
+        model: keras.Model,
+        target: Target | None = None,
+        *,
+        sparsity: float | None = None,
+        group: str = "element",
+        quantize: bool | None = None,
+        bits: int = 8,
+    ) -> PlanRequest:
+        """Checks the arguments of a baseline.
+
+        Raises:
+            ArgumentError: If an argument cannot be used.
+            ModelError: If the model has nothing to compress, is wrapped, or holds NaN.
+        """
+        model = accepted(model)
+        if is_wrapped(model):
+            raise ModelError(
+                f"Model {model.name!r} is wrapped already. Call rl_sparsity_tf.strip(model) first."
+            )
+        target = _target(target, sparsity)
+        check_choice("group", group, GROUPS)
+        if quantize is None:
+            quantize = target.sparsity is None
+        if not isinstance(quantize, bool | np.bool_):
+            raise ArgumentError(
+                f"quantize={quantize!r} cannot be used. Expected True, False, or None: True for "
+                "targets in bytes and False for a sparsity."
+            )
+        if isinstance(bits, bool) or bits not in (8, 4):
+            raise ArgumentError(f"bits={bits!r} cannot be used. Expected 8 or 4.")
+        kernels = find_kernels(model)
+        if not kernels:
+            raise ModelError(
+                f"Model {model.name!r} has no layer that can be compressed. Expected at least one "
+                "layer of a registered class; rl_sparsity_tf.describe_support(model) lists why "
+                "each is skipped, and register_layer adds a class."
+            )
+        for kernel in kernels:
+            if not np.isfinite(kernel.value()).all():
+                raise ModelError(
+                    f"The kernel {kernel.path!r} of model {model.name!r} holds NaN or infinite "
+                    "values. Expected a trained model: train it again, with a smaller learning "
+                    "rate if the loss became NaN, or load a checkpoint from before."
+                )
+        return cls(
+            model=model,
+            kernels=kernels,
+            target=target,
+            group=group,
+            quantize=bool(quantize),
+            bits=int(bits),
+        )
+
+    @property
+    def groupings(self) -> dict[str, Grouping]:
+        """How the kernels are cut, by path."""
+        return {kernel.path: kernel.grouping(self.group) for kernel in self.kernels}
+
+    def plan(self, scores: Sequence[np.ndarray]) -> CompressionPlan:
+        """The plan that prunes the groups of lowest score until the target is met.
+
+        Args:
+            scores: For every kernel one score per group.
+
+        Raises:
+            TargetError: If it cannot be met.
+            ExportError: If the target is in bytes and the model cannot be converted.
+        """
+        sizes = [grouping.sizes for grouping in self.groupings.values()]
+        ranking = allocation.Ranking(scores, sizes)
+        if self.target.sparsity is not None:
+            _, elements = count_weights(self.model)
+            live = ranking.live(Budget(self.target.sparsity, elements, sizes).wanted)
+        else:
+            live = self._within_bytes(ranking)
+        return allocation.plan_from_live(
+            self.kernels, self.group, live, quantize=self.quantize, bits=self.bits
+        )
+
+    def _within_bytes(self, ranking: allocation.Ranking) -> list[np.ndarray]:
+        kind, value = self.target.kind, self.target.value
+        predicted = _FileBytes(self)
+        share = 1.0 - size_costs.MARGINS[kind]
+        live, reached = ranking.least_pruned(lambda one: predicted(one) <= value * share)
+        if not reached:
+            stored = "integers" if self.quantize else "floats"
+            name = f"Target({kind}={value:,.0f})".replace(",", "_")
+            raise TargetError(
+                f"{name} cannot be reached: with every kernel pruned to its last group and stored "
+                f"as {stored}, the file would have about {math.ceil(predicted(live) / share):,} "
+                "bytes. Expected at least that many."
+            )
+        return live
+
+
+class _FileBytes:
+    """Predicts the bytes of the file that a request's plan would be exported to."""
+
+    def __init__(self, request: PlanRequest):
+        self._request = request
+        self._sizes = SizeModel(request.model, size_costs.formats_for(request.target))
+        self._field = "raw" if request.target.kind == "tflite_bytes" else "gzip"
+        self._bits = {
+            kernel.path: request.bits
+            for kernel in request.kernels
+            if allocation.survivors(kernel, request.quantize) == Operation.QUANTIZE
+        }
+
+    def __call__(self, live: Sequence[np.ndarray]) -> float:
+        values = dict(self._values(live))
+        return float(getattr(self._sizes.file_size(values, self._bits), self._field))
+
+    def _values(self, live: Sequence[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+        groupings = self._request.groupings
+        for kernel, alive in zip(self._request.kernels, live, strict=True):
+            mask = groupings[kernel.path].expand_numpy(alive)
+            matrix = np.where(mask, kernel.matrix(), 0.0).astype(np.float32)
+            yield kernel.path, kernel.spec.from_matrix_numpy(matrix, kernel.shape)
+
+
+def _target(target: Target | None, sparsity: float | None) -> Target:
+    """The one of the two that was given."""
+    if (target is None) == (sparsity is None):
+        raise ArgumentError(
+            f"Received target={target!r} and sparsity={sparsity!r}. Expected exactly one of them: "
+            "sparsity=0.8, or target=rls.Target(tflite_bytes=50_000)."
+        )
+    if target is None:
+        return Target(sparsity=sparsity)
+    if not isinstance(target, Target):
+        raise ArgumentError(
+            f"target={target!r} is a {type(target).__name__}. Expected a Target, for example "
+            "rls.Target(tflite_bytes=50_000), or sparsity=0.8."
+        )
+    return target

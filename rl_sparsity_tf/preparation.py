@@ -1,0 +1,43 @@
+"""Making a wrapped copy fit for a search: finite weights, no noise, quick batch-norm statistics."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+import tf_keras as keras
+
+from rl_sparsity_tf.errors import ModelError
+from rl_sparsity_tf.sublayers import all_layers
+
+# Four recovery steps renew two thirds of the moving statistics. At Keras's default of 0.99 they
+# would describe the network before the decision, and every plan would score like chance.
+_BATCH_NORM_MOMENTUM = 0.75
+
+
+def check_finite(model: keras.Model) -> None:
+    """Checks that a model's weights hold numbers.
+
+    Raises:
+        ModelError: If one holds NaN or infinite values.
+    """
+    for weight in model.weights:
+        if weight.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(weight))):
+            raise ModelError(
+                f"The weight {weight.name!r} of model {model.name!r} holds NaN or infinite values. "
+                "Expected a trained model: train it again, with a smaller learning rate if the "
+                "loss became NaN, or load a checkpoint from before."
+            )
+
+
+def prepare_for_short_recovery(model: keras.Model) -> None:
+    """Switches noise off, and lets batch-norm statistics follow within a few steps."""
+    layers = keras.layers
+    for layer in all_layers(model):
+        # Recurrent cells; their layers only pass the rates on.
+        if hasattr(layer, "recurrent_dropout") and not isinstance(layer, layers.RNN):
+            layer.dropout = layer.recurrent_dropout = 0.0
+        elif isinstance(layer, layers.Dropout | layers.GaussianDropout | layers.AlphaDropout):
+            layer.rate = 0.0
+        elif isinstance(layer, layers.GaussianNoise):
+            layer.stddev = 0.0
+        elif isinstance(layer, layers.BatchNormalization):
+            layer.momentum = min(layer.momentum, _BATCH_NORM_MOMENTUM)

@@ -1,0 +1,37 @@
+"""What a network is at one moment of a search."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from rl_sparsity_tf.reward import Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """Everything that a decision changes: to go back to, or to save.
+
+    Attributes:
+        weights: Weights of the wrapped model, masks and grids included; None where decisions do
+            not train, and they follow from the operations.
+        optimizer: The optimizer's variables.
+        operations: Operations by kernel path.
+        decided: Per kernel and group, whether it has been decided.
+        errors: The autoencoder's error per kernel, as of the kernel's last decision.
+        output_errors: How far each layer's outputs move, as of the kernel's last decision.
+        pruned: Weights pruned per kernel.
+        clock: Training steps taken.
+        outcome: The last outcome.
+    """
+
+    weights: list[np.ndarray] | None
+    optimizer: list[np.ndarray]
+    operations: dict[str, np.ndarray]
+    decided: dict[str, np.ndarray]
+    errors: dict[str, float]
+    output_errors: dict[str, float]
+    pruned: np.ndarray
+    clock: int
+    outcome: Outcome
