@@ -1,6 +1,7 @@
 """Plans of known heuristics: what to compare a search with, or to use in its place.
 
-Every function here turns a trained model into a complete plan without training a step:
+Every function here turns a trained model into a complete plan. All but [random_search][] and
+[hill_climbing][] do so without evaluating one:
 
     >>> plan = rls.baselines.lamp(model, sparsity=0.8)
     >>> wrapped = rls.wrap(model, plan)
@@ -10,8 +11,8 @@ Every function here turns a trained model into a complete plan without training 
 They all take the same arguments:
 
 - **model**: a built `tf_keras` model. It is not changed.
-- **data**: training data as `fit` takes it. Only [first_order][] reads it; the others accept it so
-  that one can be put in another's place.
+- **data**: training data as `fit` takes it. [first_order][], [dynamic_programming][] and the two
+  searches read it; the others accept it so that one can be put in another's place.
 - **target**: an `rls.Target`; or **sparsity**, short for `Target(sparsity=...)`. A sparsity counts
   all weights of rank >= 2, those of skipped layers included, and the smallest number of groups that
   reaches it is pruned. Of a target in bytes the least sparse plan is taken whose file fits by the
@@ -41,13 +42,17 @@ import tf_keras as keras
 from rl_sparsity_tf import allocation
 from rl_sparsity_tf.batch_checks import Batch
 from rl_sparsity_tf.data import training_data
+from rl_sparsity_tf.dynamic_programming import dynamic_programming as dynamic_programming
 from rl_sparsity_tf.errors import DataError
 from rl_sparsity_tf.objective import choose_metric, search_compile_arguments
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.plan_request import PlanRequest
+from rl_sparsity_tf.plan_search import hill_climbing as hill_climbing
+from rl_sparsity_tf.plan_search import random_search as random_search
 from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.statistics import StatisticsCollector
 from rl_sparsity_tf.target import Target
+from rl_sparsity_tf.tfmot_baseline import tfmot as tfmot
 from rl_sparsity_tf.wrapping import wrap
 
 __all__ = ["erk", "first_order", "global_magnitude", "lamp", "uniform"]

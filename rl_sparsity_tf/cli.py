@@ -119,6 +119,9 @@ def _add_search_arguments(
     parser.add_argument("--episodes", type=int, default=episodes, help="passes over all layers")
     parser.add_argument("--seed", type=int, default=0, help="everything random follows from it")
     parser.add_argument(
+        "--compare", action="store_true", help="run all contenders under the same conditions"
+    )
+    parser.add_argument(
         "--verbose", type=int, choices=(0, 1, 2), default=1, help="0 silent, 2 a line an episode"
     )
 
@@ -220,12 +223,13 @@ def _demo(options: argparse.Namespace) -> None:
         sparsity=target.value,
         finetune_epochs=options.finetune_epochs,
         memory_limit_mb=options.memory_limit_mb,
+        contenders="all" if options.compare else None,
         verbose=options.verbose,
     )
 
 
 def _compress(options: argparse.Namespace) -> None:
-    from rl_sparsity_tf.comparison import comparison_table
+    from rl_sparsity_tf.comparison import compare, comparison_table
     from rl_sparsity_tf.datasets import load_dataset, load_npz
     from rl_sparsity_tf.errors import ModelError
     from rl_sparsity_tf.model_files import load_model
@@ -271,6 +275,10 @@ def _compress(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         verbose=options.verbose,
     )
+    if options.compare:
+        # The result is on the disk by now; only its list of baselines was empty.
+        compare(compressor, "all", options.verbose)
+        result.save(options.output, overwrite=True)
     if options.verbose:
         result.summary()
         comparison_table(result.metrics)

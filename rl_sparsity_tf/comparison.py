@@ -1,95 +1,310 @@
-"""The search's result beside simple contenders at the same evaluations and training."""
+"""The search's result beside other contenders, at the same evaluations and training."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from rich.table import Table
 
+from rl_sparsity_tf import allocation
 from rl_sparsity_tf.agents import Random
 from rl_sparsity_tf.candidates import Candidate
-from rl_sparsity_tf.errors import ArgumentError
-from rl_sparsity_tf.finishing import finish
+from rl_sparsity_tf.dynamic_programming import propose
+from rl_sparsity_tf.errors import (
+    ArgumentError,
+    DataError,
+    RLSparsityError,
+    TargetError,
+    check_choice,
+)
+from rl_sparsity_tf.finishing import Finished, export_and_score
+from rl_sparsity_tf.kernels import count_weights
 from rl_sparsity_tf.metrics import baseline_entry
+from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.plan_request import PlanRequest
+from rl_sparsity_tf.plan_search import FoundPlan, climb, search_randomly
 from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.reward import bounded
-from rl_sparsity_tf.rules import uniform_plan
+from rl_sparsity_tf.scoring import score_model
 from rl_sparsity_tf.search import Compressor, FinishedSearch
 from rl_sparsity_tf.search_loop import SearchLoop
 from rl_sparsity_tf.size_costs import formats_for
+from rl_sparsity_tf.size_enforcement import finish_within
 from rl_sparsity_tf.tables import table_lines
+from rl_sparsity_tf.tfmot_baseline import load_tfmot, prune_with_tfmot
+from rl_sparsity_tf.wrapping import strip, wrap
+
+_log = logging.getLogger(__name__)
+
+CONTENDERS: Mapping[str, str] = {
+    "uniform_float32": "uniform magnitude",
+    "uniform": "uniform magnitude int8",
+    "erk": "ERK int8",
+    "global_magnitude": "global magnitude int8",
+    "lamp": "LAMP int8",
+    "first_order": "first-order int8",
+    "dynamic_programming": "dynamic programming",
+    "random_search": "random search int8",
+    "hill_climbing": "hill climbing int8",
+    "random_policy": "random policy",
+    "tfmot": "TFMOT int8, trained by TFMOT",
+}
+"""What a contender is called by, and the name of its row."""
+
+DEFAULT = ("uniform_float32", "uniform", "random_policy")
+"""The contenders of a comparison that names none."""
+
+ALL = tuple(name for name in CONTENDERS if name != "uniform_float32")
+"""What `"all"` stands for: those that store integers, as the search's plans do."""
+
+# Trainings by TFMOT until its file has a size in bytes, each for a smaller one by this share.
+_ATTEMPTS, _EXTRA = 4, 0.02
 
 
 @quiet_tensorflow()
-def compare(compressor: Compressor, verbose: int = 1) -> list[dict[str, Any]]:
-    """Runs the contenders of a finished search and adds their figures to its metrics.
+def compare(
+    compressor: Compressor,
+    contenders: str | Sequence[str] | None = None,
+    verbose: int = 1,
+) -> list[dict[str, Any]]:
+    """Runs contenders under the conditions of a finished search, and adds them to its metrics.
 
-    Three contenders, each fine-tuned and exported as the search's plan was: uniform magnitude
-    pruning, the same stored as int8, and a policy that chooses uniformly among the legal
-    operations for as many episodes as the search had. The uniform plans recover for at least as
-    many training steps as the search's plan did.
+    They get the search's own network, validation rows, recovery, epochs of fine-tuning and
+    exporter, and meet the same target; one in bytes is held to the bytes of the file. Those that
+    search evaluate as many plans as the search did, the random policy plays as many episodes.
+
+    - **uniform_float32**, **uniform**: the smallest weights, the same share of every kernel. What
+      lives is stored as floats, or as int8 as in all that follow but where it is decided
+      otherwise: by the random policy, and for bytes by dynamic programming.
+    - **erk**, **global_magnitude**, **lamp**, **first_order**, **dynamic_programming**: the plans
+      of [baselines][rl_sparsity_tf.baselines].
+    - **random_search**, **hill_climbing**: theirs, too, with the search's reward.
+    - **random_policy**: chooses uniformly among the legal operations.
+    - **tfmot**: `prune_low_magnitude` of the dense model, trained by TFMOT alone, for the epochs
+      that others are fine-tuned. It prunes single weights, whatever the search's groups are.
 
     Args:
         compressor: A compressor whose `search` has returned.
+        contenders: Their names, or `"all"` for all of them but `uniform_float32`; by default
+            `uniform_float32`, `uniform` and `random_policy`. With `"all"` and by default those
+            that cannot be run are left out, with a warning in the log.
         verbose: As in `search`.
 
     Returns:
         The entries of `metrics["baselines"]`, which the compressor's last result holds too.
 
     Raises:
-        ArgumentError: If the compressor has not searched yet.
+        ArgumentError: If the compressor has not searched yet, or a name is not known.
+        RLSparsityError: If a contender asked for by name cannot be run, as one that misses the
+            target.
+
+    Example:
+        >>> result = compressor.search((x, y), validation_data=(x_val, y_val))
+        >>> compare(compressor, ["lamp", "tfmot"])
+        >>> comparison_table(result.metrics)
     """
+    names, asked = _names(contenders)
     search = compressor.last
     if search is None:
         raise ArgumentError(
             "The compressor has not searched yet, so there is nothing to compare with. Call "
             "compressor.search(...) first."
         )
-    network, figures, result = search.network, search.figures, search.result
-    entries = []
-    progress = SearchProgress(search.episodes, network.metric.name, verbose)
-    steps = sum(e.steps for e in search.loop.environments) * compressor.recovery.steps
-
-    def add(name: str, candidate: Candidate, evaluations: int) -> None:
-        tf.random.set_seed(compressor.seed)
-        finished = finish(
-            search.model,
-            candidate,
-            figures,
-            epochs=search.epochs,
-            quantization=search.quantization,
-            formats=formats_for(compressor.target),
-        )
-        entries.append(baseline_entry(name, finished, figures.metric, evaluations))
-
-    for name, quantize in (("uniform magnitude", False), ("uniform magnitude int8", True)):
-        progress.say(f"fine-tuning and exporting: {name}")
-        add(name, _uniform(search, compressor, quantize, steps), 1)
-
-    network.seen.clear()
-    settings = dataclasses.replace(compressor.loop_settings(), agent=Random(), warm_start=False)
-    loop = SearchLoop(settings, network)
-    best = loop.run(search.episodes, progress)
-    progress.say("fine-tuning and exporting: random policy")
-    add("random policy", best, loop.evaluations)
-    result.metrics["baselines"] = entries
+    if asked and "tfmot" in names:
+        load_tfmot()  # before the others have taken their time
+    network = search.network
+    evaluated = set(network.seen)
+    ring = _Ring(compressor, search, SearchProgress(search.episodes, network.metric.name, verbose))
+    entries: list[dict[str, Any]] = []
+    try:
+        for name in names:
+            network.reset()
+            network.seen.clear()
+            tf.random.set_seed(compressor.seed)
+            try:
+                finished, evaluations = ring.run(name)
+            except RLSparsityError as error:
+                if asked:
+                    raise
+                _log.warning("The contender %s is left out: %s", name, error)
+                continue
+            metric = search.figures.metric
+            entries.append(baseline_entry(CONTENDERS[name], finished, metric, evaluations))
+    finally:
+        network.reset()
+        network.seen = evaluated
+        search.result.metrics["baselines"] = entries
     return entries
 
 
-def _uniform(
-    search: FinishedSearch, compressor: Compressor, quantize: bool, steps: int
-) -> Candidate:
-    """Uniform magnitude pruning, recovered and evaluated like the search's plans."""
-    network = search.network
-    plan = uniform_plan(search.model, network.budget.goal, compressor.group, quantize)
-    outcome = evaluate_plan(network, plan, -(-steps // len(network.kernels)))
-    value = bounded(compressor.reward, outcome, None)
-    return Candidate.of(network, value, 0, "uniform")
+def _names(contenders: str | Sequence[str] | None) -> tuple[Sequence[str], bool]:
+    """The contenders' names, and whether they were asked for one by one."""
+    if contenders is None:
+        return DEFAULT, False
+    if contenders == "all":
+        return ALL, False
+    names = [contenders] if isinstance(contenders, str) else contenders
+    if not isinstance(names, Sequence) or not names:
+        raise ArgumentError(
+            f"contenders={contenders!r} cannot be used. Expected 'all', or a list of names such "
+            "as ['lamp', 'tfmot']."
+        )
+    choices = ["all", *CONTENDERS] if isinstance(contenders, str) else CONTENDERS
+    return list(dict.fromkeys(check_choice("contender", n, choices) for n in names)), True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ring:
+    """Runs contenders one after the other, under the conditions of one search."""
+
+    compressor: Compressor
+    search: FinishedSearch
+    progress: SearchProgress
+
+    def run(self, name: str) -> tuple[Finished, int]:
+        """A contender's finished model, and how many plans it evaluated."""
+        if name == "tfmot":
+            return self._tfmot()
+        if name == "random_policy":
+            return self._random_policy()
+        if name in ("random_search", "hill_climbing"):
+            found = self._searched(name)
+            return self._finish(name, self._evaluated(found.plan, name)), found.evaluations
+        if name == "dynamic_programming":
+            plan = propose(self.search.network)
+        else:
+            plan = self._ranked(name)
+        return self._finish(name, self._evaluated(plan, name)), 1
+
+    def _say(self, name: str, doing: str = "fine-tuning and exporting") -> None:
+        self.progress.say(f"{doing}: {CONTENDERS[name]}")
+
+    # ------------------------------------------------------------------ plans
+
+    def _request(self, *, quantize: bool = True, group: str | None = None) -> PlanRequest:
+        return PlanRequest.of(
+            self.search.model,
+            self.compressor.target,
+            group=group or self.compressor.group,
+            quantize=quantize,
+        )
+
+    def _ranked(self, name: str) -> CompressionPlan:
+        """The plan of a heuristic."""
+        network = self.search.network
+        request = self._request(quantize=name != "uniform_float32")
+        gradients = {path: one.gradient for path, one in network.dense_statistics.items()}
+        if name == "first_order" and not any(one.any() for one in gradients.values()):
+            raise DataError(
+                "The gradient of the loss is zero in every kernel on the search's training data, "
+                "so that first_order cannot tell groups apart. Expected data with examples that "
+                "the model does not fit perfectly yet, or contenders without first_order."
+            )
+        heuristic = "uniform" if name == "uniform_float32" else name
+        pieces = (request.kernels, request.groupings, network.originals, gradients)
+        return request.plan(allocation.scores(heuristic, *pieces))
+
+    def _evaluated(self, plan: CompressionPlan, name: str) -> Candidate:
+        """A plan with the weights it has after the search's recovery."""
+        network = self.search.network
+        outcome = evaluate_plan(network, plan, self._decisions * network.recovery.steps)
+        return Candidate.of(network, bounded(self.compressor.reward, outcome, None), 0, name)
+
+    @property
+    def _decisions(self) -> int:
+        """Recoveries per kernel, where they are training: as in the search's last episode."""
+        environments = self.search.loop.environments
+        return -(-sum(one.steps for one in environments) // len(environments))
+
+    def _finish(self, name: str, candidate: Candidate) -> Finished:
+        self._say(name)
+        tf.random.set_seed(self.compressor.seed)
+        return finish_within(
+            self.search.model,
+            candidate,
+            self.search.figures,
+            self.compressor.target,
+            training=self.search.training,
+            quantization=self.search.quantization,
+        )
+
+    # ------------------------------------------------------------------ contenders that search
+
+    def _random_policy(self) -> tuple[Finished, int]:
+        settings = self.compressor.loop_settings()
+        settings = dataclasses.replace(settings, agent=Random(), warm_start=False)
+        loop = SearchLoop(settings, self.search.network)
+        best = loop.run(self.search.episodes, self.progress)
+        evaluations = loop.evaluations
+        return self._finish("random_policy", best), evaluations
+
+    def _searched(self, name: str) -> FoundPlan:
+        evaluations = self.search.result.metrics["search"]["evaluations"]
+        self._say(name, f"evaluating {evaluations} plans")
+        seeker = search_randomly if name == "random_search" else climb
+        return seeker(
+            self.search.network,
+            self.compressor.reward,
+            evaluations,
+            seed=self.compressor.seed,
+            steps=self._decisions,
+        )
+
+    # ------------------------------------------------------------------ TFMOT
+
+    def _tfmot(self) -> tuple[Finished, int]:
+        """TFMOT's own training; where its file is too large, another one that prunes more."""
+        search, target = self.search, self.compressor.target
+        if search.training.epochs < 1:
+            raise ArgumentError(
+                "The contender tfmot prunes in the course of training, and the search was called "
+                "with finetune_epochs=0. Expected at least 1, or contenders without tfmot."
+            )
+        request = self._request(group="element")
+        _, elements = count_weights(request.model)
+        pruned, sizes = None, []
+        for attempt in range(1, _ATTEMPTS + 1):
+            self._say("tfmot", "training and exporting")
+            tf.random.set_seed(self.compressor.seed)
+            trained = prune_with_tfmot(
+                request, search.figures.train, epochs=search.training.epochs, pruned=pruned
+            )
+            finished = self._exported(strip(wrap(trained.model, trained.plan)), trained.plan)
+            report = finished.exported.report
+            size = report.gzip_bytes if target.kind == "gzip_bytes" else report.tflite_bytes
+            if target.sparsity is not None or size <= target.value:
+                return finished, attempt
+            sizes.append(size)
+            # Only the kernels can shrink, as in the search's own enforcement of a size.
+            kernels = sum(tensor.bytes for tensor in report.tensors if tensor.kernel)
+            reducible = size * kernels / report.tflite_bytes
+            share = 1.0 - (size - target.value) / reducible - _EXTRA
+            pruned = elements - int((elements - trained.pruned) * float(np.clip(share, 0.1, 1.0)))
+        raise TargetError(
+            f"Target({target.kind}={int(target.value)}) was missed by TFMOT: after its trainings "
+            f"the file had {' then '.join(map(str, sizes))} bytes. Expected a larger target, or "
+            "contenders without tfmot."
+        )
+
+    def _exported(self, model: Any, plan: CompressionPlan) -> Finished:
+        """A model that is not fine-tuned any more, scored and exported as the others are."""
+        search, figures = self.search, self.search.figures
+        formats = formats_for(self.compressor.target)
+        exported = export_and_score(model, plan, figures, search.quantization, formats)
+        return Finished(
+            model=model,
+            plan=plan,
+            validation=score_model(model, figures.validation, figures.metric),
+            test=score_model(model, figures.test, figures.metric) if figures.test else None,
+            exported=exported,
+        )
 
 
 def comparison_table(metrics: dict[str, Any], print_fn: Callable[[str], Any] = print) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import tf_keras as keras
@@ -98,6 +99,7 @@ def run_demo(
     sparsity: float = 0.9,
     finetune_epochs: int | None = None,
     memory_limit_mb: float = 2048,
+    contenders: str | Sequence[str] | None = None,
     verbose: int = 1,
 ) -> Result:
     """Trains, compresses, compares and prints.
@@ -111,6 +113,7 @@ def run_demo(
         sparsity: The target.
         finetune_epochs: Epochs of every fine-tuning; by default about 1,500 steps.
         memory_limit_mb: What the data set may take.
+        contenders: Whom to compare with, as in [compare][rl_sparsity_tf.comparison.compare].
         verbose: As in `Compressor.search`.
 
     Returns:
@@ -141,7 +144,7 @@ def run_demo(
         dataset=data.name,
         verbose=verbose,
     )
-    compare(compressor, verbose)
+    compare(compressor, contenders, verbose)
     if output is not None:
         result.save(output, overwrite=True)
     print_fn = print if verbose else (lambda _: None)

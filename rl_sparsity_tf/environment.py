@@ -127,6 +127,14 @@ class LayerEnvironment(py_environment.PyEnvironment):
         start, end = self._edges[min(self._position, self.steps - 1) :][:2]
         return float(start) / self.grouping.count, float(end - start) / self.grouping.count
 
+    @property
+    def decisions(self) -> list[tuple[str, np.ndarray]]:
+        """The episode's decisions so far: the kernel, and flat indices of the groups.
+
+        Groups handed on to the next bucket are in both; the later decision is theirs.
+        """
+        return [(self.kernel, groups) for groups in self._buckets[: self._position]]
+
     def action_spec(self) -> types.NestedArraySpec:
         """One operation: a scalar int32 from 0 to 3."""
         return self._action_spec

@@ -15,7 +15,7 @@ from rl_sparsity_tf.data import Batch, TrainingData, inputs_of
 from rl_sparsity_tf.export import export_tflite
 from rl_sparsity_tf.export_report import ExportReport
 from rl_sparsity_tf.kernels import find_kernels
-from rl_sparsity_tf.mask_training import DISTILLATION, finetune
+from rl_sparsity_tf.mask_training import FineTuning, finetune
 from rl_sparsity_tf.objective import Metric, Score
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
@@ -87,11 +87,9 @@ def finish(
     candidate: Candidate,
     figures: Figures,
     *,
-    epochs: int,
+    training: FineTuning,
     quantization: str,
     formats: str = "dense",
-    mask: str = "straight_through",
-    distillation: float = DISTILLATION,
 ) -> Finished:
     """Fine-tunes a candidate with learning masks, strips it and exports it.
 
@@ -99,17 +97,14 @@ def finish(
         model: The original model, which is the teacher as well.
         candidate: The plan and the weights to start from.
         figures: Data and metric.
-        epochs: Epochs of fine-tuning.
+        training: The fine-tuning.
         quantization: How to export.
         formats: Whether tensors may be stored sparse, see `export_tflite`.
-        mask: How the masks learn, `"straight_through"` or `"hard_concrete"`.
-        distillation: The original model's share of the loss, from 0 to 1; the rest is for the
-            labels (see [distilled][rl_sparsity_tf.distillation.distilled]).
 
     Returns:
         The finished model; its plan has the masks that were learned.
     """
-    wrapped = wrap(model, candidate.plan, mask=mask, train_masks=True)
+    wrapped = wrap(model, candidate.plan, mask=training.mask, train_masks=True)
     # Weights first, operations after: hard concrete logits and grids do not depend on them.
     candidate.put_weights(wrapped)
     finetune(
@@ -117,9 +112,9 @@ def finish(
         figures.train,
         figures.validation,
         figures.metric,
-        epochs=epochs,
+        epochs=training.epochs,
         teacher=model,
-        distillation=distillation,
+        distillation=training.distillation,
     )
     plan = _complete(plan_of(wrapped), candidate.plan)
     stripped = strip(wrapped)

@@ -31,10 +31,9 @@ class KernelErrors:
     """What a kernel loses, by how many of its weights live.
 
     Attributes:
-        criterion: How its groups are ranked: `"magnitude"`, `"activation"` or
-            `"activation_per_output"`.
+        criterion: How its groups are ranked: by `"magnitude"` or by `"activation"`.
         saliency: One value per group; the groups of least saliency go first.
-        live: Numbers of living weights, ascending; the last is all of them.
+        live: Numbers of living weights, ascending.
         errors: By bits per weight (32, 8, 4): energy of the change of the layer's outputs over
             that of the outputs, one per number; of the weights where the outputs are not known.
     """
@@ -57,6 +56,7 @@ def measure(
     *,
     bits: Sequence[int] = (FLOAT,),
     density: float = 0.1,
+    most: Mapping[str, float] | None = None,
 ) -> dict[str, KernelErrors]:
     """Measures the database of a network.
 
@@ -67,6 +67,8 @@ def measure(
         problems: The least-squares problems of those that can be fitted, by path.
         bits: Precisions: 32, and 8 or 4 for kernels that TFLite can hold as integers.
         density: The density that is aimed at, where the ways to rank groups are compared.
+        most: Weights that may live, by path. What is beyond them is not measured: dense kernels
+            are the ones that take long to fit.
     """
     return {
         kernel.path: kernel_errors(
@@ -76,6 +78,7 @@ def measure(
             problems.get(kernel.path),
             bits=[one for one in bits if one == FLOAT or kernel.spec.exports_int8],
             density=density,
+            most=None if most is None else most[kernel.path],
         )
         for kernel in kernels
     }
@@ -89,6 +92,7 @@ def kernel_errors(
     *,
     bits: Sequence[int] = (FLOAT,),
     density: float = 0.1,
+    most: float | None = None,
 ) -> KernelErrors:
     """Measures one kernel; see [measure][].
 
@@ -99,6 +103,7 @@ def kernel_errors(
         problem: Its least-squares problem, if it can be fitted.
         bits: Precisions to measure.
         density: Where the ways to rank groups are compared.
+        most: Weights that may live; by default all. The first level beyond is the last.
     """
     criteria = saliencies(matrix, grouping, problem)
     aimed = int(np.clip(round(density * grouping.count), 1, grouping.count))
@@ -113,6 +118,8 @@ def kernel_errors(
     lives: list[int] = []
     errors: dict[int, list[float]] = {one: [] for one in bits}
     for count in levels(grouping.count):
+        if lives and most is not None and lives[-1] >= most:
+            break
         alive = most_salient(criteria[chosen], count)
         lives.append(int(grouping.sizes[alive].sum()))
         fitted = _fitted(matrix, grouping, alive, FLOAT, problem)
@@ -141,9 +148,11 @@ def saliencies(
 ) -> dict[str, np.ndarray]:
     r"""The ways to rank a kernel's groups, by name.
 
-    Magnitude is the mean of \(w^2\). With the layer's inputs known it is also the mean of
+    Magnitude is the mean of \(w^2\); activation, with the layer's inputs known, that of
     \(w^2 G_{ii}\), what a weight adds to its output (Sun et al. 2023, "A simple and effective
-    pruning approach", arXiv 2306.11695): compared in the whole kernel, or within each output.
+    pruning approach for large language models", arXiv 2306.11695). Both are compared in the whole
+    kernel: compared within each output, as in that paper, the layers' errors are less and the
+    networks worse (Fashion-MNIST, LeNet-300-100, 97 % sparsity: loss 0.52 in place of 0.48).
     """
 
     def mean(squares: np.ndarray) -> np.ndarray:
@@ -152,12 +161,7 @@ def saliencies(
     squares = np.square(matrix, dtype=np.float64)
     found = {"magnitude": mean(squares)}
     if problem is not None:
-        felt = mean(squares * problem.input_energy)
-        found["activation"] = felt
-        if grouping.rows > 1:
-            rank = np.argsort(np.argsort(felt, axis=0, kind="stable"), axis=0, kind="stable")
-            # Outputs that rank alike are told apart by what they feel.
-            found["activation_per_output"] = rank + 0.5 * felt / max(felt.max(), 1e-300)
+        found["activation"] = mean(squares * problem.input_energy)
     return found
 
 

@@ -15,8 +15,6 @@ from rl_sparsity_tf.kernels import Kernel
 from rl_sparsity_tf.layer_rows import RowSource
 from rl_sparsity_tf.masked_ridge import fit_depthwise, fit_masked
 
-_ON_GRID_LEVELS = 127.0
-
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
@@ -153,13 +151,17 @@ class LayerProblem:
         """
         grouping, spec = self.grouping, self.kernel.spec
         weights = self.solve(operations, bits, moments)
-        swaps = tf.constant(ops.swaps_of(operations, grouping))
         live = grouping.expand_numpy(operations != ops.Operation.PRUNE)
-        permuted = ops.permute(tf.constant(self.original), swaps, grouping).numpy()
+        swaps = ops.swaps_of(operations, grouping)
+
+        def permute(matrix: np.ndarray) -> np.ndarray:
+            if not swaps.any():
+                return matrix
+            return ops.permute(tf.constant(matrix), tf.constant(swaps), grouping).numpy()
+
         # Groups that are pruned keep what they were trained to, in case they come back.
-        latent = ops.permute(tf.constant(np.where(live, weights, permuted)), swaps, grouping)
-        value = spec.from_matrix_numpy(latent.numpy(), self.kernel.shape)
-        self.kernel.variable.assign(value)
+        latent = permute(np.where(live, weights, permute(self.original)))
+        self.kernel.variable.assign(spec.from_matrix_numpy(latent, self.kernel.shape))
         if self.bias is not None and self._bias0 is not None:
             shift = self._mean_product(moments.mean, weights)
             self.bias.assign(self._bias0 + (self._output_mean - shift).astype(np.float32))
@@ -184,14 +186,12 @@ class LayerProblem:
         weights = fitted.astype(np.float32)
         grid = ops.grid_groups(operations)
         if grid.any():
-            levels = tf.Variable(7.0 if bits == 4 else _ON_GRID_LEVELS)
+            levels = 7.0 if bits == 4 else 127.0
             scale = ops.grid_scale(
-                tf.constant(weights), levels, spec.per_output_scale, spec.gates
+                tf.constant(weights), tf.constant(levels), spec.per_output_scale, spec.gates
             ).numpy()
             on_grid = self.grouping.expand_numpy(grid)
-            weights = round_with_feedback(
-                weights, gram, scale, float(levels.numpy()), on_grid, live
-            )
+            weights = round_with_feedback(weights, gram, scale, levels, on_grid, live)
         return weights
 
     def _mean_product(self, mean: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -24,6 +25,21 @@ LEARNING_RATE = 2e-3
 # Adam moves a pruned weight as far as a living one, whatever its gradient's scale: at 2e-3 the
 # weights behind a straight-through mask grow back at random, and the masks follow them.
 STRAIGHT_THROUGH_LEARNING_RATE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FineTuning:
+    """How finished plans are trained.
+
+    Attributes:
+        epochs: Epochs; 0 leaves the weights as they are.
+        mask: How masks learn, `"straight_through"` or `"hard_concrete"`.
+        distillation: The dense model's share of the loss, from 0 to 1.
+    """
+
+    epochs: int
+    mask: str = "straight_through"
+    distillation: float = DISTILLATION
 
 
 class MaskTraining(keras.callbacks.Callback):

@@ -12,6 +12,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.agents import AgentConfig, Random, resolve_config
+from rl_sparsity_tf.argument_checks import check_count, check_flag, check_share, check_type
 from rl_sparsity_tf.batch_checks import Batch, fixed_batch
 from rl_sparsity_tf.class_weights import weight_table
 from rl_sparsity_tf.compile_state import compile_arguments
@@ -22,7 +23,8 @@ from rl_sparsity_tf.errors import ArgumentError, DataError, ModelError, check_ch
 from rl_sparsity_tf.export import QUANTIZATIONS
 from rl_sparsity_tf.finishing import Figures, export_and_score, export_dense_int8
 from rl_sparsity_tf.grouping import GROUPS
-from rl_sparsity_tf.mask_training import default_epochs
+from rl_sparsity_tf.mask_training import DISTILLATION, FineTuning, default_epochs
+from rl_sparsity_tf.masks import MASKS
 from rl_sparsity_tf.metrics import build_metrics
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.progress import SearchProgress
@@ -107,11 +109,11 @@ class Compressor:
                 f"Model {model.name!r} is wrapped already. Call rl_sparsity_tf.strip(model) first."
             )
         self.target = Target(sparsity=0.9) if target is None else target
-        _check_type("target", self.target, Target, "rls.Target(sparsity=0.9)")
+        check_type("target", self.target, Target, "rls.Target(sparsity=0.9)")
         self.agent = resolve_config(agent)
         self.group = check_choice("group", group, GROUPS)
         self.directory = None if directory is None else check_directory(directory)
-        self.seed = _check_count("seed", seed, 0)
+        self.seed = check_count("seed", seed, 0)
         self.reward: RewardFunction = Reward() if reward is None else reward
         if isinstance(reward, type) or not callable(self.reward):
             wrong = "is a class" if isinstance(reward, type) else "cannot be called"
@@ -121,8 +123,8 @@ class Compressor:
             )
         self.recovery = as_recovery(recovery)
         self.metric = metric
-        self.buckets = _check_count("buckets", buckets, 1)
-        self.warm_start = _check_flag("warm_start", warm_start) and not isinstance(
+        self.buckets = check_count("buckets", buckets, 1)
+        self.warm_start = check_flag("warm_start", warm_start) and not isinstance(
             self.agent, Random
         )
         self.last: FinishedSearch | None = None
@@ -137,6 +139,8 @@ class Compressor:
         *,
         batch_size: int = 128,
         finetune_epochs: int | None = None,
+        mask: str = "straight_through",
+        distillation: float = DISTILLATION,
         quantization: str = "plan",
         validation_rows: int = 2000,
         class_weight: dict[int, float] | None = None,
@@ -160,6 +164,9 @@ class Compressor:
             episodes: Passes over all kernels.
             batch_size: Rows in a batch, where `train` is not batched already.
             finetune_epochs: Epochs of the final fine-tuning; by default about 1,500 steps.
+            mask: How masks learn in the final fine-tuning: `"straight_through"` or
+                `"hard_concrete"`.
+            distillation: The dense model's share of the loss there, from 0 to 1.
             quantization: How the result is exported, see `export_tflite`.
             validation_rows: Rows of the validation data that plans are evaluated on during the
                 search, drawn once; the final figures are over all of them.
@@ -180,11 +187,13 @@ class Compressor:
             RLSparsityError: If the data does not fit, or the target is out of reach; nothing has
                 been trained by then.
         """
-        _check_count("episodes", episodes, 1)
-        _check_count("batch_size", batch_size, 1)
-        _check_count("validation_rows", validation_rows, 1)
+        check_count("episodes", episodes, 1)
+        check_count("batch_size", batch_size, 1)
+        check_count("validation_rows", validation_rows, 1)
         if finetune_epochs is not None:
-            _check_count("finetune_epochs", finetune_epochs, 0)
+            check_count("finetune_epochs", finetune_epochs, 0)
+        check_choice("mask", mask, MASKS)
+        distillation = check_share("distillation", distillation)
         table = weight_table(class_weight)
         check_choice("quantization", quantization, QUANTIZATIONS)
         if dataset is not None and not isinstance(dataset, str):
@@ -192,7 +201,7 @@ class Compressor:
                 f"dataset={dataset!r} is a {type(dataset).__name__}. Expected the name of the "
                 "data as text, or None; the data itself is passed as train."
             )
-        _check_flag("overwrite", overwrite)
+        check_flag("overwrite", overwrite)
         if self.target.sparsity is None and quantization != "plan":
             raise ArgumentError(
                 f"quantization={quantization!r} does not go with a target in bytes, which is "
@@ -210,7 +219,7 @@ class Compressor:
         from rl_sparsity_tf.search_loop import SearchLoop
 
         started = time.monotonic()
-        model = unrolled_copy(self.model) if _check_flag("unroll", unroll) else self.model
+        model = unrolled_copy(self.model) if check_flag("unroll", unroll) else self.model
         # A shuffled dataset's order also depends on the global seed at the time it is made.
         tf.random.set_seed(self.seed)
         train, batch_size = as_rows(train, "train", batch_size)
@@ -223,6 +232,8 @@ class Compressor:
         arguments = {
             "episodes": episodes,
             "finetune_epochs": epochs,
+            "mask": mask,
+            "distillation": distillation,
             "validation_rows": validation_rows,
             "quantization": quantization,
             "class_weight": table,
@@ -248,8 +259,9 @@ class Compressor:
         figures = Figures(train=data, validation=validation, test=test, metric=network.metric)
         progress.say(f"fine-tuning the best plan ({best.found_by}) and exporting it")
         tf.random.set_seed(self.seed)
+        final = FineTuning(epochs=epochs, mask=mask, distillation=distillation)
         finished = finish_within(
-            model, best, figures, self.target, epochs=epochs, quantization=quantization
+            model, best, figures, self.target, training=final, quantization=quantization
         )
         metrics = build_metrics(
             finished=finished,
@@ -283,7 +295,7 @@ class Compressor:
             figures=figures,
             result=result,
             episodes=episodes,
-            epochs=epochs,
+            training=final,
             quantization=quantization,
         )
         return result
@@ -350,7 +362,7 @@ class FinishedSearch:
         figures: Data and metric.
         result: What was returned.
         episodes: How many there were.
-        epochs: Epochs of the final fine-tuning.
+        training: The final fine-tuning.
         quantization: How it was exported.
     """
 
@@ -360,7 +372,7 @@ class FinishedSearch:
     figures: Figures
     result: Result
     episodes: int
-    epochs: int
+    training: FineTuning
     quantization: str
 
 
@@ -375,26 +387,3 @@ def _evenly(arrays: Batch) -> Batch:
 def _name_of(value: Any) -> str:
     name = getattr(value, "__qualname__", None) or getattr(value, "name", None)
     return str(name or (value if isinstance(value, str) else type(value).__qualname__))
-
-
-def _check_type(name: str, value: object, expected: type, example: str) -> None:
-    if not isinstance(value, expected):
-        raise ArgumentError(
-            f"{name}={value!r} is a {type(value).__name__}. Expected a {expected.__name__}, for "
-            f"example {example}."
-        )
-
-
-def _check_flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool | np.bool_):
-        raise ArgumentError(f"{name}={value!r} cannot be used. Expected True or False.")
-    return bool(value)
-
-
-def _check_count(name: str, value: object, smallest: int) -> int:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or int(value) < smallest:  # type: ignore[call-overload]
-        raise ArgumentError(
-            f"{name}={value!r} cannot be used. Expected a whole number of at least {smallest}."
-        )
-    return int(value)  # type: ignore[call-overload]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorflow as tf
@@ -17,6 +17,7 @@ from rl_sparsity_tf.errors import RunError
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
 from rl_sparsity_tf.progress import SearchProgress
+from rl_sparsity_tf.relaxation import Relaxation
 from rl_sparsity_tf.reward import RewardFunction, bounded
 from rl_sparsity_tf.run_directory import RunDirectory
 
@@ -69,6 +70,10 @@ class SearchLoop:
         self.agent = build_agent(
             settings.agent, first.time_step_spec(), first.action_spec(), seed=settings.seed
         )
+        self._relaxation: Relaxation | None = None
+        if getattr(settings.agent, "relaxed_reward", 0.0):
+            self._relaxation = Relaxation(network, reward=settings.reward, seed=settings.seed)
+            cast(Any, self.agent).attach(self._relaxation)
         self._demonstrations: list[Demonstration] = []
         self.history: list[dict[str, Any]] = []
         self.best: Candidate | None = None
@@ -142,6 +147,8 @@ class SearchLoop:
                 agent.observe(time_step)
                 total += float(time_step.reward)
         value = bounded(self._settings.reward, network.outcome, None)
+        if self._relaxation is not None and demonstration is None:
+            self._relaxation.follow([d for env in self.environments for d in env.decisions])
         if network.least_squares is None:
             losses = agent.end_episode(bonus=value)
         else:  # the steps were paid by estimates, which must not count in the end

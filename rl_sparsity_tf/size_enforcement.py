@@ -11,6 +11,7 @@ from rl_sparsity_tf.candidates import Candidate
 from rl_sparsity_tf.errors import TargetError
 from rl_sparsity_tf.finishing import Figures, Finished, finish
 from rl_sparsity_tf.kernels import find_kernels
+from rl_sparsity_tf.mask_training import FineTuning
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.rules import prune_by_magnitude
@@ -30,7 +31,7 @@ def finish_within(
     figures: Figures,
     target: Target,
     *,
-    epochs: int,
+    training: FineTuning,
     quantization: str,
 ) -> Finished:
     """Finishes a candidate, and if its file is too large, a more pruned form of it.
@@ -44,7 +45,7 @@ def finish_within(
         candidate: The plan and the weights to start from.
         figures: Data and metric.
         target: The target; one of sparsity is met by the plan itself.
-        epochs: Epochs of fine-tuning.
+        training: The fine-tuning.
         quantization: How to export.
 
     Raises:
@@ -54,7 +55,7 @@ def finish_within(
     reached: list[int] = []
     for _ in range(_ATTEMPTS):
         finished = finish(
-            model, candidate, figures, epochs=epochs, quantization=quantization, formats=formats
+            model, candidate, figures, training=training, quantization=quantization, formats=formats
         )
         if target.sparsity is not None:
             return finished

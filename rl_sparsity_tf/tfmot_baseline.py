@@ -11,11 +11,11 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf import allocation
+from rl_sparsity_tf.argument_checks import check_count
 from rl_sparsity_tf.budget import Budget
 from rl_sparsity_tf.compile_state import copy_compile_state
 from rl_sparsity_tf.data import TrainingData, training_data
 from rl_sparsity_tf.errors import (
-    ArgumentError,
     DataError,
     MissingDependencyError,
     ModelError,
@@ -93,9 +93,9 @@ def tfmot(
     """
     request = PlanRequest.of(model, target, sparsity=sparsity, quantize=quantize, bits=bits)
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
-        _check_count(name, value, least)
+        check_count(name, value, least)
     if epochs is not None:
-        _check_count("epochs", epochs, 1)
+        check_count("epochs", epochs, 1)
     if data is None:
         raise DataError(
             "tfmot was given no data, which it trains on. Pass data=(x, y) or a dataset as fit "
@@ -304,11 +304,3 @@ def load_tfmot() -> Any:
             "without."
         ) from error
     return pruning
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or int(value) < least:  # type: ignore[call-overload]
-        raise ArgumentError(
-            f"{name}={value!r} cannot be used. Expected a whole number of at least {least}."
-        )

@@ -13,7 +13,7 @@ from rl_sparsity_tf.data import evaluation_data, training_data
 from rl_sparsity_tf.distillation import distilled
 from rl_sparsity_tf.finishing import Figures, finish
 from rl_sparsity_tf.kernels import walk
-from rl_sparsity_tf.mask_training import finetune
+from rl_sparsity_tf.mask_training import FineTuning, finetune
 from rl_sparsity_tf.objective import Metric
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.reward import Outcome
@@ -453,7 +453,11 @@ def test_finish_with_either_mask_holds_the_plan_and_learns_from_the_model(mask, 
 
     monkeypatch.setattr(module, "distilled", note)
     finished = finish(
-        model, candidate, figures, epochs=4, quantization="plan", mask=mask, distillation=0.25
+        model,
+        candidate,
+        figures,
+        training=FineTuning(epochs=4, mask=mask, distillation=0.25),
+        quantization="plan",
     )
     assert seen == [({mask}, model, 0.25)]
     for path, entry in finished.plan.kernels.items():

@@ -158,7 +158,7 @@ def test_feedback_rounds_to_the_grid_and_keeps_its_scale(seed, inputs, levels):
     live = rng.random((inputs, 5)) < 0.7
     weights = np.where(live, rng.normal(size=(inputs, 5)), 0.0).astype(np.float32)
     scale = (np.abs(weights).max(axis=0, keepdims=True) / np.float32(levels)).astype(np.float32)
-    rounded = round_with_feedback(weights, gram, scale, levels, live, live)
+    rounded = round_with_feedback(weights, gram, scale, levels, live, live, 0.0)
     step = np.where(scale > 0, scale, 1.0)
     np.testing.assert_allclose(rounded / step, np.rint(rounded / step), atol=1e-3)
     assert (np.abs(rounded) <= scale * levels * 1.0001).all()
@@ -173,6 +173,17 @@ def test_feedback_rounds_to_the_grid_and_keeps_its_scale(seed, inputs, levels):
     nearest = np.rint(weights / step) * step
     # Greedy, so now and then a little worse; never by much.
     assert error(rounded) <= 1.3 * error(nearest) + 1e-12
+
+
+def test_errors_too_small_to_matter_are_left_to_plain_rounding():
+    x = normal(300, 20)
+    weights, live = normal(20, 6, seed=1).astype(np.float32), np.ones((20, 6), bool)
+    scale = (np.abs(weights).max(axis=0, keepdims=True) / np.float32(127)).astype(np.float32)
+    nearest = np.rint(weights / scale) * scale
+    rounded = round_with_feedback(weights, x.T @ x, scale, 127.0, live, live)
+    np.testing.assert_allclose(rounded, nearest, rtol=1e-6)
+    fed_back = round_with_feedback(weights, x.T @ x, scale, 127.0, live, live, 0.0)
+    assert (fed_back != rounded).any()
 
 
 def test_feedback_beats_plain_rounding_on_related_inputs():
@@ -191,7 +202,7 @@ def test_feedback_beats_plain_rounding_on_related_inputs():
     assert error(rounded) < 0.4 * error(nearest)
     own = np.repeat(gram[None], 20, axis=0)
     np.testing.assert_allclose(
-        round_with_feedback(weights, own, scale, 7.0, live, live), rounded, atol=1e-6
+        round_with_feedback(weights, own, scale, 7.0, live, live, 0.0), rounded, atol=1e-6
     )
 
 

@@ -296,6 +296,11 @@ ARGUMENTS = {
         searched(quantization="int9"),
         r"quantization='int9' is not known\. Expected one of 'plan', .*Did you mean 'int8'",
     ),
+    "mask": (searched(mask="hard"), r"mask='hard' is not known\. Expected one of 'straight_through'"),
+    "distillation": (
+        searched(distillation=1.5),
+        r"distillation=1\.5 cannot be used\. Expected a share from 0 to 1",
+    ),
     "verbose": (searched(verbose=7), r"verbose=7 is not known\. Expected 0, 1 or 2"),
     "verbose array": (
         searched(verbose=np.zeros(2)),

@@ -1,0 +1,61 @@
+"""The networks that the benchmarks train and compress."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import rl_sparsity_tf  # noqa: F401  (asks for Keras 2 before it is imported)
+from rl_sparsity_tf.datasets import Data
+
+import tf_keras as keras  # isort: skip
+
+NETWORKS = ("lenet-300-100", "resnet-8")
+
+
+def build(name: str, data: Data) -> keras.Model:
+    """An untrained network for images.
+
+    Args:
+        name: `"lenet-300-100"` (LeCun et al. 1998) or `"resnet-8"` (three residual blocks of 16,
+            32 and 64 channels, as in the MLPerf Tiny benchmark).
+        data: Gives the shapes.
+    """
+    layers = keras.layers
+    inputs = keras.Input(data.input_shape)
+    if name == "lenet-300-100":
+        x = layers.Flatten()(inputs)
+        x = layers.Dense(300, activation="relu", name="dense_300")(x)
+        x = layers.Dense(100, activation="relu", name="dense_100")(x)
+    else:
+        x = _convolution(inputs, 16, 1)
+        for channels, stride in ((16, 1), (32, 2), (64, 2)):
+            y = _convolution(x, channels, stride)
+            y = layers.Conv2D(channels, 3, padding="same", use_bias=False)(y)
+            y = layers.BatchNormalization(momentum=0.9)(y)
+            if stride > 1:
+                x = layers.Conv2D(channels, 1, stride, padding="same")(x)
+            x = layers.ReLU()(layers.Add()([x, y]))
+        x = layers.GlobalAveragePooling2D()(x)
+    outputs = layers.Dense(data.num_classes, activation="softmax", name="classes")(x)
+    return keras.Model(inputs, outputs, name=name.replace("-", "_"))
+
+
+def _convolution(x: Any, channels: int, stride: int) -> Any:
+    layers = keras.layers
+    x = layers.Conv2D(channels, 3, stride, padding="same", use_bias=False)(x)
+    # The moving statistics of short trainings must not lag behind.
+    return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
+
+
+def train(name: str, data: Data, *, seed: int, epochs: int, batch_size: int = 128) -> keras.Model:
+    """A network trained with Adam and a rate that falls to 0."""
+    keras.utils.set_random_seed(seed)
+    model = build(name, data)
+    steps = epochs * math.ceil(len(data.x_train) / batch_size)
+    schedule = keras.optimizers.schedules.CosineDecay(2e-3, steps)
+    model.compile(
+        keras.optimizers.Adam(schedule), "sparse_categorical_crossentropy", metrics=["accuracy"]
+    )
+    model.fit(data.x_train, data.y_train, batch_size=batch_size, epochs=epochs, verbose=0)
+    return model
