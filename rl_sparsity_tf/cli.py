@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _GROUPS = ("element", "block4", "block16", "channel")
 _SMALLEST = {"episodes": 1, "seed": 0, "batch_size": 1, "finetune_epochs": 0}
 _QUANTIZATIONS = ("plan", "none", "dynamic", "int8", "float16")
+_RECOVERIES = ("least_squares", "finetune", "none")
 _DEFAULT_SPARSITY = 0.9
 
 
@@ -71,6 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
     compress.add_argument("--group", choices=_GROUPS, default="element", help="unit of decision")
     compress.add_argument(
         "--quantization", choices=_QUANTIZATIONS, default="plan", help="how to export"
+    )
+    compress.add_argument(
+        "--recovery",
+        choices=_RECOVERIES,
+        help="how plans recover before they are evaluated (least_squares where layers allow it)",
     )
     compress.add_argument("--batch-size", type=int, default=128, help="rows in a training batch")
     compress.add_argument(
@@ -254,6 +260,7 @@ def _compress(options: argparse.Namespace) -> None:
         group=options.group,
         directory=options.output,
         seed=options.seed,
+        recovery=options.recovery,
     )
     data = (
         load_npz(options.data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,14 +25,23 @@ class TrainingData:
     """Training data, once as the user gave it and once as a pool of cached batches.
 
     Attributes:
-        dataset: Batches for training epochs, reshuffled in every one where the data allows it.
+        make_dataset: Makes the dataset.
         pool: Equally shaped batches kept in memory, for statistics and short recoveries.
         steps: Batches in an epoch.
     """
 
-    dataset: tf.data.Dataset
+    make_dataset: Callable[[], tf.data.Dataset]
     pool: list[Batch]
     steps: int | None
+
+    @property
+    def dataset(self) -> tf.data.Dataset:
+        """Batches for training epochs, reshuffled in every one where the data allows it.
+
+        Arrays are shuffled anew: a training does not depend on how often the data was gone over
+        before. A dataset of the user's is the user's.
+        """
+        return self.make_dataset()
 
     def batch(self, index: int) -> Batch:
         """The pool's batch of a running number, around and around."""
@@ -89,11 +99,15 @@ def training_data(
     pool = [_tensors(_slice(arrays, order[i * size : (i + 1) * size])) for i in range(count)]
     x, y, weights = arrays
     columns = (x, y) if weights is None else (x, y, weights)
-    dataset = tf.data.Dataset.from_tensor_slices(columns)
-    dataset = dataset.shuffle(min(rows, 100_000), seed=seed)
-    dataset = dataset.batch(size, drop_remainder=fixed is not None)
+    slices = tf.data.Dataset.from_tensor_slices(columns)
+
+    def make_dataset() -> tf.data.Dataset:
+        # Every shuffle counts its epochs; a new one begins with the first.
+        shuffled = slices.shuffle(min(rows, 100_000), seed=seed)
+        return shuffled.batch(size, drop_remainder=fixed is not None)
+
     steps = rows // size if fixed else -(-rows // size)
-    return TrainingData(dataset=dataset, pool=pool, steps=steps)
+    return TrainingData(make_dataset=make_dataset, pool=pool, steps=steps)
 
 
 def _training_dataset(
@@ -139,7 +153,7 @@ def _training_dataset(
         steps = len(pool)
     if endless or unknown:
         data = data.repeat().take(steps)
-    return TrainingData(dataset=data, pool=pool, steps=steps)
+    return TrainingData(make_dataset=lambda: data, pool=pool, steps=steps)
 
 
 class _Weighting:

@@ -2,7 +2,7 @@
 
 The [database][rl_sparsity_tf.layer_database] says what every kernel loses at every density; a
 knapsack chooses one entry per kernel. Frantar & Alistarh 2022, "SPDY: Accurate pruning with speedup
-guarantees", arXiv 2201.13096, section 3.2, with weights or bytes in place of milliseconds.
+guarantees", arXiv 2201.13096, with weights or bytes in place of milliseconds.
 """
 
 from __future__ import annotations

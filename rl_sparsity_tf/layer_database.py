@@ -2,7 +2,7 @@
 
 For each kernel the error of its layer's outputs is measured at about twenty densities, after the
 closed-form fit that would follow. Nothing is evaluated, and the network stays as it is. Frantar &
-Alistarh 2022, "SPDY: Accurate pruning with speedup guarantees", arXiv 2201.13096, section 3.
+Alistarh 2022, "SPDY: Accurate pruning with speedup guarantees", arXiv 2201.13096.
 """
 
 from __future__ import annotations

@@ -200,6 +200,7 @@ class Result:
             f"{dense['tflite_bytes']:,} -> {compressed['tflite_bytes']:,} bytes, gzipped "
             f"{dense['gzip_bytes']:,} -> {compressed['gzip_bytes']:,}"
         )
+        print_fn(f"plan proposed by {self.candidate.found_by}")
         name = self.metrics["metric"]["name"]
         print_fn(f"validation {name} {compressed['validation_metric']:.4f}")
         if compressed["metric"] is not None:

@@ -156,7 +156,9 @@ def test_the_program_keeps_standard_error_clean(files, tmp_path):
     )
     assert done.stderr == ""
     assert done.returncode == 0
-    assert done.stdout.startswith("dqn search: 1 episodes\nepisode 1/1  reward ")
+    assert done.stdout.startswith(
+        "evaluating the plans of known heuristics\ndqn search: 1 episodes\nepisode 1/1  reward "
+    )
 
 
 def test_the_callers_process_is_left_as_it_was(files, capsys):

@@ -523,3 +523,16 @@ def test_rows_are_sampled_from_every_input(two_inputs):
     (drawn,) = sample_rows(batches, 5)
     np.testing.assert_array_equal(drawn[0]["left"], x["left"][drawn[1]])
     np.testing.assert_array_equal(drawn[0]["right"], x["right"][drawn[1]])
+
+
+def test_every_training_on_arrays_sees_the_rows_in_the_same_order():
+    model = keras.Sequential([keras.layers.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    rows = np.arange(20, dtype=np.float32)[:, None]
+    data = training_data((rows, rows), model, batch_size=8, seed=3)
+    orders = []
+    for _ in range(2):
+        dataset = data.dataset
+        orders.append([np.concatenate([x for x, _ in dataset]).ravel() for _ in range(2)])
+    np.testing.assert_array_equal(orders[0], orders[1])
+    assert (orders[0][0] != orders[0][1]).any()  # but shuffled anew in every epoch

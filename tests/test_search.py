@@ -289,6 +289,7 @@ def test_the_summary_lists_every_kernel_and_the_figures(run):
         assert float(cells[6]) == pytest.approx(entry.sparsity, abs=1e-4)
         assert cells[7] in ("float32", "int8")
     assert f"sparsity {compressed['sparsity']:.4f} of all weights" in text
+    assert f"plan proposed by {run.result.candidate.found_by}" in lines
     assert f"-> {compressed['tflite_bytes']:,} bytes" in text
     assert f"validation accuracy {compressed['validation_metric']:.4f}" in text
     assert ("test accuracy: dense" in text) == (compressed["metric"] is not None)

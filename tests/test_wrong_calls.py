@@ -296,7 +296,10 @@ ARGUMENTS = {
         searched(quantization="int9"),
         r"quantization='int9' is not known\. Expected one of 'plan', .*Did you mean 'int8'",
     ),
-    "mask": (searched(mask="hard"), r"mask='hard' is not known\. Expected one of 'straight_through'"),
+    "mask": (
+        searched(mask="hard"),
+        r"mask='hard' is not known\. Expected one of 'straight_through'",
+    ),
     "distillation": (
         searched(distillation=1.5),
         r"distillation=1\.5 cannot be used\. Expected a share from 0 to 1",
