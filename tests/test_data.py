@@ -116,7 +116,8 @@ def test_training_rows_are_shuffled_by_the_seed(model):
 
 def test_epochs_are_reshuffled_and_complete(model):
     data = training_data((x_of(), y_of()), model, batch_size=8)
-    epochs = [np.concatenate([batch[0] for batch in data.dataset]) for _ in range(2)]
+    dataset = data.dataset
+    epochs = [np.concatenate([batch[0] for batch in dataset]) for _ in range(2)]
     assert (epochs[0] != epochs[1]).any()
     np.testing.assert_array_equal(*[epoch[np.argsort(epoch[:, 0])] for epoch in epochs])
 

