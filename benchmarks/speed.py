@@ -208,10 +208,13 @@ def episode(options: argparse.Namespace) -> None:
             loop.agent.observe = timing(loop.agent.observe, "act")  # type: ignore[method-assign]
             loop.agent.end_episode = timing(loop.agent.end_episode, "learn")  # type: ignore
             loop.run(options.warmup, SearchProgress(options.warmup, "loss", 0))
+            assert compressed.least_squares is not None
             for values in spent.values():
                 values.clear()
-            total = options.warmup + options.episodes
-            loop.run(total, SearchProgress(total, "loss", 0))
+            for total in range(options.warmup + 1, options.warmup + options.episodes + 1):
+                compressed._known.clear()  # an episode that repeats a plan evaluates it, too
+                loop._done = total - 1
+                loop.run(total, SearchProgress(total, "loss", 0))
             del compressed.finish
             evaluation = sum(spent["finish"])
             parts = [sum(spent["step"]) - evaluation, sum(spent["act"]), sum(spent["learn"])]

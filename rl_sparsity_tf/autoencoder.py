@@ -41,7 +41,7 @@ class WeightAutoencoder:
         seed: int = 0,
         epochs: int = 12,
         max_chunks: int = 4096,
-        measured_chunks: int = 1024,
+        measured_chunks: int = 512,
     ):
         rng = np.random.default_rng(seed)
         self._scales = {path: float(matrix.std()) or 1.0 for path, matrix in kernels.items()}

@@ -55,7 +55,17 @@ from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.tfmot_baseline import tfmot as tfmot
 from rl_sparsity_tf.wrapping import wrap
 
-__all__ = ["erk", "first_order", "global_magnitude", "lamp", "uniform"]
+__all__ = [
+    "dynamic_programming",
+    "erk",
+    "first_order",
+    "global_magnitude",
+    "hill_climbing",
+    "lamp",
+    "random_search",
+    "tfmot",
+    "uniform",
+]
 
 # Rows that a gradient is averaged over, and the batches in which arrays are read for it.
 _ROWS, _BATCHES = 4096, 64

@@ -34,6 +34,11 @@ class Demonstration:
     name: str
     densities: Mapping[str, float]
 
+    @classmethod
+    def of(cls, name: str, plan: CompressionPlan) -> Demonstration:
+        """A plan's densities."""
+        return cls(name, {path: 1.0 - one.sparsity for path, one in plan.kernels.items()})
+
     def action(self, environment: LayerEnvironment, time_step: Any) -> int:
         """Prunes the buckets below the density, stores the others as integers where that works.
 
@@ -59,17 +64,12 @@ class Demonstration:
         return int(Operation.KEEP)
 
 
-def demonstrate(network: CompressedNetwork) -> list[Demonstration]:
-    """The demonstrations for a network: the densities of the heuristics that need no search.
-
-    One whose densities are those of an earlier one is left out.
-    """
+def without_twins(demonstrations: Sequence[Demonstration]) -> list[Demonstration]:
+    """The demonstrations without those whose densities are those of an earlier one."""
     found: list[Demonstration] = []
-    for name, live in _heuristics(network):
-        shares = allocation.densities(live)
-        densities = {k.path: share for k, share in zip(network.kernels, shares, strict=True)}
-        if not any(_alike(densities, other.densities) for other in found):
-            found.append(Demonstration(name, densities))
+    for one in demonstrations:
+        if not any(_alike(one.densities, other.densities) for other in found):
+            found.append(one)
     return found
 
 

@@ -20,7 +20,16 @@ from rl_sparsity_tf.data import training_data
 from rl_sparsity_tf.errors import DataError
 from rl_sparsity_tf.export_modes import INTEGER_MODES
 from rl_sparsity_tf.kernels import Kernel, count_weights, find_kernels
-from rl_sparsity_tf.knapsack import POWER, Cost, cheapest, densest, fill, plan_of, weights_cost
+from rl_sparsity_tf.knapsack import (
+    POWER,
+    Choice,
+    Cost,
+    cheapest,
+    densest,
+    fill,
+    plan_of,
+    weights_cost,
+)
 from rl_sparsity_tf.layer_database import FLOAT, KernelErrors, levels, measure, most_salient
 from rl_sparsity_tf.layer_problem import LayerProblem
 from rl_sparsity_tf.least_squares import closed_form
@@ -87,8 +96,14 @@ def dynamic_programming(
         return _within_bytes(request, problems, sizes)
 
 
-def propose(network: CompressedNetwork, power: float = POWER) -> CompressionPlan:
-    """The plan of [dynamic_programming][] for a network that is searched.
+def propose(network: CompressedNetwork) -> CompressionPlan:
+    """The plan of [dynamic_programming][] for a network that is searched."""
+    (plan,) = propose_all(network, (POWER,))
+    return plan
+
+
+def propose_all(network: CompressedNetwork, powers: Sequence[float]) -> list[CompressionPlan]:
+    """Plans of [dynamic_programming][] for a network that is searched, from one database.
 
     The errors are those of the network's own least-squares problems, and its state stays as it
     is. What lives is stored as integers where that works; under a budget of bytes, where it leads
@@ -96,11 +111,12 @@ def propose(network: CompressedNetwork, power: float = POWER) -> CompressionPlan
 
     Args:
         network: The network; without least squares all kernels count by their weights.
-        power: The power of the layers' errors that is summed, see
-            [cheapest][rl_sparsity_tf.knapsack.cheapest]; others than 1/2 give other plans to try.
+        powers: The powers of the layers' errors that are summed, see
+            [cheapest][rl_sparsity_tf.knapsack.cheapest]. None is best for every network.
 
     Returns:
-        A complete plan that meets the target; no floor is held beyond a group per kernel.
+        A complete plan per power, which meets the target; no floor is held beyond a group per
+        kernel.
     """
     kernels, groupings, budget = network.kernels, network.groupings, network.budget
     problems = {} if network.least_squares is None else network.least_squares.problems
@@ -123,8 +139,17 @@ def propose(network: CompressedNetwork, power: float = POWER) -> CompressionPlan
         density=1.0 - budget.goal,
         most=most,
     )
-    choice = cheapest(database, cost, allowed, power) or densest(database)
-    ranking = allocation.Ranking(choice.scores(database, sizes), sizes)
+    choices = [cheapest(database, cost, allowed, power) or densest(database) for power in powers]
+    return [_as_plan(network, choice, choice.scores(database, sizes)) for choice in choices]
+
+
+def _as_plan(
+    network: CompressedNetwork, choice: Choice, scores: Sequence[np.ndarray]
+) -> CompressionPlan:
+    """A choice's plan, filled up to the budget."""
+    kernels, budget = network.kernels, network.budget
+    sizes = [network.groupings[kernel.path].sizes for kernel in kernels]
+    ranking = allocation.Ranking(scores, sizes)
     if not isinstance(budget, SizeBudget):
         live = ranking.live(budget.wanted)
         return allocation.plan_from_live(kernels, network.group, live, quantize=True)

@@ -95,6 +95,7 @@ class LayerEnvironment(py_environment.PyEnvironment):
         self._later = [network.index_of(path) for path in (behind if later is None else later)]
         self._base: Snapshot | None = None
         self._buckets: list[np.ndarray] = []
+        self._first_buckets: list[np.ndarray] = []
         self._saliency = np.zeros(0)
         self._position = 0
         self._action_spec = array_spec.BoundedArraySpec(
@@ -157,8 +158,11 @@ class LayerEnvironment(py_environment.PyEnvironment):
         assert self._base is not None
         self.network.restore(self._base)
         self.network.measure()
-        self._saliency = saliency_of(self.network.latent_matrix(self.kernel), self.grouping)
-        self._buckets = split_buckets(self._saliency, self._edges)
+        if self.network.least_squares is None or not self._first_buckets:
+            self._saliency = saliency_of(self.network.latent_matrix(self.kernel), self.grouping)
+            self._first_buckets = split_buckets(self._saliency, self._edges)
+        # Without training the weights are the same in every episode.
+        self._buckets = list(self._first_buckets)
         self._position = 0
         return ts.restart(self._observe(), reward_spec=self._reward_spec)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import math
 import os
 from collections.abc import Iterator
 
@@ -53,10 +55,10 @@ class Kernel:
         """Shape of the kernel variable."""
         return tuple(int(size) for size in self.variable.shape)
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Number of weights."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
     def value(self) -> np.ndarray:
         """The variable's value (of a wrapped layer: before operations are applied)."""

@@ -11,7 +11,8 @@ import tensorflow as tf
 
 from rl_sparsity_tf.agents import AgentConfig, build_agent
 from rl_sparsity_tf.candidates import PROPOSED, Candidate, is_better
-from rl_sparsity_tf.demonstrations import Demonstration, demonstrate, proposals
+from rl_sparsity_tf.demonstrations import Demonstration, proposals, without_twins
+from rl_sparsity_tf.dynamic_programming import propose_all
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.errors import RunError
 from rl_sparsity_tf.network import CompressedNetwork
@@ -20,6 +21,10 @@ from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.relaxation import Relaxation
 from rl_sparsity_tf.reward import RewardFunction, bounded
 from rl_sparsity_tf.run_directory import RunDirectory
+
+DYNAMIC = "dynamic_programming"
+# Of the layers' errors; no power gives the best plan for every network.
+_POWERS = (1.0, 0.5, 0.25)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,17 +119,20 @@ class SearchLoop:
     def _propose(self, demonstrations: int) -> None:
         network = self._network
         steps = self._settings.buckets * network.recovery.steps
-        values: dict[str, float] = {}
         tf.random.set_seed(self._settings.seed)
-        for name, plan in proposals(network):
+        plans = proposals(network)
+        if network.least_squares is not None:
+            found = propose_all(network, _POWERS)
+            plans += [(DYNAMIC, plan) for n, plan in enumerate(found) if plan not in found[:n]]
+        shown: list[tuple[float, Demonstration]] = []
+        for name, plan in plans:
             outcome = evaluate_plan(network, plan, steps)
-            values[name] = value = bounded(self._settings.reward, outcome, None)
+            value = bounded(self._settings.reward, outcome, None)
+            shown.append((value, Demonstration.of(name, plan)))
             if is_better(value, outcome, self.best):
                 self.best = Candidate.of(network, value, PROPOSED, name)
-        # What proposes the plan of another has no value of its own, and the densities of another.
-        shown = [one for one in demonstrate(network) if one.name in values]
-        shown.sort(key=lambda one: -values[one.name])
-        self._demonstrations = shown[:demonstrations]
+        best_first = [one for _, one in sorted(shown, key=lambda pair: -pair[0])]
+        self._demonstrations = without_twins(best_first)[:demonstrations]
 
     def _episode(self, episode: int) -> dict[str, Any]:
         started = time.monotonic()

@@ -410,6 +410,17 @@ def test_bonus_goes_to_the_last_transition_of_each_environment_episode() -> None
     assert agent.episodes == 1
 
 
+def test_the_worth_is_what_the_rewards_of_each_environment_episode_add_up_to() -> None:
+    agent = build("random", toy.ContextualEnvironment())
+    seen: list[Any] = []
+    agent._learn = lambda transitions: seen.extend(transitions) or {}
+    play_two_step(agent, [(0.25, 0.5), (-0.5, -0.25)])
+    agent.end_episode(worth=0.125)
+    assert [t.reward for t in seen] == [0.25, -0.125, -0.5, 0.625]
+    with pytest.raises(ArgumentError, match=r"worth=nan: expected a finite number"):
+        agent.end_episode(worth=float("nan"))
+
+
 def test_ppo_advantages_stop_at_the_end_of_each_environment_episode() -> None:
     config = PPO(hidden_layers=(16,), discount=0.9, gae_lambda=0.8, num_epochs=1)
     agent = build(config, toy.ContextualEnvironment())

@@ -20,7 +20,7 @@ from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan_request import PlanRequest
 
 L = keras.layers
-NAMES = baselines.__all__
+NAMES = allocation.HEURISTICS
 
 
 def net(*matrices):
@@ -475,12 +475,11 @@ def test_the_search_is_proposed_what_users_get():
             assert plan == make(name, model, sparsity=0.6, quantize=True)
         weights = sum(entry.weights_under(Operation.PRUNE) for entry in plan.kernels.values())
         assert weights == network.budget.wanted == 44
-    shown = {one.name: one.densities for one in demonstrations.demonstrate(network)}
-    assert set(shown) <= set(dict(proposed))
-    for name, densities in shown.items():
-        assert densities == {
-            path: pytest.approx(1 - entry.sparsity)
-            for path, entry in dict(proposed)[name].kernels.items()
+    for name, plan in proposed:
+        shown = demonstrations.Demonstration.of(name, plan)
+        assert shown.densities == {
+            path: pytest.approx(1 - entry.weights_under(Operation.PRUNE) / entry.operations.size)
+            for path, entry in plan.kernels.items()
         }
 
 
@@ -488,7 +487,8 @@ def test_heuristics_that_agree_are_shown_once():
     model = keras.Sequential([L.Input((6,)), L.Dense(3, activation="softmax")])
     model.compile("adam", "sparse_categorical_crossentropy")
     network = compressed(model, rls.Target(sparsity=0.5))
-    assert [one.name for one in demonstrations.demonstrate(network)] == ["uniform"]
+    proposed = [demonstrations.Demonstration.of(*one) for one in demonstrations.proposals(network)]
+    assert [one.name for one in demonstrations.without_twins(proposed)] == ["uniform"]
     # The exact plans are two: the gradient orders the weights in another way.
     assert [name for name, _ in demonstrations.proposals(network)] == ["uniform", "first_order"]
 

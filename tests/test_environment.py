@@ -455,3 +455,88 @@ def test_wrong_buckets_are_refused(buckets):
 def test_an_unknown_kernel_is_refused_with_the_kernels_there_are():
     with pytest.raises(ArgumentError, match=r"no kernel 'cnv/kernel'\. Expected one of .*conv/ker"):
         rls.LayerEnvironment(network_of("element"), "cnv/kernel")
+
+
+# -- least squares -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fitted() -> CompressedNetwork:
+    """A network that recovers in closed form, at the end of an episode."""
+    return build(odd_model(), "element", rls.Recovery(method="least_squares"), 0.5)
+
+
+def pruned_episode(env: rls.LayerEnvironment, operation: int) -> list:
+    steps = [env.reset()]
+    while not steps[-1].is_last():
+        legal = legal_of(steps[-1])
+        steps.append(env.step(np.int32(operation if operation in legal else legal[0])))
+    return steps
+
+
+def test_only_the_last_step_evaluates_and_the_others_are_estimates(fitted):
+    fitted.seen.clear()
+    envs = environments(fitted)
+    for number, env in enumerate(envs):
+        env.evaluate = number == len(envs) - 1
+        env.commit()
+        seen = []
+        step = env.reset()
+        while not step.is_last():
+            legal = legal_of(step)
+            wanted = PRUNE if PRUNE in legal else legal[0]
+            step = env.step(np.int32(wanted))
+            seen.append((fitted.evaluations, fitted.outcome))
+            assert np.isfinite(step.reward)
+        if number < len(envs) - 1:
+            assert fitted.evaluations == 0
+            errors = [fitted.output_errors[k.path] for k in fitted.kernels]
+            assert fitted.outcome.output_error == pytest.approx(np.mean(errors))
+            assert fitted.outcome.metric == pytest.approx(
+                fitted.dense.metric * (1.0 - np.mean(errors))
+            )
+    assert [count for count, _ in seen[:-1]] == [0] * (len(seen) - 1)
+    assert fitted.evaluations == 1
+    measured = fitted._evaluator(fitted.validation)
+    assert (fitted.outcome.metric, fitted.outcome.loss) == (measured.metric, measured.loss)
+
+
+def test_more_pruned_is_estimated_worse(fitted):
+    fitted.reset()
+    path = fitted.kernels[0].path
+    count = fitted.groupings[path].count
+    before = fitted.outcome
+    few = fitted.decide(path, np.arange(count // 4), PRUNE)
+    many = fitted.decide(path, np.arange(count // 4, count // 2), PRUNE)
+    assert before.output_error == 0 < few.output_error < many.output_error < 1
+    assert before.loss < few.loss < many.loss
+    fitted.reset()
+    assert fitted.outcome == before
+    assert set(fitted.output_errors.values()) == {0.0}
+
+
+def test_an_episode_leaves_no_trace_on_the_network(fitted):
+    fitted.reset()
+    before = fitted.model.get_weights()
+    env = environments(fitted)[0]
+    first = [bits(step) for step in pruned_episode(env, PRUNE)]
+    assert [bits(step) for step in pruned_episode(env, PRUNE)] == first
+    env.reset()
+    for one, other in zip(before, fitted.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_plan_is_evaluated_once(fitted):
+    env = environments(fitted)[0]
+    pruned_episode(env, PRUNE)
+    outcome, calls = fitted.outcome, []
+    recover = fitted.least_squares.recover
+    fitted.least_squares.recover = lambda *args: calls.append(1) or recover(*args)
+    try:
+        pruned_episode(env, PRUNE)
+        assert fitted.outcome == outcome
+        assert not calls
+        fitted.latent_weights()  # asked for, they are fitted again
+        assert calls == [1]
+    finally:
+        del fitted.least_squares.recover
