@@ -39,7 +39,9 @@ FIELDS = (
 )
 
 
-def run(dataset: str, agent: str, seed: int, episodes: int, sparsity: float) -> dict[str, object]:
+def run(
+    dataset: str, agent: str, seed: int, episodes: int, sparsity: float, recovery: str | None
+) -> dict[str, object]:
     """One search from a network trained with the same seed."""
     data = load_dataset(dataset, seed=seed)
     model = base_network(data.input_shape, data.num_classes, seed)
@@ -47,7 +49,12 @@ def run(dataset: str, agent: str, seed: int, episodes: int, sparsity: float) -> 
     train_base(model, data, batch_size)
     started = time.monotonic()
     compressor = rls.Compressor(
-        model, rls.Target(sparsity=sparsity), agent=agent, seed=seed, warm_start=False
+        model,
+        rls.Target(sparsity=sparsity),
+        agent=agent,
+        seed=seed,
+        warm_start=False,
+        recovery=recovery,
     )
     result = compressor.search(
         **search_data(data), episodes=episodes, batch_size=batch_size, verbose=0
@@ -74,12 +81,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--recovery", choices=("least_squares", "finetune", "none"))
     parser.add_argument("--csv", type=Path, help="file to append rows to")
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
     for seed in range(options.seeds):
         for agent in ("dqn", "ppo", "random"):
-            row = run(options.dataset, agent, seed, options.episodes, options.sparsity)
+            row = run(
+                options.dataset,
+                agent,
+                seed,
+                options.episodes,
+                options.sparsity,
+                options.recovery,
+            )
             rows.append(row)
             print(row, file=sys.stderr, flush=True)
             if options.csv:

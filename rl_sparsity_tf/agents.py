@@ -121,7 +121,7 @@ class DQN(AgentConfig):
     hidden_layers: tuple[int, ...] = (64, 64)
     """Widths of the Q-network's hidden layers (ReLU)."""
 
-    discount: float = 0.95
+    discount: float = 1.0
     """How much a reward one step later counts, in [0, 1]."""
 
     exploration: str = "epsilon"
@@ -145,7 +145,7 @@ class DQN(AgentConfig):
     batch_size: int = 64
     """Transitions per training step."""
 
-    train_steps: int = 100
+    train_steps: int = 50
     """Training steps after each search episode."""
 
     target_update_period: int = 25

@@ -190,9 +190,11 @@ class _Always(list):
 
 def _nodes(model: keras.Model) -> list[Any]:
     """The calls of a functional or Sequential model's graph, in the order they are run."""
-    if not is_graph(model):
+    # A subclass of a functional model may call its layers in another way than its graph.
+    own_call = not type(model).call.__module__.startswith("tf_keras.")
+    by_depth = getattr(model, "_nodes_by_depth", None)
+    if own_call or not is_graph(model) or not by_depth:
         return []
-    by_depth = model._nodes_by_depth
     ordered = [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]]
     return [node for node in ordered if not node.is_input]
 

@@ -165,19 +165,21 @@ def closed_form(
     kernels: list[Kernel],
     groupings: Mapping[str, Grouping],
     train: TrainingData,
+    fixed: int | None = None,
     *,
     ridge: float = RIDGE,
 ) -> LeastSquares:
     """The fits on the first batches of the training data.
 
     Dense layers see one row of each example, so that those with many inputs need more examples.
+    A model that fixes the rows per call gets one batch.
     """
     dense = [kernel.shape[0] for kernel in kernels if isinstance(kernel.layer, keras.layers.Dense)]
     rows = int(np.clip(4 * max(dense, default=0), _LEAST_INPUTS, _MOST_INPUTS))
     batches: list[Batch] = []
     held = 0
     for batch in train.pool:
-        if held < rows:
+        if held < rows and (not batches or fixed is None):
             batches.append(batch)
             held += len(tf.nest.flatten(batch[0])[0])
     return LeastSquares(model, kernels, groupings, inputs_of(batches), ridge=ridge)

@@ -9,6 +9,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.autoencoder import WeightAutoencoder
+from rl_sparsity_tf.batch_checks import fixed_batch
 from rl_sparsity_tf.budget import Budget
 from rl_sparsity_tf.data import Batch, TrainingData
 from rl_sparsity_tf.effective_kernels import EffectiveKernels
@@ -84,7 +85,7 @@ class CompressedNetwork:
                 "layer of a registered class; rl_sparsity_tf.describe_support(model) lists why "
                 "each is skipped, and register_layer adds a class."
             )
-        self.recovery = recovery.resolved(self.kernels)
+        self.recovery = recovery.resolved(self.kernels, fixed_batch(model))
         self.groupings: dict[str, Grouping] = {k.path: k.grouping(group) for k in self.kernels}
         _, elements = count_weights(model)
         self.budget: Budget = make_budget(model, self.kernels, target, group, elements)
@@ -120,7 +121,7 @@ class CompressedNetwork:
         self.dense_statistics = self.statistics
         self.least_squares: LeastSquares | None = None
         if self.recovery.method == "least_squares":
-            pieces = (self.model, self.kernels, self.groupings, train)
+            pieces = (self.model, self.kernels, self.groupings, train, fixed_batch(model))
             self.least_squares = closed_form(*pieces, ridge=self.recovery.ridge)
         self.outcome = self._outcome(self.dense)
         self._start = self.snapshot()

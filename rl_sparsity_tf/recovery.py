@@ -25,7 +25,8 @@ class Recovery:
             outputs move. `"finetune"`: a few training steps after every decision, then an
             evaluation. `"none"`: an evaluation after every decision. None takes least squares
             where at least half of the weights are in layers that can be fitted (dense,
-            convolutional and depthwise), else fine-tuning.
+            convolutional and depthwise) and the model leaves the batch size open, else
+            fine-tuning.
         steps: Training steps after every decision that changes the network, for `"finetune"`.
         learning_rate: Of the Adam optimizer that takes them.
         ridge: Strength of the ridge in the fits, relative to the mean square of a layer's inputs.
@@ -55,8 +56,12 @@ class Recovery:
         """The recovery's fields."""
         return dataclasses.asdict(self)
 
-    def resolved(self, kernels: Sequence[Kernel]) -> Recovery:
+    def resolved(self, kernels: Sequence[Kernel], fixed: int | None = None) -> Recovery:
         """The recovery with a method that the kernels allow.
+
+        Args:
+            kernels: The kernels of the network.
+            fixed: Rows that the model takes per call, if it fixes them: fits see no more.
 
         Raises:
             ArgumentError: If least squares are asked for and no kernel can be fitted.
@@ -72,7 +77,8 @@ class Recovery:
         if self.method is not None:
             return self
         share = sum(kernel.size for kernel in fitted) / sum(kernel.size for kernel in kernels)
-        method = "least_squares" if share >= _LEAST_SHARE else "finetune"
+        enough = share >= _LEAST_SHARE and fixed is None
+        method = "least_squares" if enough else "finetune"
         return dataclasses.replace(self, method=method)
 
 

@@ -471,6 +471,7 @@ def test_recovery_is_chosen_by_what_the_layers_allow():
     )
     assert rls.Recovery().resolved(find_kernels(recurrent)).method == "finetune"
     assert rls.Recovery().resolved(find_kernels(trained())).method == "least_squares"
+    assert rls.Recovery().resolved(find_kernels(trained()), fixed=16).method == "finetune"
     asked = rls.Recovery(method="least_squares").resolved(find_kernels(recurrent))
     assert asked.method == "least_squares"  # the dense layer can be fitted
     only = keras.Sequential([keras.layers.Input((4, 3)), keras.layers.LSTM(8)])
