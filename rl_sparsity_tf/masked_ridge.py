@@ -51,15 +51,16 @@ def fit_masked(
     Example:
         >>> fit_masked(x.T @ x / len(x), x.T @ y / len(x), w, w != 0, ridge=1e-3)
     """
-    weights = np.where(live, start, 0.0).astype(np.float64)
+    weights = np.zeros(start.shape, np.float64)
     strength = max(ridge * float(np.mean(np.diag(gram))), 1e-12)
-    residual = np.where(live, cross - gram @ weights, 0.0)
+    wanted = cross + strength * start
     survivors = live.sum(axis=0)
     large = np.flatnonzero(survivors > exact_survivors)
     if len(large):
-        weights[:, large] += _conjugate_gradients(
-            gram, residual[:, large], live[:, large], strength
-        )
+        from_start = np.where(live[:, large], start[:, large], 0.0).astype(np.float64)
+        residual = np.where(live[:, large], cross[:, large] - gram @ from_start, 0.0)
+        found = _conjugate_gradients(gram, residual, live[:, large], strength)
+        weights[:, large] = from_start + found
     small = np.flatnonzero((survivors > 0) & (survivors <= exact_survivors))
     patterns, owner = _patterns(live[:, small])
     shared = np.flatnonzero(np.bincount(owner) > 1)
@@ -68,7 +69,7 @@ def fit_masked(
         columns = small[owner == pattern]
         rows = np.flatnonzero(patterns[:, pattern])
         system = gram[np.ix_(rows, rows)] + strength * np.eye(len(rows))
-        weights[np.ix_(rows, columns)] += np.linalg.solve(system, residual[np.ix_(rows, columns)])
+        weights[np.ix_(rows, columns)] = np.linalg.solve(system, wanted[np.ix_(rows, columns)])
         single[owner == pattern] = False
     rest = small[single]
     rest = rest[np.argsort(survivors[rest], kind="stable")]
@@ -76,7 +77,7 @@ def fit_masked(
     while at < len(rest):
         end = _chunk_end(survivors[rest], at, chunk_bytes)
         columns = rest[at:end]
-        _solve_batch(weights, gram, residual, live, columns, strength)
+        _solve_batch(weights, gram, wanted, live, columns, strength)
         at = end
     return weights
 
@@ -134,7 +135,7 @@ def _chunk_end(survivors: np.ndarray, at: int, chunk_bytes: int) -> int:
 def _solve_batch(
     weights: np.ndarray,
     gram: np.ndarray,
-    residual: np.ndarray,
+    wanted: np.ndarray,
     live: np.ndarray,
     columns: np.ndarray,
     strength: float,
@@ -148,9 +149,10 @@ def _solve_batch(
     system *= chosen[:, :, None] & chosen[:, None, :]
     diagonal = np.arange(size)
     system[:, diagonal, diagonal] += np.where(chosen, strength, 1.0)
-    wanted = residual[index, columns[:, None]] * chosen
-    found = np.linalg.solve(system, wanted[:, :, None])[:, :, 0]
-    weights[index, columns[:, None]] += found * chosen
+    right = wanted[index, columns[:, None]] * chosen
+    found = np.linalg.solve(system, right[:, :, None])[:, :, 0]
+    # A column's fillers are pruned rows of its own, which stay 0.
+    weights[index, columns[:, None]] = found * chosen
 
 
 def _conjugate_gradients(

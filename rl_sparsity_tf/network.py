@@ -164,9 +164,6 @@ class CompressedNetwork:
         self._measure_alteration(path)
 
     def _apply(self, path: str) -> None:
-        if self.least_squares is not None and self.least_squares.fitted:
-            self.least_squares.reset()
-            self._forget()
         self._effective.forget(path)
         index = self.index_of(path)
         self.budget.pruned[index] = int(
@@ -200,6 +197,9 @@ class CompressedNetwork:
         if digest not in self._known:
             self._recover()
             self._known[digest] = self.evaluate()
+            # What is seen of the network does not depend on whether its plan was new.
+            self.least_squares.reset()
+            self._forget()
         self.seen.add(digest)
         self.outcome = self._known[digest]
         return self.outcome
@@ -394,7 +394,11 @@ class CompressedNetwork:
         return sum(function.experimental_get_tracing_count() for function in functions)
 
     def latent_weights(self) -> Mapping[str, list[np.ndarray]]:
-        """Present weights of every layer by name, before operations are applied."""
-        if self.least_squares is not None and not self.least_squares.fitted:
-            self._recover()
-        return {path: unwrapped(layer).get_weights() for path, layer in walk(self.model)}
+        """Recovered weights of every layer by name, before operations are applied."""
+        if self.least_squares is not None:
+            self._recover()  # of the plan evaluated last, all is at hand
+        weights = {path: unwrapped(layer).get_weights() for path, layer in walk(self.model)}
+        if self.least_squares is not None:
+            self.least_squares.reset()
+            self._forget()
+        return weights

@@ -497,6 +497,7 @@ def test_only_the_last_step_evaluates_and_the_others_are_estimates(fitted):
             )
     assert [count for count, _ in seen[:-1]] == [0] * (len(seen) - 1)
     assert fitted.evaluations == 1
+    fitted._recover()
     measured = fitted._evaluator(fitted.validation)
     assert (fitted.outcome.metric, fitted.outcome.loss) == (measured.metric, measured.loss)
 

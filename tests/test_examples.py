@@ -139,7 +139,8 @@ def test_the_code_of_the_readme_runs_in_its_order(tmp_path, quick):
     arguments = command.group(1).replace("--episodes 24", "--episodes 1").split()
     run_python(tmp_path, "-m", "rl_sparsity_tf.cli", *arguments, "--finetune-epochs", "1")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
-    assert metrics["compressed"]["sparsity"] == pytest.approx(0.9, abs=1e-3)
+    # Weights that round to 0 on the integer grid come on top.
+    assert 0.9 <= metrics["compressed"]["sparsity"] < 0.91
 
 
 def test_the_two_commands_for_a_fresh_machine_are_each_one_line():

@@ -311,7 +311,7 @@ WRONG_OPTIONS = {
     "seed": ({"seed": -1}, r"seed=-1 cannot be used\. Expected a whole number of at least 0"),
     "seed type": ({"seed": 1.5}, r"seed=1\.5 cannot be used"),
     "reward": ({"reward": "accuracy"}, r"reward='accuracy' cannot be called\. Expected rls\.Rew"),
-    "recovery": ({"recovery": "none"}, r"recovery='none' is a str\. Expected a Recovery"),
+    "recovery": ({"recovery": "nothing"}, r"Recovery\(method\)='nothing' is not known\. Expected"),
     "buckets": ({"buckets": 0}, r"buckets=0 cannot be used\. Expected a whole number of at least"),
 }
 
