@@ -153,7 +153,8 @@ class CompressedNetwork:
         if self.least_squares is None:
             self.outcome = self.evaluate()
         else:
-            self.outcome = self._outcome(self._estimate())
+            moved = float(np.mean(list(self.output_errors.values())))
+            self.outcome = self._outcome(self.metric.estimated(self.dense, moved))
         return self.outcome
 
     def assign(self, path: str, operations: np.ndarray) -> None:
@@ -198,8 +199,7 @@ class CompressedNetwork:
             self._recover()
             self._known[digest] = self.evaluate()
             # What is seen of the network does not depend on whether its plan was new.
-            self.least_squares.reset()
-            self._forget()
+            self._undo_recovery()
         self.seen.add(digest)
         self.outcome = self._known[digest]
         return self.outcome
@@ -209,12 +209,10 @@ class CompressedNetwork:
         self._forget()
         self.least_squares.recover(self.operations, dict.fromkeys(self.operations, 8))
 
-    def _estimate(self) -> Score:
-        """A score from the layers' output errors; only differences between plans mean anything."""
-        left = 1.0 - float(np.mean(list(self.output_errors.values())))
-        left, metric = max(left, 1e-6), self.dense.metric
-        better = self.metric.higher_is_better == (metric >= 0)
-        return Score(metric * left if better else metric / left, self.dense.loss / left)
+    def _undo_recovery(self) -> None:
+        if self.least_squares is not None:
+            self.least_squares.reset()
+            self._forget()
 
     def train_steps(self, steps: int) -> None:
         """Trains on the next batches of the pool, with the operations held."""
@@ -359,9 +357,9 @@ class CompressedNetwork:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Goes back to a snapshot."""
+        self._forget()
         if snapshot.weights is None:
             self._undo(snapshot)
-        self._forget()
         for variable, value in zip(self.model.weights, snapshot.weights or [], strict=False):
             variable.assign(value)
         for variable, value in zip(self.model.optimizer.variables, snapshot.optimizer, strict=True):
@@ -376,8 +374,7 @@ class CompressedNetwork:
 
     def _undo(self, snapshot: Snapshot) -> None:
         """Goes back to the trained weights under a snapshot's operations."""
-        assert self.least_squares is not None
-        self.least_squares.reset()
+        self._undo_recovery()
         for kernel in self.kernels:
             wanted = snapshot.operations[kernel.path]
             if kernel.wrapper is not None and (wanted != self.operations[kernel.path]).any():
@@ -398,7 +395,5 @@ class CompressedNetwork:
         if self.least_squares is not None:
             self._recover()  # of the plan evaluated last, all is at hand
         weights = {path: unwrapped(layer).get_weights() for path, layer in walk(self.model)}
-        if self.least_squares is not None:
-            self.least_squares.reset()
-            self._forget()
+        self._undo_recovery()
         return weights

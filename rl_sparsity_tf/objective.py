@@ -75,6 +75,17 @@ class Metric:
         """Whether `one` is the better figure."""
         return one > other if self.higher_is_better else one < other
 
+    def estimated(self, dense: Score, error: float) -> Score:
+        """A guess from how far the outputs of the layers move: only differences mean anything.
+
+        Args:
+            dense: The dense model's score.
+            error: Mean output error of the layers, in [0, 1].
+        """
+        left = max(1.0 - error, 1e-6)
+        falls = self.higher_is_better == (dense.metric >= 0)
+        return Score(dense.metric * left if falls else dense.metric / left, dense.loss / left)
+
     def to_dict(self) -> dict[str, Any]:
         """The metric as metrics.json names it."""
         return {"name": self.name, "higher_is_better": self.higher_is_better}
