@@ -82,6 +82,18 @@ def test_a_search_cut_off_in_an_episode_ends_in_the_same_bits(whole, tmp_path):
 
 
 @pytest.mark.slow
+def test_with_least_squares_it_ends_in_the_same_bits_too(tmp_path):
+    options = {"recovery": "least_squares", "agent": "ppo"}
+    whole = search(compressor(trained(), directory=tmp_path / "whole", **options))
+    interrupt(tmp_path / "cut", after=2 * STEPS_OF_AN_EPISODE + 3, **options)
+    resumed = search(compressor(trained(), directory=tmp_path / "cut", **options))
+    assert figures_of(resumed.history) == figures_of(whole.history)
+    assert weights_of(resumed) == weights_of(whole)
+    assert resumed.metrics["search"]["evaluations"] == whole.metrics["search"]["evaluations"]
+    assert resumed.candidate.found_by == whole.candidate.found_by
+
+
+@pytest.mark.slow
 def test_the_same_seed_repeats_and_another_differs(whole, tmp_path):
     result, folder = whole
     # The user's own random numbers must not matter, nor be touched.
