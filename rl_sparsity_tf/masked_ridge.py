@@ -145,7 +145,7 @@ def _solve_batch(
     # others, which are cut out of the system below.
     index = np.argsort(~live[:, columns], axis=0, kind="stable")[:size].T
     chosen = np.take_along_axis(live[:, columns].T, index, axis=1)
-    system = gram[index[:, :, None], index[:, None, :]]
+    system = gram.take(index[:, :, None] * len(gram) + index[:, None, :])
     system *= chosen[:, :, None] & chosen[:, None, :]
     diagonal = np.arange(size)
     system[:, diagonal, diagonal] += np.where(chosen, strength, 1.0)
