@@ -50,6 +50,7 @@ _EXPORTS = {
     "VerificationError": "errors",
     "benchmark_tflite": "timing",
     "check_environment": "environment_check",
+    "describe_groups": "channel_groups",
     "describe_state": "state",
     "describe_support": "support",
     "export_tflite": "export",
@@ -57,6 +58,7 @@ _EXPORTS = {
     "load_model": "model_files",
     "predict_tflite": "export",
     "register_layer": "registry",
+    "shrink": "shrink",
     "strip": "wrapping",
     "wrap": "wrapping",
 }
@@ -67,6 +69,7 @@ _MODULES = ("baselines",)
 if TYPE_CHECKING:
     from rl_sparsity_tf import baselines
     from rl_sparsity_tf.agents import DQN, PPO, Random
+    from rl_sparsity_tf.channel_groups import describe_groups
     from rl_sparsity_tf.environment import LayerEnvironment
     from rl_sparsity_tf.environment_check import check_environment
     from rl_sparsity_tf.errors import (
@@ -91,6 +94,7 @@ if TYPE_CHECKING:
     from rl_sparsity_tf.result import Result
     from rl_sparsity_tf.reward import Outcome, Reward
     from rl_sparsity_tf.search import Compressor
+    from rl_sparsity_tf.shrink import shrink
     from rl_sparsity_tf.size_model import SizeModel
     from rl_sparsity_tf.state import describe_state
     from rl_sparsity_tf.support import describe_support
@@ -130,6 +134,7 @@ __all__ = [
     "baselines",
     "benchmark_tflite",
     "check_environment",
+    "describe_groups",
     "describe_state",
     "describe_support",
     "export_tflite",
@@ -137,6 +142,7 @@ __all__ = [
     "load_model",
     "predict_tflite",
     "register_layer",
+    "shrink",
     "strip",
     "wrap",
 ]
