@@ -28,11 +28,10 @@ import tensorflow as tf
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.data import TrainingData, evaluation_data, training_data
 from rl_sparsity_tf.datasets import Data, load_dataset
-from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.mask_training import finetune
 from rl_sparsity_tf.objective import Evaluator, Metric
 from rl_sparsity_tf.plan import CompressionPlan
-from rl_sparsity_tf.rules import KernelRule, uniform_plan
+from rl_sparsity_tf.rules import uniform_plan
 
 import tf_keras as keras  # isort: skip  (after the package, which asks for Keras 2)
 
@@ -61,21 +60,6 @@ def dense_network(data: Data, seed: int, epochs: int, batch_size: int) -> keras.
     )
     model.fit(data.x_train, data.y_train, batch_size=batch_size, epochs=epochs, verbose=0)
     return model
-
-
-def lamp_plan(model: keras.Model, sparsity: float) -> CompressionPlan:
-    """Magnitude pruning at the densities of LAMP."""
-    kernels = find_kernels(model)
-    scores, owners = [], []
-    for index, kernel in enumerate(kernels):
-        squares = np.sort(np.square(kernel.matrix(), dtype=np.float64), axis=None)[::-1]
-        scores.append(squares / np.cumsum(squares))
-        owners.append(np.full(squares.size, index))
-    order = np.argsort(np.concatenate(scores), kind="stable")
-    pruned = np.concatenate(owners)[order[: math.ceil(sparsity * order.size)]]
-    counts = np.bincount(pruned, minlength=len(kernels))
-    parts = zip(kernels, counts, strict=True)
-    return CompressionPlan(KernelRule(k.path, min(n, k.size - 1) / k.size) for k, n in parts)
 
 
 def run(
@@ -131,8 +115,10 @@ def main() -> None:
         test = evaluation_data((data.x_test, data.y_test), model, "test")
         dense.append(Evaluator(model, ACCURACY)(test).metric)
         for allocation in ALLOCATIONS:
-            make = uniform_plan if allocation == "uniform" else lamp_plan
-            plan = make(model, options.sparsity)
+            if allocation == "uniform":
+                plan = uniform_plan(model, options.sparsity)
+            else:
+                plan = rls.baselines.lamp(model, sparsity=options.sparsity)
             for mask in MASKS:
                 for share in (0.0, options.distillation):
                     row: dict[str, Any] = {

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 from rich.table import Table
 
@@ -36,7 +35,7 @@ from rl_sparsity_tf.scoring import score_model
 from rl_sparsity_tf.search import Compressor, FinishedSearch
 from rl_sparsity_tf.search_loop import SearchLoop
 from rl_sparsity_tf.size_costs import formats_for
-from rl_sparsity_tf.size_enforcement import finish_within
+from rl_sparsity_tf.size_enforcement import finish_within, share_to_keep, size_held
 from rl_sparsity_tf.tables import table_lines
 from rl_sparsity_tf.tfmot_baseline import load_tfmot, prune_with_tfmot
 from rl_sparsity_tf.wrapping import strip, wrap
@@ -64,8 +63,8 @@ DEFAULT = ("uniform_float32", "uniform", "random_policy")
 ALL = tuple(name for name in CONTENDERS if name != "uniform_float32")
 """What `"all"` stands for: those that store integers, as the search's plans do."""
 
-# Trainings by TFMOT until its file has a size in bytes, each for a smaller one by this share.
-_ATTEMPTS, _EXTRA = 4, 0.02
+# Trainings by TFMOT until its file has a size in bytes.
+_ATTEMPTS = 4
 
 
 @quiet_tensorflow()
@@ -278,15 +277,11 @@ class _Ring:
             )
             finished = self._exported(strip(wrap(trained.model, trained.plan)), trained.plan)
             report = finished.exported.report
-            size = report.gzip_bytes if target.kind == "gzip_bytes" else report.tflite_bytes
-            if target.sparsity is not None or size <= target.value:
+            if target.sparsity is not None or size_held(report, target) <= target.value:
                 return finished, attempt
-            sizes.append(size)
-            # Only the kernels can shrink, as in the search's own enforcement of a size.
-            kernels = sum(tensor.bytes for tensor in report.tensors if tensor.kernel)
-            reducible = size * kernels / report.tflite_bytes
-            share = 1.0 - (size - target.value) / reducible - _EXTRA
-            pruned = elements - int((elements - trained.pruned) * float(np.clip(share, 0.1, 1.0)))
+            sizes.append(size_held(report, target))
+            share = share_to_keep(report, target)
+            pruned = elements - int((elements - trained.pruned) * share)
         raise TargetError(
             f"Target({target.kind}={int(target.value)}) was missed by TFMOT: after its trainings "
             f"the file had {' then '.join(map(str, sizes))} bytes. Expected a larger target, or "

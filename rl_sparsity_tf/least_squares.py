@@ -91,10 +91,6 @@ class LeastSquares:
         self._pass.run(self._all_kept, prepare)
         self.fitted = False
 
-    def fits(self, path: str) -> bool:
-        """Whether a kernel is fitted."""
-        return path in self.problems
-
     def error(self, path: str, matrix: np.ndarray) -> float:
         """How far a layer's outputs move if its kernel becomes another; 0 for those not fitted."""
         problem = self.problems.get(path)

@@ -9,6 +9,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.candidates import Candidate
 from rl_sparsity_tf.errors import TargetError
+from rl_sparsity_tf.export_report import ExportReport
 from rl_sparsity_tf.finishing import Figures, Finished, finish
 from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.mask_training import FineTuning
@@ -60,17 +61,13 @@ def finish_within(
         if target.sparsity is not None:
             return finished
         report = finished.exported.report
-        size = report.tflite_bytes if target.kind == "tflite_bytes" else report.gzip_bytes
+        size = size_held(report, target)
         if size <= target.value:
             return finished
         reached.append(size)
-        # Only the kernels can shrink; of the gzipped file they are taken to be the same share.
-        kernels = sum(tensor.bytes for tensor in report.tensors if tensor.kernel)
-        reducible = size * kernels / report.tflite_bytes
-        share = 1.0 - (size - target.value) / reducible - _EXTRA
         # A dense tensor gets no smaller by some zeros more: then larger steps are needed.
         stuck = len(reached) > 1 and size > 0.995 * reached[-2]
-        share = float(np.clip(share, _LEAST, _LARGE_STEP if stuck else 1.0))
+        share = share_to_keep(report, target, _LARGE_STEP if stuck else 1.0)
         candidate = dataclasses.replace(
             candidate, plan=pruned_further(finished.model, finished.plan, share)
         )
@@ -79,6 +76,27 @@ def finish_within(
         f"{' then '.join(map(str, reached))} bytes. Expected a larger target, or a coarser group, "
         "whose zeros compress better."
     )
+
+
+def size_held(report: ExportReport, target: Target) -> int:
+    """The bytes of a file that a target in bytes is about."""
+    return report.tflite_bytes if target.kind == "tflite_bytes" else report.gzip_bytes
+
+
+def share_to_keep(report: ExportReport, target: Target, most: float = 1.0) -> float:
+    """The share of its living weights that a file which is too large may keep.
+
+    Only the kernels can shrink; of the gzipped file they are taken to be the same share.
+
+    Args:
+        report: The file's report.
+        target: A target in bytes.
+        most: The share at most.
+    """
+    size = size_held(report, target)
+    kernels = sum(tensor.bytes for tensor in report.tensors if tensor.kernel)
+    reducible = size * kernels / report.tflite_bytes
+    return float(np.clip(1.0 - (size - target.value) / reducible - _EXTRA, _LEAST, most))
 
 
 def pruned_further(model: keras.Model, plan: CompressionPlan, share: float) -> CompressionPlan:
