@@ -76,6 +76,11 @@ class Budget:
         """Share of all weights that are pruned."""
         return float(self.pruned.sum()) / self.elements
 
+    @property
+    def pruned_share(self) -> float:
+        """Share of every kernel's groups that go if all are pruned alike."""
+        return self.goal
+
     def room(self, later: Sequence[int]) -> int:
         """Weights that the given kernels can still give."""
         rest = self.capacity[list(later)] - self.pruned[list(later)]

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from rl_sparsity_tf import allocation
+from rl_sparsity_tf.cost_budget import CostBudget, KernelState
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan
-from rl_sparsity_tf.size_budget import KernelState, SizeBudget
 
 # Edges are rounded to whole groups; a bucket that only begins below the density is left alone.
 _TOLERANCE = 0.1
@@ -103,9 +103,9 @@ def _heuristics(network: CompressedNetwork) -> Iterator[tuple[str, list[np.ndarr
         scores = allocation.scores(
             name, network.kernels, network.groupings, network.originals, gradients
         )
-        ranking = allocation.Ranking(scores, sizes)
+        ranking = allocation.Ranking(scores, sizes, network.decisions.removable)
         budget = network.budget
-        if isinstance(budget, SizeBudget):
+        if isinstance(budget, CostBudget):
             live, reached = ranking.least_pruned(functools.partial(_fits, network, budget))
             if reached:
                 yield name, live
@@ -113,8 +113,8 @@ def _heuristics(network: CompressedNetwork) -> Iterator[tuple[str, list[np.ndarr
             yield name, ranking.live(budget.wanted)
 
 
-def _fits(network: CompressedNetwork, budget: SizeBudget, live: Sequence[np.ndarray]) -> bool:
-    """Whether the file is small enough with the living groups as integers where that works."""
+def _fits(network: CompressedNetwork, budget: CostBudget, live: Sequence[np.ndarray]) -> bool:
+    """Whether the cost is within its limit with what lives as integers where that works."""
     states = []
     for kernel, alive in zip(network.kernels, live, strict=True):
         integers = allocation.survivors(kernel, True) == Operation.QUANTIZE

@@ -16,6 +16,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf import allocation, size_costs
 from rl_sparsity_tf.budget import Budget
+from rl_sparsity_tf.cost_budget import CostBudget
 from rl_sparsity_tf.data import training_data
 from rl_sparsity_tf.errors import DataError
 from rl_sparsity_tf.export_modes import INTEGER_MODES
@@ -150,28 +151,26 @@ def _as_plan(
     kernels, budget = network.kernels, network.budget
     sizes = [network.groupings[kernel.path].sizes for kernel in kernels]
     ranking = allocation.Ranking(scores, sizes)
-    if not isinstance(budget, SizeBudget):
+    if not isinstance(budget, CostBudget):
         live = ranking.live(budget.wanted)
         return allocation.plan_from_live(kernels, network.group, live, quantize=True)
     live, _ = fill(
         ranking,
-        lambda alive: bytes_of(network, alive, choice.bits) <= budget.limit,
+        lambda alive: cost_of(network, alive, choice.bits) <= budget.limit,
         choice.pruned(sizes),
     )
     return plan_of(kernels, network.group, live, choice.bits)
 
 
-def bytes_of(
+def cost_of(
     network: CompressedNetwork, live: Sequence[np.ndarray], bits: Mapping[str, int]
 ) -> float:
-    """Bytes of the file in which some groups of a network live, by its budget's costs."""
+    """What a network costs in which some groups live, by its budget."""
     budget = network.budget
-    assert isinstance(budget, SizeBudget)
-    total = budget.fixed
-    for kernel, costs, alive in zip(network.kernels, budget.costs, live, strict=True):
-        weights = float(network.groupings[kernel.path].sizes[alive].sum())
-        total += costs.cost(weights, bits[kernel.path] < FLOAT)
-    return total
+    assert isinstance(budget, CostBudget)
+    sizes = [network.groupings[kernel.path].sizes for kernel in network.kernels]
+    pruned = [float(size[~alive].sum()) for size, alive in zip(sizes, live, strict=True)]
+    return budget.total(pruned, [bits[kernel.path] < FLOAT for kernel in network.kernels])
 
 
 # ---------------------------------------------------------------------- of a plain model

@@ -10,16 +10,14 @@ import numpy as np
 
 from rl_sparsity_tf._tf_agents import array_spec, py_environment, types
 from rl_sparsity_tf._tf_agents import time_step as ts
-from rl_sparsity_tf.buckets import bucket_edges, saliency_of, split_buckets
+from rl_sparsity_tf.buckets import bucket_edges, split_buckets
+from rl_sparsity_tf.cost_budget import CostBudget
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.operations import Operation, stored_as_integers
 from rl_sparsity_tf.reward import Outcome, Reward, RewardFunction, bounded
-from rl_sparsity_tf.size_budget import SizeBudget
 from rl_sparsity_tf.snapshot import Snapshot
 from rl_sparsity_tf.state import STATE_SIZE, BucketView, lower_bounds, observe
-
-_LEAST_GOAL = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +86,7 @@ class LayerEnvironment(py_environment.PyEnvironment):
         self.evaluate = evaluate
         self.illegal_actions = 0
         self.grouping = network.groupings[kernel]
-        # A size that hardly asks for zeros still wants edges to choose among.
-        goal = max(network.budget.goal, _LEAST_GOAL)
+        goal = max(network.budget.pruned_share, network.decisions.least_share)
         self._edges = bucket_edges(self.grouping.count, buckets, goal)
         behind = [other.path for other in network.kernels[self.index + 1 :]]
         self._later = [network.index_of(path) for path in (behind if later is None else later)]
@@ -159,7 +156,7 @@ class LayerEnvironment(py_environment.PyEnvironment):
         self.network.restore(self._base)
         self.network.measure()
         if self.network.least_squares is None or not self._first_buckets:
-            self._saliency = saliency_of(self.network.latent_matrix(self.kernel), self.grouping)
+            self._saliency = self.network.saliency(self.kernel)
             self._first_buckets = split_buckets(self._saliency, self._edges)
         # Without training the weights are the same in every episode.
         self._buckets = list(self._first_buckets)
@@ -203,7 +200,7 @@ class LayerEnvironment(py_environment.PyEnvironment):
         """What to do with groups left over at the end: not what would make a kernel mixed."""
         decided = self.network.decided[self.kernel]
         operations = self.network.operations[self.kernel][decided]
-        if isinstance(self.network.budget, SizeBudget) and not (operations == Operation.KEEP).any():
+        if isinstance(self.network.budget, CostBudget) and not (operations == Operation.KEEP).any():
             integers = self.network.kernels[self.index].spec.exports_int8
         else:
             integers = stored_as_integers(operations)
@@ -214,7 +211,7 @@ class LayerEnvironment(py_environment.PyEnvironment):
         budget = self.network.budget
         sizes = self.grouping.sizes.reshape(-1)[groups]
         gone = np.cumsum(sizes)
-        if isinstance(budget, SizeBudget):
+        if isinstance(budget, CostBudget):
             to_target = self._needed(budget, groups)
         else:
             to_target = int((gone - sizes < budget.missing).sum())
@@ -223,17 +220,17 @@ class LayerEnvironment(py_environment.PyEnvironment):
         # groups, and leave at least the largest group.
         return min(to_target, int((gone - sizes < rest).sum()))
 
-    def _needed(self, budget: SizeBudget, groups: np.ndarray) -> int:
-        """How many of the groups have to go before the file is small enough, or all of them."""
+    def _needed(self, budget: CostBudget, groups: np.ndarray) -> int:
+        """How many of the groups have to go before the limit is met, or all of them."""
         network, states = self.network, self.network.states()
 
-        def small_enough(count: int) -> bool:
+        def within(count: int) -> bool:
             states[self.index] = network.state_after(self.kernel, groups[:count], Operation.PRUNE)
             return budget.expected(states) <= budget.limit
 
-        if not small_enough(len(groups)):
+        if not within(len(groups)):
             return len(groups)
-        return bisect.bisect_left(range(len(groups)), True, key=small_enough)
+        return bisect.bisect_left(range(len(groups)), True, key=within)
 
     def _room(self, position: int) -> int:
         """Weights that can still be pruned if the buckets before a position stay as they are."""
@@ -249,22 +246,22 @@ class LayerEnvironment(py_environment.PyEnvironment):
     def _legal(self) -> np.ndarray:
         budget, groups = self.network.budget, self._buckets[self._position]
         legal = np.ones(len(Operation), np.int32)
-        wanted = isinstance(budget, SizeBudget) or budget.missing > 0
+        wanted = isinstance(budget, CostBudget) or budget.missing > 0
         prunable = self._prunable(groups) if wanted else 0
         legal[Operation.PRUNE] = prunable > 0
         legal[Operation.SHUFFLE] = self.grouping.pairs > 0
         legal[Operation.QUANTIZE] = self.network.kernels[self.index].spec.exports_int8
-        if isinstance(budget, SizeBudget):
-            return self._within_size(budget, groups, prunable, legal)
+        if isinstance(budget, CostBudget):
+            return self._within_limit(budget, groups, prunable, legal)
         if legal[Operation.PRUNE] and budget.missing > self._room(self._position + 1):
             legal[:] = 0
             legal[Operation.PRUNE] = 1
         return legal
 
-    def _within_size(
-        self, budget: SizeBudget, groups: np.ndarray, prunable: int, legal: np.ndarray
+    def _within_limit(
+        self, budget: CostBudget, groups: np.ndarray, prunable: int, legal: np.ndarray
     ) -> np.ndarray:
-        """Leaves the operations after which the file can still be brought to its size."""
+        """Leaves the operations after which the cost can still be brought to its limit."""
         network = self.network
         states = network.states()
         sizes = {}
@@ -272,7 +269,8 @@ class LayerEnvironment(py_environment.PyEnvironment):
             chosen = groups[:prunable] if operation == Operation.PRUNE else groups
             states[self.index] = network.state_after(self.kernel, chosen, Operation(operation))
             sizes[operation] = budget.least(states)
-        within = [operation for operation, size in sizes.items() if size <= budget.limit + 0.5]
+        allowed = budget.limit + budget.slack
+        within = [operation for operation, size in sizes.items() if size <= allowed]
         # Rounding alone can leave none: then the one that comes closest.
         within = within or [min(sizes, key=lambda operation: sizes[operation])]
         result = np.zeros(len(Operation), np.int32)

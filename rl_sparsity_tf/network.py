@@ -11,12 +11,14 @@ import tf_keras as keras
 from rl_sparsity_tf.autoencoder import WeightAutoencoder
 from rl_sparsity_tf.batch_checks import fixed_batch
 from rl_sparsity_tf.budget import Budget
+from rl_sparsity_tf.cost_budget import CostBudget, KernelState
 from rl_sparsity_tf.data import Batch, TrainingData
+from rl_sparsity_tf.decisions import KernelDecisions
 from rl_sparsity_tf.effective_kernels import EffectiveKernels
 from rl_sparsity_tf.errors import ArgumentError, ModelError
 from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.grouping import Grouping
-from rl_sparsity_tf.kernels import Kernel, count_weights, find_kernels, walk
+from rl_sparsity_tf.kernels import Kernel, find_kernels, walk
 from rl_sparsity_tf.least_squares import LeastSquares, closed_form
 from rl_sparsity_tf.objective import Evaluator, Metric, Score, choose_metric
 from rl_sparsity_tf.objective import search_compile_arguments as search_arguments
@@ -25,13 +27,10 @@ from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
 from rl_sparsity_tf.preparation import check_finite, prepare_for_short_recovery
 from rl_sparsity_tf.recovery import Recovery
 from rl_sparsity_tf.reward import Outcome
-from rl_sparsity_tf.size_budget import KernelState, SizeBudget
-from rl_sparsity_tf.size_costs import make_budget
 from rl_sparsity_tf.snapshot import Snapshot
 from rl_sparsity_tf.statistics import KernelStatistics, StatisticsCollector, WeightMoments
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapper import unwrapped
-from rl_sparsity_tf.wrapping import wrap
 
 _STATISTICS_BATCHES = 8
 
@@ -49,6 +48,7 @@ class CompressedNetwork:
         validation: Validation batches.
         target: The target.
         group: Kind of groups.
+        decisions: What is decided on; by default every kernel by itself.
         recovery: How to recover after a decision.
         metric: The metric's name, or its name and direction; by default the model's first.
         seed: Seed of the autoencoder.
@@ -66,6 +66,7 @@ class CompressedNetwork:
         *,
         target: Target,
         group: str = "element",
+        decisions: KernelDecisions | None = None,
         recovery: Recovery | None = None,
         metric: str | tuple[str, str] | None = None,
         seed: int = 0,
@@ -73,24 +74,26 @@ class CompressedNetwork:
         recovery = recovery or Recovery()
         arguments = search_arguments(model, recovery.learning_rate)
         check_finite(model)
-        self.model = wrap(model, group=group)
+        self.target = target
+        self.decisions = decisions or KernelDecisions(group)
+        self.group = self.decisions.group
+        self.model = self.decisions.wrap(model)
         prepare_for_short_recovery(self.model)
         self.model.compile(**arguments)
-        self.group, self.target = group, target
         self.train, self.validation = train, validation
-        self.kernels: list[Kernel] = find_kernels(self.model)
-        if not self.kernels:
+        self.parts: list[Kernel] = find_kernels(self.model)
+        if not self.parts:
             raise ModelError(
                 f"Model {model.name!r} has no layer that can be compressed. Expected at least one "
                 "layer of a registered class; rl_sparsity_tf.describe_support(model) lists why "
                 "each is skipped, and register_layer adds a class."
             )
-        self.recovery = recovery.resolved(self.kernels, fixed_batch(model))
-        self.groupings: dict[str, Grouping] = {k.path: k.grouping(group) for k in self.kernels}
-        _, elements = count_weights(model)
-        self.budget: Budget = make_budget(model, self.kernels, target, group, elements)
+        self.kernels: list[Kernel] = self.decisions.kernels(model, self.parts)
+        self.recovery = recovery.resolved(self.parts, fixed_batch(model))
+        self.groupings: dict[str, Grouping] = {k.path: k.grouping(self.group) for k in self.kernels}
+        self.budget: Budget = self.decisions.budget(model, self.kernels, target)
         self.metric: Metric = choose_metric(self.model, validation[0], metric)
-        self._effective = EffectiveKernels(self.kernels)
+        self._effective = EffectiveKernels(self.parts)
         self._evaluator = Evaluator(self.model, self.metric)
         self._collector = StatisticsCollector(self.model)
         if self.recovery.method == "finetune":
@@ -115,13 +118,14 @@ class CompressedNetwork:
         self.seen: set[str] = set()  # digests of the plans that were evaluated
         self._known: dict[str, Outcome] = {}
         self.dense: Score = self._evaluator(validation)
-        self.statistics: dict[str, KernelStatistics] = self._collector(
-            train.batch(index) for index in range(min(_STATISTICS_BATCHES, len(train.pool)))
+        self.statistics: dict[str, KernelStatistics] = self._collected(
+            [train.batch(index) for index in range(min(_STATISTICS_BATCHES, len(train.pool)))]
         )
         self.dense_statistics = self.statistics
         self.least_squares: LeastSquares | None = None
         if self.recovery.method == "least_squares":
-            pieces = (self.model, self.kernels, self.groupings, train, fixed_batch(model))
+            groupings = {part.path: part.grouping(self.decisions.part_group) for part in self.parts}
+            pieces = (self.model, self.parts, groupings, train, fixed_batch(model))
             self.least_squares = closed_form(*pieces, ridge=self.recovery.ridge)
         self.outcome = self._outcome(self.dense)
         self._start = self.snapshot()
@@ -165,20 +169,23 @@ class CompressedNetwork:
         self._measure_alteration(path)
 
     def _apply(self, path: str) -> None:
-        self._effective.forget(path)
-        index = self.index_of(path)
-        self.budget.pruned[index] = int(
+        self.budget.pruned[self.index_of(path)] = int(
             self.groupings[path].sizes[self.operations[path] == Operation.PRUNE].sum()
         )
-        kernel = self.kernels[index]
-        assert kernel.wrapper is not None
-        kernel.wrapper.assign_operations(kernel.spec.attribute, self.operations[path])
+        changed = set(self.decisions.affected(path))
+        operations = self.decisions.operations(self.operations)
+        for part in self.parts:
+            if part.path in changed:
+                self._effective.forget(part.path)
+                assert part.wrapper is not None
+                part.wrapper.assign_operations(part.spec.attribute, operations[part.path])
 
     def _measure_alteration(self, path: str) -> None:
-        effective = self.effective_matrix(path)
-        self.errors[path] = self.autoencoder.error(path, effective)
+        self.errors[path] = self.autoencoder.error(path, self.effective_matrix(path))
         if self.least_squares is not None:
-            self.output_errors[path] = self.least_squares.error(path, effective)
+            self.output_errors[path] = self.decisions.moved(
+                path, self._effective.matrix, self.least_squares
+            )
 
     def finish(self, evaluated: bool = True) -> Outcome:
         """Recovers by least squares and evaluates, if that is the recovery.
@@ -207,7 +214,8 @@ class CompressedNetwork:
     def _recover(self) -> None:
         assert self.least_squares is not None
         self._forget()
-        self.least_squares.recover(self.operations, dict.fromkeys(self.operations, 8))
+        operations = self.decisions.operations(self.operations)
+        self.least_squares.recover(operations, dict.fromkeys(operations, 8))
 
     def _undo_recovery(self) -> None:
         if self.least_squares is not None:
@@ -245,8 +253,8 @@ class CompressedNetwork:
         )
 
     def _stored_bits(self) -> float:
-        if isinstance(self.budget, SizeBudget):
-            return self.budget.kernel_bytes(self.states()) / self.budget.dense_kernel_bytes
+        if isinstance(self.budget, CostBudget):
+            return self.budget.stored_share(self.states())
         stored = 0.0
         for kernel in self.kernels:
             integers = stored_as_integers(self.operations[kernel.path])
@@ -293,7 +301,7 @@ class CompressedNetwork:
 
     def effective_matrix(self, path: str) -> np.ndarray:
         """A kernel's present effective weights, viewed as `(inputs, outputs)`."""
-        return self._effective.matrix(path)
+        return self.decisions.matrix(path, self._effective.matrix)
 
     def _forget(self) -> None:
         """To be called when weights have changed."""
@@ -305,6 +313,11 @@ class CompressedNetwork:
         """A kernel's present weights before operations are applied."""
         return self.kernels[self.index_of(path)].matrix()
 
+    def saliency(self, path: str) -> np.ndarray:
+        """What a kernel's groups are pruned by, the least salient first; flat, 1 is average."""
+        matrix, grouping = self.latent_matrix(path), self.groupings[path]
+        return self.decisions.saliency(path, matrix, grouping, self.least_squares)
+
     def first_order(self, path: str) -> tuple[np.ndarray, np.ndarray]:
         """Saliencies of all groups, from the last statistics and the present weights."""
         if path not in self._first_order:
@@ -312,6 +325,9 @@ class CompressedNetwork:
                 self.latent_matrix(path), self.groupings[path]
             )
         return self._first_order[path]
+
+    def _collected(self, batches: list[Batch]) -> dict[str, KernelStatistics]:
+        return self.decisions.statistics(self._collector(batches))
 
     def measure(self) -> None:
         """Refreshes the activation and gradient statistics, on one training batch.
@@ -321,7 +337,7 @@ class CompressedNetwork:
         """
         if self.least_squares is None:
             self._forget()
-            self.statistics = self._collector([self.train.batch(self._clock)])
+            self.statistics = self._collected([self.train.batch(self._clock)])
 
     @property
     def plan(self) -> CompressionPlan:
@@ -375,10 +391,11 @@ class CompressedNetwork:
     def _undo(self, snapshot: Snapshot) -> None:
         """Goes back to the trained weights under a snapshot's operations."""
         self._undo_recovery()
-        for kernel in self.kernels:
-            wanted = snapshot.operations[kernel.path]
-            if kernel.wrapper is not None and (wanted != self.operations[kernel.path]).any():
-                kernel.wrapper.assign_operations(kernel.spec.attribute, wanted)
+        present = self.decisions.operations(self.operations)
+        wanted = self.decisions.operations(snapshot.operations)
+        for part in self.parts:
+            if part.wrapper is not None and (wanted[part.path] != present[part.path]).any():
+                part.wrapper.assign_operations(part.spec.attribute, wanted[part.path])
 
     def reset(self) -> None:
         """Goes back to the dense network."""

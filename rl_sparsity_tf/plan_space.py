@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from rl_sparsity_tf import allocation
-from rl_sparsity_tf.dynamic_programming import bytes_of
+from rl_sparsity_tf.cost_budget import CostBudget
+from rl_sparsity_tf.dynamic_programming import cost_of
 from rl_sparsity_tf.errors import TargetError
 from rl_sparsity_tf.knapsack import fill, plan_of
 from rl_sparsity_tf.layer_database import FLOAT
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan
-from rl_sparsity_tf.size_budget import SizeBudget
 
 # Largest factor of a step from one plan to another.
 _STEP = 2.0
@@ -68,17 +68,17 @@ class PlanSpace:
         Raises:
             TargetError: If a budget of bytes cannot be met without integers.
         """
-        ranking = allocation.Ranking(scores, self._sizes)
         budget = self._network.budget
-        if not isinstance(budget, SizeBudget):
+        ranking = allocation.Ranking(scores, self._sizes, self._network.decisions.removable)
+        if not isinstance(budget, CostBudget):
             return ranking.live(budget.wanted)
 
         def fits(live: Sequence[np.ndarray]) -> bool:
-            return bytes_of(self._network, live, self.bits(live)) <= budget.limit
+            return cost_of(self._network, live, self.bits(live)) <= budget.limit
 
         live, reached = fill(ranking, fits, self._pruned)
         if not reached:
-            size = bytes_of(self._network, live, self.bits(live))
+            size = cost_of(self._network, live, self.bits(live))
             raise TargetError(
                 f"The file would have about {size:,.0f} bytes with every kernel pruned to its "
                 f"last group and stored as asked for; {budget.limit:,.0f} are left of the target "
@@ -98,10 +98,8 @@ class PlanSpace:
         for index, (kernel, alive) in enumerate(zip(self._network.kernels, live, strict=True)):
             integers = self._integers[index]
             budget = self._network.budget
-            if integers and isinstance(budget, SizeBudget):
-                weights = float(self._sizes[index][alive].sum())
-                costs = budget.costs[index]
-                integers = costs.cost(weights, True) <= costs.cost(weights, False)
+            if integers and isinstance(budget, CostBudget):
+                integers = budget.integers_pay(index, float(self._sizes[index][alive].sum()))
             found[kernel.path] = 8 if integers else FLOAT
         return found
 

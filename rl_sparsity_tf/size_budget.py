@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rl_sparsity_tf.budget import Budget
+from rl_sparsity_tf.cost_budget import CostBudget, KernelState
 from rl_sparsity_tf.errors import TargetError
-from rl_sparsity_tf.operations import Operation
 
 # The implied sparsity is looked for among this many densities.
 _DENSITIES = 512
@@ -40,34 +39,7 @@ class KernelCosts:
         return min(self.cost(live, False), self.cost(live, integers))
 
 
-@dataclasses.dataclass(frozen=True)
-class KernelState:
-    """How far a kernel is decided.
-
-    Attributes:
-        pruned: Weights pruned.
-        undecided: Weights that nothing was decided for yet.
-        kept: Whether some group is kept at full precision.
-        quantized: Whether some group is quantized.
-    """
-
-    pruned: int
-    undecided: int
-    kept: bool
-    quantized: bool
-
-    @classmethod
-    def of(cls, sizes: np.ndarray, decided: np.ndarray, operations: np.ndarray) -> KernelState:
-        """Reads it from what was decided, one entry per group."""
-        return cls(
-            pruned=int(sizes[decided & (operations == Operation.PRUNE)].sum()),
-            undecided=int(sizes[~decided].sum()),
-            kept=bool((decided & (operations == Operation.KEEP)).any()),
-            quantized=bool((decided & (operations == Operation.QUANTIZE)).any()),
-        )
-
-
-class SizeBudget(Budget):
+class SizeBudget(CostBudget):
     """A budget of bytes.
 
     The wall: a decision is legal only if the file can still be brought to its size, all undecided
@@ -96,7 +68,7 @@ class SizeBudget(Budget):
         sizes: Sequence[np.ndarray],
         name: str,
     ):
-        self.limit = limit
+        self.limit, self.slack, self.name = limit, 0.5, name
         self.fixed = fixed
         self.costs = list(costs)
         self.totals = np.array([int(size.sum()) for size in sizes], np.int64)
@@ -144,19 +116,25 @@ class SizeBudget(Budget):
                 total += self.costs[index].cost(live, state.quantized and not state.kept)
         return total
 
-    def kernel_bytes(self, states: Sequence[KernelState]) -> float:
-        """What the kernels cost as they are, undecided groups at full precision."""
-        total = 0.0
-        for index, state in enumerate(states):
-            integers = state.quantized and not state.kept and state.undecided == 0
-            live = int(self.totals[index]) - state.pruned
-            total += self.costs[index].cost(live, integers)
-        return total
+    def total(self, pruned: Sequence[float] | np.ndarray, integers: Sequence[bool]) -> float:
+        """Bytes of the file."""
+        triples = zip(self.costs, self.totals - np.asarray(pruned), integers, strict=True)
+        return self.fixed + sum(costs.cost(float(live), whole) for costs, live, whole in triples)
 
-    @property
-    def dense_kernel_bytes(self) -> float:
-        """What the kernels of the dense float32 network cost."""
-        return sum(
-            costs.cost(int(total), False)
+    def integers_pay(self, index: int, live: float) -> bool:
+        """Whether it is no larger: the scales of many outputs can cost more than integers save."""
+        return self.costs[index].cost(live, True) <= self.costs[index].cost(live, False)
+
+    def stored_share(self, states: Sequence[KernelState]) -> float:
+        """What the kernels cost as they are, over what they cost in the dense float32 network."""
+        dense = sum(
+            costs.cost(float(total), False)
             for costs, total in zip(self.costs, self.totals, strict=True)
         )
+        return self.kernel_bytes(states) / dense
+
+    def kernel_bytes(self, states: Sequence[KernelState]) -> float:
+        """What the kernels cost as they are, undecided groups at full precision."""
+        pruned = [state.pruned for state in states]
+        integers = [s.quantized and not s.kept and s.undecided == 0 for s in states]
+        return self.total(pruned, integers) - self.fixed

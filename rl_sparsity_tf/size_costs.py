@@ -9,7 +9,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.budget import Budget
 from rl_sparsity_tf.grouping import Grouping
-from rl_sparsity_tf.kernels import Kernel
+from rl_sparsity_tf.kernels import Kernel, count_weights
 from rl_sparsity_tf.rules import prune_by_magnitude
 from rl_sparsity_tf.size_budget import KernelCosts, SizeBudget
 from rl_sparsity_tf.size_model import SizeModel
@@ -27,10 +27,13 @@ def formats_for(target: Target) -> str:
     return {"sparsity": "dense", "tflite_bytes": "raw", "gzip_bytes": "gzip"}[target.kind]
 
 
-def make_budget(
-    model: keras.Model, kernels: list[Kernel], target: Target, group: str, elements: int
-) -> Budget:
-    """The budget of a target: in weights for a sparsity, else in bytes; see [size_budget][]."""
+def make_budget(model: keras.Model, kernels: list[Kernel], target: Target, group: str) -> Budget:
+    """The budget of a target: in weights for a sparsity, else in bytes; see [size_budget][].
+
+    Raises:
+        TargetError: If it cannot be reached, or is one for whole channels.
+    """
+    _, elements = count_weights(model)
     if target.sparsity is not None:
         sizes = [kernel.grouping(group).sizes for kernel in kernels]
         return Budget(target.sparsity, elements, sizes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import tf_keras as keras
@@ -33,6 +33,7 @@ def wrap(
     group: str = "element",
     mask: str = "straight_through",
     train_masks: bool = False,
+    operations: Collection[Operation] = tuple(Operation),
 ) -> keras.Model:
     """Copies a model with its compressible layers wrapped, and applies a plan.
 
@@ -49,6 +50,8 @@ def wrap(
         mask: Gradient of learnable masks, `"straight_through"` or `"hard_concrete"`.
         train_masks: Whether masks learn, with each kernel's sparsity held, instead of staying
             fixed (see [MaskTraining][rl_sparsity_tf.mask_training.MaskTraining]).
+        operations: The operations that the wrappers are open to, where there is no plan; each
+            takes memory and time.
 
     Returns:
         The wrapped model.
@@ -80,7 +83,7 @@ def wrap(
     settings: dict[int, dict[str, KernelSettings]] = {}
     for kernel in kernels:
         if entries is None:
-            chosen = KernelSettings.of(kernel.spec, group=group)
+            chosen = _settings(kernel, group, operations)
         elif kernel.path in entries:
             chosen = _settings_for(kernel, entries[kernel.path])
         else:
@@ -183,13 +186,16 @@ def plan_of(wrapped: keras.Model) -> CompressionPlan:
 
 def _settings_for(kernel: Kernel, entry: KernelPlan) -> KernelSettings:
     # Only what the plan uses is compiled into the layer, so that an all-Keep kernel costs nothing.
-    used = set(np.unique(entry.operations).tolist())
+    return _settings(kernel, entry.group, {Operation(one) for one in np.unique(entry.operations)})
+
+
+def _settings(kernel: Kernel, group: str, used: Collection[Operation]) -> KernelSettings:
     return KernelSettings.of(
         kernel.spec,
-        group=entry.group,
-        prune=int(Operation.PRUNE) in used,
-        quantize=int(Operation.QUANTIZE) in used,
-        shuffle=int(Operation.SHUFFLE) in used,
+        group=group,
+        prune=Operation.PRUNE in used,
+        quantize=Operation.QUANTIZE in used,
+        shuffle=Operation.SHUFFLE in used,
     )
 
 

@@ -1,0 +1,81 @@
+"""Budgets of a cost that depends on what is decided: bytes, multiplications, milliseconds."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from rl_sparsity_tf.budget import Budget
+from rl_sparsity_tf.operations import Operation
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelState:
+    """How far a kernel is decided.
+
+    Attributes:
+        pruned: Weights pruned.
+        undecided: Weights that nothing was decided for yet.
+        kept: Whether some group is kept at full precision.
+        quantized: Whether some group is quantized.
+    """
+
+    pruned: int
+    undecided: int
+    kept: bool
+    quantized: bool
+
+    @classmethod
+    def of(cls, sizes: np.ndarray, decided: np.ndarray, operations: np.ndarray) -> KernelState:
+        """Reads it from what was decided, one entry per group."""
+        return cls(
+            pruned=int(sizes[decided & (operations == Operation.PRUNE)].sum()),
+            undecided=int(sizes[~decided].sum()),
+            kept=bool((decided & (operations == Operation.KEEP)).any()),
+            quantized=bool((decided & (operations == Operation.QUANTIZE)).any()),
+        )
+
+
+class CostBudget(Budget, abc.ABC):
+    """A budget that is met when a cost is within its limit.
+
+    A decision is legal only if the cost can still be brought to the limit; and nothing more is
+    pruned once it is within it with all that lives stored as cheaply as can be.
+
+    Attributes:
+        limit: What the network may cost.
+        slack: What a cost may be above it by the rounding of sums.
+        name: The target as the user gave it, for errors.
+    """
+
+    limit: float
+    slack: float
+    name: str
+
+    @abc.abstractmethod
+    def least(self, states: Sequence[KernelState]) -> float:
+        """The least cost that the undecided groups leave within reach."""
+
+    @abc.abstractmethod
+    def expected(self, states: Sequence[KernelState]) -> float:
+        """The cost if nothing more is pruned and all that can be is stored as integers."""
+
+    @abc.abstractmethod
+    def total(self, pruned: Sequence[float] | np.ndarray, integers: Sequence[bool]) -> float:
+        """The cost of a whole plan.
+
+        Args:
+            pruned: Weights pruned in every kernel.
+            integers: Whether it is stored as integers.
+        """
+
+    @abc.abstractmethod
+    def stored_share(self, states: Sequence[KernelState]) -> float:
+        """What the kernels take to store, over what they take in the dense float32 network."""
+
+    def integers_pay(self, index: int, live: float) -> bool:
+        """Whether a kernel with so many living weights costs no more as integers."""
+        return True

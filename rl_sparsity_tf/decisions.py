@@ -1,0 +1,83 @@
+"""What a network's decisions are about: its kernels, each by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import tf_keras as keras
+
+from rl_sparsity_tf.buckets import saliency_of
+from rl_sparsity_tf.budget import Budget
+from rl_sparsity_tf.grouping import Grouping
+from rl_sparsity_tf.kernels import Kernel
+from rl_sparsity_tf.least_squares import LeastSquares
+from rl_sparsity_tf.size_costs import make_budget
+from rl_sparsity_tf.statistics import KernelStatistics
+from rl_sparsity_tf.target import Target
+from rl_sparsity_tf.wrapping import wrap
+
+PartMatrix = Callable[[str], np.ndarray]
+"""A wrapped kernel's present effective weights, by its path."""
+
+
+class KernelDecisions:
+    """Decisions on single kernels: what is decided is what is wrapped.
+
+    A network that decides on something else has another of these; see
+    [ChannelDecisions][rl_sparsity_tf.channel_decisions.ChannelDecisions].
+
+    Args:
+        group: Kind of groups.
+
+    Attributes:
+        group: The kind of groups that decisions are about.
+        part_group: The kind that the wrapped kernels are cut into.
+        removable: Weights that every kernel can give at most; None for all but one group of each.
+        least_share: The least share of groups to prune that buckets are cut for.
+    """
+
+    removable: np.ndarray | None = None
+    # A size that hardly asks for zeros still wants edges to choose among.
+    least_share = 0.5
+
+    def __init__(self, group: str):
+        self.group = self.part_group = group
+
+    def wrap(self, model: keras.Model) -> keras.Model:
+        """The wrapped copy of a model that takes the decisions."""
+        return wrap(model, group=self.group)
+
+    def kernels(self, model: keras.Model, parts: Sequence[Kernel]) -> list[Kernel]:
+        """What is decided on, given the kernels of the wrapped copy of a model."""
+        return list(parts)
+
+    def budget(self, model: keras.Model, kernels: list[Kernel], target: Target) -> Budget:
+        """The budget of a target."""
+        return make_budget(model, kernels, target, self.group)
+
+    def operations(self, decided: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """The operations on the wrapped kernels that follow from what was decided."""
+        return decided
+
+    def affected(self, path: str) -> Sequence[str]:
+        """The wrapped kernels that a decision changes."""
+        return [path]
+
+    def matrix(self, path: str, part_matrix: PartMatrix) -> np.ndarray:
+        """The present effective weights of what is decided on."""
+        return part_matrix(path)
+
+    def statistics(self, parts: Mapping[str, KernelStatistics]) -> dict[str, KernelStatistics]:
+        """Statistics of what is decided on, from those of the wrapped kernels."""
+        return dict(parts)
+
+    def moved(self, path: str, part_matrix: PartMatrix, fits: LeastSquares) -> float:
+        """How far outputs move by what was done to a kernel, before recovery."""
+        return fits.error(path, part_matrix(path))
+
+    def saliency(
+        self, path: str, matrix: np.ndarray, grouping: Grouping, fits: LeastSquares | None
+    ) -> np.ndarray:
+        """What the groups are pruned by: the least salient first; flat, 1 is average."""
+        return saliency_of(matrix, grouping)
