@@ -46,20 +46,24 @@ _EXPORTS = {
     "Reward": "reward",
     "SizeModel": "size_model",
     "Target": "target",
+    "LatencyTable": "latency_table",
     "TargetError": "errors",
     "VerificationError": "errors",
     "benchmark_tflite": "timing",
     "check_environment": "environment_check",
+    "count_macs": "channel_costs",
     "describe_groups": "channel_groups",
     "describe_state": "state",
     "describe_support": "support",
     "export_tflite": "export",
     "inspect_tflite": "inspection",
     "load_model": "model_files",
+    "measure_latency": "latency_measurement",
     "predict_tflite": "export",
     "register_layer": "registry",
-    "shrink": "shrink",
+    "shrink": "shrinking",
     "strip": "wrapping",
+    "tie_channels": "channel_plans",
     "wrap": "wrapping",
 }
 
@@ -69,7 +73,9 @@ _MODULES = ("baselines",)
 if TYPE_CHECKING:
     from rl_sparsity_tf import baselines
     from rl_sparsity_tf.agents import DQN, PPO, Random
+    from rl_sparsity_tf.channel_costs import count_macs
     from rl_sparsity_tf.channel_groups import describe_groups
+    from rl_sparsity_tf.channel_plans import tie_channels
     from rl_sparsity_tf.environment import LayerEnvironment
     from rl_sparsity_tf.environment_check import check_environment
     from rl_sparsity_tf.errors import (
@@ -85,6 +91,8 @@ if TYPE_CHECKING:
     )
     from rl_sparsity_tf.export import ExportReport, export_tflite, predict_tflite
     from rl_sparsity_tf.inspection import inspect_tflite
+    from rl_sparsity_tf.latency_measurement import measure_latency
+    from rl_sparsity_tf.latency_table import LatencyTable
     from rl_sparsity_tf.mask_training import MaskTraining
     from rl_sparsity_tf.model_files import load_model
     from rl_sparsity_tf.operations import Operation
@@ -94,7 +102,7 @@ if TYPE_CHECKING:
     from rl_sparsity_tf.result import Result
     from rl_sparsity_tf.reward import Outcome, Reward
     from rl_sparsity_tf.search import Compressor
-    from rl_sparsity_tf.shrink import shrink
+    from rl_sparsity_tf.shrinking import shrink
     from rl_sparsity_tf.size_model import SizeModel
     from rl_sparsity_tf.state import describe_state
     from rl_sparsity_tf.support import describe_support
@@ -114,6 +122,7 @@ __all__ = [
     "ExportError",
     "ExportReport",
     "KernelPlan",
+    "LatencyTable",
     "LayerEnvironment",
     "MaskTraining",
     "ModelError",
@@ -134,16 +143,19 @@ __all__ = [
     "baselines",
     "benchmark_tflite",
     "check_environment",
+    "count_macs",
     "describe_groups",
     "describe_state",
     "describe_support",
     "export_tflite",
     "inspect_tflite",
     "load_model",
+    "measure_latency",
     "predict_tflite",
     "register_layer",
     "shrink",
     "strip",
+    "tie_channels",
     "wrap",
 ]
 

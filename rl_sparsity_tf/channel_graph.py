@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from rl_sparsity_tf.channel_operations import is_operation, operation_steps
 from rl_sparsity_tf.channel_rules import NotFollowedError, steps_of
 from rl_sparsity_tf.channel_steps import Mix, Opaque, Step
 from rl_sparsity_tf.kernels import walk
@@ -156,8 +157,11 @@ class ChannelGraph:
         path = self._paths.get(id(layer), layer.name)
         try:
             shapes = [tuple(tensor.shape) for tensor in node.keras_inputs]
-            steps = [] if is_graph(layer) else steps_of(layer, shapes)
-            _check_call(node, self._calls[id(layer)])
+            if is_operation(layer):
+                steps = operation_steps(node, shapes)
+            else:
+                steps = [] if is_graph(layer) else steps_of(layer, shapes)
+                _check_call(node, self._calls[id(layer)])
             if is_graph(layer):
                 self.nested_inputs[id(layer)] = given
                 return self._follow(layer, given)

@@ -86,6 +86,17 @@ def check_plain(model: keras.Model, verb: str) -> None:
         )
 
 
+def check_graph(model: keras.Model, verb: str) -> None:
+    """Raises unless a model is built and plain, and the order of its layers is known.
+
+    Raises:
+        ModelError: Saying what to do about it.
+    """
+    check_plain(model, verb)
+    if not has_graph(model):
+        raise ModelError(f"{verb} cannot follow the model {model.name!r}: {no_graph(model)}.")
+
+
 def find_groups(model: keras.Model) -> list[ChannelGroup]:
     """Finds which output channels of a model's layers belong together.
 

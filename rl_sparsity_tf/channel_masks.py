@@ -26,7 +26,7 @@ def mask_channels(model: keras.Model, live: Mapping[int, Any]) -> keras.Model:
 
     Returns:
         A copy, compiled as the model is, of which
-        [shrink][rl_sparsity_tf.shrink.shrink] removes those channels.
+        [shrink][rl_sparsity_tf.shrinking.shrink] removes those channels.
 
     Raises:
         ArgumentError: If a group does not exist or is frozen, or a mask does not fit it.

@@ -130,16 +130,27 @@ def _flatten(layer: Any, shape: Shape) -> list[Step]:
     return [Unroll(layer, int(np.prod(sizes, dtype=np.int64)))]
 
 
-def _product(values: np.ndarray) -> np.ndarray:
+def product(values: np.ndarray) -> np.ndarray:
+    """The product of constants: 0 where one of them is 0, whatever the others are."""
     return np.where((values == 0).any(0), 0, np.prod(values, axis=0))
 
 
-def _difference(values: np.ndarray) -> np.ndarray:
+def difference(values: np.ndarray) -> np.ndarray:
+    """The first constants less the second."""
     return values[0] - values[1]
 
 
-def _equal(values: np.ndarray) -> np.ndarray:
+def equal(values: np.ndarray) -> np.ndarray:
+    """The constants where all are the same."""
     return np.where((values == values[0]).all(0), values[0], np.nan)
+
+
+def _reshape(layer: Any, shape: Shape) -> list[Step]:
+    target = tuple(layer.output_shape[1:])
+    sizes = shape[1:-1]
+    if None in target or None in sizes or target[-1] != shape[-1]:
+        raise NotFollowedError(f"{layer.name} is a Reshape that does not keep the channels last")
+    return [Step(layer)]
 
 
 def _merge(combine: Callable[[np.ndarray], np.ndarray]) -> Rule:
@@ -148,7 +159,7 @@ def _merge(combine: Callable[[np.ndarray], np.ndarray]) -> Rule:
 
 def _concatenate(layer: Any, shape: Shape) -> list[Step]:
     # Along another axis than the channels, channel c of every part is channel c of the whole.
-    return [Join(layer) if layer.axis in (-1, len(shape) - 1) else Merge(layer, _equal)]
+    return [Join(layer) if layer.axis in (-1, len(shape) - 1) else Merge(layer, equal)]
 
 
 Rule = Callable[[Any, Shape], list[Step]]
@@ -159,13 +170,14 @@ _RULES: dict[type, Rule] = {
     _layers.Activation: _function_layer,
     _layers.Rescaling: _rescaling,
     _layers.Flatten: _flatten,
+    _layers.Reshape: _reshape,
     _layers.Concatenate: _concatenate,
     _layers.Add: _merge(lambda values: values.sum(0)),
-    _layers.Subtract: _merge(_difference),
+    _layers.Subtract: _merge(difference),
     _layers.Average: _merge(lambda values: values.mean(0)),
     _layers.Maximum: _merge(lambda values: values.max(0)),
     _layers.Minimum: _merge(lambda values: values.min(0)),
-    _layers.Multiply: _merge(_product),
+    _layers.Multiply: _merge(product),
 }
 _ACTIVATIONS = (_layers.ReLU, _layers.LeakyReLU, _layers.ELU, _layers.ThresholdedReLU)
 _FAMILIES: tuple[tuple[Rule, str], ...] = (
@@ -203,8 +215,8 @@ def steps_of(layer: keras.layers.Layer, shapes: Sequence[Shape]) -> list[Step]:
     """
     rule, kind = _RULES.get(type(layer)), type(layer).__name__
     if rule is None:
-        if kind in ("TFOpLambda", "SlicingOpLambda"):
-            kind = "a TensorFlow operation (a layer such as Add is followed)"
+        if kind == "SlicingOpLambda":
+            kind = "a TensorFlow operation"
         raise NotFollowedError(f"{layer.name} is {kind}, whose channels are not followed")
     if getattr(layer, "data_format", None) == "channels_first":
         raise NotFollowedError(f"{layer.name} has its channels first")

@@ -69,7 +69,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--memory-limit-mb", type=float, default=2048, help="what a TFDS data set may take"
     )
     compress.add_argument("--output", required=True, help="folder for the run")
-    compress.add_argument("--group", choices=_GROUPS, default="element", help="unit of decision")
+    compress.add_argument(
+        "--group",
+        choices=_GROUPS,
+        help="unit of decision (element; channel for targets of macs and latency)",
+    )
+    compress.add_argument(
+        "--latency-table", help="JSON of the layers' times (by default they are measured here)"
+    )
     compress.add_argument(
         "--quantization", choices=_QUANTIZATIONS, default="plan", help="how to export"
     )
@@ -121,6 +128,12 @@ def _add_search_arguments(
         target.add_argument("--target-bytes", type=int, help="bytes of the .tflite file at most")
         target.add_argument(
             "--target-gzip-bytes", type=int, help="bytes of the gzipped file at most"
+        )
+        target.add_argument(
+            "--target-macs", type=float, help="share of the dense model's multiplications at most"
+        )
+        target.add_argument(
+            "--target-latency", type=float, help="share of the dense file's time at most"
         )
     parser.add_argument("--episodes", type=int, default=episodes, help="passes over all layers")
     parser.add_argument("--seed", type=int, default=0, help="everything random follows from it")
@@ -207,6 +220,8 @@ def _target(options: argparse.Namespace) -> Target:
         "sparsity": options.target_sparsity,
         "tflite_bytes": getattr(options, "target_bytes", None),
         "gzip_bytes": getattr(options, "target_gzip_bytes", None),
+        "macs": getattr(options, "target_macs", None),
+        "latency": getattr(options, "target_latency", None),
     }
     given = {name: value for name, value in given.items() if value is not None}
     return Target(**(given or {"sparsity": _DEFAULT_SPARSITY}))
@@ -261,6 +276,7 @@ def _compress(options: argparse.Namespace) -> None:
         directory=options.output,
         seed=options.seed,
         recovery=options.recovery,
+        latency_table=options.latency_table,
     )
     data = (
         load_npz(options.data)

@@ -13,6 +13,9 @@ from rich.table import Table
 from rl_sparsity_tf import allocation
 from rl_sparsity_tf.agents import Random
 from rl_sparsity_tf.candidates import Candidate
+from rl_sparsity_tf.channel_decisions import CHANNEL_HEURISTICS, ChannelDecisions
+from rl_sparsity_tf.channel_finishing import finish_candidate
+from rl_sparsity_tf.demonstrations import heuristic_plan
 from rl_sparsity_tf.dynamic_programming import propose
 from rl_sparsity_tf.errors import (
     ArgumentError,
@@ -21,6 +24,7 @@ from rl_sparsity_tf.errors import (
     TargetError,
     check_choice,
 )
+from rl_sparsity_tf.finished_search import FinishedSearch
 from rl_sparsity_tf.finishing import Finished, export_and_score
 from rl_sparsity_tf.kernels import count_weights
 from rl_sparsity_tf.metrics import baseline_entry
@@ -32,10 +36,10 @@ from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.reward import bounded
 from rl_sparsity_tf.scoring import score_model
-from rl_sparsity_tf.search import Compressor, FinishedSearch
+from rl_sparsity_tf.search import Compressor
 from rl_sparsity_tf.search_loop import SearchLoop
 from rl_sparsity_tf.size_costs import formats_for
-from rl_sparsity_tf.size_enforcement import finish_within, share_to_keep, size_held
+from rl_sparsity_tf.size_enforcement import share_to_keep, size_held
 from rl_sparsity_tf.tables import table_lines
 from rl_sparsity_tf.tfmot_baseline import load_tfmot, prune_with_tfmot
 from rl_sparsity_tf.wrapping import strip, wrap
@@ -54,15 +58,25 @@ CONTENDERS: Mapping[str, str] = {
     "hill_climbing": "hill climbing int8",
     "random_policy": "random policy",
     "tfmot": "TFMOT int8, trained by TFMOT",
+    "uniform_gamma": "uniform batch-norm scale int8",
+    "global_gamma": "global batch-norm scale int8",
+    "uniform_output_error": "uniform output error int8",
+    "global_output_error": "global output error int8",
 }
 """What a contender is called by, and the name of its row."""
 
 DEFAULT = ("uniform_float32", "uniform", "random_policy")
 """The contenders of a comparison that names none."""
 
-ALL = tuple(name for name in CONTENDERS if name != "uniform_float32")
+ALL = tuple(
+    name for name in CONTENDERS if name != "uniform_float32" and name not in CHANNEL_HEURISTICS
+)
 """What `"all"` stands for: those that store integers, as the search's plans do."""
 
+ALL_CHANNELS = (*(name for name in ALL if name != "tfmot"), *CHANNEL_HEURISTICS)
+"""What it stands for where whole channels are decided."""
+
+_CHANNELS = {"uniform_float32": ("uniform", False)}
 # Trainings by TFMOT until its file has a size in bytes.
 _ATTEMPTS = 4
 
@@ -86,6 +100,10 @@ def compare(
       of [baselines][rl_sparsity_tf.baselines].
     - **random_search**, **hill_climbing**: theirs, too, with the search's reward.
     - **random_policy**: chooses uniformly among the legal operations.
+    - **uniform_gamma**, **global_gamma**, **uniform_output_error**, **global_output_error**: where
+      whole channels are decided, those with the smallest scales of batch normalization, or that
+      the layers reading them miss least; the same share of every set of tied channels, or the
+      least in the network.
     - **tfmot**: `prune_low_magnitude` of the dense model, trained by TFMOT alone, for the epochs
       that others are fine-tuned. It prunes single weights, whatever the search's groups are.
 
@@ -109,13 +127,14 @@ def compare(
         >>> compare(compressor, ["lamp", "tfmot"])
         >>> comparison_table(result.metrics)
     """
-    names, asked = _names(contenders)
     search = compressor.last
     if search is None:
         raise ArgumentError(
             "The compressor has not searched yet, so there is nothing to compare with. Call "
             "compressor.search(...) first."
         )
+    channels = isinstance(search.network.decisions, ChannelDecisions)
+    names, asked = _names(contenders, channels)
     if asked and "tfmot" in names:
         load_tfmot()  # before the others have taken their time
     network = search.network
@@ -135,7 +154,8 @@ def compare(
                 _log.warning("The contender %s is left out: %s", name, error)
                 continue
             metric = search.figures.metric
-            entries.append(baseline_entry(CONTENDERS[name], finished, metric, evaluations))
+            figures = (search.model, finished, metric, evaluations)
+            entries.append(baseline_entry(CONTENDERS[name], *figures))
     finally:
         network.reset()
         network.seen = evaluated
@@ -143,12 +163,12 @@ def compare(
     return entries
 
 
-def _names(contenders: str | Sequence[str] | None) -> tuple[Sequence[str], bool]:
+def _names(contenders: str | Sequence[str] | None, channels: bool) -> tuple[Sequence[str], bool]:
     """The contenders' names, and whether they were asked for one by one."""
     if contenders is None:
         return DEFAULT, False
     if contenders == "all":
-        return ALL, False
+        return ALL_CHANNELS if channels else ALL, False
     names = [contenders] if isinstance(contenders, str) else contenders
     if not isinstance(names, Sequence) or not names:
         raise ArgumentError(
@@ -198,6 +218,13 @@ class _Ring:
     def _ranked(self, name: str) -> CompressionPlan:
         """The plan of a heuristic."""
         network = self.search.network
+        if isinstance(network.decisions, ChannelDecisions):
+            return heuristic_plan(network, *_CHANNELS.get(name, (name, True)))
+        if name in CHANNEL_HEURISTICS:
+            raise ArgumentError(
+                f"The contender {name} ranks whole channels, and the search decided on groups of "
+                f"{network.group!r}. Expected other contenders, or a search with group='channel'."
+            )
         request = self._request(quantize=name != "uniform_float32")
         gradients = {path: one.gradient for path, one in network.dense_statistics.items()}
         if name == "first_order" and not any(one.any() for one in gradients.values()):
@@ -225,14 +252,7 @@ class _Ring:
     def _finish(self, name: str, candidate: Candidate) -> Finished:
         self._say(name)
         tf.random.set_seed(self.compressor.seed)
-        return finish_within(
-            self.search.model,
-            candidate,
-            self.search.figures,
-            self.compressor.target,
-            training=self.search.training,
-            quantization=self.search.quantization,
-        )
+        return finish_candidate(self.search, candidate)
 
     # ------------------------------------------------------------------ contenders that search
 
@@ -261,6 +281,11 @@ class _Ring:
     def _tfmot(self) -> tuple[Finished, int]:
         """TFMOT's own training; where its file is too large, another one that prunes more."""
         search, target = self.search, self.compressor.target
+        if isinstance(search.network.decisions, ChannelDecisions):
+            raise ArgumentError(
+                "The contender tfmot prunes single weights, and the search removed whole channels. "
+                "Expected contenders without tfmot, or a search with group='element'."
+            )
         if search.training.epochs < 1:
             raise ArgumentError(
                 "The contender tfmot prunes in the course of training, and the search was called "

@@ -64,7 +64,9 @@ class CostBudget(Budget, abc.ABC):
         """The cost if nothing more is pruned and all that can be is stored as integers."""
 
     @abc.abstractmethod
-    def total(self, pruned: Sequence[float] | np.ndarray, integers: Sequence[bool]) -> float:
+    def total(
+        self, pruned: Sequence[float] | np.ndarray, integers: Sequence[bool] | np.ndarray
+    ) -> float:
         """The cost of a whole plan.
 
         Args:

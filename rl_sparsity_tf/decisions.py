@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import tf_keras as keras
 
+from rl_sparsity_tf import allocation
 from rl_sparsity_tf.buckets import saliency_of
 from rl_sparsity_tf.budget import Budget
 from rl_sparsity_tf.grouping import Grouping
@@ -81,3 +82,20 @@ class KernelDecisions:
     ) -> np.ndarray:
         """What the groups are pruned by: the least salient first; flat, 1 is average."""
         return saliency_of(matrix, grouping)
+
+    @property
+    def heuristics(self) -> Sequence[str]:
+        """Names of the heuristics that [scores][] knows."""
+        return allocation.HEURISTICS
+
+    def scores(
+        self,
+        name: str,
+        kernels: Sequence[Kernel],
+        groupings: Mapping[str, Grouping],
+        matrices: Mapping[str, np.ndarray],
+        gradients: Mapping[str, np.ndarray],
+        fits: LeastSquares | None,
+    ) -> list[np.ndarray] | None:
+        """Scores of all groups by a heuristic, lowest first; None if it has nothing to rank by."""
+        return allocation.scores(name, kernels, groupings, matrices, gradients)

@@ -12,6 +12,7 @@ import numpy as np
 from rl_sparsity_tf import allocation
 from rl_sparsity_tf.cost_budget import CostBudget, KernelState
 from rl_sparsity_tf.environment import LayerEnvironment
+from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan
@@ -92,17 +93,34 @@ def proposals(network: CompressedNetwork) -> list[tuple[str, CompressionPlan]]:
     return found
 
 
-def _heuristics(network: CompressedNetwork) -> Iterator[tuple[str, list[np.ndarray]]]:
+def heuristic_plan(network: CompressedNetwork, name: str, quantize: bool = True) -> CompressionPlan:
+    """The exact plan of one heuristic.
+
+    Args:
+        network: The network.
+        name: One of the names in `network.decisions.heuristics`.
+        quantize: Whether what lives is stored as integers.
+
+    Raises:
+        ArgumentError: If it cannot rank the network's groups, or misses the target.
+    """
+    for _, live in _heuristics(network, [name]):
+        return allocation.plan_from_live(network.kernels, network.group, live, quantize=quantize)
+    raise ArgumentError(
+        f"The heuristic {name!r} finds no plan: it has nothing to rank groups by, or cannot meet "
+        "the target. Expected another heuristic or target."
+    )
+
+
+def _heuristics(
+    network: CompressedNetwork, names: Sequence[str] | None = None
+) -> Iterator[tuple[str, list[np.ndarray]]]:
     """What lives in the plan of every heuristic that meets the target."""
-    gradients = {path: one.gradient for path, one in network.dense_statistics.items()}
     sizes = [network.groupings[kernel.path].sizes for kernel in network.kernels]
-    for name in allocation.HEURISTICS:
-        # A network that fits its data perfectly has no gradient to rank by.
-        if name == "first_order" and not any(one.any() for one in gradients.values()):
+    for name in names or network.decisions.heuristics:
+        scores = network.scores(name)
+        if scores is None:
             continue
-        scores = allocation.scores(
-            name, network.kernels, network.groupings, network.originals, gradients
-        )
         ranking = allocation.Ranking(scores, sizes, network.decisions.removable)
         budget = network.budget
         if isinstance(budget, CostBudget):

@@ -16,6 +16,8 @@ import tf_keras as keras
 
 from rl_sparsity_tf import allocation, size_costs
 from rl_sparsity_tf.budget import Budget
+from rl_sparsity_tf.channel_decisions import ChannelDecisions
+from rl_sparsity_tf.channel_programming import propose_channels
 from rl_sparsity_tf.cost_budget import CostBudget
 from rl_sparsity_tf.data import training_data
 from rl_sparsity_tf.errors import DataError
@@ -119,6 +121,8 @@ def propose_all(network: CompressedNetwork, powers: Sequence[float]) -> list[Com
         A complete plan per power, which meets the target; no floor is held beyond a group per
         kernel.
     """
+    if isinstance(network.decisions, ChannelDecisions):
+        return propose_channels(network, powers)
     kernels, groupings, budget = network.kernels, network.groupings, network.budget
     problems = {} if network.least_squares is None else network.least_squares.problems
     sizes = [groupings[kernel.path].sizes for kernel in kernels]

@@ -42,6 +42,33 @@ class Exported:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RemovedChannels:
+    """What is gone from a model whose channels were removed.
+
+    Attributes:
+        plan: The channels that were pruned, and how the others are stored, by the kernels of the
+            original model; `shrink(model, plan)` removes them from another copy.
+        macs: Multiply-accumulates left, as a share; None where they cannot be counted.
+        predicted_latency: The share of the dense model's time by the table of its layers; None
+            without a table.
+        latency: The share of the dense file's time, measured in turns with it; None if it was not
+            asked for, or the samples scatter too much.
+        latency_spread: How much they scatter: the larger interquartile range over the median.
+    """
+
+    plan: CompressionPlan
+    macs: float | None = None
+    predicted_latency: float | None = None
+    latency: float | None = None
+    latency_spread: float | None = None
+
+    def to_dict(self) -> dict[str, float | None]:
+        """The figures, as metrics.json lists them."""
+        fields = ("macs", "predicted_latency", "latency", "latency_spread")
+        return {name: getattr(self, name) for name in fields}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Finished:
     """A fine-tuned, stripped and exported model.
 
@@ -51,6 +78,7 @@ class Finished:
         validation: Its score on validation data.
         test: Its score on test data, if there is any.
         exported: Its .tflite file.
+        channels: What was removed from the original model, if channels were.
     """
 
     model: keras.Model
@@ -58,6 +86,7 @@ class Finished:
     validation: Score
     test: Score | None
     exported: Exported
+    channels: RemovedChannels | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,16 +119,18 @@ def finish(
     training: FineTuning,
     quantization: str,
     formats: str = "dense",
+    teacher: keras.Model | None = None,
 ) -> Finished:
     """Fine-tunes a candidate with learning masks, strips it and exports it.
 
     Args:
-        model: The original model, which is the teacher as well.
+        model: The model that the plan is for.
         candidate: The plan and the weights to start from.
         figures: Data and metric.
         training: The fine-tuning.
         quantization: How to export.
         formats: Whether tensors may be stored sparse, see `export_tflite`.
+        teacher: What outputs are learned from, too; by default the model.
 
     Returns:
         The finished model; its plan has the masks that were learned.
@@ -113,7 +144,7 @@ def finish(
         figures.validation,
         figures.metric,
         epochs=training.epochs,
-        teacher=model,
+        teacher=model if teacher is None else teacher,
         distillation=training.distillation,
     )
     plan = _complete(plan_of(wrapped), candidate.plan)

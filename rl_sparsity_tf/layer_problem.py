@@ -56,7 +56,7 @@ class LayerProblem:
         self.kernel = kernel
         self.grouping = grouping
         self._source = source
-        self._ridge = ridge
+        self.ridge = ridge
         self.original = kernel.matrix().astype(np.float32)
         layer: Any = kernel.layer
         self.bias = layer.bias if getattr(layer, "use_bias", False) else None
@@ -182,7 +182,7 @@ class LayerProblem:
         depthwise = self._source.depthwise
         gram = self._per_output(moments.gram) if depthwise else moments.gram
         fit = fit_depthwise if depthwise else fit_masked
-        fitted = fit(gram, moments.cross, self.original, live, ridge=self._ridge)
+        fitted = fit(gram, moments.cross, self.original, live, ridge=self.ridge)
         weights = fitted.astype(np.float32)
         grid = ops.grid_groups(operations)
         if grid.any():

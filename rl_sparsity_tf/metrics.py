@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import tf_keras as keras
+
 from rl_sparsity_tf.finishing import Exported, Finished
-from rl_sparsity_tf.kernels import sparsity_of
+from rl_sparsity_tf.kernels import count_weights
 from rl_sparsity_tf.objective import Metric, Score
 
 FORMAT_VERSION = 1
@@ -13,6 +15,7 @@ FORMAT_VERSION = 1
 
 def build_metrics(
     *,
+    model: keras.Model,
     finished: Finished,
     dense: Exported,
     dense_int8: Exported,
@@ -30,7 +33,24 @@ def build_metrics(
 
     Figures named `accuracy` and `metric` are on the test data and null without it; for a model
     whose metric is not an accuracy, `accuracy` is null. `tflite_...` are of the file itself, run
-    in LiteRT; those of `dense_int8` too.
+    in LiteRT; those of `dense_int8` too. Where channels were removed, `macs` and
+    `predicted_latency` are shares of the dense model's, and `latency` that of its file's time,
+    measured here; null if it was not.
+
+    Args:
+        model: The model that was compressed.
+        finished: The result.
+        dense: The model's float32 file.
+        dense_int8: Its int8 file.
+        dense_test: Its score on test data.
+        metric: The metric.
+        agent: Name of the agent.
+        seed: The search's seed.
+        proposed_by: Who proposed the plan.
+        episodes: Episodes of the search.
+        evaluations: Distinct plans that it evaluated.
+        seconds: Seconds that it took.
+        dataset: Name of the data.
 
     Returns:
         The document that `metrics.json` holds.
@@ -48,11 +68,12 @@ def build_metrics(
             **_figures(metric, finished.test),
             **_figures(metric, finished.validation, "validation_"),
             **_figures(metric, finished.exported.test, "tflite_"),
-            "sparsity": sparsity_of(finished.model),
+            "sparsity": _sparsity(model, finished.model),
             **_sizes(finished.exported),
             "max_abs_difference": report.max_abs_difference,
             "batch_size": report.batch_size,
             "proposed_by": proposed_by,
+            **_channels(finished),
         },
         "search": {
             "episodes": episodes,
@@ -65,7 +86,7 @@ def build_metrics(
 
 
 def baseline_entry(
-    name: str, finished: Finished, metric: Metric, evaluations: int
+    name: str, model: keras.Model, finished: Finished, metric: Metric, evaluations: int
 ) -> dict[str, Any]:
     """The figures of a baseline, as metrics.json lists them."""
     return {
@@ -74,9 +95,21 @@ def baseline_entry(
         **_figures(metric, finished.validation, "validation_"),
         **_figures(metric, finished.exported.test, "tflite_"),
         **_sizes(finished.exported),
-        "sparsity": sparsity_of(finished.model),
+        "sparsity": _sparsity(model, finished.model),
         "evaluations": evaluations,
+        **_channels(finished),
     }
+
+
+def _sparsity(dense: keras.Model, model: keras.Model) -> float:
+    """Share of the dense model's weights of rank >= 2 that are zero or gone."""
+    zeros, elements = count_weights(model)
+    whole = count_weights(dense)[1]
+    return 1.0 - (elements - zeros) / whole if whole else 0.0
+
+
+def _channels(finished: Finished) -> dict[str, float | None]:
+    return {} if finished.channels is None else finished.channels.to_dict()
 
 
 def _figures(metric: Metric, score: Score | None, prefix: str = "") -> dict[str, float | None]:

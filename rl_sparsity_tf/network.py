@@ -11,7 +11,7 @@ import tf_keras as keras
 from rl_sparsity_tf.autoencoder import WeightAutoencoder
 from rl_sparsity_tf.batch_checks import fixed_batch
 from rl_sparsity_tf.budget import Budget
-from rl_sparsity_tf.cost_budget import CostBudget, KernelState
+from rl_sparsity_tf.cost_budget import KernelState
 from rl_sparsity_tf.data import Batch, TrainingData
 from rl_sparsity_tf.decisions import KernelDecisions
 from rl_sparsity_tf.effective_kernels import EffectiveKernels
@@ -22,7 +22,8 @@ from rl_sparsity_tf.kernels import Kernel, find_kernels, walk
 from rl_sparsity_tf.least_squares import LeastSquares, closed_form
 from rl_sparsity_tf.objective import Evaluator, Metric, Score, choose_metric
 from rl_sparsity_tf.objective import search_compile_arguments as search_arguments
-from rl_sparsity_tf.operations import Operation, stored_as_integers
+from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.outcomes import outcome_of
 from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
 from rl_sparsity_tf.preparation import check_finite, prepare_for_short_recovery
 from rl_sparsity_tf.recovery import Recovery
@@ -108,11 +109,9 @@ class CompressedNetwork:
         }
         self._first_order: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._clock = 0
-        self.operations = {
-            path: np.full(grouping.shape, Operation.KEEP, np.uint8)
-            for path, grouping in self.groupings.items()
-        }
-        self.decided = {path: np.zeros(g.shape, bool) for path, g in self.groupings.items()}
+        shapes = {path: grouping.shape for path, grouping in self.groupings.items()}
+        self.operations = {p: np.full(s, Operation.KEEP, np.uint8) for p, s in shapes.items()}
+        self.decided = {path: np.zeros(shape, bool) for path, shape in shapes.items()}
         self.errors = dict.fromkeys(self.groupings, 0.0)
         self.output_errors = dict.fromkeys(self.groupings, 0.0)
         self.seen: set[str] = set()  # digests of the plans that were evaluated
@@ -127,7 +126,7 @@ class CompressedNetwork:
             groupings = {part.path: part.grouping(self.decisions.part_group) for part in self.parts}
             pieces = (self.model, self.parts, groupings, train, fixed_batch(model))
             self.least_squares = closed_form(*pieces, ridge=self.recovery.ridge)
-        self.outcome = self._outcome(self.dense)
+        self.outcome = outcome_of(self, self.dense)
         self._start = self.snapshot()
 
     # ------------------------------------------------------------------ decisions
@@ -158,7 +157,7 @@ class CompressedNetwork:
             self.outcome = self.evaluate()
         else:
             moved = float(np.mean(list(self.output_errors.values())))
-            self.outcome = self._outcome(self.metric.estimated(self.dense, moved))
+            self.outcome = outcome_of(self, self.metric.estimated(self.dense, moved))
         return self.outcome
 
     def assign(self, path: str, operations: np.ndarray) -> None:
@@ -232,34 +231,10 @@ class CompressedNetwork:
     def evaluate(self) -> Outcome:
         """Scores the network as it is on the validation data."""
         self.seen.add(self._digest())
-        return self._outcome(self._evaluator(self.validation))
+        return outcome_of(self, self._evaluator(self.validation))
 
     def _digest(self) -> str:
         return sha256_of(*(value.tobytes() for value in self.operations.values()))
-
-    def _outcome(self, score: Score) -> Outcome:
-        altered = sum(self.errors[kernel.path] * kernel.size for kernel in self.kernels)
-        sizes = sum(kernel.size for kernel in self.kernels)
-        return Outcome(
-            metric=score.metric,
-            dense_metric=self.dense.metric,
-            loss=score.loss,
-            retention=self.metric.retention(score.metric, self.dense.metric),
-            sparsity=self.budget.sparsity,
-            target_sparsity=self.budget.goal,
-            stored_bits=self._stored_bits(),
-            reconstruction_error=altered / sizes,
-            output_error=float(np.mean(list(self.output_errors.values()))),
-        )
-
-    def _stored_bits(self) -> float:
-        if isinstance(self.budget, CostBudget):
-            return self.budget.stored_share(self.states())
-        stored = 0.0
-        for kernel in self.kernels:
-            integers = stored_as_integers(self.operations[kernel.path])
-            stored += kernel.size * (0.25 if integers else 1.0)
-        return stored / sum(kernel.size for kernel in self.kernels)
 
     def states(self) -> list[KernelState]:
         """How far every kernel is decided."""
@@ -317,6 +292,15 @@ class CompressedNetwork:
         """What a kernel's groups are pruned by, the least salient first; flat, 1 is average."""
         matrix, grouping = self.latent_matrix(path), self.groupings[path]
         return self.decisions.saliency(path, matrix, grouping, self.least_squares)
+
+    def scores(self, name: str) -> list[np.ndarray] | None:
+        """Scores of all groups by a heuristic, lowest first; None if it has nothing to rank by."""
+        gradients = {path: one.gradient for path, one in self.dense_statistics.items()}
+        # A network that fits its data perfectly has no gradient to rank by.
+        if name == "first_order" and not any(one.any() for one in gradients.values()):
+            return None
+        pieces = (self.kernels, self.groupings, self.originals, gradients)
+        return self.decisions.scores(name, *pieces, self.least_squares)
 
     def first_order(self, path: str) -> tuple[np.ndarray, np.ndarray]:
         """Saliencies of all groups, from the last statistics and the present weights."""
@@ -402,7 +386,7 @@ class CompressedNetwork:
         self.restore(self._start)
 
     def tracing_count(self) -> int:
-        """How often the network's functions were traced, for tests of retracing."""
+        """How often functions were traced, for tests of retracing."""
         functions = [self._train_function, self._evaluator.function, self._collector.function]
         functions += self._effective.functions
         return sum(function.experimental_get_tracing_count() for function in functions)

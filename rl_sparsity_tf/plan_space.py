@@ -23,7 +23,7 @@ _STEP = 2.0
 class PlanSpace:
     """Turns densities into plans of a network that meet its target.
 
-    Within a kernel the smallest groups go first.
+    Within a kernel the least salient groups go first.
 
     Args:
         network: The network, of which nothing is changed.
@@ -39,7 +39,7 @@ class PlanSpace:
         self._sizes = [network.groupings[kernel.path].sizes for kernel in kernels]
         self.totals = np.array([float(size.sum()) for size in self._sizes])
         self._saliency = [
-            allocation.mean_squares(network.originals[kernel.path], network.groupings[kernel.path])
+            network.saliency(kernel.path).reshape(network.groupings[kernel.path].shape)
             for kernel in kernels
         ]
         self._integers = [

@@ -19,7 +19,7 @@ from rl_sparsity_tf.errors import FileExistsRLSparsityError
 from rl_sparsity_tf.export import check_path, export_tflite
 from rl_sparsity_tf.export_report import ExportReport, TensorReport
 from rl_sparsity_tf.files import replacing, write_text
-from rl_sparsity_tf.finishing import Figures, Finished
+from rl_sparsity_tf.finishing import Figures, Finished, RemovedChannels
 from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan
@@ -37,6 +37,9 @@ class Result:
         metrics: The figures, as written to metrics.json.
         history: One dict per search episode.
         candidate: The plan as the search found it, before the final fine-tuning.
+        channels: What was removed, if whole channels were decided: the plan of the original
+            model's channels, and shares of multiplications and time. The model does not have them
+            any more, and `plan` says how the kernels that are left are stored.
         report: The report of the .tflite file.
         formats: Whether the file may hold sparse tensors, see `export_tflite`.
     """
@@ -54,6 +57,7 @@ class Result:
     ):
         self.model: keras.Model = finished.model
         self.plan: CompressionPlan = finished.plan
+        self.channels: RemovedChannels | None = finished.channels
         self.metrics = metrics
         self.history = history
         self.candidate = candidate
@@ -121,7 +125,8 @@ class Result:
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes model.keras, model.tflite, plan.json, metrics.json and history.csv.
 
-        Beside model.tflite comes model.recipe.json, if LiteRT's quantizer had a part in it.
+        Beside model.tflite comes model.recipe.json, if LiteRT's quantizer had a part in it; and
+        channels.json, the plan of the original model's channels, if channels were decided.
 
         Args:
             directory: A folder; made if it is missing.
@@ -147,6 +152,8 @@ class Result:
         with replacing_with_recipe(folder / "model.tflite", self.report.recipe) as temporary:
             temporary.write_bytes(self._tflite)
         write_text(folder / "plan.json", self.plan.to_json())
+        if self.channels is not None:
+            write_text(folder / "channels.json", self.channels.plan.to_json())
         write_text(folder / "history.csv", self._history_csv())
         write_text(folder / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
 
@@ -160,6 +167,19 @@ class Result:
             row = [entry[name] for name in names]
             writer.writerow([*row, *(entry["operations"][name] for name in counts)])
         return text.getvalue()
+
+    def _channel_line(self) -> str:
+        assert self.channels is not None
+        macs, latency = self.channels.macs, self.channels.latency
+        parts = [] if macs is None else [f"{macs:.4f} of the multiplications"]
+        if latency is not None:
+            parts.append(f"{latency:.4f} of the dense file's time (measured)")
+        elif self.channels.predicted_latency is not None:
+            parts.append(
+                f"{self.channels.predicted_latency:.4f} of the dense file's time (predicted; not "
+                f"measured, as the samples scatter by {self.channels.latency_spread or 0:.0%})"
+            )
+        return "left: " + ", ".join(parts or ["see channels.json"])
 
     def summary(self, print_fn: Callable[[str], Any] = print) -> None:
         """Prints, for every kernel, what was done to it and what it costs in the file.
@@ -200,6 +220,8 @@ class Result:
             f"{dense['tflite_bytes']:,} -> {compressed['tflite_bytes']:,} bytes, gzipped "
             f"{dense['gzip_bytes']:,} -> {compressed['gzip_bytes']:,}"
         )
+        if self.channels is not None:
+            print_fn(self._channel_line())
         print_fn(f"plan proposed by {self.candidate.found_by}")
         name = self.metrics["metric"]["name"]
         print_fn(f"validation {name} {compressed['validation_metric']:.4f}")

@@ -132,7 +132,7 @@ class RunDirectory:
         if self.resumed:
             return
         self.path.mkdir(exist_ok=True)
-        for old in (*RESULT_FILES, "model.recipe.json", "journal.jsonl"):
+        for old in (*RESULT_FILES, *OPTIONAL_FILES, "journal.jsonl"):
             (self.path / old).unlink(missing_ok=True)
         self.drop_checkpoints(keep=set())
         manifest = {"format_version": FORMAT_VERSION, **self._wanted, "versions": versions()}
@@ -209,6 +209,8 @@ class RunDirectory:
 
 RESULT_FILES = ("model.keras", "model.tflite", "plan.json", "metrics.json", "history.csv")
 """What a finished run adds to its folder."""
+OPTIONAL_FILES = ("model.recipe.json", "channels.json")
+"""What it adds if there is such a thing."""
 
 
 def check_directory(path: str | os.PathLike[str]) -> Path:

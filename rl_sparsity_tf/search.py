@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,11 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from rl_sparsity_tf import channel_search
 from rl_sparsity_tf.agents import AgentConfig, Random, resolve_config
 from rl_sparsity_tf.argument_checks import check_count, check_flag, check_share, check_type
 from rl_sparsity_tf.batch_checks import Batch, fixed_batch
+from rl_sparsity_tf.channel_finishing import Task, finish_candidate
 from rl_sparsity_tf.class_weights import weight_table
 from rl_sparsity_tf.compile_state import compile_arguments
 from rl_sparsity_tf.conversion import start_worker
@@ -21,8 +22,9 @@ from rl_sparsity_tf.data import TrainingData, evaluation_data, sample_rows, trai
 from rl_sparsity_tf.data_forms import as_rows
 from rl_sparsity_tf.errors import ArgumentError, DataError, ModelError, check_choice
 from rl_sparsity_tf.export import QUANTIZATIONS
+from rl_sparsity_tf.finished_search import FinishedSearch
 from rl_sparsity_tf.finishing import Figures, export_and_score, export_dense_int8
-from rl_sparsity_tf.grouping import GROUPS
+from rl_sparsity_tf.latency_table import LatencyTable
 from rl_sparsity_tf.mask_training import DISTILLATION, FineTuning, default_epochs
 from rl_sparsity_tf.masks import MASKS
 from rl_sparsity_tf.metrics import build_metrics
@@ -40,13 +42,12 @@ from rl_sparsity_tf.run_directory import (
     model_fingerprint,
 )
 from rl_sparsity_tf.scoring import score_model as score
-from rl_sparsity_tf.size_costs import formats_for
-from rl_sparsity_tf.size_enforcement import finish_within
+from rl_sparsity_tf.size_costs import MARGINS, formats_for
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapping import accepted, is_wrapped
 
 if TYPE_CHECKING:
-    from rl_sparsity_tf.search_loop import LoopSettings, SearchLoop
+    from rl_sparsity_tf.search_loop import LoopSettings
 
 _FINGERPRINT_ROWS = 8192
 
@@ -60,8 +61,9 @@ class Compressor:
         target: What to reach.
         agent: `"dqn"`, `"ppo"`, `"random"` (a baseline), or a configuration such as
             `rls.DQN(learning_rate=1e-3)`.
-        group: The smallest unit one operation applies to: `"element"`, `"block4"`, `"block16"` or
-            `"channel"`.
+        group: The smallest unit one operation applies to: `"element"` (the default), `"block4"`,
+            `"block16"`, or `"channel"` (the default for targets of macs and latency): whole
+            channels with all that is tied to them, which the result does not have any more.
         directory: Folder for manifest, journal, checkpoints and the result. The same call
             continues a run that was cut off; other folders that are not empty are refused.
         seed: Everything random follows from it. TF-Agents and dropout draw from TensorFlow's
@@ -78,6 +80,9 @@ class Compressor:
             and played in the first episodes (see
             [demonstrations][rl_sparsity_tf.demonstrations]), so that the agent learns from them.
             The best plan evaluated is returned, whoever proposed it.
+        latency_table: Times of the model's layers, for a target of latency: a
+            [LatencyTable][rl_sparsity_tf.latency_table.LatencyTable] or its JSON file, made on any
+            device. By default the layers are measured here before the search.
 
     Raises:
         RLSparsityError: If an argument cannot be used; nothing has been trained by then.
@@ -93,7 +98,7 @@ class Compressor:
         model: keras.Model,
         target: Target | None = None,
         agent: str | AgentConfig = "dqn",
-        group: str = "element",
+        group: str | None = None,
         directory: str | os.PathLike[str] | None = None,
         seed: int = 0,
         *,
@@ -102,6 +107,7 @@ class Compressor:
         metric: str | tuple[str, str] | None = None,
         buckets: int = 8,
         warm_start: bool = True,
+        latency_table: LatencyTable | str | os.PathLike[str] | None = None,
     ):
         self.model = accepted(model)
         if is_wrapped(self.model):
@@ -111,7 +117,8 @@ class Compressor:
         self.target = Target(sparsity=0.9) if target is None else target
         check_type("target", self.target, Target, "rls.Target(sparsity=0.9)")
         self.agent = resolve_config(agent)
-        self.group = check_choice("group", group, GROUPS)
+        self.group = channel_search.group_for(self.model, self.target, group)
+        self.latency_table = channel_search.table_for(self.target, latency_table)
         self.directory = None if directory is None else check_directory(directory)
         self.seed = check_count("seed", seed, 0)
         self.reward: RewardFunction = Reward() if reward is None else reward
@@ -202,7 +209,7 @@ class Compressor:
                 "data as text, or None; the data itself is passed as train."
             )
         check_flag("overwrite", overwrite)
-        if self.target.sparsity is None and quantization != "plan":
+        if self.target.kind in MARGINS and quantization != "plan":
             raise ArgumentError(
                 f"quantization={quantization!r} does not go with a target in bytes, which is "
                 "counted for the files that the plan decides on. Leave quantization out, or give "
@@ -241,12 +248,16 @@ class Compressor:
         }
         run = self._open_run(model, train, data, validation, test, arguments, overwrite)
         start_worker()  # its imports overlap the search
+        sample = sample_rows(validation, validation_rows, seed=self.seed, fixed=fixed_batch(model))
         network = CompressedNetwork(
             model,
             data,
-            sample_rows(validation, validation_rows, seed=self.seed, fixed=fixed_batch(model)),
+            sample,
             target=self.target,
             group=self.group,
+            decisions=channel_search.decisions_for(
+                model, self.target, self.group, self.latency_table, quantization
+            ),
             recovery=self.recovery,
             metric=self.metric,
             seed=self.seed,
@@ -259,11 +270,17 @@ class Compressor:
         figures = Figures(train=data, validation=validation, test=test, metric=network.metric)
         progress.say(f"fine-tuning the best plan ({best.found_by}) and exporting it")
         tf.random.set_seed(self.seed)
-        final = FineTuning(epochs=epochs, mask=mask, distillation=distillation)
-        finished = finish_within(
-            model, best, figures, self.target, training=final, quantization=quantization
+        task = Task(
+            model=model,
+            network=network,
+            figures=figures,
+            target=self.target,
+            training=FineTuning(epochs=epochs, mask=mask, distillation=distillation),
+            quantization=quantization,
         )
+        finished = finish_candidate(task, best)
         metrics = build_metrics(
+            model=model,
             finished=finished,
             dense=export_and_score(model, None, figures, "none"),
             dense_int8=export_dense_int8(model, figures),
@@ -288,16 +305,7 @@ class Compressor:
         )
         if run is not None:
             result.write_files(run.path)
-        self.last = FinishedSearch(
-            model=model,
-            network=network,
-            loop=loop,
-            figures=figures,
-            result=result,
-            episodes=episodes,
-            training=final,
-            quantization=quantization,
-        )
+        self.last = FinishedSearch(**vars(task), loop=loop, result=result, episodes=episodes)
         return result
 
     def loop_settings(self) -> LoopSettings:
@@ -349,31 +357,6 @@ class Compressor:
             "test_data": data_fingerprint(test or []),
         }
         return RunDirectory(self.directory, arguments, fingerprints, overwrite)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FinishedSearch:
-    """What a search leaves behind for contenders to be run under the same conditions.
-
-    Attributes:
-        model: The model that was compressed, unrolled if that was asked for.
-        network: The network, with its cached data and traced functions.
-        loop: The episodes.
-        figures: Data and metric.
-        result: What was returned.
-        episodes: How many there were.
-        training: The final fine-tuning.
-        quantization: How it was exported.
-    """
-
-    model: keras.Model
-    network: CompressedNetwork
-    loop: SearchLoop
-    figures: Figures
-    result: Result
-    episodes: int
-    training: FineTuning
-    quantization: str
 
 
 def _evenly(arrays: Batch) -> Batch:

@@ -116,7 +116,9 @@ class SizeBudget(CostBudget):
                 total += self.costs[index].cost(live, state.quantized and not state.kept)
         return total
 
-    def total(self, pruned: Sequence[float] | np.ndarray, integers: Sequence[bool]) -> float:
+    def total(
+        self, pruned: Sequence[float] | np.ndarray, integers: Sequence[bool] | np.ndarray
+    ) -> float:
         """Bytes of the file."""
         triples = zip(self.costs, self.totals - np.asarray(pruned), integers, strict=True)
         return self.fixed + sum(costs.cost(float(live), whole) for costs, live, whole in triples)

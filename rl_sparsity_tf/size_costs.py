@@ -8,6 +8,7 @@ import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.budget import Budget
+from rl_sparsity_tf.errors import TargetError
 from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.kernels import Kernel, count_weights
 from rl_sparsity_tf.rules import prune_by_magnitude
@@ -24,7 +25,7 @@ MARGINS = {"tflite_bytes": 0.01, "gzip_bytes": 0.03}
 
 def formats_for(target: Target) -> str:
     """The formats that files for a target may use (see `export_tflite`)."""
-    return {"sparsity": "dense", "tflite_bytes": "raw", "gzip_bytes": "gzip"}[target.kind]
+    return {"tflite_bytes": "raw", "gzip_bytes": "gzip"}.get(target.kind, "dense")
 
 
 def make_budget(model: keras.Model, kernels: list[Kernel], target: Target, group: str) -> Budget:
@@ -33,6 +34,11 @@ def make_budget(model: keras.Model, kernels: list[Kernel], target: Target, group
     Raises:
         TargetError: If it cannot be reached, or is one for whole channels.
     """
+    if target.needs_channels:
+        raise TargetError(
+            f"Target({target.kind}={target.value}) cannot be met by zeros among groups of "
+            f"{group!r}. Expected decisions on whole channels: pass group='channel'."
+        )
     _, elements = count_weights(model)
     if target.sparsity is not None:
         sizes = [kernel.grouping(group).sizes for kernel in kernels]

@@ -9,6 +9,12 @@ import numpy as np
 
 from rl_sparsity_tf.errors import ArgumentError
 
+_SHARES = {
+    "sparsity": "the share of weights to become zero, for example Target(sparsity=0.9)",
+    "macs": "the share of the dense model's multiplications, for example Target(macs=0.5)",
+    "latency": "the share of the dense file's time, for example Target(latency=0.5)",
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
@@ -20,6 +26,11 @@ class Target:
         tflite_bytes: Bytes of the .tflite file at most, as it lies in flash. Tensors are stored
             sparse where that is smaller.
         gzip_bytes: Bytes of the gzipped .tflite file at most, as it is downloaded.
+        macs: Multiply-accumulates of one example at most, as a share of the dense model's, in
+            (0, 1). Whole channels are removed for it.
+        latency: Time of one call of the .tflite file at most, as a share of the time that the
+            dense model's file takes in the same quantization, in (0, 1). Whole channels are
+            removed for it, by a table of what every layer takes.
 
     Example:
         >>> Target(sparsity=0.9).kind
@@ -31,6 +42,8 @@ class Target:
     sparsity: float | None = None
     tflite_bytes: int | None = None
     gzip_bytes: int | None = None
+    macs: float | None = None
+    latency: float | None = None
 
     def __post_init__(self) -> None:
         given = self._given()
@@ -39,21 +52,20 @@ class Target:
             raise ArgumentError(
                 f"Target({what}) names {len(given) or 'no'} goals. Expected exactly one: "
                 "Target(sparsity=0.9), the share of weights to become zero; "
-                "Target(tflite_bytes=50_000), the size of the file; or "
-                "Target(gzip_bytes=20_000), its size when gzipped."
+                "Target(tflite_bytes=50_000), the size of the file; "
+                "Target(gzip_bytes=20_000), its size when gzipped; Target(macs=0.5), the share of "
+                "the multiplications; or Target(latency=0.5), the share of the time."
             )
-        if self.sparsity is not None:
-            value = self.sparsity
+        ((name, value),) = given.items()
+        if name in _SHARES:
             number = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
             if not number or not 0.0 < value < 1.0:
                 raise ArgumentError(
-                    f"Target(sparsity={value!r}) cannot be met. Expected a number above 0 and "
-                    "below 1: the share of weights to become zero, for example "
-                    "Target(sparsity=0.9)."
+                    f"Target({name}={value!r}) cannot be met. Expected a number above 0 and "
+                    f"below 1: {_SHARES[name]}."
                 )
-            object.__setattr__(self, "sparsity", float(value))
+            object.__setattr__(self, name, float(value))
             return
-        ((name, value),) = given.items()
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not whole or value < 1:
             raise ArgumentError(
@@ -68,13 +80,18 @@ class Target:
 
     @property
     def kind(self) -> str:
-        """The goal's name: `"sparsity"`, `"tflite_bytes"` or `"gzip_bytes"`."""
+        """The goal's name: that of its field."""
         return next(iter(self._given()))
 
     @property
     def value(self) -> float:
         """The goal's value."""
         return next(iter(self._given().values()))
+
+    @property
+    def needs_channels(self) -> bool:
+        """Whether it can only be met by removing whole channels."""
+        return self.kind in ("macs", "latency")
 
     def to_dict(self) -> dict[str, Any]:
         """The goal by name."""

@@ -225,21 +225,28 @@ def in_a_dict(x):
     return inner({"a": x})
 
 
+def row_of(x):
+    return layers.Lambda(lambda v: v[:, None])(x)
+
+
 FROZEN = {
     "named is a model whose inputs and outputs are not a list": in_a_dict,
     "twice is called 2 times": twice,
     "inner is called 2 times": both_ways,
     "own is Own, whose channels are not followed": Own(4, name="own"),
     "norm is LayerNormalization, whose channels": layers.LayerNormalization(name="norm"),
-    "turn is Reshape, whose channels are not followed": layers.Reshape((5, 1), name="turn"),
+    "turn is a Reshape that does not keep the channels last": layers.Reshape((5, 1), name="turn"),
     "turn is Permute, whose channels are not followed": lambda x: layers.Permute(
         (2, 1), name="turn"
-    )(layers.Conv1D(5, 1)(layers.UpSampling1D(2)(keras.layers.Reshape((1, 5))(x)))),
+    )(layers.Conv1D(5, 1)(layers.UpSampling1D(2)(row_of(x)))),
     "rnn is LSTM, whose channels are not followed": lambda x: layers.LSTM(3, name="rnn")(
-        layers.Dense(5)(layers.Reshape((1, 5))(x))
+        layers.Dense(5)(row_of(x))
     ),
     "any is Lambda, whose channels are not followed": layers.Lambda(lambda x: x + 1, name="any"),
-    "a TensorFlow operation (a layer such as Add is followed)": lambda x: x + x,
+    "is a TensorFlow operation (reverse) whose channels are not": lambda x: tf.reverse(x, [1]),
+    "is a TensorFlow operation (math.add) whose channels": lambda x: tf.add(x, [1.0] * 5),
+    "is a TensorFlow operation (math.reduce_mean)": lambda x: tf.reduce_mean(x, 1, True),
+    "is a TensorFlow operation, whose channels are not followed": lambda x: x[:, ::-1],
     "the activation softmax of soft mixes channels": layers.Activation("softmax", name="soft"),
     "the activation <lambda> of f may mix": layers.Activation(lambda x: x * 2, name="f"),
     "keeps a list of numbers, one per channel": layers.Rescaling([1.0, 2.0, 3.0, 4.0, 5.0]),

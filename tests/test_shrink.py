@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tf_keras as keras
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf.channel_groups import find_groups
 from rl_sparsity_tf.channel_masks import mask_channels
 from rl_sparsity_tf.errors import ArgumentError, ModelError
-from rl_sparsity_tf.shrink import shrink, shrink_with_report
+from rl_sparsity_tf.shrinking import shrink, shrink_with_report
 
 
 def randomize(model, seed=0):
@@ -617,3 +618,32 @@ def test_wrapped_and_other_models_are_refused(call):
         call(keras.Sequential([layers.Dense(5)]))
     with pytest.raises(ModelError, match="Expected a tf_keras model"):
         call("model.keras")
+
+
+def with_operations():
+    """What people write without layers: sums, scales, clips, means and reshapes."""
+    inputs = layers.Input((6, 6, 2))
+    x = layers.Conv2D(6, 3, padding="same")(inputs)
+    y = tf.nn.relu(layers.Conv2D(6, 1)(x))
+    x = tf.nn.relu6(0.5 * x + y)
+    gate = tf.reduce_mean(x, [1, 2])
+    gate = layers.Dense(4, activation="relu")(gate)
+    gate = layers.Dense(6, activation="sigmoid")(gate)
+    x = x * layers.Reshape((1, 1, 6))(gate)
+    x = tf.concat([x, tf.clip_by_value(layers.Conv2D(3, 1)(x), 0.0, 1.0)], -1)
+    x = layers.Reshape((36, 9))(x)
+    x = layers.Conv1D(5, 2, activation="relu")(x)
+    outputs = layers.Dense(4)(layers.Flatten()(x))
+    return randomize(keras.Model(inputs, outputs))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_operations_in_place_of_layers_are_followed(seed):
+    model = with_operations()
+    groups = find_groups(model)
+    assert [group.size for group in groups if group.frozen is None] == [6, 4, 3, 5]
+    live = masks_for(model, np.random.default_rng(seed))
+    masked = mask_channels(model, live)
+    small = shrink(masked)
+    assert_same(masked, small, rows=256)
+    assert_sizes(model, small, live)

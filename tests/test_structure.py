@@ -83,6 +83,11 @@ def test_the_package_is_flat():
     assert not [path for path in FOLDER.iterdir() if path.is_dir() and path.name != "__pycache__"]
 
 
+def test_no_module_hides_a_public_name():
+    # Importing a submodule binds it on the package, in place of a function of its name.
+    assert not set(MODULES) & set(rl_sparsity_tf._EXPORTS)
+
+
 def test_imports_have_no_cycle():
     order, waiting = [], dict(GRAPH)
     while waiting:

@@ -12,14 +12,16 @@ from rich.table import Table
 
 from rl_sparsity_tf.channel_graph import ChannelGraph, PlacedStep, has_graph
 from rl_sparsity_tf.channel_groups import check_plain, no_graph
+from rl_sparsity_tf.channel_plans import masks, only_pruned, tie_channels
 from rl_sparsity_tf.channel_steps import Depthwise, Mix
 from rl_sparsity_tf.compile_state import copy_compile_state
 from rl_sparsity_tf.copying import copy_layer, copy_weights
 from rl_sparsity_tf.errors import RLSparsityError, one_line
-from rl_sparsity_tf.kernels import walk
+from rl_sparsity_tf.kernels import find_kernels, walk
+from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.signature import is_graph
 from rl_sparsity_tf.tables import table_lines
-from rl_sparsity_tf.wrapping import accepted, strip
+from rl_sparsity_tf.wrapping import accepted, strip, wrap
 
 _WIDTH = 120
 
@@ -43,7 +45,7 @@ class LayerChange:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShrinkReport:
-    """What [shrink][rl_sparsity_tf.shrink.shrink] did.
+    """What [shrink][rl_sparsity_tf.shrinking.shrink] did.
 
     Attributes:
         layers: The layers with kernels whose channels can be followed.
@@ -82,7 +84,12 @@ class ShrinkReport:
         print_fn(f"{self.weights_before:,} weights before, {self.weights_after:,} after")
 
 
-def shrink(model: keras.Model, *, print_fn: Callable[[str], Any] | None = None) -> keras.Model:
+def shrink(
+    model: keras.Model,
+    plan: CompressionPlan | None = None,
+    *,
+    print_fn: Callable[[str], Any] | None = None,
+) -> keras.Model:
     """Removes the dead channels of a model, so that it computes the same with fewer weights.
 
     A channel is dead if nothing reads it, or if it is a constant, whatever the input, that the
@@ -90,6 +97,8 @@ def shrink(model: keras.Model, *, print_fn: Callable[[str], Any] | None = None) 
 
     Args:
         model: A built, plain `tf_keras` model. A subclassed one is copied as it is.
+        plan: Channels to prune first: a plan with groups of `"channel"`, as a search of channels
+            saves it in channels.json. Its other operations are not applied.
         print_fn: Called with every line of a table of what was removed and why others stay.
 
     Returns:
@@ -98,10 +107,16 @@ def shrink(model: keras.Model, *, print_fn: Callable[[str], Any] | None = None) 
 
     Raises:
         ModelError: If the model is not built, is wrapped, or cannot be copied.
+        PlanError: If the plan does not fit the model, prunes channels that have to stay, or prunes
+            tied kernels differently.
 
     Example:
         >>> small = rls.shrink(rls.strip(wrapped), print_fn=print)
     """
+    if plan is not None:
+        tied = tie_channels(model, plan).kernels.values()
+        pruned = {entry.path: only_pruned(entry.operations) for entry in tied}
+        model = strip(wrap(model, masks(find_kernels(model), pruned)))
     small, report = shrink_with_report(model)
     if print_fn is not None:
         report.summary(print_fn)
@@ -245,7 +260,7 @@ def _rebuilt(
         layer = place.step.layer
         if layer.weights:
             weights.setdefault(id(layer), {}).update(_smaller(place, graph, values, keep))
-        if isinstance(place.step, Mix):
+        if isinstance(place.step, Mix) or isinstance(layer, keras.layers.Reshape):
             sizes[id(layer)] = int(keep[graph.channels[place.outputs[0]]].sum())
     converted: dict[int, keras.layers.Layer] = {}
 
@@ -305,6 +320,9 @@ def _resized(layer: keras.layers.Layer, size: int | None) -> keras.layers.Layer:
     if size is None:
         return copy_layer(layer)
     config = layer.get_config()
+    if isinstance(layer, keras.layers.Reshape):
+        shape = (*layer.output_shape[1:-1], size)
+        return keras.layers.Reshape.from_config({**config, "target_shape": shape})
     return type(layer).from_config({**config, _size_name(config): size})
 
 

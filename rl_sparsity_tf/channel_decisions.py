@@ -1,0 +1,230 @@
+"""Decisions on whole channels: every one masks all that is tied to it, and who reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import tf_keras as keras
+
+from rl_sparsity_tf import allocation
+from rl_sparsity_tf.buckets import saliency_of
+from rl_sparsity_tf.budget import Budget
+from rl_sparsity_tf.channel_budget import ChannelBudget, ChannelCost
+from rl_sparsity_tf.channel_costs import ChannelCosts
+from rl_sparsity_tf.channel_elimination import ChannelErrors, eliminate
+from rl_sparsity_tf.channel_graph import ChannelGraph, has_graph
+from rl_sparsity_tf.channel_latency import latency_of
+from rl_sparsity_tf.channel_units import ChannelUnit, UnitOperations, find_units
+from rl_sparsity_tf.decisions import KernelDecisions, PartMatrix
+from rl_sparsity_tf.grouping import Grouping
+from rl_sparsity_tf.kernels import Kernel, find_kernels
+from rl_sparsity_tf.latency_table import LatencyTable
+from rl_sparsity_tf.least_squares import LeastSquares
+from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.plan import CompressionPlan
+from rl_sparsity_tf.size_costs import MARGINS
+from rl_sparsity_tf.size_model import SizeModel
+from rl_sparsity_tf.statistics import KernelStatistics
+from rl_sparsity_tf.target import Target
+from rl_sparsity_tf.wrapping import wrap
+
+CHANNEL_HEURISTICS = (
+    "uniform_gamma",
+    "global_gamma",
+    "uniform_output_error",
+    "global_output_error",
+)
+"""Heuristics for whole channels alone, see [ChannelDecisions.scores][]."""
+
+
+class ChannelDecisions(KernelDecisions):
+    """Decisions on sets of channels that can only be removed together.
+
+    The wrapped kernels carry masks of single weights: a channel that is pruned has its column
+    masked where it is made, and its rows where it is read. So whatever biases and normalizations
+    make of it, nothing reads it any more, and [shrink][rl_sparsity_tf.shrinking.shrink] removes it.
+
+    Args:
+        table: What the layers take, for targets of latency.
+
+    Attributes:
+        units: What is decided together, of the wrapped copy.
+    """
+
+    # Buckets are cut at the share that the target means.
+    least_share = 0.0
+
+    def __init__(self, table: LatencyTable | None = None):
+        super().__init__("channel")
+        self.part_group = "element"
+        self.table = table
+        self.units: list[ChannelUnit] = []
+        self._errors: dict[str, ChannelErrors] = {}
+
+    def wrap(self, model: keras.Model) -> keras.Model:
+        """The wrapped copy, with masks of single weights."""
+        return wrap(model, operations=(Operation.PRUNE, Operation.QUANTIZE))
+
+    def kernels(self, model: keras.Model, parts: Sequence[Kernel]) -> list[Kernel]:
+        """The sets of tied kernels."""
+        self._graph = ChannelGraph(model)
+        self.units = find_units(self._graph, parts)
+        self._unit = {unit.path: unit for unit in self.units}
+        self._operations = UnitOperations(self.units)
+        return list(self.units)
+
+    def budget(self, model: keras.Model, kernels: list[Kernel], target: Target) -> Budget:
+        """The budget of a target."""
+        costs = ChannelCosts(model, self._graph, self.units)
+        cost, limit = self._cost(model, costs, target)
+        name = f"Target({target.kind}={target.value:g})"
+        return ChannelBudget(limit, cost, self.units, name)
+
+    def _cost(
+        self, model: keras.Model, costs: ChannelCosts, target: Target
+    ) -> tuple[ChannelCost, float]:
+        """What is counted, and what it may come to."""
+        whole = np.ones(len(self.units))
+        count: Callable[[np.ndarray], np.ndarray]
+        if target.kind in MARGINS:
+            total = costs.bytes(SizeModel(model), target.kind)
+            return ChannelCost(total, integers=True), target.value * (1.0 - MARGINS[target.kind])
+        if target.kind == "sparsity":
+            count, share = costs.weights, 1.0 - target.value
+        elif target.kind == "macs":
+            count, share = costs.macs, target.value
+        else:
+            assert self.table is not None
+            count, share = latency_of(self.table, model, self.units), target.value
+        return ChannelCost(lambda live, _: count(live)), share * float(count(whole))
+
+    def operations(self, decided: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """The operations on the kernels' single weights."""
+        return _Lazy(self._operations, decided)
+
+    def affected(self, path: str) -> Sequence[str]:
+        """The kernels that make a unit's channels, and those that read them."""
+        return self._operations.affected(path)
+
+    def matrix(self, path: str, part_matrix: PartMatrix) -> np.ndarray:
+        """The present effective weights of a unit."""
+        unit = self._unit[path]
+        return unit.stack({m.kernel.path: part_matrix(m.kernel.path) for m in unit.members})
+
+    def statistics(self, parts: Mapping[str, KernelStatistics]) -> dict[str, KernelStatistics]:
+        """Activations of the unit's first layer, gradients of all its kernels."""
+        found = {}
+        for unit in self.units:
+            first = parts[unit.path]
+            gradients = {m.kernel.path: parts[m.kernel.path].gradient for m in unit.members}
+            found[unit.path] = KernelStatistics(
+                activation_mean=first.activation_mean,
+                activation_variance=first.activation_variance,
+                activation_sparsity=first.activation_sparsity,
+                gradient=unit.stack(gradients),
+            )
+        return found
+
+    def moved(self, path: str, part_matrix: PartMatrix, fits: LeastSquares) -> float:
+        """How far the outputs of the layers move that read a unit, or make what no one reads."""
+        unit = self._unit[path]
+        behind = [reader.kernel.path for reader in unit.readers]
+        behind = behind or [member.kernel.path for member in unit.members]
+        return float(np.mean([fits.error(one, part_matrix(one)) for one in behind]))
+
+    def saliency(
+        self, path: str, matrix: np.ndarray, grouping: Grouping, fits: LeastSquares | None
+    ) -> np.ndarray:
+        """What the layers reading a channel lose without it; else the weights that make it."""
+        unit = self._unit[path]
+        if fits is None or unit.frozen:
+            return saliency_of(matrix, grouping)
+        return self.errors(unit, fits).saliency
+
+    def errors(self, unit: ChannelUnit, fits: LeastSquares | None) -> ChannelErrors:
+        """What goes first in a unit, and what it costs; found out once."""
+        if unit.path not in self._errors:
+            problems = {} if fits is None or unit.frozen else fits.problems
+            self._errors[unit.path] = eliminate(unit, problems)
+        return self._errors[unit.path]
+
+    @property
+    def heuristics(self) -> Sequence[str]:
+        """Names of the heuristics that [scores][] knows."""
+        return (*allocation.HEURISTICS, *CHANNEL_HEURISTICS)
+
+    def scores(
+        self,
+        name: str,
+        kernels: Sequence[Kernel],
+        groupings: Mapping[str, Grouping],
+        matrices: Mapping[str, np.ndarray],
+        gradients: Mapping[str, np.ndarray],
+        fits: LeastSquares | None,
+    ) -> list[np.ndarray] | None:
+        """Scores of all channels by a heuristic.
+
+        Beside those for any groups there are `uniform_...` (the same share of every unit) and
+        `global_...` (compared over the network): `gamma` by the scales of batch normalization
+        (Liu et al. 2017, "Learning efficient convolutional networks through network slimming",
+        arXiv 1708.06519), `output_error` by what the readers of a channel lose.
+        """
+        if name not in CHANNEL_HEURISTICS:
+            return super().scores(name, kernels, groupings, matrices, gradients, fits)
+        spread, _, criterion = name.partition("_")
+        found = []
+        for unit in self.units:
+            shape = (1, unit.count)
+            if unit.frozen:
+                found.append(np.ones(shape))
+                continue
+            if criterion == "gamma":
+                if unit.scale is None:
+                    return None
+                values = unit.scale
+            else:
+                values = self.errors(unit, fits).saliency
+                if spread == "global":
+                    errors = self.errors(unit, fits).errors
+                    values = values * np.sqrt(errors[-1] / len(values))
+            values = values.reshape(shape)
+            sizes = np.full(shape, unit.shape[0])
+            uniform = spread == "uniform"
+            found.append(allocation.density_scores(values, sizes, 1.0) if uniform else values)
+        return found
+
+    def kernel_plan(self, plan: CompressionPlan) -> CompressionPlan:
+        """The plan of the model's kernels that a plan of units means."""
+        return self._operations.plan({path: one.operations for path, one in plan.kernels.items()})
+
+    @property
+    def removable(self) -> np.ndarray:  # type: ignore[override]
+        """Weights that every unit can give at most."""
+        able = [unit.frozen is None for unit in self.units]
+        return np.where(able, [unit.size - unit.shape[0] for unit in self.units], 0)
+
+
+class _Lazy(Mapping[str, np.ndarray]):
+    """The operations on kernels, computed when they are asked for."""
+
+    def __init__(self, operations: UnitOperations, decided: Mapping[str, np.ndarray]):
+        self._operations, self._decided = operations, decided
+        self._paths = operations.paths
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        return self._operations.of(path, self._decided)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def removable_channels(model: keras.Model) -> list[ChannelUnit]:
+    """The sets of channels of a model that a search can decide on; empty if there are none."""
+    if not has_graph(model):
+        return []
+    units = find_units(ChannelGraph(model), find_kernels(model))
+    return [unit for unit in units if unit.frozen is None and unit.count > 1]

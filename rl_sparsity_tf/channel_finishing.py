@@ -1,0 +1,248 @@
+"""From a plan of channels to the finished model: removed, held to the target, fine-tuned."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import tf_keras as keras
+
+from rl_sparsity_tf.candidates import Candidate
+from rl_sparsity_tf.channel_budget import ChannelBudget
+from rl_sparsity_tf.channel_costs import count_macs
+from rl_sparsity_tf.channel_decisions import ChannelDecisions
+from rl_sparsity_tf.channel_plans import masks, only_pruned
+from rl_sparsity_tf.channel_programming import pruned_to
+from rl_sparsity_tf.errors import TargetError
+from rl_sparsity_tf.export import export_tflite
+from rl_sparsity_tf.finishing import Figures, Finished, RemovedChannels, all_quantized, finish
+from rl_sparsity_tf.kernels import count_weights, find_kernels, walk
+from rl_sparsity_tf.latency_table import LatencyTable
+from rl_sparsity_tf.layer_widths import widths_of
+from rl_sparsity_tf.mask_training import FineTuning
+from rl_sparsity_tf.network import CompressedNetwork
+from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
+from rl_sparsity_tf.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.shrinking import shrink
+from rl_sparsity_tf.size_costs import formats_for
+from rl_sparsity_tf.size_enforcement import finish_within
+from rl_sparsity_tf.target import Target
+from rl_sparsity_tf.timing import Timing, benchmark_tflite
+from rl_sparsity_tf.wrapping import strip, wrap
+
+_ATTEMPTS = 6
+# How much further than the overshoot the next attempt goes.
+_EXTRA = 0.01
+# Of a measured time, what the target may be missed by: less is noise.
+_TIME_TOLERANCE = 0.02
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a candidate is finished for.
+
+    Attributes:
+        model: The original model.
+        network: The network that was searched.
+        figures: Data and metric.
+        target: The target.
+        training: The fine-tuning.
+        quantization: How to export.
+    """
+
+    model: keras.Model
+    network: CompressedNetwork
+    figures: Figures
+    target: Target
+    training: FineTuning
+    quantization: str
+
+
+def finish_candidate(task: Task, candidate: Candidate) -> Finished:
+    """Fine-tunes and exports a candidate, whatever was decided on.
+
+    Pruned channels are removed first: what is trained and exported is the small model. What it
+    takes (bytes, multiplications, time) hardly depends on its weights, so the target is held to
+    before the training.
+
+    Args:
+        task: What it is finished for.
+        candidate: The plan and the weights to start from.
+
+    Raises:
+        TargetError: If the target is still missed after a few attempts to prune further.
+    """
+    if not isinstance(task.network.decisions, ChannelDecisions):
+        return finish_within(
+            task.model,
+            candidate,
+            task.figures,
+            task.target,
+            training=task.training,
+            quantization=task.quantization,
+        )
+    candidate, small, timing = _held(task, candidate)
+    finished = finish(
+        small.model,
+        small.candidate,
+        task.figures,
+        training=task.training,
+        quantization=task.quantization,
+        formats=formats_for(task.target),
+        teacher=task.model,
+    )
+    plan = task.network.decisions.kernel_plan(candidate.plan)
+    return dataclasses.replace(finished, channels=_removed(task, finished.model, plan, timing))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Small:
+    """A model without the channels that a candidate prunes, and what is left of the candidate."""
+
+    model: keras.Model
+    candidate: Candidate
+
+
+def without_channels(
+    model: keras.Model, decisions: ChannelDecisions, candidate: Candidate
+) -> tuple[keras.Model, Candidate]:
+    """Removes the channels that a candidate prunes, at the weights it was evaluated with.
+
+    Args:
+        model: The original model.
+        decisions: What was decided on.
+        candidate: A plan of its units.
+
+    Returns:
+        The small model, and the candidate for it: how its kernels are stored, and its weights.
+    """
+    decided = {path: entry.operations for path, entry in candidate.plan.kernels.items()}
+    operations = decisions.operations(decided)
+    kernels = find_kernels(model)
+    pruned = {kernel.path: only_pruned(operations[kernel.path]) for kernel in kernels}
+    wrapped = wrap(model, masks(kernels, pruned))
+    candidate.put_weights(wrapped)
+    small = shrink(strip(wrapped))
+    outputs = decisions.kernel_plan(candidate.plan).kernels
+    entries = []
+    for kernel in find_kernels(small):
+        chosen = outputs[kernel.path].operations
+        chosen = chosen[chosen != Operation.PRUNE]
+        count = kernel.spec.matrix_shape(kernel.shape)[1]
+        if len(chosen) != count:  # more was found dead, or a channel of a layer had to stay
+            kept = Operation.KEEP if (chosen == Operation.KEEP).any() else Operation.QUANTIZE
+            chosen = np.full(count, kept, np.uint8)
+        layout = kernel.spec.layout
+        entries.append(
+            KernelPlan(kernel.path, kernel.shape, layout, "channel", 8, chosen.reshape(1, -1))
+        )
+    weights = {path: layer.get_weights() for path, layer in walk(small)}
+    return small, dataclasses.replace(candidate, plan=CompressionPlan(entries), weights=weights)
+
+
+def _held(task: Task, candidate: Candidate) -> tuple[Candidate, _Small, Timing | None]:
+    """A candidate whose small model meets the target, pruned further if it has to be."""
+    decisions = cast(ChannelDecisions, task.network.decisions)
+    budget = cast(ChannelBudget, task.network.budget)
+    limit, reached = budget.limit, []
+    value = task.target.value
+    wanted = 1.0 - value if task.target.kind == "sparsity" else value
+    with tempfile.TemporaryDirectory(prefix="rl_sparsity_") as folder:
+        ruler = _Ruler(task, Path(folder))
+        for _ in range(_ATTEMPTS):
+            small = _Small(*without_channels(task.model, decisions, candidate))
+            found, timing = ruler.measure(small)
+            if found <= wanted * (1.0 + 1e-9):
+                return candidate, small, timing
+            reached.append(found)
+            limit *= wanted / found * (1.0 - _EXTRA)
+            plan = pruned_to(task.network, candidate.plan, limit)
+            if plan == candidate.plan:
+                break
+            steps = task.network.recovery.steps
+            evaluate_plan(task.network, plan, steps)
+            candidate = dataclasses.replace(
+                candidate,
+                plan=plan,
+                weights=task.network.latent_weights(),
+                outcome=task.network.outcome,
+            )
+    shown = " then ".join(f"{one:.4g}" for one in reached)
+    raise TargetError(
+        f"Target({task.target.kind}={value:g}) was missed: without the pruned channels {shown} was "
+        f"left, and {wanted:g} is wanted. Expected a target that is easier to meet."
+    )
+
+
+class _Ruler:
+    """Measures what is left of small models, in the unit of the target."""
+
+    def __init__(self, task: Task, folder: Path):
+        self._task, self._folder = task, folder
+        self._dense: Path | None = None
+
+    def measure(self, small: _Small) -> tuple[float, Timing | None]:
+        kind, model = self._task.target.kind, self._task.model
+        if kind == "sparsity":
+            left = count_weights(small.model)[1] / count_weights(model)[1]
+            return left, None
+        if kind == "macs":
+            return count_macs(small.model) / count_macs(model), None
+        if kind == "latency":
+            timing = self.time(small.model, small.candidate.plan)
+            if timing.ratio is None:
+                return self._predicted(small.model), timing
+            return timing.ratio / (1.0 + _TIME_TOLERANCE), timing
+        _, raw, gzipped = self._export(small.model, small.candidate.plan, "small")
+        return float(raw if kind == "tflite_bytes" else gzipped), None
+
+    def _predicted(self, small: keras.Model) -> float:
+        return predicted_latency(self._task, small)
+
+    def time(self, model: keras.Model, plan: CompressionPlan) -> Timing:
+        """Times a model's file in turns with the dense one's, in the same quantization."""
+        if self._dense is None:
+            dense = self._task.model
+            self._dense = self._export(dense, all_quantized(dense), "dense")[0]
+        return benchmark_tflite(self._export(model, plan, "small")[0], self._dense, runs=30)
+
+    def _export(
+        self, model: keras.Model, plan: CompressionPlan, name: str
+    ) -> tuple[Path, int, int]:
+        path = self._folder / f"{name}.tflite"
+        report = export_tflite(
+            model,
+            path,
+            self._task.quantization,
+            plan=plan,
+            representative_data=self._task.figures.representative(model),
+            overwrite=True,
+        )
+        return path, report.tflite_bytes, report.gzip_bytes
+
+
+def predicted_latency(task: Task, small: keras.Model) -> float:
+    """A small model's share of the dense model's time, by the table of its layers."""
+    table = cast(LatencyTable, cast(ChannelDecisions, task.network.decisions).table)
+    return float(table.predict(widths_of(small)) / table.predict(widths_of(task.model)))
+
+
+def _removed(
+    task: Task, small: keras.Model, plan: CompressionPlan, timing: Timing | None
+) -> RemovedChannels:
+    try:
+        macs: float | None = count_macs(small) / count_macs(task.model)
+    except TargetError:  # images of any size
+        macs = None
+    table = cast(ChannelDecisions, task.network.decisions).table
+    return RemovedChannels(
+        plan=plan,
+        macs=macs,
+        predicted_latency=None if table is None else predicted_latency(task, small),
+        latency=None if timing is None else timing.ratio,
+        latency_spread=None if timing is None else timing.spread,
+    )

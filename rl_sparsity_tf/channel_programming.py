@@ -1,0 +1,212 @@
+r"""The numbers of channels of least error under a budget.
+
+For kernels that are decided one by one a knapsack answers this
+([dynamic_programming][rl_sparsity_tf.dynamic_programming]). What a layer with fewer channels costs
+depends on the channels of the layer before it as well, so here \(\sum_u e_u^p + \lambda\,cost\) is
+brought down unit by unit until no unit moves, and \(\lambda\) is found by bisection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from rl_sparsity_tf import allocation
+from rl_sparsity_tf.channel_budget import ChannelBudget
+from rl_sparsity_tf.channel_decisions import ChannelDecisions
+from rl_sparsity_tf.channel_units import ChannelUnit
+from rl_sparsity_tf.network import CompressedNetwork
+from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.plan import CompressionPlan
+
+_SWEEPS = 20
+_BISECTIONS = 40
+_LEVELS = 64
+# Beyond this the outputs of a layer have nothing left of what they were.
+_LARGEST_ERROR = 4.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChannelProblem:
+    """Numbers of channels, what they lose and what they cost.
+
+    Attributes:
+        budget: What they cost.
+        units: What is decided together.
+        losses: For every unit, with 0, 1, ... channels gone: what is lost.
+        orders: For every unit, the channels in the order in which they go.
+    """
+
+    budget: ChannelBudget
+    units: Sequence[ChannelUnit]
+    losses: Sequence[np.ndarray]
+    orders: Sequence[np.ndarray]
+
+    @classmethod
+    def of(cls, network: CompressedNetwork, power: float = 1.0) -> ChannelProblem:
+        """The problem of a network whose channels are decided."""
+        budget, units = network.budget, network.kernels
+        decisions = network.decisions
+        assert isinstance(budget, ChannelBudget)
+        assert isinstance(decisions, ChannelDecisions)
+        losses, orders = [], []
+        for unit in units:
+            assert isinstance(unit, ChannelUnit)
+            errors = decisions.errors(unit, network.least_squares)
+            losses.append(np.minimum(errors.errors, _LARGEST_ERROR) ** power)
+            orders.append(errors.order)
+        return cls(budget, units, losses, orders)  # type: ignore[arg-type]
+
+    @property
+    def most(self) -> np.ndarray:
+        """Channels that every unit can give at most."""
+        counts = np.array([unit.count for unit in self.units])
+        return np.where(self.budget.able, counts - 1, 0)
+
+    def costs(self, gone: np.ndarray) -> np.ndarray:
+        """The cost with so many channels gone, shape `(..., units)` -> `(...)`."""
+        counts = np.array([unit.count for unit in self.units])
+        integers = np.array([unit.spec.exports_int8 for unit in self.units])
+        return self.budget.cost.total(1.0 - gone / counts, integers)
+
+    def loss(self, gone: np.ndarray) -> float:
+        """What is lost in all."""
+        return float(sum(loss[count] for loss, count in zip(self.losses, gone, strict=True)))
+
+    # ------------------------------------------------------------------ solving
+
+    def solve(self, limit: float) -> np.ndarray:
+        """The numbers of channels to remove, of least loss within a limit.
+
+        Returns:
+            One number per unit; all that can go if nothing less is within the limit.
+        """
+        low, high = 0.0, 1.0
+        best = self.most
+        while high < 1e12 and self.costs(self._descend(high)) > limit:
+            low, high = high, high * 8.0
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            gone = self._descend(middle)
+            if self.costs(gone) <= limit:
+                high, best = middle, min(best, gone, key=self.loss)
+            else:
+                low = middle
+            if high - low < 1e-4 * high:
+                break
+        return self.restore(best, limit)
+
+    def _descend(self, price: float) -> np.ndarray:
+        """Lowers loss + price * cost, cost being a share of the dense network's."""
+        gone = np.zeros(len(self.units), np.int64)
+        for _ in range(_SWEEPS):
+            before = gone.copy()
+            for index in np.flatnonzero(self.budget.able):
+                levels = self._levels(index)
+                tried = np.repeat(gone[None], len(levels), axis=0)
+                tried[:, index] = levels
+                value = self.losses[index][levels] + price * self.costs(tried) / self.budget.whole
+                gone[index] = levels[int(np.argmin(value))]
+            if (gone == before).all():
+                break
+        return gone
+
+    def _levels(self, index: int) -> np.ndarray:
+        most = int(self.most[index])
+        return np.unique(np.rint(np.linspace(0, most, min(most + 1, _LEVELS))).astype(np.int64))
+
+    def restore(self, gone: np.ndarray, limit: float) -> np.ndarray:
+        """Brings channels back one by one, those that spare most for their cost, within a limit."""
+        gone = gone.copy()
+        while True:
+            candidates = np.flatnonzero(gone > 0)
+            tried = np.repeat(gone[None], len(candidates), axis=0)
+            tried[np.arange(len(candidates)), candidates] -= 1
+            costs = self.costs(tried) if len(candidates) else np.zeros(0)
+            fits = costs <= limit
+            if not fits.any():
+                return gone
+            spared = np.array(
+                [self.losses[i][gone[i]] - self.losses[i][gone[i] - 1] for i in candidates]
+            )
+            paid = np.maximum(costs - self.costs(gone), 1e-9 * self.budget.whole)
+            gone = tried[int(np.argmax(np.where(fits, spared / paid, -np.inf)))]
+
+    def tighten(self, gone: np.ndarray, limit: float) -> np.ndarray:
+        """Removes channels one by one, those that lose least for what they cost, to a limit."""
+        gone = gone.copy()
+        while self.costs(gone) > limit:
+            candidates = np.flatnonzero(gone < self.most)
+            if not len(candidates):
+                break
+            tried = np.repeat(gone[None], len(candidates), axis=0)
+            tried[np.arange(len(candidates)), candidates] += 1
+            lost = np.array(
+                [self.losses[i][gone[i] + 1] - self.losses[i][gone[i]] for i in candidates]
+            )
+            saved = np.maximum(self.costs(gone) - self.costs(tried), 1e-9 * self.budget.whole)
+            gone = tried[int(np.argmin((lost + 1e-12) / saved))]
+        return gone
+
+    def live(self, gone: np.ndarray) -> list[np.ndarray]:
+        """What lives with so many channels gone, one mask of shape `(1, channels)` per unit."""
+        masks = []
+        for order, count in zip(self.orders, gone, strict=True):
+            mask = np.ones((1, len(order)), bool)
+            mask[0, order[:count]] = False
+            masks.append(mask)
+        return masks
+
+
+def propose_channels(network: CompressedNetwork, powers: Sequence[float]) -> list[CompressionPlan]:
+    """Plans of least error for a network whose channels are decided.
+
+    Args:
+        network: The network; its state stays as it is.
+        powers: The powers of the units' errors that are summed, one plan each.
+    """
+    plans = []
+    for power in powers:
+        problem = ChannelProblem.of(network, power)
+        live = problem.live(problem.solve(problem.budget.limit))
+        plans.append(plan_of_live(network, live))
+    return plans
+
+
+def propose_even(network: CompressedNetwork) -> CompressionPlan:
+    """The plan in which every unit gives the same share of channels, those missed least."""
+    problem = ChannelProblem.of(network)
+    counts = np.array([unit.count for unit in problem.units])
+    for share in np.arange(0, 1024) / 1024:
+        gone = np.minimum(np.rint(share * counts).astype(np.int64), problem.most)
+        if problem.costs(gone) <= problem.budget.limit:
+            break
+    return plan_of_live(network, problem.live(gone))
+
+
+def pruned_to(network: CompressedNetwork, plan: CompressionPlan, limit: float) -> CompressionPlan:
+    """A plan with more channels pruned, down to a cost.
+
+    Channels that the plan prunes stay pruned; of the others those go that lose least.
+
+    Args:
+        network: The network.
+        plan: A plan of its units.
+        limit: What it may cost.
+    """
+    problem = ChannelProblem.of(network)
+    dead = [plan.kernels[unit.path].operations[0] == Operation.PRUNE for unit in problem.units]
+    orders = [
+        np.concatenate([order[gone[order]], order[~gone[order]]])
+        for order, gone in zip(problem.orders, dead, strict=True)
+    ]
+    problem = dataclasses.replace(problem, orders=orders)
+    gone = problem.tighten(np.array([int(one.sum()) for one in dead]), limit)
+    return plan_of_live(network, problem.live(gone))
+
+
+def plan_of_live(network: CompressedNetwork, live: Sequence[np.ndarray]) -> CompressionPlan:
+    """The plan in which some channels live, as integers where that works."""
+    return allocation.plan_from_live(network.kernels, network.group, live, quantize=True)

@@ -1,0 +1,119 @@
+"""What a search has to prepare when whole channels are decided."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import tf_keras as keras
+
+from rl_sparsity_tf.channel_decisions import ChannelDecisions, removable_channels
+from rl_sparsity_tf.errors import ArgumentError, TargetError, check_choice
+from rl_sparsity_tf.grouping import GROUPS
+from rl_sparsity_tf.latency_measurement import measure_latency
+from rl_sparsity_tf.latency_table import LatencyTable
+from rl_sparsity_tf.target import Target
+
+_log = logging.getLogger(__name__)
+
+
+def group_for(model: keras.Model, target: Target, group: str | None) -> str:
+    """The kind of groups that a search decides on.
+
+    Args:
+        model: The model.
+        target: The target.
+        group: The kind that was asked for, if any.
+
+    Raises:
+        ArgumentError: If it is not known, or cannot meet the target.
+        TargetError: If the target needs channels to be removed, and none can be.
+    """
+    if group is None:
+        group = "channel" if target.needs_channels else "element"
+    check_choice("group", group, GROUPS)
+    if not target.needs_channels:
+        return group
+    if group != "channel":
+        raise ArgumentError(
+            f"Target({target.kind}={target.value:g}) does not go with group={group!r}: zeros save "
+            "no multiplications, only whole channels that are removed do. Leave group out, or "
+            "pass group='channel'."
+        )
+    if not removable_channels(model):
+        raise TargetError(
+            f"Target({target.kind}={target.value:g}) cannot be met: no channel of the model "
+            f"{model.name!r} can be removed. rl_sparsity_tf.describe_groups(model) says why each "
+            "has to stay; Target(sparsity=...) or Target(tflite_bytes=...) can be met by zeros."
+        )
+    return group
+
+
+def table_for(
+    target: Target, table: LatencyTable | str | os.PathLike[str] | None
+) -> LatencyTable | None:
+    """The table of a target of latency, read if it is given as a file.
+
+    Raises:
+        ArgumentError: If the target is another, or the table is none.
+    """
+    if table is None:
+        return None
+    if target.kind != "latency":
+        raise ArgumentError(
+            f"latency_table was given, but Target({target.kind}=...) does not need it. Leave it "
+            "out, or give Target(latency=0.5)."
+        )
+    if isinstance(table, str | os.PathLike):
+        return LatencyTable.load(table)
+    if not isinstance(table, LatencyTable):
+        raise ArgumentError(
+            f"latency_table={table!r} is a {type(table).__name__}. Expected a LatencyTable, as "
+            "rl_sparsity_tf.measure_latency(model) returns, or the path of its JSON file."
+        )
+    return table
+
+
+def decisions_for(
+    model: keras.Model,
+    target: Target,
+    group: str,
+    table: LatencyTable | None,
+    quantization: str,
+) -> ChannelDecisions | None:
+    """What is decided on, where that is not the model's kernels.
+
+    Channels of a model whose graph is not known, or that all have to stay, are decided kernel by
+    kernel: they become zero, and stay in the file. The log says so.
+
+    Args:
+        model: The model.
+        target: The target.
+        group: The kind of groups.
+        table: Times of the layers, for a target of latency; by default they are measured.
+        quantization: How the result is exported.
+
+    Raises:
+        ArgumentError: If the table was made for another model or quantization.
+    """
+    if group != "channel":
+        return None
+    if not removable_channels(model):
+        _log.warning(
+            "No channel of %r can be removed (describe_groups says why), so that pruned channels "
+            "become zero, and stay in the file.",
+            model.name,
+        )
+        return None
+    if target.kind != "latency":
+        return ChannelDecisions()
+    if table is None:
+        table = measure_latency(model, quantization=quantization)
+    elif table.quantization != quantization:
+        raise ArgumentError(
+            f"The latency table is of quantization={table.quantization!r} files, but the search "
+            f"exports quantization={quantization!r}. Pass search(quantization="
+            f"{table.quantization!r}), or a table of the other."
+        )
+    table.check(model)
+    return ChannelDecisions(table)

@@ -1,0 +1,27 @@
+"""What a search leaves behind for contenders to be run under the same conditions."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from rl_sparsity_tf.channel_finishing import Task
+from rl_sparsity_tf.result import Result
+
+if TYPE_CHECKING:
+    from rl_sparsity_tf.search_loop import SearchLoop
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinishedSearch(Task):
+    """A search that has returned; its network keeps its cached data and traced functions.
+
+    Attributes:
+        loop: The episodes.
+        result: What was returned.
+        episodes: How many there were.
+    """
+
+    loop: SearchLoop
+    result: Result
+    episodes: int

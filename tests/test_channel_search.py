@@ -1,0 +1,458 @@
+"""Whole channels are searched, removed and exported, and the target is held to the small model."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import tf_keras as keras
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_shrink import assert_same
+from tiny_search import DQN, PPO, quick_autoencoder
+
+import rl_sparsity_tf as rls
+from rl_sparsity_tf.channel_elimination import eliminate
+from rl_sparsity_tf.channel_graph import ChannelGraph
+from rl_sparsity_tf.channel_programming import ChannelProblem, propose_channels, pruned_to
+from rl_sparsity_tf.channel_units import find_units
+from rl_sparsity_tf.comparison import compare
+from rl_sparsity_tf.errors import ArgumentError, TargetError
+from rl_sparsity_tf.kernels import find_kernels
+from rl_sparsity_tf.latency_table import LatencyTable, LayerLatency
+from rl_sparsity_tf.layer_widths import LayerWidths, widths_of
+from rl_sparsity_tf.masked_ridge import fit_masked
+from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.size_enforcement import size_held
+
+layers = keras.layers
+
+
+def images(count, seed):
+    """Bars that lie or stand: two classes, and a third of dots."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 3, count)
+    x = rng.normal(0, 0.4, (count, 8, 8, 1)).astype(np.float32)
+    places = rng.integers(0, 8, count)
+    for row, (label, place) in enumerate(zip(y, places, strict=True)):
+        if label == 0:
+            x[row, place, :, 0] += 2
+        elif label == 1:
+            x[row, :, place, 0] += 2
+        else:
+            x[row, ::3, ::3, 0] += 2
+    return x, y
+
+
+TRAIN, VALIDATION, TEST = images(192, 0), images(96, 1), images(96, 2)
+
+
+def untrained():
+    inputs = layers.Input((8, 8, 1))
+    x = layers.Conv2D(8, 3, padding="same", use_bias=False, name="stem")(inputs)
+    x = shortcut = layers.ReLU()(layers.BatchNormalization(momentum=0.8, name="norm")(x))
+    x = layers.Conv2D(6, 3, padding="same", activation="relu", name="inner")(x)
+    x = layers.Conv2D(8, 3, padding="same", name="outer")(x)
+    x = layers.ReLU()(layers.Add(name="sum")([x, shortcut]))
+    x = layers.DepthwiseConv2D(3, strides=2, name="depthwise")(x)
+    x = layers.Flatten(name="flat")(x)
+    x = layers.Dense(8, activation="relu", name="hidden")(x)
+    outputs = layers.Dense(3, activation="softmax", name="classes")(x)
+    model = keras.Model(inputs, outputs, name="bars")
+    model.compile(
+        keras.optimizers.Adam(5e-3), "sparse_categorical_crossentropy", metrics=["accuracy"]
+    )
+    return model
+
+
+@functools.cache
+def _weights():
+    keras.utils.set_random_seed(5)
+    model = untrained()
+    model.fit(*images(512, 3), epochs=6, batch_size=32, verbose=0)
+    return model.get_weights()
+
+
+def trained():
+    model = untrained()
+    model.set_weights(_weights())
+    return model
+
+
+def compressor(target, **arguments):
+    return rls.Compressor(trained(), target, **{"agent": DQN, "group": "channel", **arguments})
+
+
+def searched(one, **arguments):
+    with quick_autoencoder():
+        return one.search(
+            TRAIN,
+            validation_data=VALIDATION,
+            test_data=TEST,
+            **{"episodes": 3, "finetune_epochs": 2, "batch_size": 32, "verbose": 0, **arguments},
+        )
+
+
+def network_for(target, decisions=None):
+    """The network of a search that is stopped before its fine-tuning."""
+    one = compressor(target)
+    searched(one, episodes=1, finetune_epochs=0)
+    return one.last.network
+
+
+@pytest.fixture(scope="module")
+def macs_search(tmp_path_factory):
+    one = compressor(rls.Target(macs=0.4), directory=tmp_path_factory.mktemp("runs") / "run")
+    return one, searched(one)
+
+
+def test_the_result_has_fewer_channels_and_meets_the_target(macs_search):
+    one, result = macs_search
+    share = rls.count_macs(result.model) / rls.count_macs(one.model)
+    assert 0.2 < share <= 0.4
+    assert result.channels.macs == pytest.approx(share)
+    assert result.metrics["compressed"]["macs"] == pytest.approx(share)
+    assert result.model.get_layer("stem").kernel.shape[-1] < 8 or any(
+        result.model.get_layer(name).kernel.shape[-1] < trained().get_layer(name).kernel.shape[-1]
+        for name in ("inner", "hidden")
+    )
+    elements = sum(np.size(w) for w in result.model.get_weights() if np.ndim(w) >= 2)
+    zeros = sum(np.sum(w == 0) for w in result.model.get_weights() if np.ndim(w) >= 2)
+    whole = sum(np.size(w) for w in trained().get_weights() if np.ndim(w) >= 2)
+    expected = 1 - (elements - zeros) / whole
+    assert result.metrics["compressed"]["sparsity"] == pytest.approx(expected)
+    assert result.metrics["compressed"]["accuracy"] > 0.6
+
+
+def test_the_file_has_the_small_models_tensors(macs_search, tmp_path):
+    _, result = macs_search
+    report = result.export_tflite(tmp_path / "small.tflite")
+    shapes = {tensor.kernel: tensor.shape for tensor in report.tensors if tensor.kernel}
+    inner = result.model.get_layer("inner").kernel.shape
+    assert shapes["inner/kernel"] == (inner[3], *inner[:2], inner[2])
+    assert report.top1_agreement == 1.0
+    # Another mode is made from the same small model.
+    assert result.export_tflite(tmp_path / "float.tflite", "none").tflite_bytes > 0
+    assert rls.export_tflite(result, tmp_path / "again.tflite").tflite_bytes == report.tflite_bytes
+
+
+def test_the_run_holds_the_plan_of_the_original_models_channels(macs_search):
+    one, result = macs_search
+    plan = rls.CompressionPlan.load(one.directory / "channels.json")
+    assert plan == result.channels.plan
+    small = rls.shrink(one.model, plan)
+    for layer, other in zip(small.layers, result.model.layers, strict=True):
+        assert [w.shape for w in layer.weights] == [w.shape for w in other.weights]
+    saved = json.loads((one.directory / "metrics.json").read_text())
+    assert saved["compressed"]["macs"] == pytest.approx(result.channels.macs)
+    assert set(rls.CompressionPlan.load(one.directory / "plan.json").kernels) == set(plan.kernels)
+
+
+def test_the_summary_says_what_is_left(macs_search):
+    _, result = macs_search
+    lines = []
+    result.summary(lines.append)
+    assert f"left: {result.channels.macs:.4f} of the multiplications" in lines
+
+
+def test_no_action_of_the_agent_was_illegal(macs_search):
+    one, result = macs_search
+    assert all(entry["illegal_actions"] == 0 for entry in result.history)
+    # The frozen classifier is decided, too, but never pruned.
+    assert [kernel.path for kernel in one.last.network.kernels][-1] == "classes/kernel"
+    classes = result.channels.plan.kernels["classes/kernel"].operations
+    assert (classes != Operation.PRUNE).all()
+
+
+def test_an_episode_ends_within_the_limit(macs_search):
+    network = macs_search[0].last.network
+    for entry in macs_search[1].history:
+        assert entry["sparsity"] >= network.budget.goal - 1e-6
+
+
+def test_tied_kernels_are_pruned_alike(macs_search):
+    plan = macs_search[1].channels.plan.kernels
+    stem = plan["stem/kernel"].operations == Operation.PRUNE
+    np.testing.assert_array_equal(plan["outer/kernel"].operations == Operation.PRUNE, stem)
+    depthwise = plan["depthwise/depthwise_kernel"].operations == Operation.PRUNE
+    np.testing.assert_array_equal(depthwise, stem)
+
+
+def test_a_plan_evaluated_is_the_small_model_it_stands_for(macs_search):
+    """Masks in the network and removed channels compute the same, least squares included."""
+    from rl_sparsity_tf.candidates import Candidate
+    from rl_sparsity_tf.channel_finishing import without_channels
+
+    one, _ = macs_search
+    network = one.last.network
+    (plan,) = propose_channels(network, (1.0,))
+    outcome = evaluate_plan(network, plan)
+    candidate = Candidate.of(network, 0.0, 0, "test")
+    small, smaller = without_channels(one.model, network.decisions, candidate)
+    restored = rls.wrap(small, smaller.plan)
+    restored.compile(**{"loss": "sparse_categorical_crossentropy", "metrics": ["accuracy"]})
+    loss, accuracy = restored.evaluate(*VALIDATION, verbose=0)
+    assert accuracy == pytest.approx(outcome.metric, abs=1e-6)
+    assert loss == pytest.approx(outcome.loss, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [rls.Target(sparsity=0.6), rls.Target(tflite_bytes=9_000), rls.Target(gzip_bytes=6_000)],
+    ids=lambda target: target.kind,
+)
+def test_other_targets_are_met_by_removing_channels(target):
+    one = compressor(target)
+    result = searched(one, episodes=2)
+    if target.kind == "sparsity":
+        assert result.metrics["compressed"]["sparsity"] >= 0.6
+        left = sum(np.size(w) for w in result.model.get_weights())
+        assert left < 0.6 * sum(np.size(w) for w in trained().get_weights())
+    else:
+        assert size_held(result.report, target) <= target.value
+
+
+def test_ppo_and_training_as_recovery_work_as_well():
+    one = compressor(rls.Target(macs=0.5), agent=PPO, recovery="finetune")
+    result = searched(one, episodes=2)
+    assert rls.count_macs(result.model) <= 0.5 * rls.count_macs(one.model)
+    assert one.last.network.least_squares is None
+
+
+def test_searches_repeat(macs_search):
+    _, result = macs_search
+    again = searched(compressor(rls.Target(macs=0.4)))
+    assert result.channels.plan == again.channels.plan
+    first, second = result.model.get_weights(), again.model.get_weights()
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_contenders_remove_channels_too(macs_search):
+    one, _ = macs_search
+    names = ["uniform", "global_magnitude", "uniform_output_error", "dynamic_programming"]
+    entries = compare(one, names, 0)
+    assert [entry["name"] for entry in entries] == [
+        "uniform magnitude int8",
+        "global magnitude int8",
+        "uniform output error int8",
+        "dynamic programming",
+    ]
+    assert all(entry["macs"] <= 0.4 for entry in entries)
+
+
+def test_channels_without_batch_normalization_have_no_scales_to_rank_by(macs_search):
+    with pytest.raises(
+        ArgumentError, match=r"'global_gamma' finds no plan: it has nothing"
+    ):
+        compare(macs_search[0], ["global_gamma"], 0)
+
+
+def test_heuristics_for_channels_are_for_channels():
+    from tiny_search import VALIDATION as VECTORS
+    from tiny_search import trained as tiny
+
+    one = rls.Compressor(tiny(), rls.Target(sparsity=0.5), DQN)
+    with quick_autoencoder():
+        one.search(VECTORS, VECTORS, episodes=1, finetune_epochs=0, verbose=0)
+    with pytest.raises(ArgumentError, match=r"uniform_gamma ranks whole channels, .*'element'"):
+        compare(one, ["uniform_gamma"], 0)
+
+
+def test_tfmot_cannot_remove_channels(macs_search):
+    with pytest.raises(ArgumentError, match=r"tfmot prunes single weights, .*without tfmot"):
+        compare(macs_search[0], ["tfmot"], 0)
+
+
+def test_models_whose_channels_all_stay_are_masked_and_the_log_says_so(caplog):
+    inputs = layers.Input((6,))
+    x = layers.Reshape((6, 1))(layers.Dense(6, activation="relu")(inputs))
+    model = keras.Model(inputs, layers.Dense(3, activation="softmax")(layers.Flatten()(x)))
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    one = rls.Compressor(model, rls.Target(sparsity=0.2), DQN, group="channel")
+    x, y = np.random.default_rng(0).normal(size=(64, 6)).astype("float32"), np.arange(64) % 3
+    with quick_autoencoder():
+        result = one.search((x, y), (x, y), episodes=1, finetune_epochs=1, verbose=0)
+    assert "become zero, and stay in the file" in caplog.text
+    assert result.channels is None
+    assert result.metrics["compressed"]["sparsity"] >= 0.2
+
+
+# What cannot be asked for.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"target": rls.Target(macs=0.5), "group": "element"},
+            r"macs=0.5\) does not go with group",
+        ),
+        ({"target": rls.Target(latency=0.5), "group": "block4"}, r"latency=0.5\) does not go with"),
+        ({"target": rls.Target(macs=0.5), "latency_table": "t.json"}, r"macs=...\) does not need"),
+        ({"target": rls.Target(latency=0.5), "latency_table": 7}, r"latency_table=7 is a int"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        rls.Compressor(trained(), **arguments)
+
+
+def test_targets_of_macs_decide_on_channels_by_themselves():
+    assert rls.Compressor(trained(), rls.Target(macs=0.5)).group == "channel"
+    assert rls.Compressor(trained(), rls.Target(sparsity=0.5)).group == "element"
+
+
+def test_models_without_removable_channels_are_refused():
+    model = keras.Sequential([layers.Input((4,)), layers.Dense(3, activation="softmax")])
+    model.compile("adam", "sparse_categorical_crossentropy")
+    with pytest.raises(TargetError, match=r"no channel of the model .* can be removed"):
+        rls.Compressor(model, rls.Target(macs=0.5))
+
+
+def test_a_target_out_of_reach_is_refused_before_training():
+    with pytest.raises(TargetError, match=r"macs=0.001\) cannot be reached: .*describe_groups"):
+        searched(compressor(rls.Target(macs=0.001)))
+
+
+# Latency, by a table made by hand.
+
+
+def table_for(model, quantization="plan"):
+    """A table in which a layer takes as long as its channels in times those out."""
+    layers_of = {}
+    for chain in LayerWidths(model).chains:
+        path, width = chain.path, chain.width
+        inputs, outputs = np.array([1, width.inputs]), np.array([1, width.outputs])
+        inputs, outputs = np.unique(inputs), np.unique(outputs)
+        ms = inputs[:, None] * outputs[None] * 1e-3
+        layers_of[path] = LayerLatency(kind=chain.kind, inputs=inputs, outputs=outputs, ms=ms)
+    return LatencyTable(
+        device="made by hand", quantization=quantization, threads=1, xnnpack=True, layers=layers_of
+    )
+
+
+def test_a_table_given_predicts_the_latency(tmp_path):
+    model = trained()
+    table = table_for(model)
+    table.save(tmp_path / "table.json")
+    one = compressor(rls.Target(latency=0.5), latency_table=tmp_path / "table.json")
+    result = searched(one, episodes=2)
+    predicted = table.predict(widths_of(result.model)) / table.predict(widths_of(model))
+    assert result.channels.predicted_latency == pytest.approx(predicted)
+    assert predicted <= 0.5 + 1e-6 or result.channels.latency is not None
+    assert result.metrics["compressed"]["predicted_latency"] == pytest.approx(predicted)
+
+
+def test_a_table_of_another_quantization_is_refused():
+    one = compressor(rls.Target(latency=0.5), latency_table=table_for(trained(), "none"))
+    with pytest.raises(
+        ArgumentError, match=r"quantization='none' files, but .*quantization='plan'"
+    ):
+        searched(one)
+
+
+# What goes first, and how many.
+
+
+def test_elimination_knows_what_a_refit_loses(macs_search):
+    """Against solving the normal equations anew for every set of channels that goes."""
+    network = macs_search[0].last.network
+    unit = next(unit for unit in network.kernels if unit.path == "inner/kernel")
+    problems = network.least_squares.problems
+    found = eliminate(unit, problems)
+    problem = problems["outer/kernel"]
+    (reader,) = unit.readers
+    gram, weights = problem.dense.gram, problem.original.astype(np.float64)
+    strength = problem.ridge * np.mean(np.diag(gram))
+    for gone in range(1, unit.count):
+        live = ~np.isin(reader.rows, found.order[:gone])[:, None] & np.ones(weights.shape, bool)
+        fitted = fit_masked(gram, gram @ weights, weights, live, ridge=problem.ridge)
+        change = weights - fitted
+        energy = np.vdot(change, (gram + strength * np.eye(len(gram))) @ change)
+        assert found.errors[gone] == pytest.approx(energy / problem.energy, rel=1e-3, abs=1e-6)
+
+
+def test_the_first_to_go_is_the_one_that_is_missed_least(macs_search):
+    network = macs_search[0].last.network
+    unit = next(unit for unit in network.kernels if unit.path == "hidden/kernel")
+    found = eliminate(unit, network.least_squares.problems)
+    problem = network.least_squares.problems["classes/kernel"]
+    gram = problem.dense.gram
+    inverse = np.linalg.inv(gram + problem.ridge * np.mean(np.diag(gram)) * np.eye(len(gram)))
+    alone = np.square(problem.original).sum(1) / np.diag(inverse)
+    assert found.order[0] == np.argmin(alone)
+    assert (np.diff(found.saliency[found.order]) >= 0).all()
+
+
+def test_without_readers_that_can_be_fitted_weights_decide(macs_search):
+    unit = next(u for u in macs_search[0].last.network.kernels if u.path == "inner/kernel")
+    found = eliminate(unit, {})
+    energies = np.square(unit.matrix()).sum(0)
+    np.testing.assert_array_equal(found.order, np.argsort(energies, kind="stable"))
+    assert found.errors[-1] == pytest.approx(1)
+
+
+class _Cost:
+    """Stands in for a budget: the product of what two units keep, and a third by itself."""
+
+    def __init__(self, counts):
+        self.counts, self.able, self.whole = counts, np.ones(3, bool), 1.0
+        self.cost = self
+
+    def total(self, live, _):
+        return 0.6 * live[..., 0] * live[..., 1] + 0.4 * live[..., 2]
+
+
+class _Unit:
+    spec = type("Spec", (), {"exports_int8": True})
+
+    def __init__(self, count):
+        self.count = count
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), limit=st.floats(0.2, 0.9))
+def test_numbers_of_channels_are_close_to_the_best_there_are(seed, limit):
+    rng = np.random.default_rng(seed)
+    counts = [5, 4, 6]
+    losses = [np.concatenate([[0], np.cumsum(np.sort(rng.random(n) ** 2))]) for n in counts]
+    problem = ChannelProblem(
+        _Cost(counts), [_Unit(n) for n in counts], losses, [np.arange(n) for n in counts]
+    )
+    gone = problem.solve(limit)
+    assert problem.costs(gone) <= limit
+    grid = np.stack(np.meshgrid(*(np.arange(n) for n in counts), indexing="ij"), -1).reshape(-1, 3)
+    allowed = grid[problem.costs(grid) <= limit]
+    best = min(problem.loss(one) for one in allowed)
+    assert problem.loss(gone) <= 1.35 * best + 0.12
+    # Nothing that is gone could have stayed.
+    for index in np.flatnonzero(gone):
+        more = gone.copy()
+        more[index] -= 1
+        assert problem.costs(more) > limit
+
+
+def test_a_plan_is_pruned_further_to_a_limit(macs_search):
+    network = macs_search[0].last.network
+    (plan,) = propose_channels(network, (1.0,))
+    limit = 0.5 * network.budget.limit
+    further = pruned_to(network, plan, limit)
+    live = [
+        (further.kernels[unit.path].operations != Operation.PRUNE).mean()
+        for unit in network.kernels
+    ]
+    integers = np.ones(len(live), bool)
+    assert network.budget.cost.total(np.array(live), integers) <= limit
+    for path, entry in plan.kernels.items():
+        gone = entry.operations == Operation.PRUNE
+        assert (further.kernels[path].operations[gone] == Operation.PRUNE).all()
+
+
+def test_shrunk_results_are_the_wrapped_ones(macs_search):
+    _, result = macs_search
+    again = rls.shrink(result.model)
+    assert_same(result.model, again, rows=128)
+    units = find_units(ChannelGraph(result.model), find_kernels(result.model))
+    assert all(unit.count >= 1 for unit in units)
