@@ -55,10 +55,13 @@ _EXPORTS = {
     "describe_groups": "channel_groups",
     "describe_state": "state",
     "describe_support": "support",
+    "export_micro": "microcontroller",
     "export_tflite": "export",
     "inspect_tflite": "inspection",
     "load_model": "model_files",
     "measure_latency": "latency_measurement",
+    "permutation_report": "channel_permutation",
+    "permute_channels": "channel_permutation",
     "predict_tflite": "export",
     "register_layer": "registry",
     "shrink": "shrinking",
@@ -75,6 +78,7 @@ if TYPE_CHECKING:
     from rl_sparsity_tf.agents import DQN, PPO, Random
     from rl_sparsity_tf.channel_costs import count_macs
     from rl_sparsity_tf.channel_groups import describe_groups
+    from rl_sparsity_tf.channel_permutation import permutation_report, permute_channels
     from rl_sparsity_tf.channel_plans import tie_channels
     from rl_sparsity_tf.environment import LayerEnvironment
     from rl_sparsity_tf.environment_check import check_environment
@@ -94,6 +98,7 @@ if TYPE_CHECKING:
     from rl_sparsity_tf.latency_measurement import measure_latency
     from rl_sparsity_tf.latency_table import LatencyTable
     from rl_sparsity_tf.mask_training import MaskTraining
+    from rl_sparsity_tf.microcontroller import export_micro
     from rl_sparsity_tf.model_files import load_model
     from rl_sparsity_tf.operations import Operation
     from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
@@ -147,10 +152,13 @@ __all__ = [
     "describe_groups",
     "describe_state",
     "describe_support",
+    "export_micro",
     "export_tflite",
     "inspect_tflite",
     "load_model",
     "measure_latency",
+    "permutation_report",
+    "permute_channels",
     "predict_tflite",
     "register_layer",
     "shrink",

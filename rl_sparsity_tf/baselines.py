@@ -8,7 +8,8 @@ Every function here turns a trained model into a complete plan. All but [random_
     >>> wrapped.fit(x, y)
     >>> small = rls.strip(wrapped)
 
-They all take the same arguments:
+They all take the same arguments ([n_m][] takes no target, sparsity or group, which its pattern
+sets):
 
 - **model**: a built `tf_keras` model. It is not changed.
 - **data**: training data as `fit` takes it. [first_order][], [dynamic_programming][] and the two
@@ -45,6 +46,7 @@ from rl_sparsity_tf.data import training_data
 from rl_sparsity_tf.dynamic_programming import dynamic_programming as dynamic_programming
 from rl_sparsity_tf.errors import DataError
 from rl_sparsity_tf.objective import choose_metric, search_compile_arguments
+from rl_sparsity_tf.patterns import n_m as n_m
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.plan_request import PlanRequest
 from rl_sparsity_tf.plan_search import hill_climbing as hill_climbing
@@ -62,6 +64,7 @@ __all__ = [
     "global_magnitude",
     "hill_climbing",
     "lamp",
+    "n_m",
     "random_search",
     "tfmot",
     "uniform",

@@ -56,7 +56,7 @@ class ChannelDecisions(KernelDecisions):
     least_share = 0.0
 
     def __init__(self, table: LatencyTable | None = None):
-        super().__init__("channel")
+        super().__init__("channel", shuffles=False)
         self.part_group = "element"
         self.table = table
         self.units: list[ChannelUnit] = []

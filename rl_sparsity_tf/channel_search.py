@@ -8,11 +8,15 @@ import os
 import tf_keras as keras
 
 from rl_sparsity_tf.channel_decisions import ChannelDecisions, removable_channels
+from rl_sparsity_tf.decisions import KernelDecisions
 from rl_sparsity_tf.errors import ArgumentError, TargetError, check_choice
 from rl_sparsity_tf.grouping import GROUPS
 from rl_sparsity_tf.latency_measurement import measure_latency
 from rl_sparsity_tf.latency_table import LatencyTable
 from rl_sparsity_tf.target import Target
+
+SHUFFLES = ("neighbours", "channels")
+"""How Shuffle moves weights, see [Compressor][rl_sparsity_tf.search.Compressor]."""
 
 _log = logging.getLogger(__name__)
 
@@ -74,13 +78,29 @@ def table_for(
     return table
 
 
+def check_shuffle(shuffle: str, group: str) -> str:
+    """How Shuffle moves weights, if that goes with the kind of groups.
+
+    Raises:
+        ArgumentError: If it does not.
+    """
+    check_choice("shuffle", shuffle, SHUFFLES)
+    if shuffle == "channels" and group not in ("block4", "block16"):
+        raise ArgumentError(
+            f"shuffle='channels' does not go with group={group!r}: the order of channels only "
+            "matters to blocks. Pass group='block4' or group='block16', or leave shuffle out."
+        )
+    return shuffle
+
+
 def decisions_for(
     model: keras.Model,
     target: Target,
     group: str,
     table: LatencyTable | None,
     quantization: str,
-) -> ChannelDecisions | None:
+    shuffle: str = "neighbours",
+) -> KernelDecisions | None:
     """What is decided on, where that is not the model's kernels.
 
     Channels of a model whose graph is not known, or that all have to stay, are decided kernel by
@@ -92,12 +112,13 @@ def decisions_for(
         group: The kind of groups.
         table: Times of the layers, for a target of latency; by default they are measured.
         quantization: How the result is exported.
+        shuffle: How Shuffle moves weights.
 
     Raises:
         ArgumentError: If the table was made for another model or quantization.
     """
     if group != "channel":
-        return None
+        return KernelDecisions(group, shuffles=shuffle == "neighbours")
     if not removable_channels(model):
         _log.warning(
             "No channel of %r can be removed (describe_groups says why), so that pruned channels "

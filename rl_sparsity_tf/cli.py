@@ -75,6 +75,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="unit of decision (element; channel for targets of macs and latency)",
     )
     compress.add_argument(
+        "--shuffle",
+        choices=("neighbours", "channels"),
+        default="neighbours",
+        help="swap groups, or permute channels before the search (blocks only)",
+    )
+    compress.add_argument(
         "--latency-table", help="JSON of the layers' times (by default they are measured here)"
     )
     compress.add_argument(
@@ -277,6 +283,7 @@ def _compress(options: argparse.Namespace) -> None:
         seed=options.seed,
         recovery=options.recovery,
         latency_table=options.latency_table,
+        shuffle=options.shuffle,
     )
     data = (
         load_npz(options.data)

@@ -13,6 +13,7 @@ from rl_sparsity_tf.budget import Budget
 from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.kernels import Kernel
 from rl_sparsity_tf.least_squares import LeastSquares
+from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.size_costs import make_budget
 from rl_sparsity_tf.statistics import KernelStatistics
 from rl_sparsity_tf.target import Target
@@ -30,8 +31,10 @@ class KernelDecisions:
 
     Args:
         group: Kind of groups.
+        shuffles: Whether Shuffle is among the operations.
 
     Attributes:
+        shuffles: Whether Shuffle is among the operations.
         group: The kind of groups that decisions are about.
         part_group: The kind that the wrapped kernels are cut into.
         removable: Weights that every kernel can give at most; None for all but one group of each.
@@ -42,12 +45,14 @@ class KernelDecisions:
     # A size that hardly asks for zeros still wants edges to choose among.
     least_share = 0.5
 
-    def __init__(self, group: str):
+    def __init__(self, group: str, shuffles: bool = True):
         self.group = self.part_group = group
+        self.shuffles = shuffles
 
     def wrap(self, model: keras.Model) -> keras.Model:
         """The wrapped copy of a model that takes the decisions."""
-        return wrap(model, group=self.group)
+        without = () if self.shuffles else (Operation.SHUFFLE,)
+        return wrap(model, group=self.group, operations=[o for o in Operation if o not in without])
 
     def kernels(self, model: keras.Model, parts: Sequence[Kernel]) -> list[Kernel]:
         """What is decided on, given the kernels of the wrapped copy of a model."""

@@ -249,7 +249,7 @@ class LayerEnvironment(py_environment.PyEnvironment):
         wanted = isinstance(budget, CostBudget) or budget.missing > 0
         prunable = self._prunable(groups) if wanted else 0
         legal[Operation.PRUNE] = prunable > 0
-        legal[Operation.SHUFFLE] = self.grouping.pairs > 0
+        legal[Operation.SHUFFLE] = self.network.decisions.shuffles and self.grouping.pairs > 0
         legal[Operation.QUANTIZE] = self.network.kernels[self.index].spec.exports_int8
         if isinstance(budget, CostBudget):
             return self._within_limit(budget, groups, prunable, legal)

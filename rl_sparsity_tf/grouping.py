@@ -13,7 +13,13 @@ from rl_sparsity_tf.errors import ArgumentError, check_choice
 GROUPS = ("element", "block4", "block16", "channel")
 """The group kinds: one weight; 4 or 16 consecutive inputs of one output; a whole output channel."""
 
-_BLOCKS = {"element": 1, "block4": 4, "block16": 16}
+PATTERNS = ("2:4",)
+"""Patterns "N:M": of M consecutive inputs of one output at most N live, of a shorter tail half."""
+
+KINDS = (*GROUPS, *PATTERNS)
+"""What a kernel's plan is written in: a kind of groups, or single weights that keep a pattern."""
+
+_BLOCKS = {"element": 1, "block4": 4, "block16": 16, "2:4": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Grouping:
     inputs, the last block of every output is shorter.
 
     Attributes:
-        group: One of `"element"`, `"block4"`, `"block16"`, `"channel"`.
+        group: One of [KINDS][]. The groups of a pattern are single weights.
         inputs: Rows of the kernel's matrix.
         outputs: Columns of the kernel's matrix.
 
@@ -38,7 +44,7 @@ class Grouping:
     outputs: int
 
     def __post_init__(self) -> None:
-        check_choice("group", self.group, GROUPS)
+        check_choice("group", self.group, KINDS)
         if self.inputs < 1 or self.outputs < 1:
             raise ArgumentError(
                 f"A kernel of {self.inputs} inputs and {self.outputs} outputs has no weights to "
@@ -49,6 +55,14 @@ class Grouping:
     def block(self) -> int:
         """Weights in a full group."""
         return _BLOCKS.get(self.group, self.inputs)
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """N and M of a pattern, None for other kinds of groups."""
+        if self.group not in PATTERNS:
+            return None
+        most, of = self.group.split(":")
+        return int(most), int(of)
 
     @property
     def rows(self) -> int:
@@ -120,3 +134,79 @@ class Grouping:
     def expand_numpy(self, grid: np.ndarray) -> np.ndarray:
         """[expand][] for NumPy arrays, always to the full `(inputs, outputs)`."""
         return np.repeat(grid, self.block, axis=0)[: self.inputs]
+
+    def in_blocks(self, matrix: np.ndarray, fill: float = 0.0) -> np.ndarray:
+        """A matrix of `(inputs, outputs)` cut into the blocks of M that a pattern is about.
+
+        Args:
+            matrix: Shape `(inputs, outputs)`.
+            fill: What a shorter tail is filled up with.
+
+        Returns:
+            Shape `(blocks, M, outputs)`.
+        """
+        of = self._pattern[1]
+        short = -self.inputs % of
+        if short:
+            matrix = np.pad(matrix, [(0, short), (0, 0)], constant_values=fill)
+        return matrix.reshape(-1, of, self.outputs)
+
+    @functools.cached_property
+    def most(self) -> np.ndarray:
+        """How many weights of each block a pattern lets live, shape `(blocks, 1)`."""
+        most, of = self._pattern
+        counts = np.full((-(-self.inputs // of), 1), most, np.int64)
+        counts[-1] = -(-(self.inputs - of * (len(counts) - 1)) * most // of)
+        return counts
+
+    def largest(self, scores: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
+        """Marks the weights of highest score in every block; of equals the first go.
+
+        Args:
+            scores: Shape `(inputs, outputs)`.
+            counts: How many to mark, broadcastable to `(blocks, outputs)`; by default as many as
+                the pattern lets live.
+
+        Returns:
+            Booleans of the same shape.
+        """
+        blocks = self.in_blocks(scores, fill=-np.inf)
+        counts = self.most if counts is None else counts
+        # Of a rank, not of a threshold, so that ties and NaN do not change how many live.
+        ranks = np.argsort(np.argsort(blocks, axis=1, kind="stable"), axis=1)
+        live = ranks >= blocks.shape[1] - np.broadcast_to(counts, blocks.shape[::2])[:, None]
+        return live.reshape(-1, self.outputs)[: self.inputs]
+
+    def check_pattern(self, live: np.ndarray, whole: bool = False) -> None:
+        """Raises unless what lives keeps the pattern, if the groups have one.
+
+        Args:
+            live: Booleans, shape `(inputs, outputs)`.
+            whole: Whether blocks that nothing is pruned from are excepted.
+
+        Raises:
+            ArgumentError: Naming the first block that keeps too many.
+        """
+        if self.pattern is None:
+            return
+        counts = self.in_blocks(live).sum(1)
+        wrong = counts > self.most
+        if whole:
+            wrong &= counts < self.in_blocks(np.ones_like(live)).sum(1)
+        if wrong.any():
+            block, output = np.argwhere(wrong)[0]
+            first = int(block) * self._pattern[1]
+            last = min(first + self._pattern[1], self.inputs) - 1
+            raise ArgumentError(
+                f"Inputs {first} to {last} of output {output} keep {counts[block, output]} "
+                f"weights. Expected at most {self.most[block, 0]} for the pattern {self.group!r}; "
+                "prune more of them, or use the group 'element'."
+            )
+
+    @property
+    def _pattern(self) -> tuple[int, int]:
+        if self.pattern is None:
+            raise ArgumentError(
+                f"The group {self.group!r} is no pattern. Expected one of {list(PATTERNS)}."
+            )
+        return self.pattern

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from rl_sparsity_tf.errors import check_choice
-from rl_sparsity_tf.grouping import GROUPS
+from rl_sparsity_tf.grouping import KINDS
 from rl_sparsity_tf.kernel_spec import KernelSpec
 
 
@@ -33,7 +33,7 @@ class KernelSettings:
     gates: int = 1
 
     def __post_init__(self) -> None:
-        check_choice("group", self.group, GROUPS)
+        check_choice("group", self.group, KINDS)
 
     @classmethod
     def of(cls, spec: KernelSpec, **choices: Any) -> KernelSettings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
+from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.masks import magnitude
 from rl_sparsity_tf.operations import permute
 from rl_sparsity_tf.wrapper import CompressionWrapper
@@ -39,16 +40,23 @@ def mask_scores(wrapper: CompressionWrapper, attribute: str) -> np.ndarray:
 
 
 def update_masks(wrapper: CompressionWrapper) -> None:
-    """Lets learnable masks follow their scores, with each kernel's sparsity held."""
+    """Lets learnable masks follow their scores, with each kernel's sparsity held.
+
+    Under a pattern such as 2:4 every block of it holds its own.
+    """
     for attribute in wrapper.kernels:
         state = wrapper.state(attribute)
         if "mask_logits" not in state or float(state["mask_frozen"]) > 0:
             continue
-        sizes = wrapper.grouping(attribute).sizes
+        grouping = wrapper.grouping(attribute)
         scores, live = mask_scores(wrapper, attribute), state["mask"].numpy() > 0
+        if grouping.pattern:
+            counts = grouping.in_blocks(live).sum(1)
+            state["mask"].assign(grouping.largest(scores, counts).astype(np.float32))
+            continue
         # Groups compete with groups of their own size: a short tail block that made way for a
         # full one would raise the sparsity with every selection.
-        for same in _by_size(sizes):
+        for same in _by_size(grouping.sizes):
             pruned = live[same].size - np.count_nonzero(live[same])
             if pruned < live[same].size:
                 live[same] = _without_smallest(scores[same], pruned)
@@ -99,13 +107,23 @@ def start_gates(wrapper: CompressionWrapper) -> None:
         if "mask_logits" not in state or np.ptp(np.abs(state["mask_logits"].numpy())) > 0:
             continue
         live = state["mask"].numpy() > 0
-        pruned = live.size - np.count_nonzero(live)
-        if pruned in (0, live.size):
+        if live.all() or not live.any():
             continue
         scores = magnitudes(wrapper, attribute)
-        border = np.partition(scores, pruned, axis=None)[pruned]
+        border = _borders(scores, live, wrapper.grouping(attribute))
         distance = _GATE_SLOPE * np.abs(scores - border)
         state["mask_logits"].assign(np.where(live, distance, -distance).astype(np.float32))
+
+
+def _borders(scores: np.ndarray, live: np.ndarray, grouping: Grouping) -> np.ndarray:
+    """The smallest score that lives if masks follow the scores, for every group."""
+    if not grouping.pattern:
+        pruned = live.size - np.count_nonzero(live)
+        return np.partition(scores, pruned, axis=None)[pruned]
+    ordered = np.sort(grouping.in_blocks(scores, fill=-np.inf), axis=1)
+    of, counts = ordered.shape[1], grouping.in_blocks(live).sum(1)[:, None]
+    last = np.take_along_axis(ordered, np.minimum(of - counts, of - 1), axis=1)
+    return np.repeat(last[:, 0], of, axis=0)[: grouping.inputs]
 
 
 def freeze_masks(wrapper: CompressionWrapper) -> None:

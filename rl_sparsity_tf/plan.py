@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from rl_sparsity_tf.errors import PlanError, did_you_mean
+from rl_sparsity_tf.errors import ArgumentError, PlanError, did_you_mean
 from rl_sparsity_tf.files import as_path, check_new_file, write_text
-from rl_sparsity_tf.grouping import GROUPS, Grouping
+from rl_sparsity_tf.grouping import KINDS, Grouping
 from rl_sparsity_tf.kernel_rule import KernelRule
 from rl_sparsity_tf.kernel_spec import KernelSpec
 from rl_sparsity_tf.operations import Operation
@@ -36,7 +36,7 @@ class KernelPlan:
         path: Layer path and attribute, e.g. `"encoder/dense/kernel"`.
         shape: The kernel's shape.
         layout: One letter per axis, `i` or `o` (see [KernelSpec][]).
-        group: Kind of groups.
+        group: Kind of groups, or a pattern: `"2:4"`.
         bits: The grid of quantized groups, 8 or 4; 32 where none is quantized.
         operations: [Operation][] values, uint8 of shape `(rows, outputs)`, read-only.
     """
@@ -74,6 +74,8 @@ class KernelPlan:
                 f"The plan prunes every group of {self.path!r}, which leaves the layer's output "
                 "constant. Leave at least one group unpruned."
             )
+        if (operations == Operation.PRUNE).any():
+            _check_pattern(self.path, grouping, operations != Operation.PRUNE)
         quantized = bool((operations == Operation.QUANTIZE).any())
         if quantized and self.bits == 32:
             raise PlanError(
@@ -302,7 +304,7 @@ class CompressionPlan:
             raise PlanError(f"The plan's kernels are {_short(entries)}. Expected a list.")
         return cls(
             KernelPlan.from_dict(entry)
-            if isinstance(entry, dict) and "sparsity" not in entry
+            if isinstance(entry, dict) and not {"sparsity", "pattern"} & set(entry)
             else KernelRule.from_dict(entry)
             for entry in entries
         )
@@ -343,12 +345,19 @@ class CompressionPlan:
 
 
 def _grouping(path: str, shape: tuple[int, ...], layout: Any, group: Any) -> Grouping:
-    if group not in GROUPS:
-        raise PlanError(f"The plan of {path!r} has group {group!r}. {did_you_mean(group, GROUPS)}")
+    if group not in KINDS:
+        raise PlanError(f"The plan of {path!r} has group {group!r}. {did_you_mean(group, KINDS)}")
     try:
         return KernelSpec("kernel", layout).grouping(shape, group)
     except (ValueError, TypeError) as error:
         raise PlanError(f"The plan of {path!r} does not fit together: {error}") from error
+
+
+def _check_pattern(path: str, grouping: Grouping, live: np.ndarray) -> None:
+    try:
+        grouping.check_pattern(live)
+    except ArgumentError as error:
+        raise PlanError(f"The plan of {path!r} does not keep its pattern. {error}") from error
 
 
 def _check_bits(path: str, bits: Any) -> None:

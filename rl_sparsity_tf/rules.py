@@ -18,14 +18,18 @@ from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
 
 def apply_rule(rule: KernelRule, kernel: Kernel) -> KernelPlan:
     """Turns a rule into operations for one kernel of a model."""
-    grouping = kernel.grouping(rule.group)
-    live = prune_by_magnitude(kernel.matrix(), grouping, rule.sparsity)
+    group = rule.pattern or rule.group
+    grouping, matrix = kernel.grouping(group), kernel.matrix()
+    if rule.sparsity is None:
+        live = grouping.largest(np.abs(matrix))
+    else:
+        live = prune_by_magnitude(matrix, grouping, rule.sparsity)
     survivors = Operation.QUANTIZE if rule.quantize else Operation.KEEP
     return KernelPlan(
         kernel.path,
         kernel.shape,
         kernel.spec.layout,
-        rule.group,
+        group,
         rule.bits,
         np.where(live, survivors, Operation.PRUNE).astype(np.uint8),
     )

@@ -15,6 +15,7 @@ from rl_sparsity_tf.agents import AgentConfig, Random, resolve_config
 from rl_sparsity_tf.argument_checks import check_count, check_flag, check_share, check_type
 from rl_sparsity_tf.batch_checks import Batch, fixed_batch
 from rl_sparsity_tf.channel_finishing import Task, finish_candidate
+from rl_sparsity_tf.channel_permutation import permute_channels
 from rl_sparsity_tf.class_weights import weight_table
 from rl_sparsity_tf.compile_state import compile_arguments
 from rl_sparsity_tf.conversion import start_worker
@@ -83,6 +84,12 @@ class Compressor:
         latency_table: Times of the model's layers, for a target of latency: a
             [LatencyTable][rl_sparsity_tf.latency_table.LatencyTable] or its JSON file, made on any
             device. By default the layers are measured here before the search.
+        shuffle: How Shuffle moves weights: `"neighbours"`, as an operation that the agent chooses,
+            which swaps the contents of neighbouring groups and changes what the network computes;
+            or `"channels"`, for groups of `"block4"` and `"block16"`: before the search the
+            channels are permuted so that blocks keep more
+            ([permute_channels][rl_sparsity_tf.permute_channels]), which changes nothing but
+            rounding, and Shuffle is no operation then.
 
     Raises:
         RLSparsityError: If an argument cannot be used; nothing has been trained by then.
@@ -108,6 +115,7 @@ class Compressor:
         buckets: int = 8,
         warm_start: bool = True,
         latency_table: LatencyTable | str | os.PathLike[str] | None = None,
+        shuffle: str = "neighbours",
     ):
         self.model = accepted(model)
         if is_wrapped(self.model):
@@ -119,6 +127,7 @@ class Compressor:
         self.agent = resolve_config(agent)
         self.group = channel_search.group_for(self.model, self.target, group)
         self.latency_table = channel_search.table_for(self.target, latency_table)
+        self.shuffle = channel_search.check_shuffle(shuffle, self.group)
         self.directory = None if directory is None else check_directory(directory)
         self.seed = check_count("seed", seed, 0)
         self.reward: RewardFunction = Reward() if reward is None else reward
@@ -229,6 +238,10 @@ class Compressor:
         model = unrolled_copy(self.model) if check_flag("unroll", unroll) else self.model
         # A shuffled dataset's order also depends on the global seed at the time it is made.
         tf.random.set_seed(self.seed)
+        if self.shuffle == "channels":
+            model = permute_channels(
+                model, group=self.group, sparsity=self.target.sparsity, seed=self.seed
+            )
         train, batch_size = as_rows(train, "train", batch_size)
         data = training_data(
             train, model, batch_size=batch_size, seed=self.seed, class_weight=table
@@ -256,7 +269,7 @@ class Compressor:
             target=self.target,
             group=self.group,
             decisions=channel_search.decisions_for(
-                model, self.target, self.group, self.latency_table, quantization
+                model, self.target, self.group, self.latency_table, quantization, self.shuffle
             ),
             recovery=self.recovery,
             metric=self.metric,
@@ -338,6 +351,7 @@ class Compressor:
             "target": self.target.to_dict(),
             "agent": self.agent.to_dict(),
             "group": self.group,
+            "shuffle": self.shuffle,
             "seed": self.seed,
             "reward": described,
             "recovery": self.recovery.to_dict(),

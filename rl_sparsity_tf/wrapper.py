@@ -13,7 +13,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf import operations as ops
 from rl_sparsity_tf.errors import ArgumentError, check_choice
-from rl_sparsity_tf.grouping import GROUPS, Grouping
+from rl_sparsity_tf.grouping import KINDS, Grouping
 from rl_sparsity_tf.kernel_settings import KernelSettings
 from rl_sparsity_tf.kernel_spec import KernelSpec
 from rl_sparsity_tf.masks import MASKS, hard_concrete_sample
@@ -76,7 +76,7 @@ class CompressionWrapper(keras.layers.Wrapper):
         kwargs["dtype"], kwargs["autocast"] = "float32", False
         super().__init__(layer, **kwargs)
         self.supports_masking = layer.supports_masking
-        self.group = check_choice("group", group, GROUPS)
+        self.group = check_choice("group", group, KINDS)
         self.mask = check_choice("mask", mask, MASKS)
         self.train_masks = bool(train_masks)
         self._settings: dict[str, KernelSettings] = {}
@@ -297,11 +297,13 @@ class CompressionWrapper(keras.layers.Wrapper):
             bits: 8 or 4, the grid of its quantized groups.
 
         Raises:
-            ArgumentError: If the wrapper was made without a state that the operations need.
+            ArgumentError: If the wrapper was made without a state that the operations need, or
+                they prune from a block without keeping the pattern of the group.
         """
         operations = np.asarray(operations)
         state, grouping = self._state[attribute], self.grouping(attribute)
         live = operations != Operation.PRUNE
+        grouping.check_pattern(live, whole=True)
         on_grid = ops.grid_groups(operations)
         swaps = ops.swaps_of(operations, grouping)
         needs = {"mask": ~live, "on_grid": on_grid, "swaps": swaps}

@@ -11,7 +11,7 @@ import tf_keras as keras
 from rl_sparsity_tf.compile_state import copy_compile_state
 from rl_sparsity_tf.copying import copy_layer, copy_own_weights, copy_weights, rebuild
 from rl_sparsity_tf.errors import ModelError, PlanError, check_choice, did_you_mean
-from rl_sparsity_tf.grouping import GROUPS
+from rl_sparsity_tf.grouping import KINDS
 from rl_sparsity_tf.kernel_settings import KernelSettings
 from rl_sparsity_tf.kernels import Kernel, check_model, find_kernels, walk
 from rl_sparsity_tf.masks import MASKS
@@ -66,7 +66,7 @@ def wrap(
         >>> small = rls.strip(wrapped)
     """
     check_model(model)
-    check_choice("group", group, GROUPS)
+    check_choice("group", group, KINDS)
     check_choice("mask", mask, MASKS)
     if is_wrapped(model):
         raise ModelError(

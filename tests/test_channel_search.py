@@ -243,9 +243,7 @@ def test_contenders_remove_channels_too(macs_search):
 
 
 def test_channels_without_batch_normalization_have_no_scales_to_rank_by(macs_search):
-    with pytest.raises(
-        ArgumentError, match=r"'global_gamma' finds no plan: it has nothing"
-    ):
+    with pytest.raises(ArgumentError, match=r"'global_gamma' finds no plan: it has nothing"):
         compare(macs_search[0], ["global_gamma"], 0)
 
 
@@ -456,3 +454,41 @@ def test_shrunk_results_are_the_wrapped_ones(macs_search):
     assert_same(result.model, again, rows=128)
     units = find_units(ChannelGraph(result.model), find_kernels(result.model))
     assert all(unit.count >= 1 for unit in units)
+
+
+# Shuffle's second mode.
+
+
+def test_channels_are_permuted_before_a_search_of_blocks():
+    one = rls.Compressor(
+        trained(), rls.Target(sparsity=0.6), DQN, group="block16", shuffle="channels"
+    )
+    result = searched(one, episodes=2)
+    permuted = rls.permute_channels(trained(), group="block16", sparsity=0.6)
+    np.testing.assert_array_equal(
+        one.last.model.get_layer("outer").kernel, permuted.get_layer("outer").kernel
+    )
+    # What is compressed computes what the model did.
+    np.testing.assert_allclose(
+        one.last.model.predict(TEST[0], verbose=0),
+        trained().predict(TEST[0], verbose=0),
+        atol=1e-5,
+    )
+    operations = result.metrics["search"]["operations"]
+    assert operations["shuffle"] == 0
+    assert all(entry["operations"]["shuffle"] == 0 for entry in result.history)
+    legal = one.last.loop.environments[0].reset().observation["legal"]
+    assert not legal[Operation.SHUFFLE]
+
+
+@pytest.mark.parametrize("group", ["element", "channel"])
+def test_the_order_of_channels_only_matters_to_blocks(group):
+    with pytest.raises(
+        ArgumentError, match=rf"shuffle='channels' does not go with group='{group}'"
+    ):
+        compressor(rls.Target(sparsity=0.5), group=group, shuffle="channels")
+
+
+def test_modes_of_shuffle_that_are_not_known_are_refused():
+    with pytest.raises(ArgumentError, match=r"shuffle='chanels' is not known.*'channels'"):
+        compressor(rls.Target(sparsity=0.5), shuffle="chanels")
