@@ -34,7 +34,9 @@ _EXPORTS = {
     "KernelPlan": "plan",
     "LayerEnvironment": "environment",
     "MaskTraining": "mask_training",
+    "MicroReport": "micro_report",
     "ModelError": "errors",
+    "NotMeasuredError": "errors",
     "Operation": "operations",
     "Outcome": "reward",
     "PPO": "agents",
@@ -88,6 +90,7 @@ if TYPE_CHECKING:
         EnvironmentCheckError,
         ExportError,
         ModelError,
+        NotMeasuredError,
         PlanError,
         RLSparsityError,
         TargetError,
@@ -98,6 +101,7 @@ if TYPE_CHECKING:
     from rl_sparsity_tf.latency_measurement import measure_latency
     from rl_sparsity_tf.latency_table import LatencyTable
     from rl_sparsity_tf.mask_training import MaskTraining
+    from rl_sparsity_tf.micro_report import MicroReport
     from rl_sparsity_tf.microcontroller import export_micro
     from rl_sparsity_tf.model_files import load_model
     from rl_sparsity_tf.operations import Operation
@@ -130,7 +134,9 @@ __all__ = [
     "LatencyTable",
     "LayerEnvironment",
     "MaskTraining",
+    "MicroReport",
     "ModelError",
+    "NotMeasuredError",
     "Operation",
     "Outcome",
     "PPO",

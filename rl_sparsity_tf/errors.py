@@ -43,6 +43,10 @@ class ExportError(RLSparsityError, RuntimeError):
     """A .tflite file could not be written."""
 
 
+class NotMeasuredError(ExportError):
+    """Times scatter too much to mean anything."""
+
+
 class VerificationError(ExportError):
     """A .tflite file was written but does not do what the Keras model does."""
 

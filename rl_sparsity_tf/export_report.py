@@ -61,6 +61,8 @@ class ExportReport:
         recipe: The recipe with which LiteRT's quantizer makes the file's integers from the float32
             file; None if it has quantized nothing. The file beside it holds the same.
         scores: On the test data given, the metric's name and the figures of Keras and of the file.
+        sparse_inference: Whether 1x1 convolutions of the file skip their zeros on ARM; None if
+            that was not asked for. The notes say what is in the way of others.
     """
 
     path: str
@@ -76,6 +78,7 @@ class ExportReport:
     batch_size: int | None
     recipe: list[dict[str, Any]] | None = None
     scores: dict[str, float | str] | None = None
+    sparse_inference: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -133,6 +136,9 @@ class ExportReport:
                 f"On the test data: {self.scores['metric']} {self.scores['tflite']:.4f}, Keras "
                 f"{self.scores['keras']:.4f}"
             )
+        if self.sparse_inference is not None:
+            skipped = "zeros are skipped" if self.sparse_inference else "no zeros are skipped"
+            print_fn(f"Sparse inference on ARM: {skipped}")
         for note in self.notes:
             print_fn(f"Note: {note}")
 

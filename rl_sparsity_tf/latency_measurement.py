@@ -24,7 +24,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.argument_checks import check_count, check_flag
 from rl_sparsity_tf.conversion import WorkerError, shared_worker
-from rl_sparsity_tf.errors import ExportError, check_choice
+from rl_sparsity_tf.errors import ExportError, NotMeasuredError, check_choice
 from rl_sparsity_tf.export_checks import check_ids, file_batch_size
 from rl_sparsity_tf.latency_table import QUANTIZATIONS, LatencyTable, LayerLatency
 from rl_sparsity_tf.layer_pieces import converted, narrowed, nearly_nothing, piece, whole
@@ -36,16 +36,14 @@ _log = logging.getLogger(__name__)
 
 # Channels are padded to a multiple of this or of a multiple of it, as far as was seen.
 _TILE = 8
+# One or two channels take longer than this many: kernels read and write four at a time.
+_FEW = 3
 # From this many tiles on steps matter less than their number would cost.
 _TILES = 8
 # Quartiles of fewer samples are noise.
 _FEWEST_RUNS = 5
 # Files timed in turns: all of them stay in memory.
 _TOGETHER = 400
-
-
-class NotMeasuredError(ExportError):
-    """The times scatter too much to mean anything."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -200,7 +198,7 @@ def _grid(chain: Chain, points: int) -> _Grid:
 
 def _steps(dense: int) -> list[int]:
     """Widths on both sides of every step, farther apart where there are many."""
-    widths = {1, dense}
+    widths = {1, dense} if dense <= _TILE else {1, _FEW, dense}
     width, step = _TILE, _TILE
     while width < dense:
         widths |= {width, width + 1}
@@ -215,7 +213,7 @@ def _coarse(widths: Sequence[int], points: int) -> list[int]:
     dense = widths[-1]
     between = [dense * number // points for number in range(1, points)]
     upper = [width for width in widths if width % _TILE == 0 or width == dense]
-    found = {widths[0], dense}
+    found = {1, _FEW, dense} & set(widths)
     found |= {min(upper, key=lambda width: abs(width - wanted)) for wanted in between}
     return sorted(found)
 

@@ -85,6 +85,7 @@ class Result:
         unroll: bool = False,
         compute: str = "weight_only",
         formats: str | None = None,
+        sparse_inference: str | None = None,
     ) -> ExportReport:
         """Writes the verified .tflite file, or makes one in another mode.
 
@@ -97,12 +98,14 @@ class Result:
             compute: How the plan's integers compute, as in `export_tflite`.
             formats: Whether tensors may be stored sparse, as in `export_tflite`; by default as the
                 target of the search wants it.
+            sparse_inference: `"arm"` for a file whose zeros XNNPACK skips on ARM, as in
+                `export_tflite`.
 
         Returns:
             The file's report.
         """
         same = quantization in (None, self.report.quantization) and compute == "weight_only"
-        same = same and formats in (None, self.formats) and not unroll
+        same = same and formats in (None, self.formats) and not unroll and not sparse_inference
         if same and batch_size in (None, self.report.batch_size):
             target = check_path(path, overwrite)
             check_recipe_path(target, overwrite)
@@ -120,6 +123,7 @@ class Result:
             unroll=unroll,
             compute=compute,
             formats=self.formats if formats is None else formats,
+            sparse_inference=sparse_inference,
         )
 
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:

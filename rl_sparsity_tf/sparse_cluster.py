@@ -3,10 +3,13 @@
 On ARM, XNNPACK turns a cluster of float operators to channels-first order and skips zero weights in
 its 1x1 convolutions. It does so only for a cluster that starts with a 3x3 convolution of stride 2
 on 3 channels, ends in a global average pooling, holds nothing else that it cannot turn, and has
-more than two thirds of zeros in its 1x1 convolutions. On x86 with AVX it never does.
+more than two thirds of zeros in its 1x1 convolutions. On x86 with AVX it never does. Seen in LiteRT
+2.3 on emulated aarch64, with float32, float16 and int8 weights behind DENSIFY.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 
@@ -20,11 +23,34 @@ _ELEMENTWISE = {
 _COMBINING = {"ADD", "MUL"}
 _PASSING = {"DENSIFY", "DEQUANTIZE"}
 _SAME = 0
-_START = (
+START = (
     "the cluster does not start with a 3x3 convolution of stride 2 on 3 channels padded by 1 on "
     "every side (ZeroPadding2D(1), then padding='valid')"
 )
-_END = "the cluster does not end in a global average pooling"
+END = "the cluster does not end in a global average pooling"
+# What is unpacked to float32 when the file is loaded, so that zeros can be counted. Integers and
+# half floats behind DENSIFY and DEQUANTIZE were seen to be skipped just as floats are.
+_UNPACKED_TYPES = ("float32", "float16", "int8")
+# Only a graph with one of these is looked at for clusters at all.
+_ENDING = {"MEAN", "SUM", "DEPTH_TO_SPACE"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A condition that a cluster does not meet.
+
+    Attributes:
+        operator: The operator that is in the way; None if one is missing.
+        reason: What is wrong with it; empty if one is missing.
+        side: What the cluster lacks as a whole.
+    """
+
+    operator: FlatOperator | None
+    reason: str
+    side: str
+
+    def __str__(self) -> str:
+        return f"{self.side}: {self.reason}" if self.reason else self.side
 
 
 class SparseClusters:
@@ -40,6 +66,7 @@ class SparseClusters:
     """
 
     def __init__(self, model: FlatModel) -> None:
+        self._operators = model.operators
         self._tensors = {(tensor.subgraph, tensor.index): tensor for tensor in model.tensors}
         self._producers: dict[tuple[int, int], FlatOperator] = {}
         self._consumers: dict[tuple[int, int], list[FlatOperator]] = {}
@@ -61,25 +88,17 @@ class SparseClusters:
         Returns:
             The condition in words, None if all hold.
         """
-        if operator.name != "CONV_2D" or self._kernel(operator) != (1, 1):
+        if not self.pointwise(operator):
             return "only 1x1 convolutions have a sparse kernel"
         reason = self._unfit(operator)
         if reason:
             return reason
         if not self._densified(operator.subgraph):
             return "no tensor is stored sparse, which is what switches it on"
-        cluster, reason = self._cluster(operator)
-        if reason:
-            return reason
-        filters = [
-            tensor
-            for member in cluster
-            if member.name == "CONV_2D" and self._kernel(member) == (1, 1)
-            for tensor in [self._constant(member, 1)]
-            if tensor is not None
-        ]
-        zeros = sum(tensor.zeros or 0 for tensor in filters)
-        elements = sum(tensor.elements for tensor in filters)
+        cluster, failures = self.cluster(operator)
+        if failures:
+            return str(failures[0])
+        zeros, elements = self.zeros(cluster)
         if 3 * zeros <= 2 * elements:
             return (
                 f"the cluster's 1x1 convolutions have {zeros / max(elements, 1):.1%} zeros, more "
@@ -87,9 +106,70 @@ class SparseClusters:
             )
         return None
 
-    def _cluster(self, first: FlatOperator) -> tuple[list[FlatOperator], str | None]:
-        """The operators connected with the first one, or why they are no cluster."""
+    def pointwise(self, operator: FlatOperator) -> bool:
+        """Whether an operator is a 1x1 convolution, the only kind with a sparse kernel."""
+        return operator.name == "CONV_2D" and self._kernel(operator) == (1, 1)
+
+    def weights(self, operator: FlatOperator) -> FlatTensor | None:
+        """The constant that a convolution's weights are unpacked from, as it is stored."""
+        return self._constant(operator, 1)
+
+    def zeros(self, cluster: list[FlatOperator]) -> tuple[int, int]:
+        """Zeros and elements of the weights of a cluster's 1x1 convolutions."""
+        filters = [self.weights(member) for member in cluster if self.pointwise(member)]
+        return (
+            sum(tensor.zeros or 0 for tensor in filters if tensor is not None),
+            sum(tensor.elements for tensor in filters if tensor is not None),
+        )
+
+    def broken(self) -> FlatOperator | None:
+        """An operator whose chain XNNPACK would compute wrongly if the file had a DENSIFY.
+
+        It turns the operators behind the start of a cluster to channels-first order up to one that
+        has no such form, and does not turn back what that one reads: with more than two thirds of
+        zeros, results are wrong on ARM (and on x86 without AVX), and nowhere else.
+
+        Returns:
+            The start of a chain that does not reach the end of a cluster; None if there is none.
+        """
+        pointwise = [operator for operator in self._operators if self.pointwise(operator)]
+        whole: set[int] = set()
+        for operator in pointwise:
+            members, failures = self.cluster(operator)
+            if not failures:
+                whole |= {id(member) for member in members}
+        outside = [operator for operator in pointwise if id(operator) not in whole]
+        skipping = {
+            operator.subgraph
+            for operator in outside
+            for zeros, elements in [self.zeros([operator])]
+            if 3 * zeros > 2 * elements
+        }
+        ending = {operator.subgraph for operator in self._operators if operator.name in _ENDING}
+        broken = (
+            operator
+            for operator in self._operators
+            if operator.subgraph in skipping & ending
+            and id(operator) not in whole
+            and self._starts(operator)
+        )
+        return next(broken, None)
+
+    def cluster(self, first: FlatOperator) -> tuple[list[FlatOperator], list[Failure]]:
+        """The operators connected with a 1x1 convolution, and why they are no cluster.
+
+        Args:
+            first: The convolution.
+
+        Returns:
+            The operators that fit, up to the first on every way that does not, and what fails; the
+            zeros are not looked at.
+        """
+        reason = self._unfit(first)
+        if reason:
+            return [], [Failure(operator=first, reason=reason, side="")]
         found, waiting = [first], [first]
+        failures: list[Failure] = []
         starts = ends = 0
         while waiting:
             operator = waiting.pop(0)
@@ -100,29 +180,32 @@ class SparseClusters:
                 for index in self._moving_inputs(operator):
                     producer = self._before(operator, index)
                     if producer is None:
-                        return found, _START
-                    around.append((producer, _START))
+                        failures.append(Failure(operator=None, reason="", side=START))
+                        continue
+                    around.append((producer, START))
             if operator.name == "MEAN":
                 ends += 1
             else:
                 for index in operator.outputs:
                     readers = self._after(operator.subgraph, index)
                     if not readers or (operator.subgraph, index) in self._outputs:
-                        return found, _END
-                    around.extend((reader, _END) for reader in readers)
+                        failures.append(Failure(operator=None, reason="", side=END))
+                        continue
+                    around.extend((reader, END) for reader in readers)
             for neighbour, side in around:
                 reason = self._unfit(neighbour)
                 # A convolution that could start the cluster cannot stand inside it.
-                if reason is None and self._starts(neighbour) and side is _END:
+                if reason is None and self._starts(neighbour) and side is END:
                     reason = "a 3x3 convolution of stride 2 can only be its first operator"
                 if reason:
-                    return found, f"{side}: {reason}"
-                if not any(neighbour is member for member in found):
+                    failures.append(Failure(operator=neighbour, reason=reason, side=side))
+                elif not any(neighbour is member for member in found):
                     found.append(neighbour)
                     waiting.append(neighbour)
-        if not starts:
-            return found, _START
-        return found, None if ends else _END
+        for count, side in ((starts, START), (ends, END)):
+            if not count and not any(failure.side is side for failure in failures):
+                failures.append(Failure(operator=None, reason="", side=side))
+        return found, failures
 
     def _unfit(self, operator: FlatOperator) -> str | None:
         """Why an operator cannot be part of a cluster beyond its first operator."""
@@ -133,8 +216,9 @@ class SparseClusters:
             return f"{name} does not compute in float32"
         if name in ("CONV_2D", "DEPTHWISE_CONV_2D"):
             weights = self._constant(operator, 1)
-            if weights is None or weights.dtype != "float32":
-                return f"the weights of {name} are not float32"
+            read = self._at(operator, operator.inputs[1])
+            if weights is None or read.dtype != "float32" or weights.dtype not in _UNPACKED_TYPES:
+                return f"the weights of {name} are not float32 when the file is loaded"
             return self._unfit_convolution(operator)
         if name == "MEAN":
             axes = self._constant(operator, 1)

@@ -12,12 +12,13 @@ import numpy as np
 from rl_sparsity_tf.conversion import WorkerError, save_inputs, shared_worker
 from rl_sparsity_tf.dequantized import IntegerForm, integer_form, same_tensor, store_dequantized
 from rl_sparsity_tf.files import gzip_size
-from rl_sparsity_tf.flat_model import FlatTensor
+from rl_sparsity_tf.flat_model import FlatModel, FlatTensor
 from rl_sparsity_tf.flatbuffer import read_flat_model
 from rl_sparsity_tf.matching import MatchedTensor, match_kernels
 from rl_sparsity_tf.plan_entries import FLOAT_BITS, quantization_entries
 from rl_sparsity_tf.recipes import Recipe
-from rl_sparsity_tf.sparsify import choose_formats, sparsify_file
+from rl_sparsity_tf.sparse_cluster import SparseClusters
+from rl_sparsity_tf.sparsify import choose_formats, is_native, sparsify_file
 
 FORMATS = ("dense", "raw", "gzip")
 
@@ -106,16 +107,45 @@ def make_sparse(file: Path, formats: str) -> Path | None:
             `"dense"` nothing is done.
 
     Returns:
-        A smaller file beside the one given; None if there is none.
+        A smaller file beside the one given; None if there is none. See [broken_chain][] for files
+        that only tensors without DENSIFY may become sparse in.
     """
     if formats == "dense":
         return None
-    chosen = choose_formats(read_flat_model(file), formats)
+    flat = read_flat_model(file)
+    chosen = choose_formats(flat, formats)
+    if broken_chain(flat):
+        chosen = {
+            (tensor.subgraph, tensor.index): kind
+            for tensor in flat.tensors
+            for kind in [chosen.get((tensor.subgraph, tensor.index), "dense")]
+            if kind != "dense" and is_native(flat, tensor, kind)
+        }
     if set(chosen.values()) <= {"dense"}:
         return None
     smaller = file.with_name("sparse.tflite")
     sparsify_file(file, smaller, chosen)
     return smaller if _size(smaller, formats) < _size(file, formats) else None
+
+
+def broken_chain(flat: FlatModel) -> str | None:
+    """Says why nothing of a file may need DENSIFY, if that is so.
+
+    Args:
+        flat: The file's content, before anything is stored sparse.
+
+    Returns:
+        The reason, for a note.
+    """
+    start = SparseClusters(flat).broken()
+    if start is None:
+        return None
+    name = flat.tensor(start.subgraph, start.outputs[0]).name.split(";")[0]
+    return (
+        "tensors that would need DENSIFY are stored dense, because with one in the file XNNPACK "
+        f"computes wrongly on ARM: at {name!r} it turns to channels-first order for its sparse "
+        "kernels, and an operator on the way to a global average pooling cannot follow"
+    )
 
 
 def _quantize(

@@ -358,6 +358,13 @@ def test_the_first_condition_that_fails_is_named(tmp_path, changes, reason):
     assert any(re.search(reason, sentence) for sentence in found), found
 
 
+def test_files_that_are_wrong_on_arm_are_told(tmp_path):
+    path = convert(cluster_model(middle=layers.Softmax()), tmp_path / "m.tflite", SPARSE)
+    assert any("computed wrongly on ARM, where XNNPACK breaks the ch" in s for s in verdicts(path))
+    right = convert(cluster_model(), tmp_path / "right.tflite", SPARSE)
+    assert not any("ARM, where" in sentence for sentence in verdicts(right))
+
+
 def test_a_dense_file_switches_no_cluster_on(tmp_path):
     path = convert(cluster_model(), tmp_path / "m.tflite")
     assert verdicts(path) == {
