@@ -11,11 +11,10 @@ import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.candidates import Candidate
-from rl_sparsity_tf.channel_budget import ChannelBudget
 from rl_sparsity_tf.channel_costs import count_macs
 from rl_sparsity_tf.channel_decisions import ChannelDecisions
 from rl_sparsity_tf.channel_plans import masks, only_pruned
-from rl_sparsity_tf.channel_programming import pruned_to
+from rl_sparsity_tf.channel_programming import cost_of_plan, pruned_to
 from rl_sparsity_tf.errors import TargetError
 from rl_sparsity_tf.export import export_tflite
 from rl_sparsity_tf.finishing import Figures, Finished, RemovedChannels, all_quantized, finish
@@ -147,8 +146,7 @@ def without_channels(
 def _held(task: Task, candidate: Candidate) -> tuple[Candidate, _Small, Timing | None]:
     """A candidate whose small model meets the target, pruned further if it has to be."""
     decisions = cast(ChannelDecisions, task.network.decisions)
-    budget = cast(ChannelBudget, task.network.budget)
-    limit, reached = budget.limit, []
+    reached = []
     value = task.target.value
     wanted = 1.0 - value if task.target.kind == "sparsity" else value
     with tempfile.TemporaryDirectory(prefix="rl_sparsity_") as folder:
@@ -159,7 +157,8 @@ def _held(task: Task, candidate: Candidate) -> tuple[Candidate, _Small, Timing |
             if found <= wanted * (1.0 + 1e-9):
                 return candidate, small, timing
             reached.append(found)
-            limit *= wanted / found * (1.0 - _EXTRA)
+            # What is predicted may be off: the same share less than is predicted for this plan.
+            limit = cost_of_plan(task.network, candidate.plan) * wanted / found * (1.0 - _EXTRA)
             plan = pruned_to(task.network, candidate.plan, limit)
             if plan == candidate.plan:
                 break

@@ -207,6 +207,13 @@ def pruned_to(network: CompressedNetwork, plan: CompressionPlan, limit: float) -
     return plan_of_live(network, problem.live(gone))
 
 
+def cost_of_plan(network: CompressedNetwork, plan: CompressionPlan) -> float:
+    """What a plan of a network's units costs by its budget, as integers where that works."""
+    problem = ChannelProblem.of(network)
+    entries = [plan.kernels[unit.path].operations for unit in problem.units]
+    return float(problem.costs(np.array([(one == Operation.PRUNE).sum() for one in entries])))
+
+
 def plan_of_live(network: CompressedNetwork, live: Sequence[np.ndarray]) -> CompressionPlan:
     """The plan in which some channels live, as integers where that works."""
     return allocation.plan_from_live(network.kernels, network.group, live, quantize=True)
