@@ -61,6 +61,7 @@ class ChannelDecisions(KernelDecisions):
         self.table = table
         self.units: list[ChannelUnit] = []
         self._errors: dict[str, ChannelErrors] = {}
+        self._capacity = np.zeros(0, np.int64)
 
     def wrap(self, model: keras.Model) -> keras.Model:
         """The wrapped copy, with masks of single weights."""
@@ -79,7 +80,9 @@ class ChannelDecisions(KernelDecisions):
         costs = ChannelCosts(model, self._graph, self.units)
         cost, limit = self._cost(model, costs, target)
         name = f"Target({target.kind}={target.value:g})"
-        return ChannelBudget(limit, cost, self.units, name)
+        budget = ChannelBudget(limit, cost, self.units, name)
+        self._capacity = budget.capacity
+        return budget
 
     def _cost(
         self, model: keras.Model, costs: ChannelCosts, target: Target
@@ -200,9 +203,12 @@ class ChannelDecisions(KernelDecisions):
 
     @property
     def removable(self) -> np.ndarray:  # type: ignore[override]
-        """Weights that every unit can give at most."""
-        able = [unit.frozen is None for unit in self.units]
-        return np.where(able, [unit.size - unit.shape[0] for unit in self.units], 0)
+        """Weights that every unit can give at most: down to the budget's floors.
+
+        Without floors the rankings that compare over the network empty a layer, which nothing
+        recovers from.
+        """
+        return self._capacity
 
 
 class _Lazy(Mapping[str, np.ndarray]):
