@@ -43,7 +43,10 @@ RIVALS = (
     "dynamic_programming",
     "random_search",
 )
-FIELDS = ("network", "seed", "share", "contender", "accuracy", "latency", "spread", "detail")
+FIELDS = (
+    *("network", "seed", "share", "contender"),
+    *("accuracy", "latency", "spread", "predicted", "detail"),
+)
 OURS, DENSE, NARROW = "search", "dense int8", "narrower from the start"
 
 
@@ -112,7 +115,7 @@ def run(options: argparse.Namespace, name: str, seed: int, data: Data, rows: Row
     with tempfile.TemporaryDirectory() as folder:
         dense, accuracy = exported(model, data, Path(folder), "dense")
         if not rows.has(name, seed, 1.0, DENSE):
-            rows.add(name, seed, 1.0, DENSE, accuracy, 1.0, 0.0, "")
+            rows.add(name, seed, 1.0, DENSE, accuracy, 1.0, 0.0, 1.0, "")
         for share in options.shares:
             if not rows.has(name, seed, share, OURS):
                 for row in searched(options, model, data, seed, share, table):
@@ -131,6 +134,7 @@ def run(options: argparse.Namespace, name: str, seed: int, data: Data, rows: Row
                     accuracy,
                     timing.ratio,
                     timing.spread,
+                    table.predict(widths_of(small)) / table.predict(widths_of(model)),
                     f"x{width:.2f}",
                 )
 
@@ -158,17 +162,22 @@ def searched(
     )
     found = result.metrics["compressed"]
     detail = f"{found['proposed_by']}; {result.metrics['search']['evaluations']} plans"
-    ours = (OURS, found["tflite_accuracy"], found["latency"], found["latency_spread"], detail)
+    ours = (OURS, *figures(found), detail)
     for name in RIVALS:
         title = CONTENDERS[name].removesuffix(" int8")
         try:
             (entry,) = compare(compressor, [name], 0)
         except rls.RLSparsityError as error:  # a network that training did not bring back
-            yield title, "", "", "", str(error)[:160]
+            yield title, "", "", "", "", str(error)[:160]
             continue
-        figures = (entry["tflite_accuracy"], entry["latency"], entry["latency_spread"])
-        yield title, *figures, f"{entry['evaluations']} plans"
+        yield title, *figures(entry), f"{entry['evaluations']} plans"
     yield ours  # last: where it is, all are
+
+
+def figures(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row says of a contender."""
+    names = ("tflite_accuracy", "latency", "latency_spread", "predicted_latency")
+    return tuple(entry[name] for name in names)
 
 
 def report(options: argparse.Namespace, rows: Rows) -> None:
@@ -201,7 +210,9 @@ def report(options: argparse.Namespace, rows: Rows) -> None:
                 key = (network, str(share), name)
                 found = [r for r in rows.rows if (r["network"], r["share"], r["contender"]) == key]
                 cells.append(over([r["accuracy"] for r in found], ".4f"))
-                cells.append(over([r["latency"] for r in found], ".2f"))
+                measured = [r["latency"] for r in found if r["latency"] not in ("", "None")]
+                predicted = over([r["predicted"] for r in found], ".2f")
+                cells.append(over(measured, ".2f") if measured else f"{predicted} (predicted)")
             print(f"| {name} | " + " | ".join(cells) + " |")
 
 
