@@ -163,7 +163,7 @@ def searched(
     found = result.metrics["compressed"]
     detail = f"{found['proposed_by']}; {result.metrics['search']['evaluations']} plans"
     ours = (OURS, *figures(found), detail)
-    for name in RIVALS:
+    for name in options.rivals:
         title = CONTENDERS[name].removesuffix(" int8")
         try:
             (entry,) = compare(compressor, [name], 0)
@@ -228,6 +228,7 @@ def main() -> None:
     parser.add_argument("--finetune-epochs", type=int, default=6)
     parser.add_argument("--episodes", type=int, default=12)
     parser.add_argument("--agent", default="dqn")
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=RIVALS)
     parser.add_argument("--results", type=Path, default=Path("fast.csv"))
     options = parser.parse_args()
     rows = Rows(options.results)

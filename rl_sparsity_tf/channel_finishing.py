@@ -52,6 +52,7 @@ class Task:
         target: The target.
         training: The fine-tuning.
         quantization: How to export.
+        dense: The dense model's file in that quantization, once it was needed.
     """
 
     model: keras.Model
@@ -60,6 +61,7 @@ class Task:
     target: Target
     training: FineTuning
     quantization: str
+    dense: list[bytes] = dataclasses.field(default_factory=list)
 
 
 def finish_candidate(task: Task, candidate: Candidate) -> Finished:
@@ -183,7 +185,6 @@ class _Ruler:
 
     def __init__(self, task: Task, folder: Path):
         self._task, self._folder = task, folder
-        self._dense: Path | None = None
 
     def measure(self, small: _Small) -> tuple[float, Timing | None]:
         kind, model = self._task.target.kind, self._task.model
@@ -205,10 +206,12 @@ class _Ruler:
 
     def time(self, model: keras.Model, plan: CompressionPlan) -> Timing:
         """Times a model's file in turns with the dense one's, in the same quantization."""
-        if self._dense is None:
-            dense = self._task.model
-            self._dense = self._export(dense, all_quantized(dense), "dense")[0]
-        return benchmark_tflite(self._export(model, plan, "small")[0], self._dense, runs=30)
+        dense, path = self._task.model, self._folder / "dense.tflite"
+        if not self._task.dense:
+            self._export(dense, all_quantized(dense), "dense")
+            self._task.dense.append(path.read_bytes())
+        path.write_bytes(self._task.dense[0])
+        return benchmark_tflite(self._export(model, plan, "small")[0], path, runs=30)
 
     def _export(
         self, model: keras.Model, plan: CompressionPlan, name: str
