@@ -109,7 +109,7 @@ def search(one: rls.Compressor, **options: Any) -> rls.Result:
 def episodes_of(one: rls.Compressor, **options: Any) -> list[dict[str, Any]]:
     """A search's journal, without the final fine-tuning where only the episodes are looked at."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search_module, "finish_within", stop)
+        patch.setattr(search_module, "finish_candidate", stop)
         with pytest.raises(StoppedError):
             search(one, **options)
     return journal_of(Path(str(one.directory)))
