@@ -24,6 +24,8 @@ def build(name: str, data: Data, width: float = 1.0) -> keras.Model:
         width: Factor on the channels of every convolution.
     """
     layers = keras.layers
+    # The same names every time: tables of latency go by them.
+    keras.backend.reset_uids()
 
     def wide(channels: int) -> int:
         return max(1, round(width * channels))

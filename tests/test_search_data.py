@@ -395,14 +395,24 @@ def test_a_target_out_of_reach_names_the_best(untouchable, tmp_path):
     one = compressor(
         untouchable, target=rls.Target(sparsity=0.9), group="channel", directory=tmp_path / "run"
     )
-    # Every kernel keeps a channel: 6 of 48 weights and 8 of 24.
-    best = int((72 - 6 - 8) / 72 * 1e4) / 1e4
+    # One channel is left between the layers: 6 weights that make it and 3 that read it, of 72.
+    with pytest.raises(TargetError, match=r"last one, 0\.125 of the dense network's cost is left"):
+        search(one)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sparsity_out_of_reach_names_the_best(untouchable, tmp_path):
+    one = compressor(
+        untouchable, target=rls.Target(sparsity=0.99), group="block4", directory=tmp_path / "run"
+    )
+    # Every kernel keeps a block of 4 weights.
+    best = int((72 - 4 - 4) / 72 * 1e4) / 1e4
     with pytest.raises(TargetError, match=rf"Expected a sparsity of at most {best}\.") as caught:
         search(one)
-    assert "needs 65 of 72 weights pruned, but only 58 can be" in str(caught.value)
+    assert "needs 72 of 72 weights pruned, but only 64 can be" in str(caught.value)
     assert not (tmp_path / "run").exists()
     reachable = rls.Target(sparsity=best)
-    assert rls.Compressor(untouchable, reachable, group="channel").target.sparsity == best
+    assert rls.Compressor(untouchable, reachable, group="block4").target.sparsity == best
 
 
 def test_a_model_without_a_loss_is_refused_before_training(untouchable):
