@@ -93,13 +93,13 @@ def exported(model: keras.Model, data: Data, folder: Path, name: str) -> tuple[P
     return path, float((found == data.y_test).mean())
 
 
-def narrowed(name: str, data: Data, table: rls.LatencyTable, share: float) -> float:
+def narrowed(name: str, data: Data, table: rls.LatencyTable, share: float) -> float | None:
     """The largest factor on all widths with which the network is predicted to be fast enough."""
     limit = share * table.predict(widths_of(build(name, data)))
     for width in np.arange(0.99, 0.05, -0.01):
         if table.predict(widths_of(build(name, data, width))) <= limit:
             return float(width)
-    raise SystemExit(f"No width of {name} takes {share:.0%} of the time.")
+    return None
 
 
 def run(options: argparse.Namespace, name: str, seed: int, data: Data, rows: Rows) -> None:
@@ -118,10 +118,16 @@ def run(options: argparse.Namespace, name: str, seed: int, data: Data, rows: Row
             rows.add(name, seed, 1.0, DENSE, accuracy, 1.0, 0.0, 1.0, "")
         for share in options.shares:
             if not rows.has(name, seed, share, OURS):
-                for row in searched(options, model, data, seed, share, table):
-                    rows.add(name, seed, share, *row)
+                try:
+                    for row in searched(options, model, data, seed, share, table):
+                        rows.add(name, seed, share, *row)
+                except rls.TargetError as error:
+                    rows.add(name, seed, share, OURS, "", "", "", "", str(error))
             if not rows.has(name, seed, share, NARROW):
                 width = narrowed(name, data, table, share)
+                if width is None:
+                    rows.add(name, seed, share, NARROW, "", "", "", "", "no width is that fast")
+                    continue
                 epochs = options.epochs + options.finetune_epochs
                 small = train(name, data, seed=seed, epochs=epochs, width=width)
                 path, accuracy = exported(small, data, Path(folder), "narrow")

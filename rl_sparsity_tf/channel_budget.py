@@ -16,6 +16,7 @@ from rl_sparsity_tf.errors import TargetError
 _SHARES = 512
 # A unit's floor, as a share of the channels that the target leaves on average.
 _FLOOR_SHARE = 0.25
+_SWEEPS, _LEVELS = 4, 33
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,14 +67,14 @@ class ChannelBudget(CostBudget):
         self.pruned = none.copy()
         self._share = self._even_share()
         self.wanted = round(self._share * float(self.totals[self.able].sum()))
-        self.capacity = self._capacities(_FLOOR_SHARE * (1.0 - self._share))
+        self.capacity = self._worthwhile(self._capacities(_FLOOR_SHARE * (1.0 - self._share)))
         if self._of(self.capacity) > limit + self.slack:
-            self.capacity = self._capacities(0.0)
+            self.capacity = self._worthwhile(self._capacities(0.0))
         least = self._of(self.capacity)
         if least > limit + self.slack:
             reached = np.ceil(1e4 * least / self.whole) / 1e4
             raise TargetError(
-                f"{name} cannot be reached: with every set of channels pruned to its last one, "
+                f"{name} cannot be reached: with every set of channels pruned as far as it pays, "
                 f"{reached:.4g} of the dense network's cost is left. Expected at least that much; "
                 "rl_sparsity_tf.describe_groups(model) says which channels have to stay."
             )
@@ -82,6 +83,26 @@ class ChannelBudget(CostBudget):
     def _capacities(self, density: float) -> np.ndarray:
         kept = np.maximum(1, np.ceil(density * self.totals / self._column)).astype(np.int64)
         return np.where(self.able, self.totals - kept * self._column, 0)
+
+    def _worthwhile(self, capacity: np.ndarray) -> np.ndarray:
+        """What units can give without becoming dearer again.
+
+        On real processors a layer of one channel can take longer than one of eight.
+        """
+        pruned = capacity.copy()
+        for _ in range(_SWEEPS):
+            before = pruned.copy()
+            for index in np.flatnonzero(self.able):
+                most = int(capacity[index] // self._column[index])
+                counts = np.unique(np.linspace(0, most, _LEVELS).astype(np.int64))[::-1]
+                tried = np.repeat(pruned[None], len(counts), axis=0)
+                tried[:, index] = counts * self._column[index]
+                costs = self.cost.total(self.live(tried), self._integers)
+                # The first of equals prunes most.
+                pruned[index] = tried[int(np.argmin(np.round(costs / self.whole, 9))), index]
+            if (pruned == before).all():
+                break
+        return pruned
 
     def _even_share(self) -> float:
         """The least share of channels that meets the limit if all units give the same."""

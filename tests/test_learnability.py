@@ -13,7 +13,9 @@ pytest.importorskip("tf_agents")
 from tf_agents.specs import array_spec
 from tf_agents.trajectories import time_step as ts
 
+from rl_sparsity_tf._episode_memory import EpisodeMemory
 from rl_sparsity_tf.agents import DQN, PPO, build_agent
+from rl_sparsity_tf.errors import AgentStateError, ArgumentError
 
 KERNELS, BUCKETS, ACTIONS = 2, 2, 4
 PLANS = list(itertools.product(range(ACTIONS), repeat=KERNELS * BUCKETS))
@@ -115,3 +117,90 @@ def test_no_plan_is_played_twice(config):
     agent = build_agent(config, *specs(), seed=1)
     plans = [play(agent) for _ in range(40)]
     assert len(set(plans)) == 40
+
+
+# -- what was played before ----------------------------------------------------------------------
+
+LEGAL = np.array([1, 0, 1, 1], np.int32)
+
+
+def state(*actions: int) -> np.ndarray:
+    return np.array([len(actions), *actions, *[0] * (2 - len(actions))], np.float32)
+
+
+def played(*actions: int) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    return [(state(*actions[:i]), LEGAL, action) for i, action in enumerate(actions)]
+
+
+def drawn_with(seed: int):
+    generator = np.random.default_rng(seed)
+    return lambda _, legal, heat: int(generator.choice(np.flatnonzero(legal)))
+
+
+def test_only_what_is_left_is_proposed():
+    memory = EpisodeMemory(3, 4)
+    for actions in itertools.product((0, 2, 3), repeat=2):
+        if actions != (2, 3):
+            memory.add(played(*actions))
+    for seed in range(20):
+        steps = memory.unplayed(state(), LEGAL, drawn_with(seed))
+        # 64 draws out of nine miss the last one rarely enough.
+        assert [action for _, _, action in steps] == [2, 3], seed
+        assert np.array_equal(steps[1][0], state(2))
+    memory.add(played(2, 3))
+    assert memory.unplayed(state(), LEGAL, drawn_with(0)) == []
+
+
+def test_repeats_ask_for_more_exploration_every_time():
+    memory, heats = EpisodeMemory(3, 4), []
+    memory.add(played(2, 2))
+    memory.unplayed(state(), LEGAL, lambda _, legal, heat: heats.append(heat) or 2)
+    assert heats[0] == 1.0
+    assert heats[::2] == heats[1::2] == sorted(set(heats))
+
+
+def test_unknown_starts_are_left_to_the_policy():
+    memory = EpisodeMemory(3, 4)
+    memory.add(played(2, 2))
+    assert memory.unplayed(state() + 1, LEGAL, drawn_with(0)) == []
+    assert memory.unplayed(state(), 1 - LEGAL, drawn_with(0)) == []
+
+
+def test_an_environment_of_chance_is_given_up_on():
+    memory = EpisodeMemory(3, 4)
+    memory.add(played(2, 2))
+    memory.add([(state(), LEGAL, 2), (state(3), LEGAL, 2)])
+    assert not memory.reliable
+    memory.add(played(2, 2))
+    assert memory.unplayed(state(), LEGAL, drawn_with(0)) == []
+
+
+def test_memory_survives_as_arrays():
+    memory = EpisodeMemory(3, 4)
+    for actions in ((0, 0), (0, 2), (3, 2)):
+        memory.add(played(*actions))
+    other = EpisodeMemory(3, 4)
+    other.set_arrays(memory.to_arrays())
+    for key, array in memory.to_arrays().items():
+        assert np.array_equal(other.to_arrays()[key], array)
+        assert array.dtype != object
+    for seed in range(10):
+        ours, theirs = (one.unplayed(state(), LEGAL, drawn_with(seed)) for one in (memory, other))
+        assert [step[2] for step in ours] == [step[2] for step in theirs]
+        assert tuple(step[2] for step in ours) not in {(0, 0), (0, 2), (3, 2)}
+
+
+def test_a_state_without_its_memory_is_refused():
+    agent = build_agent(PPO(hidden_layers=(4,)), *specs())
+    lacking = {k: v for k, v in agent.get_state().items() if not k.startswith("memory/")}
+    with pytest.raises(AgentStateError, match="has no 'memory/states'; expected shape"):
+        agent.set_state(lacking)
+
+
+@pytest.mark.parametrize("config", [DQN, PPO])
+def test_settings_are_checked(config):
+    with pytest.raises(ArgumentError, match=r"avoid_repeats=1\): expected True or False"):
+        config(avoid_repeats=1)
+    if config is PPO:
+        with pytest.raises(ArgumentError, match=r"replay_episodes=0.*expected an integer of at"):
+            PPO(replay_episodes=0)

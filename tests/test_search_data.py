@@ -396,7 +396,7 @@ def test_a_target_out_of_reach_names_the_best(untouchable, tmp_path):
         untouchable, target=rls.Target(sparsity=0.9), group="channel", directory=tmp_path / "run"
     )
     # One channel is left between the layers: 6 weights that make it and 3 that read it, of 72.
-    with pytest.raises(TargetError, match=r"last one, 0\.125 of the dense network's cost is left"):
+    with pytest.raises(TargetError, match=r"pays, 0\.125 of the dense network's cost is left"):
         search(one)
     assert not (tmp_path / "run").exists()
 
