@@ -312,3 +312,16 @@ def test_a_limit_out_of_reach_is_refused_with_the_least_that_can_be():
         TargetError, match=r"Target\(macs=0.01\) cannot be reached: .*Expected at l"
     ):
         budget_of(residual(), 0.01)
+
+
+def test_channels_go_only_as_far_as_the_network_gets_cheaper():
+    """As where a layer of one channel takes longer than one of half its channels."""
+    units = units_of(residual(width=8))
+    cost = ChannelCost(lambda live, _: (0.2 + np.abs(live - 0.5)).sum(-1))
+    budget = ChannelBudget(0.9 * 0.7 * len(units), cost, units, "Target(latency=0.9)")
+    live = budget.live(budget.capacity)
+    for unit, share in zip(units, live, strict=True):
+        # The closest there is to a half, in whole channels.
+        assert share == 1 if unit.frozen else abs(share - 0.5) <= 0.5 / unit.count
+    states = [KernelState(0, unit.size, False, False) for unit in units]
+    assert budget.least(states) == pytest.approx(float(cost.total(live, None)))
