@@ -178,4 +178,10 @@ def _target(target: Target | None, sparsity: float | None) -> Target:
             f"target={target!r} is a {type(target).__name__}. Expected a Target, for example "
             "rls.Target(tflite_bytes=50_000), or sparsity=0.8."
         )
+    if target.needs_channels:
+        raise ArgumentError(
+            f"Target({target.kind}={target.value:g}) is met by removing whole channels, which the "
+            "baselines do not. Expected a sparsity or bytes; a search for the target evaluates the "
+            "heuristics for channels first, and rl_sparsity_tf.comparison.compare runs them."
+        )
     return target

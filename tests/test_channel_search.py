@@ -16,6 +16,7 @@ from rl_sparsity_tf.channel_elimination import eliminate
 from rl_sparsity_tf.channel_graph import ChannelGraph
 from rl_sparsity_tf.channel_programming import ChannelProblem, propose_channels, pruned_to
 from rl_sparsity_tf.channel_units import find_units
+from rl_sparsity_tf.cli import main
 from rl_sparsity_tf.comparison import compare
 from rl_sparsity_tf.errors import ArgumentError, TargetError
 from rl_sparsity_tf.kernels import find_kernels
@@ -492,3 +493,33 @@ def test_the_order_of_channels_only_matters_to_blocks(group):
 def test_modes_of_shuffle_that_are_not_known_are_refused():
     with pytest.raises(ArgumentError, match=r"shuffle='chanels' is not known.*'channels'"):
         compressor(rls.Target(sparsity=0.5), shuffle="chanels")
+
+
+@pytest.mark.parametrize("name", ["lamp", "dynamic_programming", "random_search"])
+def test_baselines_for_kernels_refuse_targets_of_channels(name):
+    call = getattr(rls.baselines, name)
+    with pytest.raises(ArgumentError, match=r"macs=0.5\) is met by removing whole channels, which"):
+        call(trained(), TRAIN, rls.Target(macs=0.5))
+
+
+def test_the_command_line_removes_channels(tmp_path, capsys):
+    trained().save(tmp_path / "model.keras")
+    (x, y), (x_validation, y_validation) = TRAIN, VALIDATION
+    arrays = {
+        "x_train": x,
+        "y_train": y,
+        "x_validation": x_validation,
+        "y_validation": y_validation,
+    }
+    np.savez(tmp_path / "data.npz", **arrays)
+    command = ["compress", str(tmp_path / "model.keras"), "--data", str(tmp_path / "data.npz")]
+    command += ["--output", str(tmp_path / "run"), "--target-macs", "0.5", "--episodes", "1"]
+    with quick_autoencoder():
+        assert main([*command, "--finetune-epochs", "1", "--verbose", "1"]) == 0
+    assert "of the multiplications" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["compressed"]["macs"] <= 0.5
+    assert (tmp_path / "run" / "channels.json").is_file()
+    wrong = [*command, "--group", "element", "--overwrite"]
+    assert main(wrong) == 2
+    assert "does not go with group='element'" in capsys.readouterr().err
