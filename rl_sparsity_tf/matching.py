@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -196,7 +197,9 @@ def _assign(
                 distance, unexplained, axes = fit
                 # Equal tensors compete by distance and go before those equal up to factors.
                 scaled = distance > _SAME
-                rank = (scaled, unexplained if scaled else distance, order, position)
+                # Kernels of one input fit each other up to factors: then names decide.
+                fit_by = round(unexplained, 6) if scaled else distance
+                rank = (scaled, fit_by, not _names(tensor, path), order, position)
                 fits.append((rank, path, MatchedTensor(tensor=tensor, axes=axes)))
     fits.sort(key=lambda fit: fit[0])
     assigned: dict[str, MatchedTensor] = {}
@@ -209,6 +212,12 @@ def _assign(
         if path not in assigned and not scaled:
             assigned[path] = match
     return assigned
+
+
+def _names(tensor: FlatTensor, path: str) -> bool:
+    """Whether a tensor's name has that of the kernel's layer in it."""
+    layer = path.split("/")[-2:][0]
+    return layer in re.split(r"[/;:]", tensor.name)
 
 
 def _best_fit(

@@ -441,3 +441,27 @@ def test_kernels_are_stored_as_the_table_says(name, tmp_path):
                 scales = {"none": 0, "tensor": 1, "channel": match.tensor.shape[0]}
                 stored = (match.tensor.dtype, match.tensor.scales.size)
                 assert stored == (expected.dtype, scales[expected.scales]), (mode, kernel_path)
+
+
+def test_kernels_of_one_input_are_told_apart_by_their_names(tmp_path):
+    """Up to one factor per channel they all fit each other; one has zeros that others lack."""
+    inputs = keras.Input((4, 4, 1))
+    x = inputs
+    for name in ("one", "two", "three"):
+        x = keras.layers.Conv2D(6, 1, use_bias=False, name=name)(x)
+        x = keras.layers.BatchNormalization(name=f"norm_{name}")(x)
+        x = keras.layers.ReLU()(x)
+        x = keras.layers.Conv2D(1, 1, name=f"sum_{name}")(x)
+    model = keras.Model(inputs, keras.layers.Flatten()(x))
+    rng = np.random.default_rng(0)
+    for weight in model.weights:
+        weight.assign(rng.uniform(0.5, 1.5, weight.shape))
+    kernel = model.get_layer("two").kernel
+    kernel.assign(kernel.numpy() * [1, 0, 1, 0, 1, 1])
+    rows = rng.normal(size=(64, 4, 4, 1)).astype(np.float32)
+    report = export_tflite(
+        model, tmp_path / "m.tflite", "int8", representative_data=rows, tolerance=1.0
+    )
+    found = {tensor.kernel: tensor.zeros for tensor in report.tensors if tensor.kernel}
+    assert found["two/kernel"] >= 2
+    assert found["one/kernel"] == found["three/kernel"] == 0
