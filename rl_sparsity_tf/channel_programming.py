@@ -77,34 +77,39 @@ class ChannelProblem:
 
     # ------------------------------------------------------------------ solving
 
-    def solve(self, limit: float) -> np.ndarray:
+    def solve(self, limit: float, least: np.ndarray | None = None) -> np.ndarray:
         """The numbers of channels to remove, of least loss within a limit.
+
+        Args:
+            limit: What the network may cost.
+            least: Channels of every unit that are gone in any case.
 
         Returns:
             One number per unit; all that can go if nothing less is within the limit.
         """
         low, high = 0.0, 1.0
+        least = np.zeros(len(self.units), np.int64) if least is None else least
         best = self.most
-        while high < 1e12 and self.costs(self._descend(high)) > limit:
+        while high < 1e12 and self.costs(self._descend(high, least)) > limit:
             low, high = high, high * 8.0
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            gone = self._descend(middle)
+            gone = self._descend(middle, least)
             if self.costs(gone) <= limit:
                 high, best = middle, min(best, gone, key=self.loss)
             else:
                 low = middle
             if high - low < 1e-4 * high:
                 break
-        return self.restore(best, limit)
+        return self.restore(best, limit, least)
 
-    def _descend(self, price: float) -> np.ndarray:
+    def _descend(self, price: float, least: np.ndarray) -> np.ndarray:
         """Lowers loss + price * cost, cost being a share of the dense network's."""
-        gone = np.zeros(len(self.units), np.int64)
+        gone = least.copy()
         for _ in range(_SWEEPS):
             before = gone.copy()
             for index in np.flatnonzero(self.budget.able):
-                levels = self._levels(index)
+                levels = self._levels(index, int(least[index]))
                 tried = np.repeat(gone[None], len(levels), axis=0)
                 tried[:, index] = levels
                 value = self.losses[index][levels] + price * self.costs(tried) / self.budget.whole
@@ -113,15 +118,22 @@ class ChannelProblem:
                 break
         return gone
 
-    def _levels(self, index: int) -> np.ndarray:
-        most = int(self.most[index])
-        return np.unique(np.rint(np.linspace(0, most, min(most + 1, _LEVELS))).astype(np.int64))
+    def _levels(self, index: int, least: int) -> np.ndarray:
+        most = max(int(self.most[index]), least)
+        count = min(most - least + 1, _LEVELS)
+        return np.unique(np.rint(np.linspace(least, most, count)).astype(np.int64))
 
-    def restore(self, gone: np.ndarray, limit: float) -> np.ndarray:
-        """Brings channels back one by one, those that spare most for their cost, within a limit."""
+    def restore(self, gone: np.ndarray, limit: float, least: np.ndarray) -> np.ndarray:
+        """Brings channels back one by one, those that spare most for their cost, within a limit.
+
+        Args:
+            gone: Channels that are gone.
+            limit: What the network may cost.
+            least: Channels that do not come back.
+        """
         gone = gone.copy()
         while True:
-            candidates = np.flatnonzero(gone > 0)
+            candidates = np.flatnonzero(gone > least)
             tried = np.repeat(gone[None], len(candidates), axis=0)
             tried[np.arange(len(candidates)), candidates] -= 1
             costs = self.costs(tried) if len(candidates) else np.zeros(0)
@@ -133,22 +145,6 @@ class ChannelProblem:
             )
             paid = np.maximum(costs - self.costs(gone), 1e-9 * self.budget.whole)
             gone = tried[int(np.argmax(np.where(fits, spared / paid, -np.inf)))]
-
-    def tighten(self, gone: np.ndarray, limit: float) -> np.ndarray:
-        """Removes channels one by one, those that lose least for what they cost, to a limit."""
-        gone = gone.copy()
-        while self.costs(gone) > limit:
-            candidates = np.flatnonzero(gone < self.most)
-            if not len(candidates):
-                break
-            tried = np.repeat(gone[None], len(candidates), axis=0)
-            tried[np.arange(len(candidates)), candidates] += 1
-            lost = np.array(
-                [self.losses[i][gone[i] + 1] - self.losses[i][gone[i]] for i in candidates]
-            )
-            saved = np.maximum(self.costs(gone) - self.costs(tried), 1e-9 * self.budget.whole)
-            gone = tried[int(np.argmin((lost + 1e-12) / saved))]
-        return gone
 
     def live(self, gone: np.ndarray) -> list[np.ndarray]:
         """What lives with so many channels gone, one mask of shape `(1, channels)` per unit."""
@@ -203,7 +199,8 @@ def pruned_to(network: CompressedNetwork, plan: CompressionPlan, limit: float) -
         for order, gone in zip(problem.orders, dead, strict=True)
     ]
     problem = dataclasses.replace(problem, orders=orders)
-    gone = problem.tighten(np.array([int(one.sum()) for one in dead]), limit)
+    # Costs may fall in steps, so that it is solved anew and not channel by channel.
+    gone = problem.solve(limit, np.array([int(one.sum()) for one in dead]))
     return plan_of_live(network, problem.live(gone))
 
 
