@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import tf_keras as keras
 
-from rl_sparsity_tf.candidates import Candidate
+from rl_sparsity_tf.candidates import PROPOSED, Candidate
 from rl_sparsity_tf.channel_costs import count_macs
 from rl_sparsity_tf.channel_decisions import ChannelDecisions
 from rl_sparsity_tf.channel_plans import masks, only_pruned
@@ -26,6 +27,7 @@ from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.reward import Outcome
 from rl_sparsity_tf.shrinking import shrink
 from rl_sparsity_tf.size_costs import formats_for
 from rl_sparsity_tf.size_enforcement import finish_within
@@ -35,6 +37,8 @@ from rl_sparsity_tf.wrapping import strip, wrap
 
 _ATTEMPTS = 6
 _ANY = 1e6
+# Plans of others that are tried in place of one that had to be pruned further.
+_ALTERNATIVES = 4
 # How much further than the overshoot the next attempt goes.
 _EXTRA = 0.01
 # Of a measured time, what the target may be missed by: less is noise.
@@ -64,7 +68,9 @@ class Task:
     dense: list[bytes] = dataclasses.field(default_factory=list)
 
 
-def finish_candidate(task: Task, candidate: Candidate) -> Finished:
+def finish_candidate(
+    task: Task, candidate: Candidate, others: Sequence[tuple[str, CompressionPlan]] = ()
+) -> Finished:
     """Fine-tunes and exports a candidate, whatever was decided on.
 
     Pruned channels are removed first: what is trained and exported is the small model. What it
@@ -74,6 +80,8 @@ def finish_candidate(task: Task, candidate: Candidate) -> Finished:
     Args:
         task: What it is finished for.
         candidate: The plan and the weights to start from.
+        others: Names and plans to fall back on, the best first, where the candidate had to be
+            pruned further and one of them, which had not, promises more. For channels only.
 
     Raises:
         TargetError: If the target is still missed after a few attempts to prune further.
@@ -87,7 +95,7 @@ def finish_candidate(task: Task, candidate: Candidate) -> Finished:
             training=task.training,
             quantization=task.quantization,
         )
-    candidate, small, timing = _held(task, candidate)
+    candidate, small, timing = _best_held(task, candidate, others)
     finished = finish(
         small.model,
         small.candidate,
@@ -98,7 +106,8 @@ def finish_candidate(task: Task, candidate: Candidate) -> Finished:
         teacher=task.model,
     )
     plan = task.network.decisions.kernel_plan(candidate.plan)
-    return dataclasses.replace(finished, channels=_removed(task, finished.model, plan, timing))
+    removed = _removed(task, finished.model, plan, timing)
+    return dataclasses.replace(finished, channels=removed, candidate=candidate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +153,44 @@ def without_channels(
         )
     weights = {path: layer.get_weights() for path, layer in walk(small)}
     return small, dataclasses.replace(candidate, plan=CompressionPlan(entries), weights=weights)
+
+
+def _best_held(
+    task: Task, candidate: Candidate, others: Sequence[tuple[str, CompressionPlan]]
+) -> tuple[Candidate, _Small, Timing | None]:
+    """The candidate as it meets the target, or what is better than what is left of it."""
+    steps = task.network.recovery.steps
+    best, failure = None, None
+    tried = [candidate.plan]
+    try:
+        best = _held(task, candidate)
+    except TargetError as error:
+        failure = error
+    for name, plan in others:
+        untouched = best is not None and best[0].plan in tried
+        if untouched or len(tried) > _ALTERNATIVES:
+            break
+        if plan in tried:
+            continue
+        tried.append(plan)
+        outcome = evaluate_plan(task.network, plan, steps)
+        if best is not None and _promise(outcome) <= _promise(best[0].outcome):
+            continue
+        other = Candidate.of(task.network, candidate.value, PROPOSED, name)
+        try:
+            held = _held(task, other)
+        except TargetError:
+            continue
+        if best is None or _promise(held[0].outcome) > _promise(best[0].outcome):
+            best = held
+    if best is None:
+        assert failure is not None
+        raise failure
+    return best
+
+
+def _promise(outcome: Outcome) -> tuple[float, float]:
+    return outcome.retention, -outcome.loss
 
 
 def _held(task: Task, candidate: Candidate) -> tuple[Candidate, _Small, Timing | None]:

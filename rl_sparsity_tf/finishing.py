@@ -79,6 +79,8 @@ class Finished:
         test: Its score on test data, if there is any.
         exported: Its .tflite file.
         channels: What was removed from the original model, if channels were.
+        candidate: The plan of channels that it was made of: the one given, pruned further where
+            that was needed, or another.
     """
 
     model: keras.Model
@@ -87,6 +89,7 @@ class Finished:
     test: Score | None
     exported: Exported
     channels: RemovedChannels | None = None
+    candidate: Candidate | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

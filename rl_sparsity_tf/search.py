@@ -291,7 +291,8 @@ class Compressor:
             training=FineTuning(epochs=epochs, mask=mask, distillation=distillation),
             quantization=quantization,
         )
-        finished = finish_candidate(task, best)
+        finished = finish_candidate(task, best, loop.proposed)
+        best = finished.candidate or best
         metrics = build_metrics(
             model=model,
             finished=finished,

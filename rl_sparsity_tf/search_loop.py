@@ -16,6 +16,7 @@ from rl_sparsity_tf.dynamic_programming import propose_all
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.errors import RunError
 from rl_sparsity_tf.network import CompressedNetwork
+from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
 from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.relaxation import Relaxation
@@ -53,6 +54,10 @@ class SearchLoop:
         settings: Agent, reward and seed.
         network: The network.
         run: Where to keep the journal and checkpoints, if anywhere.
+
+    Attributes:
+        proposed: Names and plans of the heuristics that were evaluated before the first episode,
+            the best first.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class SearchLoop:
             self._relaxation = Relaxation(network, reward=settings.reward, seed=settings.seed)
             cast(Any, self.agent).attach(self._relaxation)
         self._demonstrations: list[Demonstration] = []
+        self.proposed: list[tuple[str, CompressionPlan]] = []
         self.history: list[dict[str, Any]] = []
         self.best: Candidate | None = None
         self.seconds = 0.0
@@ -131,7 +137,9 @@ class SearchLoop:
             shown.append((value, Demonstration.of(name, plan)))
             if is_better(value, outcome, self.best):
                 self.best = Candidate.of(network, value, PROPOSED, name)
-        best_first = [one for _, one in sorted(shown, key=lambda pair: -pair[0])]
+        order = sorted(range(len(shown)), key=lambda index: -shown[index][0])
+        self.proposed = [plans[index] for index in order]
+        best_first = [shown[index][1] for index in order]
         self._demonstrations = without_twins(best_first)[:demonstrations]
 
     def _episode(self, episode: int) -> dict[str, Any]:
