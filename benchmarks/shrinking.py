@@ -41,7 +41,10 @@ ARCHITECTURES = {
 def network(name: str, rng: np.random.Generator) -> keras.Model:
     """An architecture with random weights."""
     size = ARCHITECTURES[name]
-    model = getattr(keras.applications, name)(weights=None, input_shape=(size, size, 3), classes=10)
+    # Without softmax, behind which differences between untrained outputs would all but vanish.
+    model = getattr(keras.applications, name)(
+        weights=None, input_shape=(size, size, 3), classes=10, classifier_activation=None
+    )
     for layer in model.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             positive = ("gamma", "variance")
