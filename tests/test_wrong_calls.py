@@ -226,7 +226,19 @@ ARGUMENTS = {
         r"PPO\(hidden_layers=\(\)\): expected a sequence .*for instance hidden_layers=\(64, 64\)",
     ),
     "group": (option(group="elemnt"), r"group='elemnt' is not known\. .*Did you mean 'element'"),
-    "group None": (option(group=None), r"group=None is not known\. Expected one of 'element'"),
+    "group 4": (option(group=4), r"group=4 is not known\. Expected one of 'element'"),
+    "macs by zeros": (
+        lambda files: rls.Compressor(tiny(), rls.Target(macs=0.5), group="element"),
+        r"Target\(macs=0\.5\) does not go with group='element'",
+    ),
+    "macs above 1": (
+        lambda files: rls.Target(macs=2),
+        r"Target\(macs=2\) cannot be met\. .*below 1",
+    ),
+    "latency below 0": (
+        lambda files: rls.Target(latency=-0.1),
+        r"Target\(latency=-0\.1\) cannot be met\. .*the share of the dense file's time",
+    ),
     "recovery": (
         option(recovery=4),
         r"recovery=4 is a int\. Expected one of 'least_squares', 'finetune', 'none', or",
