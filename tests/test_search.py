@@ -45,9 +45,9 @@ RUNS = {
         "dataset": "three blobs",
         "episodes": 7,
     },
-    "ppo channel none": {
+    "ppo block4 none": {
         "agent": PPO,
-        "group": "channel",
+        "group": "block4",
         "quantization": "none",
         "warm_start": False,
         "episodes": 2,
