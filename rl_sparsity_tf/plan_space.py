@@ -39,7 +39,13 @@ class PlanSpace:
         self._sizes = [network.groupings[kernel.path].sizes for kernel in kernels]
         self.totals = np.array([float(size.sum()) for size in self._sizes])
         self._saliency = [
-            network.saliency(kernel.path).reshape(network.groupings[kernel.path].shape)
+            # Of the trained weights: those of the moment may have recovered from another plan.
+            network.decisions.saliency(
+                kernel.path,
+                network.originals[kernel.path],
+                network.groupings[kernel.path],
+                network.least_squares,
+            ).reshape(network.groupings[kernel.path].shape)
             for kernel in kernels
         ]
         self._integers = [
