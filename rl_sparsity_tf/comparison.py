@@ -127,6 +127,7 @@ def compare(
         >>> compare(compressor, ["lamp", "tfmot"])
         >>> comparison_table(result.metrics)
     """
+    _names(contenders)  # wrong names are told first
     search = compressor.last
     if search is None:
         raise ArgumentError(
@@ -163,7 +164,9 @@ def compare(
     return entries
 
 
-def _names(contenders: str | Sequence[str] | None, channels: bool) -> tuple[Sequence[str], bool]:
+def _names(
+    contenders: str | Sequence[str] | None, channels: bool = False
+) -> tuple[Sequence[str], bool]:
     """The contenders' names, and whether they were asked for one by one."""
     if contenders is None:
         return DEFAULT, False
