@@ -27,6 +27,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 from networks import build, train
+from rows import append
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.comparison import CONTENDERS, compare
@@ -69,12 +70,7 @@ class Rows:
     def add(self, *values: object) -> None:
         """Adds a row to the file."""
         row = dict(zip(FIELDS, map(str, values), strict=True))
-        new = not self._path.exists()
-        with self._path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append(self._path, row)
         self.rows.append(row)
         print(
             " ".join(

@@ -12,7 +12,6 @@ masks without a teacher, as a Markdown table. Choose by validation accuracy.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import os
 import sys
@@ -24,6 +23,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import tensorflow as tf
+from rows import append
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.data import TrainingData, evaluation_data, training_data
@@ -135,15 +135,6 @@ def main() -> None:
                     if options.csv:
                         append(options.csv, row)
     report(rows, dense, options.distillation)
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def report(rows: list[dict[str, Any]], dense: list[float], distillation: float) -> None:

@@ -13,7 +13,6 @@ that learn, as a Markdown table (mean and range over the seeds).
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 import tensorflow as tf
 from networks import train
+from rows import append
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.channel_permutation import permutation_report, permute_channels
@@ -97,15 +97,6 @@ def run(
             if options.csv:
                 append(options.csv, found[-1])
     return found
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def report(rows: list[dict[str, Any]]) -> None:

@@ -128,30 +128,30 @@ class ChannelBudget(CostBudget):
 
     def _stored(self, states: Sequence[KernelState]) -> np.ndarray:
         """Which units are, or can still be, stored as integers."""
-        return np.array([(s.quantized or s.undecided > 0) and not s.kept for s in states])
+        open_to = [(s.quantized or s.undecided > 0) and not s.kept for s in states]
+        return np.array(open_to) & self._integers
 
     def least(self, states: Sequence[KernelState]) -> float:
         """The cost if the undecided channels go, as far as the floors allow."""
         pruned = np.array([state.pruned for state in states], np.int64)
         undecided = np.array([state.undecided for state in states], np.int64)
         more = np.minimum(undecided, np.maximum(self.capacity - pruned, 0))
-        return self.total(pruned + more, self._stored(states) & self._integers)
+        return self.total(pruned + more, self._stored(states))
 
     def expected(self, states: Sequence[KernelState]) -> float:
         """The cost if nothing more is pruned."""
-        return self.total([s.pruned for s in states], self._stored(states) & self._integers)
+        return self.total([s.pruned for s in states], self._stored(states))
 
     def stored_share(self, states: Sequence[KernelState]) -> float:
         """Bits that living weights are stored in, or all of them where bytes are the target."""
-        quarter = np.array([s.quantized and not s.kept and s.undecided == 0 for s in states])
+        integers = [s.quantized and not s.kept and s.undecided == 0 for s in states]
+        quarter = np.array(integers) & self._integers
         if self.cost.integers:
             pruned = [state.pruned for state in states]
-            return self.total(pruned, quarter & self._integers) / self.total(
+            return self.total(pruned, quarter) / self.total(
                 np.zeros(len(states)), np.zeros(len(states), bool)
             )
-        return float(
-            (self.totals * np.where(quarter & self._integers, 0.25, 1.0)).sum() / self.elements
-        )
+        return float((self.totals * np.where(quarter, 0.25, 1.0)).sum() / self.elements)
 
     @property
     def sparsity(self) -> float:

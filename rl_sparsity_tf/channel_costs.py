@@ -19,9 +19,6 @@ from rl_sparsity_tf.errors import TargetError
 from rl_sparsity_tf.kernels import Kernel, find_kernels
 from rl_sparsity_tf.size_model import SizeModel
 
-# Of an int8 kernel in a file, per output channel: its scale, zero point and their places.
-_SCALE_BYTES = 12
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChannelCounts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tf_keras as keras
@@ -54,6 +54,7 @@ class ChannelDecisions(KernelDecisions):
 
     # Buckets are cut at the share that the target means.
     least_share = 0.0
+    heuristics = (*allocation.HEURISTICS, *CHANNEL_HEURISTICS)
 
     def __init__(self, table: LatencyTable | None = None):
         super().__init__("channel", shuffles=False)
@@ -102,9 +103,11 @@ class ChannelDecisions(KernelDecisions):
             count, share = latency_of(self.table, model, self.units), target.value
         return ChannelCost(lambda live, _: count(live)), share * float(count(whole))
 
-    def operations(self, decided: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """The operations on the kernels' single weights."""
-        return _Lazy(self._operations, decided)
+    def operations(
+        self, decided: Mapping[str, np.ndarray], paths: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """The operations on the single weights of some kernels."""
+        return {path: self._operations.of(path, decided) for path in paths}
 
     def affected(self, path: str) -> Sequence[str]:
         """The kernels that make a unit's channels, and those that read them."""
@@ -151,11 +154,6 @@ class ChannelDecisions(KernelDecisions):
             problems = {} if fits is None or unit.frozen else fits.problems
             self._errors[unit.path] = eliminate(unit, problems)
         return self._errors[unit.path]
-
-    @property
-    def heuristics(self) -> Sequence[str]:
-        """Names of the heuristics that [scores][] knows."""
-        return (*allocation.HEURISTICS, *CHANNEL_HEURISTICS)
 
     def scores(
         self,
@@ -209,23 +207,6 @@ class ChannelDecisions(KernelDecisions):
         recovers from.
         """
         return self._capacity
-
-
-class _Lazy(Mapping[str, np.ndarray]):
-    """The operations on kernels, computed when they are asked for."""
-
-    def __init__(self, operations: UnitOperations, decided: Mapping[str, np.ndarray]):
-        self._operations, self._decided = operations, decided
-        self._paths = operations.paths
-
-    def __getitem__(self, path: str) -> np.ndarray:
-        return self._operations.of(path, self._decided)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
 
 
 def removable_channels(model: keras.Model) -> list[ChannelUnit]:

@@ -132,9 +132,9 @@ def without_channels(
         The small model, and the candidate for it: how its kernels are stored, and its weights.
     """
     decided = {path: entry.operations for path, entry in candidate.plan.kernels.items()}
-    operations = decisions.operations(decided)
     kernels = find_kernels(model)
-    pruned = {kernel.path: only_pruned(operations[kernel.path]) for kernel in kernels}
+    operations = decisions.operations(decided, [kernel.path for kernel in kernels])
+    pruned = {path: only_pruned(chosen) for path, chosen in operations.items()}
     wrapped = wrap(model, masks(kernels, pruned))
     candidate.put_weights(wrapped)
     small = shrink(strip(wrapped))
@@ -243,13 +243,10 @@ class _Ruler:
         if kind == "latency":
             timing = self.time(small.model, small.candidate.plan)
             if timing.ratio is None:
-                return self._predicted(small.model), timing
+                return predicted_latency(self._task, small.model), timing
             return timing.ratio / (1.0 + _TIME_TOLERANCE), timing
         _, raw, gzipped = self._export(small.model, small.candidate.plan, "small")
         return float(raw if kind == "tflite_bytes" else gzipped), None
-
-    def _predicted(self, small: keras.Model) -> float:
-        return predicted_latency(self._task, small)
 
     def time(self, model: keras.Model, plan: CompressionPlan) -> Timing:
         """Times a model's file in turns with the dense one's, in the same quantization."""

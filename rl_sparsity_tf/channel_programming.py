@@ -9,6 +9,7 @@ brought down unit by unit until no unit moves, and \(\lambda\) is found by bisec
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,17 +60,22 @@ class ChannelProblem:
             orders.append(errors.order)
         return cls(budget, units, losses, orders)  # type: ignore[arg-type]
 
-    @property
+    @functools.cached_property
     def most(self) -> np.ndarray:
         """Channels that every unit can give at most."""
-        counts = np.array([unit.count for unit in self.units])
-        return np.where(self.budget.able, counts - 1, 0)
+        return np.where(self.budget.able, self._counts - 1, 0)
+
+    @functools.cached_property
+    def _counts(self) -> np.ndarray:
+        return np.array([unit.count for unit in self.units])
+
+    @functools.cached_property
+    def _integers(self) -> np.ndarray:
+        return np.array([unit.spec.exports_int8 for unit in self.units])
 
     def costs(self, gone: np.ndarray) -> np.ndarray:
         """The cost with so many channels gone, shape `(..., units)` -> `(...)`."""
-        counts = np.array([unit.count for unit in self.units])
-        integers = np.array([unit.spec.exports_int8 for unit in self.units])
-        return self.budget.cost.total(1.0 - gone / counts, integers)
+        return self.budget.cost.total(1.0 - gone / self._counts, self._integers)
 
     def loss(self, gone: np.ndarray) -> float:
         """What is lost in all."""
@@ -169,17 +175,6 @@ def propose_channels(network: CompressedNetwork, powers: Sequence[float]) -> lis
         live = problem.live(problem.solve(problem.budget.limit))
         plans.append(plan_of_live(network, live))
     return plans
-
-
-def propose_even(network: CompressedNetwork) -> CompressionPlan:
-    """The plan in which every unit gives the same share of channels, those missed least."""
-    problem = ChannelProblem.of(network)
-    counts = np.array([unit.count for unit in problem.units])
-    for share in np.arange(0, 1024) / 1024:
-        gone = np.minimum(np.rint(share * counts).astype(np.int64), problem.most)
-        if problem.costs(gone) <= problem.budget.limit:
-            break
-    return plan_of_live(network, problem.live(gone))
 
 
 def pruned_to(network: CompressedNetwork, plan: CompressionPlan, limit: float) -> CompressionPlan:

@@ -100,8 +100,8 @@ def decisions_for(
     table: LatencyTable | None,
     quantization: str,
     shuffle: str = "neighbours",
-) -> KernelDecisions | None:
-    """What is decided on, where that is not the model's kernels.
+) -> KernelDecisions:
+    """What is decided on: channels, or groups of single kernels.
 
     Channels of a model whose graph is not known, or that all have to stay, are decided kernel by
     kernel: they become zero, and stay in the file. The log says so.
@@ -115,7 +115,7 @@ def decisions_for(
         shuffle: How Shuffle moves weights.
 
     Raises:
-        ArgumentError: If the table was made for another model or quantization.
+        ArgumentError: If the table was made for another quantization.
     """
     if group != "channel":
         return KernelDecisions(group, shuffles=shuffle == "neighbours")
@@ -125,7 +125,7 @@ def decisions_for(
             "become zero, and stay in the file.",
             model.name,
         )
-        return None
+        return KernelDecisions(group)
     if target.kind != "latency":
         return ChannelDecisions()
     if table is None:
@@ -136,5 +136,4 @@ def decisions_for(
             f"exports quantization={quantization!r}. Pass search(quantization="
             f"{table.quantization!r}), or a table of the other."
         )
-    table.check(model)
     return ChannelDecisions(table)

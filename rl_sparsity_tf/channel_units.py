@@ -216,7 +216,7 @@ class UnitOperations:
     """
 
     def __init__(self, units: Sequence[ChannelUnit]):
-        self._units = list(units)
+        self._units = {unit.path: unit for unit in units}
         self._owner = {
             member.kernel.path: (unit, member) for unit in units for member in unit.members
         }
@@ -225,14 +225,9 @@ class UnitOperations:
             for reader in unit.readers:
                 self._sources.setdefault(reader.kernel.path, []).append((unit, reader))
 
-    @property
-    def paths(self) -> list[str]:
-        """Paths of all kernels."""
-        return list(self._owner)
-
     def affected(self, path: str) -> list[str]:
         """Paths of the kernels that a unit's decisions change."""
-        (unit,) = (unit for unit in self._units if unit.path == path)
+        unit = self._units[path]
         members = [member.kernel.path for member in unit.members]
         return list(dict.fromkeys([*members, *(reader.kernel.path for reader in unit.readers)]))
 
@@ -270,7 +265,7 @@ class UnitOperations:
                 kernels differently.
         """
         found = {}
-        for unit in self._units:
+        for unit in self._units.values():
             chosen = np.full((1, unit.count), Operation.KEEP, np.uint8)
             pruned: dict[int, str] = {}
             for member in unit.members:

@@ -76,7 +76,6 @@ ALL = tuple(
 ALL_CHANNELS = (*(name for name in ALL if name != "tfmot"), *CHANNEL_HEURISTICS)
 """What it stands for where whole channels are decided."""
 
-_CHANNELS = {"uniform_float32": ("uniform", False)}
 # Trainings by TFMOT until its file has a size in bytes.
 _ATTEMPTS = 4
 
@@ -127,15 +126,14 @@ def compare(
         >>> compare(compressor, ["lamp", "tfmot"])
         >>> comparison_table(result.metrics)
     """
-    _names(contenders)  # wrong names are told first
     search = compressor.last
+    channels = search is not None and isinstance(search.network.decisions, ChannelDecisions)
+    names, asked = _names(contenders, channels)
     if search is None:
         raise ArgumentError(
             "The compressor has not searched yet, so there is nothing to compare with. Call "
             "compressor.search(...) first."
         )
-    channels = isinstance(search.network.decisions, ChannelDecisions)
-    names, asked = _names(contenders, channels)
     if asked and "tfmot" in names:
         load_tfmot()  # before the others have taken their time
     network = search.network
@@ -221,14 +219,16 @@ class _Ring:
     def _ranked(self, name: str) -> CompressionPlan:
         """The plan of a heuristic."""
         network = self.search.network
+        heuristic = "uniform" if name == "uniform_float32" else name
+        quantize = name != "uniform_float32"
         if isinstance(network.decisions, ChannelDecisions):
-            return heuristic_plan(network, *_CHANNELS.get(name, (name, True)))
+            return heuristic_plan(network, heuristic, quantize)
         if name in CHANNEL_HEURISTICS:
             raise ArgumentError(
                 f"The contender {name} ranks whole channels, and the search decided on groups of "
                 f"{network.group!r}. Expected other contenders, or a search with group='channel'."
             )
-        request = self._request(quantize=name != "uniform_float32")
+        request = self._request(quantize=quantize)
         gradients = {path: one.gradient for path, one in network.dense_statistics.items()}
         if name == "first_order" and not any(one.any() for one in gradients.values()):
             raise DataError(
@@ -236,7 +236,6 @@ class _Ring:
                 "so that first_order cannot tell groups apart. Expected data with examples that "
                 "the model does not fit perfectly yet, or contenders without first_order."
             )
-        heuristic = "uniform" if name == "uniform_float32" else name
         pieces = (request.kernels, request.groupings, network.originals, gradients)
         return request.plan(allocation.scores(heuristic, *pieces))
 

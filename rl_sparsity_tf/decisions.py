@@ -39,11 +39,13 @@ class KernelDecisions:
         part_group: The kind that the wrapped kernels are cut into.
         removable: Weights that every kernel can give at most; None for all but one group of each.
         least_share: The least share of groups to prune that buckets are cut for.
+        heuristics: Names of the heuristics that [scores][] knows.
     """
 
     removable: np.ndarray | None = None
     # A size that hardly asks for zeros still wants edges to choose among.
     least_share = 0.5
+    heuristics: Sequence[str] = allocation.HEURISTICS
 
     def __init__(self, group: str, shuffles: bool = True):
         self.group = self.part_group = group
@@ -51,8 +53,8 @@ class KernelDecisions:
 
     def wrap(self, model: keras.Model) -> keras.Model:
         """The wrapped copy of a model that takes the decisions."""
-        without = () if self.shuffles else (Operation.SHUFFLE,)
-        return wrap(model, group=self.group, operations=[o for o in Operation if o not in without])
+        used = [one for one in Operation if self.shuffles or one != Operation.SHUFFLE]
+        return wrap(model, group=self.group, operations=used)
 
     def kernels(self, model: keras.Model, parts: Sequence[Kernel]) -> list[Kernel]:
         """What is decided on, given the kernels of the wrapped copy of a model."""
@@ -62,9 +64,11 @@ class KernelDecisions:
         """The budget of a target."""
         return make_budget(model, kernels, target, self.group)
 
-    def operations(self, decided: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """The operations on the wrapped kernels that follow from what was decided."""
-        return decided
+    def operations(
+        self, decided: Mapping[str, np.ndarray], paths: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """The operations on some of the wrapped kernels that follow from what was decided."""
+        return {path: decided[path] for path in paths}
 
     def affected(self, path: str) -> Sequence[str]:
         """The wrapped kernels that a decision changes."""
@@ -87,11 +91,6 @@ class KernelDecisions:
     ) -> np.ndarray:
         """What the groups are pruned by: the least salient first; flat, 1 is average."""
         return saliency_of(matrix, grouping)
-
-    @property
-    def heuristics(self) -> Sequence[str]:
-        """Names of the heuristics that [scores][] knows."""
-        return allocation.HEURISTICS
 
     def scores(
         self,

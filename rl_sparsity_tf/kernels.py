@@ -191,7 +191,13 @@ def count_weights(model: keras.Model) -> tuple[int, int]:
     return zeros, elements
 
 
-def sparsity_of(model: keras.Model) -> float:
-    """Share of zeros among all weights of rank >= 2 of a plain model."""
+def sparsity_of(model: keras.Model, dense: keras.Model | None = None) -> float:
+    """Share of zeros among all weights of rank >= 2 of a plain model.
+
+    Args:
+        model: The model.
+        dense: The model that it was made of, where some weights may be gone: they count as zeros.
+    """
     zeros, elements = count_weights(model)
-    return zeros / elements if elements else 0.0
+    whole = elements if dense is None else count_weights(dense)[1]
+    return (zeros + whole - elements) / whole if whole else 0.0

@@ -7,7 +7,7 @@ from typing import Any
 import tf_keras as keras
 
 from rl_sparsity_tf.finishing import Exported, Finished
-from rl_sparsity_tf.kernels import count_weights
+from rl_sparsity_tf.kernels import sparsity_of
 from rl_sparsity_tf.objective import Metric, Score
 
 FORMAT_VERSION = 1
@@ -68,7 +68,7 @@ def build_metrics(
             **_figures(metric, finished.test),
             **_figures(metric, finished.validation, "validation_"),
             **_figures(metric, finished.exported.test, "tflite_"),
-            "sparsity": _sparsity(model, finished.model),
+            "sparsity": sparsity_of(finished.model, model),
             **_sizes(finished.exported),
             "max_abs_difference": report.max_abs_difference,
             "batch_size": report.batch_size,
@@ -95,17 +95,10 @@ def baseline_entry(
         **_figures(metric, finished.validation, "validation_"),
         **_figures(metric, finished.exported.test, "tflite_"),
         **_sizes(finished.exported),
-        "sparsity": _sparsity(model, finished.model),
+        "sparsity": sparsity_of(finished.model, model),
         "evaluations": evaluations,
         **_channels(finished),
     }
-
-
-def _sparsity(dense: keras.Model, model: keras.Model) -> float:
-    """Share of the dense model's weights of rank >= 2 that are zero or gone."""
-    zeros, elements = count_weights(model)
-    whole = count_weights(dense)[1]
-    return 1.0 - (elements - zeros) / whole if whole else 0.0
 
 
 def _channels(finished: Finished) -> dict[str, float | None]:

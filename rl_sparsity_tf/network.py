@@ -171,10 +171,9 @@ class CompressedNetwork:
         self.budget.pruned[self.index_of(path)] = int(
             self.groupings[path].sizes[self.operations[path] == Operation.PRUNE].sum()
         )
-        changed = set(self.decisions.affected(path))
-        operations = self.decisions.operations(self.operations)
+        operations = self.decisions.operations(self.operations, self.decisions.affected(path))
         for part in self.parts:
-            if part.path in changed:
+            if part.path in operations:
                 self._effective.forget(part.path)
                 assert part.wrapper is not None
                 part.wrapper.assign_operations(part.spec.attribute, operations[part.path])
@@ -213,8 +212,11 @@ class CompressedNetwork:
     def _recover(self) -> None:
         assert self.least_squares is not None
         self._forget()
-        operations = self.decisions.operations(self.operations)
+        operations = self._part_operations(self.operations)
         self.least_squares.recover(operations, dict.fromkeys(operations, 8))
+
+    def _part_operations(self, decided: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.decisions.operations(decided, [part.path for part in self.parts])
 
     def _undo_recovery(self) -> None:
         if self.least_squares is not None:
@@ -375,8 +377,8 @@ class CompressedNetwork:
     def _undo(self, snapshot: Snapshot) -> None:
         """Goes back to the trained weights under a snapshot's operations."""
         self._undo_recovery()
-        present = self.decisions.operations(self.operations)
-        wanted = self.decisions.operations(snapshot.operations)
+        present = self._part_operations(self.operations)
+        wanted = self._part_operations(snapshot.operations)
         for part in self.parts:
             if part.wrapper is not None and (wanted[part.path] != present[part.path]).any():
                 part.wrapper.assign_operations(part.spec.attribute, wanted[part.path])
