@@ -28,10 +28,11 @@ import tensorflow as tf
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.agents import resolve_config
 from rl_sparsity_tf.data import evaluation_data, training_data
+from rl_sparsity_tf.episodes import LoopSettings
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
 from rl_sparsity_tf.progress import SearchProgress
-from rl_sparsity_tf.search_loop import LoopSettings, SearchLoop
+from rl_sparsity_tf.search_loop import SearchLoop
 
 import tf_keras as keras  # isort: skip  (after the package, which asks for Keras 2)
 
@@ -201,12 +202,12 @@ def episode(options: argparse.Namespace) -> None:
 
             finish = compressed.finish
             compressed.finish = timing(finish, "finish")  # type: ignore[method-assign]
-            for environment in loop.environments:
+            for environment in loop.episodes.environments:
                 environment.step = timing(environment.step, "step")
                 environment.reset = timing(environment.reset, "step")
-            loop.agent.step = timing(loop.agent.step, "act")  # type: ignore[method-assign]
-            loop.agent.observe = timing(loop.agent.observe, "act")  # type: ignore[method-assign]
-            loop.agent.end_episode = timing(loop.agent.end_episode, "learn")  # type: ignore
+            loop.episodes.agent.step = timing(loop.episodes.agent.step, "act")  # type: ignore[method-assign]
+            loop.episodes.agent.observe = timing(loop.episodes.agent.observe, "act")  # type: ignore[method-assign]
+            loop.episodes.agent.end_episode = timing(loop.episodes.agent.end_episode, "learn")  # type: ignore
             loop.run(options.warmup, SearchProgress(options.warmup, "loss", 0))
             assert compressed.least_squares is not None
             for values in spent.values():

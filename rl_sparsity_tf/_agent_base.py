@@ -100,7 +100,14 @@ class Agent(abc.ABC):
         preferences, _ = self._evaluate(state, legal)
         return self._choose(preferences, legal, explore)
 
-    def step(self, time_step: Any, *, explore: bool = True, action: int | None = None) -> int:
+    def step(
+        self,
+        time_step: Any,
+        *,
+        explore: bool = True,
+        action: int | None = None,
+        allowed: NDArray[np.int32] | None = None,
+    ) -> int:
         """Chooses an action for one time step and remembers it for `observe`.
 
         Args:
@@ -108,6 +115,8 @@ class Agent(abc.ABC):
             explore: Whether to sample from the collecting policy; otherwise the best action known.
             action: Take this action instead, so that the trajectory of a heuristic can be learned
                 from: DQN keeps it in its replay buffer, PPO learns to imitate it.
+            allowed: 1 for each legal action that may be chosen, shape (n_actions,); by default all
+                that are legal. What is learned of the state does not depend on it.
 
         Returns:
             The action to give to the environment's `step`.
@@ -130,7 +139,7 @@ class Agent(abc.ABC):
         preferences, info = self._evaluate(state, legal)
         forced = action is not None
         if action is None:
-            action = self._choose(preferences, legal, explore)
+            action = self._choose(preferences, legal if allowed is None else allowed, explore)
         elif not 0 <= action < self.n_actions or not legal[action]:
             raise AgentStateError(
                 f"agent.step(action={action}) is not legal here; expected one of "

@@ -287,16 +287,22 @@ def plan_from_live(
             integers; elsewhere, and without it, they are kept.
         bits: 8 or 4, the grid if they are.
     """
+    chosen = [
+        np.where(alive, survivors(kernel, quantize), Operation.PRUNE)
+        for kernel, alive in zip(kernels, live, strict=True)
+    ]
+    return plan_of_operations(kernels, group, chosen, bits)
+
+
+def plan_of_operations(
+    kernels: Sequence[Kernel], group: str, operations: Sequence[np.ndarray], bits: int = 8
+) -> CompressionPlan:
+    """The plan of one operation per group, for every kernel in order."""
     return CompressionPlan(
         KernelPlan(
-            kernel.path,
-            kernel.shape,
-            kernel.spec.layout,
-            group,
-            bits,
-            np.where(alive, survivors(kernel, quantize), Operation.PRUNE).astype(np.uint8),
+            kernel.path, kernel.shape, kernel.spec.layout, group, bits, chosen.astype(np.uint8)
         )
-        for kernel, alive in zip(kernels, live, strict=True)
+        for kernel, chosen in zip(kernels, operations, strict=True)
     )
 
 

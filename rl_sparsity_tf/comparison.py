@@ -248,7 +248,7 @@ class _Ring:
     @property
     def _decisions(self) -> int:
         """Recoveries per kernel, where they are training: as in the search's last episode."""
-        environments = self.search.loop.environments
+        environments = self.search.loop.episodes.environments
         return -(-sum(one.steps for one in environments) // len(environments))
 
     def _finish(self, name: str, candidate: Candidate) -> Finished:

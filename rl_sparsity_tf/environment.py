@@ -55,6 +55,11 @@ class LayerEnvironment(py_environment.PyEnvironment):
         evaluate: Whether the last step evaluates the network, where the recovery leaves that to
             the end (least squares).
 
+    Attributes:
+        goal: Share of the kernel's weights that is to be pruned, as the state shows it; by default
+            the target's.
+        illegal_actions: How many actions were not legal.
+
     Example:
         >>> env = LayerEnvironment(network, "dense/kernel")
         >>> time_step = env.reset()
@@ -89,7 +94,8 @@ class LayerEnvironment(py_environment.PyEnvironment):
         goal = max(network.budget.pruned_share, network.decisions.least_share)
         self._edges = bucket_edges(self.grouping.count, buckets, goal)
         behind = [other.path for other in network.kernels[self.index + 1 :]]
-        self._later = [network.index_of(path) for path in (behind if later is None else later)]
+        self.later = behind if later is None else later
+        self.goal = network.budget.pruned_share
         self._base: Snapshot | None = None
         self._buckets: list[np.ndarray] = []
         self._first_buckets: list[np.ndarray] = []
@@ -113,6 +119,15 @@ class LayerEnvironment(py_environment.PyEnvironment):
         self._reward_spec = array_spec.BoundedArraySpec(
             (), np.float32, minimum=-1.0, maximum=1.0, name="reward"
         )
+
+    @property
+    def later(self) -> list[str]:
+        """Kernels that are decided after this one."""
+        return [self.network.kernels[index].path for index in self._later]
+
+    @later.setter
+    def later(self, paths: list[str]) -> None:
+        self._later = [self.network.index_of(path) for path in paths]
 
     @property
     def steps(self) -> int:
@@ -288,6 +303,7 @@ class LayerEnvironment(py_environment.PyEnvironment):
             groups=groups,
             saliency=self._saliency,
             pressure=missing / room if room else float(missing > 0),
+            goal=self.goal,
         )
         legal = np.ones(len(Operation), np.int32)
         if self._position < self.steps:

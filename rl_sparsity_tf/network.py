@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from rl_sparsity_tf.allocation import plan_of_operations
 from rl_sparsity_tf.autoencoder import WeightAutoencoder
 from rl_sparsity_tf.batch_checks import fixed_batch
 from rl_sparsity_tf.budget import Budget
@@ -24,11 +25,12 @@ from rl_sparsity_tf.objective import Evaluator, Metric, Score, choose_metric
 from rl_sparsity_tf.objective import search_compile_arguments as search_arguments
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.outcomes import outcome_of
-from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
+from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.preparation import check_finite, prepare_for_short_recovery
 from rl_sparsity_tf.recovery import Recovery
 from rl_sparsity_tf.reward import Outcome
 from rl_sparsity_tf.snapshot import Snapshot
+from rl_sparsity_tf.standings import Standings
 from rl_sparsity_tf.statistics import KernelStatistics, StatisticsCollector, WeightMoments
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapper import unwrapped
@@ -126,6 +128,7 @@ class CompressedNetwork:
             groupings = {part.path: part.grouping(self.decisions.part_group) for part in self.parts}
             pieces = (self.model, self.parts, groupings, train, fixed_batch(model))
             self.least_squares = closed_form(*pieces, ridge=self.recovery.ridge)
+        self.standings = Standings(self)
         self.outcome = outcome_of(self, self.dense)
         self._start = self.snapshot()
 
@@ -328,17 +331,7 @@ class CompressedNetwork:
     @property
     def plan(self) -> CompressionPlan:
         """The decisions so far."""
-        return CompressionPlan(
-            KernelPlan(
-                kernel.path,
-                kernel.shape,
-                kernel.spec.layout,
-                self.group,
-                8,
-                self.operations[kernel.path],
-            )
-            for kernel in self.kernels
-        )
+        return plan_of_operations(self.kernels, self.group, list(self.operations.values()))
 
     # ------------------------------------------------------------------ going back
 

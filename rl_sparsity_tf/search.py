@@ -48,7 +48,7 @@ from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapping import accepted, is_wrapped
 
 if TYPE_CHECKING:
-    from rl_sparsity_tf.search_loop import LoopSettings
+    from rl_sparsity_tf.episodes import LoopSettings
 
 _FINGERPRINT_ROWS = 8192
 
@@ -324,7 +324,7 @@ class Compressor:
 
     def loop_settings(self) -> LoopSettings:
         """What the episodes depend on beside the network."""
-        from rl_sparsity_tf.search_loop import LoopSettings
+        from rl_sparsity_tf.episodes import LoopSettings
 
         return LoopSettings(
             agent=self.agent,

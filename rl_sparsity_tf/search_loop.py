@@ -2,49 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from rl_sparsity_tf.agents import AgentConfig, build_agent
 from rl_sparsity_tf.candidates import PROPOSED, Candidate, is_better
 from rl_sparsity_tf.demonstrations import Demonstration, proposals, without_twins
 from rl_sparsity_tf.dynamic_programming import propose_all
-from rl_sparsity_tf.environment import LayerEnvironment
+from rl_sparsity_tf.episodes import Episodes, LoopSettings
 from rl_sparsity_tf.errors import RunError
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
 from rl_sparsity_tf.progress import SearchProgress
-from rl_sparsity_tf.relaxation import Relaxation
-from rl_sparsity_tf.reward import RewardFunction, bounded
+from rl_sparsity_tf.reward import bounded
 from rl_sparsity_tf.run_directory import RunDirectory
 
 DYNAMIC = "dynamic_programming"
 # Of the layers' errors; no power gives the best plan for every network.
 _POWERS = (1.0, 0.5, 0.25)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoopSettings:
-    """What the episodes of a search depend on beside the network.
-
-    Attributes:
-        agent: Configuration of the agent.
-        reward: What an outcome is worth.
-        buckets: Decisions per kernel and episode.
-        seed: Seed of the agent and of every episode.
-        warm_start: Whether the plans of heuristics are evaluated and demonstrated first.
-    """
-
-    agent: AgentConfig
-    reward: RewardFunction
-    buckets: int
-    seed: int
-    warm_start: bool
 
 
 class SearchLoop:
@@ -66,24 +44,7 @@ class SearchLoop:
         self._settings = settings
         self._network = network
         self._run = run
-        self.environments = [
-            LayerEnvironment(
-                network,
-                kernel.path,
-                reward=settings.reward,
-                buckets=settings.buckets,
-                evaluate=kernel is network.kernels[-1],
-            )
-            for kernel in network.kernels
-        ]
-        first = self.environments[0]
-        self.agent = build_agent(
-            settings.agent, first.time_step_spec(), first.action_spec(), seed=settings.seed
-        )
-        self._relaxation: Relaxation | None = None
-        if getattr(settings.agent, "relaxed_reward", 0.0):
-            self._relaxation = Relaxation(network, reward=settings.reward, seed=settings.seed)
-            cast(Any, self.agent).attach(self._relaxation)
+        self.episodes = Episodes(settings, network)
         self._demonstrations: list[Demonstration] = []
         self.proposed: list[tuple[str, CompressionPlan]] = []
         self.history: list[dict[str, Any]] = []
@@ -108,7 +69,7 @@ class SearchLoop:
         if self._settings.warm_start and self._done < episodes:
             progress.say("evaluating the plans of known heuristics")
             self._propose(max(1, episodes // 3))
-        with progress.running(f"{self.agent.name} search"):
+        with progress.running(f"{self._settings.agent.name} search"):
             for episode in range(self._done, episodes):
                 entry = self._episode(episode)
                 assert self.best is not None
@@ -144,31 +105,16 @@ class SearchLoop:
 
     def _episode(self, episode: int) -> dict[str, Any]:
         started = time.monotonic()
-        network, agent = self._network, self.agent
+        network = self._network
         words = np.random.SeedSequence([self._settings.seed, episode]).generate_state(1)
         tf.random.set_seed(int(words[0]))
-        network.reset()
         shown = self._demonstrations[episode : episode + 1]
         demonstration = shown[0] if shown else None
-        proposed_by = agent.name if demonstration is None else demonstration.name
-        total = 0.0
-        for environment in self.environments:
-            environment.commit()
-            time_step = environment.reset()
-            while not time_step.is_last():
-                forced = None
-                if demonstration is not None:
-                    forced = demonstration.action(environment, time_step)
-                time_step = environment.step(np.int32(agent.step(time_step, action=forced)))
-                agent.observe(time_step)
-                total += float(time_step.reward)
+        name = self._settings.agent.name
+        proposed_by = name if demonstration is None else demonstration.name
+        total = self.episodes.play(demonstration)
         value = bounded(self._settings.reward, network.outcome, None)
-        if self._relaxation is not None and demonstration is None:
-            self._relaxation.follow([d for env in self.environments for d in env.decisions])
-        if network.least_squares is None:
-            losses = agent.end_episode(bonus=value)
-        else:  # the steps were paid by estimates, which must not count in the end
-            losses = agent.end_episode(worth=value)
+        losses = self.episodes.learn(value)
         improved = is_better(value, network.outcome, self.best)
         if improved:
             self.best = Candidate.of(network, value, episode, proposed_by)
@@ -184,7 +130,7 @@ class SearchLoop:
             "stored_bits": outcome.stored_bits,
             "reconstruction_error": outcome.reconstruction_error,
             "operations": network.plan.count_operations(),
-            "illegal_actions": sum(e.illegal_actions for e in self.environments),
+            "illegal_actions": self.episodes.illegal_actions,
             "evaluations": self.evaluations,
             "improved": improved,
             "losses": {name: float(number) for name, number in losses.items()},
@@ -201,11 +147,10 @@ class SearchLoop:
         self._run.append(entry)
         if improved or entry["episode"] == 0:
             self._run.save_checkpoint(f"best-{self.best.episode}", self.best.to_arrays())
-        state = {f"agent:{key}": value for key, value in self.agent.get_state().items()}
+        state = self.episodes.get_state()
         state["seen"] = np.array(sorted(self._network.seen), dtype="S64")
         state["episodes"] = np.array(entry["episode"] + 1)
         state["best"] = np.array(self.best.episode)
-        state["illegal_actions"] = np.array([e.illegal_actions for e in self.environments])
         # The pointer is written last: a run cut off before it redoes the episode.
         self._run.save_checkpoint("latest", state)
         self._run.drop_checkpoints(keep={"latest", f"best-{self.best.episode}"})
@@ -225,9 +170,5 @@ class SearchLoop:
                 "overwrite=True to start the run again."
             )
         self.best = Candidate.from_arrays(best)
-        self.agent.set_state(
-            {key.removeprefix("agent:"): v for key, v in state.items() if key.startswith("agent:")}
-        )
+        self.episodes.set_state(state)
         self._network.seen = {bytes(key).decode() for key in state["seen"]}
-        for environment, count in zip(self.environments, state["illegal_actions"], strict=True):
-            environment.illegal_actions = int(count)

@@ -51,6 +51,9 @@ FEATURES: tuple[Feature, ...] = (
         -1,
         "mean gradient of the loss by the groups' masks / mean of its magnitude in the kernel",
     ),
+    Feature("bucket_lamp", 0, "mean of s/(s+t): LAMP's score s, and t where the target cuts them"),
+    Feature("bucket_magnitude", 0, "the same with squared weights: below 1/2 they would go"),
+    Feature("bucket_output_price", 0, "the same with what a weight adds to the layer's outputs"),
     Feature("kept", 0, "share of the kernel's weights decided as Keep so far"),
     Feature("pruned", 0, "share of the kernel's weights pruned so far"),
     Feature("quantized", 0, "share of the kernel's weights quantized so far"),
@@ -60,6 +63,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature("target", 0, "the sparsity that is wanted"),
     Feature("budget_progress", 0, "share of the target that is met"),
     Feature("budget_pressure", 0, "weights still to prune / those that can still be pruned"),
+    Feature("goal", 0, "share of the kernel's weights that is to be pruned"),
+    Feature("goal_progress", 0, "share of that goal that is met"),
     Feature("kernel_share", 0, "the kernel's share of all weights"),
     Feature("kernel_fan_in", 0, "log2(1 + inputs) / 16"),
     Feature("kernel_fan_out", 0, "log2(1 + outputs) / 16"),
@@ -120,6 +125,7 @@ class BucketView:
         groups: Flat indices of its groups.
         saliency: Saliency of all groups of the kernel, flat (1 is the kernel's average).
         pressure: Weights still to prune / weights that can still be pruned.
+        goal: Share of the kernel's weights that is to be pruned.
     """
 
     position: int
@@ -127,6 +133,7 @@ class BucketView:
     groups: np.ndarray
     saliency: np.ndarray
     pressure: float
+    goal: float
 
 
 @np.errstate(over="ignore", invalid="ignore")  # a network that diverged has a state, too
@@ -159,7 +166,7 @@ def observe(network: CompressedNetwork, path: str, bucket: BucketView) -> np.nda
     in_bucket = float(first_order[bucket.groups].sum()) / max(1, flat_sizes.sum())
     in_kernel = float(first_order.sum()) / kernel.size
     owner = type(kernel.owner).__name__
-    outcome = network.outcome
+    outcome, standings = network.outcome, network.standings
     values = {
         "weight_mean": _over(mean, math.sqrt(square)),
         "weight_variance": _against(square - mean**2, original.variance),
@@ -188,6 +195,9 @@ def observe(network: CompressedNetwork, path: str, bucket: BucketView) -> np.nda
             float(by_mask[bucket.groups].mean()) if len(bucket.groups) else 0.0,
             float(np.abs(by_mask).mean()),
         ),
+        "bucket_lamp": _mean(standings.of("lamp", path)[bucket.groups]),
+        "bucket_magnitude": _mean(standings.of("global_magnitude", path)[bucket.groups]),
+        "bucket_output_price": _mean(standings.of("output_price", path)[bucket.groups]),
         "kept": done[Operation.KEEP] / kernel.size,
         "pruned": done[Operation.PRUNE] / kernel.size,
         "quantized": done[Operation.QUANTIZE] / kernel.size,
@@ -197,6 +207,10 @@ def observe(network: CompressedNetwork, path: str, bucket: BucketView) -> np.nda
         "target": outcome.target_sparsity,
         "budget_progress": network.budget.progress,
         "budget_pressure": bucket.pressure,
+        "goal": bucket.goal,
+        "goal_progress": _over(done[Operation.PRUNE] / kernel.size, bucket.goal)
+        if bucket.goal > 0
+        else 1.0,
         "kernel_share": kernel.size / network.budget.elements,
         "kernel_fan_in": math.log2(1 + grouping.inputs) / 16,
         "kernel_fan_out": math.log2(1 + grouping.outputs) / 16,
@@ -211,6 +225,10 @@ def observe(network: CompressedNetwork, path: str, bucket: BucketView) -> np.nda
 
 def _over(value: float, scale: float) -> float:
     return float(value) / float(scale) if scale > 0 else 0.0
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else 0.5
 
 
 def _against(value: float, reference: float) -> float:

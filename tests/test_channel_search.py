@@ -478,7 +478,7 @@ def test_channels_are_permuted_before_a_search_of_blocks():
     operations = result.metrics["search"]["operations"]
     assert operations["shuffle"] == 0
     assert all(entry["operations"]["shuffle"] == 0 for entry in result.history)
-    legal = one.last.loop.environments[0].reset().observation["legal"]
+    legal = one.last.loop.episodes.environments[0].reset().observation["legal"]
     assert not legal[Operation.SHUFFLE]
 
 

@@ -32,11 +32,12 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf import allocation
 from rl_sparsity_tf.data import evaluation_data, training_data
 from rl_sparsity_tf.demonstrations import proposals
+from rl_sparsity_tf.episodes import LoopSettings
 from rl_sparsity_tf.errors import FileExistsRLSparsityError
 from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
-from rl_sparsity_tf.search_loop import LoopSettings, SearchLoop
+from rl_sparsity_tf.search_loop import SearchLoop
 
 RUNS = {
     "dqn element plan": {
@@ -390,7 +391,7 @@ class Watch:
         yield self
 
     def update(self, episode, **_):
-        self.counts.append((self.network.tracing_count(), self.loop.agent.tracing_count()))
+        self.counts.append((self.network.tracing_count(), self.loop.episodes.agent.tracing_count()))
 
 
 @pytest.fixture(scope="module")
@@ -411,13 +412,13 @@ def test_nothing_is_traced_again_and_nothing_illegal_is_chosen(network, agent):
     loop = SearchLoop(settings, network)
     watch = Watch(loop, network)
     loop.run(6, watch)
-    shown = sum(entry["proposed_by"] != loop.agent.name for entry in loop.history)
+    shown = sum(entry["proposed_by"] != loop.episodes.agent.name for entry in loop.history)
     assert shown == 2  # a third
     # Demonstrations (PPO learns from them in another way), then the agent's own episodes.
     assert watch.counts[shown] == watch.counts[-1]
     assert watch.counts[0][0] == watch.counts[-1][0]
     assert watch.counts[-1][1] > 0
-    assert sum(env.illegal_actions for env in loop.environments) == 0
+    assert sum(env.illegal_actions for env in loop.episodes.environments) == 0
     assert len(loop.history) == 6
 
 
@@ -433,7 +434,7 @@ def test_with_least_squares_the_best_plan_of_all_is_returned_and_rewards_add_up_
     settings = LoopSettings(agent=DQN, reward=rls.Reward(), buckets=6, seed=3, warm_start=True)
     loop = SearchLoop(settings, network)
     learned: list[list[float]] = []
-    learn = loop.agent._learn
+    learn = loop.episodes.agent._learn
 
     def watch(transitions):
         sums, total = [], 0.0
@@ -445,7 +446,7 @@ def test_with_least_squares_the_best_plan_of_all_is_returned_and_rewards_add_up_
         learned.append(sums)
         return learn(transitions)
 
-    loop.agent._learn = watch
+    loop.episodes.agent._learn = watch
     best = loop.run(6, Watch(loop, network))
     for entry, sums in zip(loop.history, learned, strict=True):
         assert sums == [pytest.approx(entry["reward"])] * 2  # one per kernel

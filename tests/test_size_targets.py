@@ -63,7 +63,7 @@ def test_the_real_file_is_within_the_target(model, target, tmp_path):
     budget = one.last.network.budget
     # Every plan that was evaluated at the end of an episode met the size by the model of it.
     assert budget.limit < target.value
-    for environment in one.last.loop.environments:
+    for environment in one.last.loop.episodes.environments:
         assert environment.illegal_actions == 0
 
 

@@ -98,7 +98,7 @@ def view(network, path, groups=None, pressure=0.5):
     grouping = network.groupings[path]
     saliency = np.linspace(0.1, 2.0, grouping.count)
     groups = np.arange(grouping.count) if groups is None else groups
-    return BucketView(1, 4, groups, saliency, pressure)
+    return BucketView(1, 4, groups, saliency, pressure, 0.5)
 
 
 def assert_bounded(state):

@@ -1,0 +1,142 @@
+"""Search episodes: every bucket of every kernel is decided once, by one agent."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+
+from rl_sparsity_tf.agents import AgentConfig, build_agent
+from rl_sparsity_tf.demonstrations import Demonstration
+from rl_sparsity_tf.environment import LayerEnvironment
+from rl_sparsity_tf.network import CompressedNetwork
+from rl_sparsity_tf.relaxation import Relaxation
+from rl_sparsity_tf.reward import RewardFunction
+from rl_sparsity_tf.untried import Untried
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """What the episodes of a search depend on beside the network.
+
+    Attributes:
+        agent: Configuration of the agent.
+        reward: What an outcome is worth.
+        buckets: Decisions per kernel and episode.
+        seed: Seed of the agent and of every episode.
+        warm_start: Whether the plans of heuristics are evaluated and demonstrated first.
+    """
+
+    agent: AgentConfig
+    reward: RewardFunction
+    buckets: int
+    seed: int
+    warm_start: bool
+
+
+class Episodes:
+    """Plays search episodes in the order of the layers, and lets the agent learn from them.
+
+    No two episodes take the same decisions, as long as others are left.
+
+    Args:
+        settings: Agent, reward and seed.
+        network: The network.
+    """
+
+    def __init__(self, settings: LoopSettings, network: CompressedNetwork):
+        self.network = network
+        self.environments = [
+            LayerEnvironment(
+                network,
+                kernel.path,
+                reward=settings.reward,
+                buckets=settings.buckets,
+                evaluate=kernel is network.kernels[-1],
+            )
+            for kernel in network.kernels
+        ]
+        first = self.environments[0]
+        self.agent = build_agent(
+            settings.agent, first.time_step_spec(), first.action_spec(), seed=settings.seed
+        )
+        self.untried = Untried()
+        self._relaxation: Relaxation | None = None
+        if getattr(settings.agent, "relaxed_reward", 0.0):
+            self._relaxation = Relaxation(network, reward=settings.reward, seed=settings.seed)
+            cast(Any, self.agent).attach(self._relaxation)
+        self._demonstrated = False
+
+    @property
+    def illegal_actions(self) -> int:
+        """Actions so far that were not legal."""
+        return sum(environment.illegal_actions for environment in self.environments)
+
+    def play(self, demonstration: Demonstration | None = None) -> float:
+        """Plays an episode; the network is left with its plan.
+
+        Args:
+            demonstration: What decides in place of the agent, if anything.
+
+        Returns:
+            The sum of the steps' rewards.
+        """
+        self.network.reset()
+        self.untried.restart()
+        self._demonstrated = demonstration is not None
+        total = sum(self._play_layer(one, demonstration) for one in self.environments)
+        self.untried.finish()
+        return total
+
+    def _play_layer(
+        self, environment: LayerEnvironment, demonstration: Demonstration | None
+    ) -> float:
+        environment.commit()
+        time_step = environment.reset()
+        total = 0.0
+        while not time_step.is_last():
+            allowed = self.untried.offer(time_step.observation["legal"])
+            forced = None
+            if demonstration is not None:
+                forced = demonstration.action(environment, time_step)
+            action = self.agent.step(time_step, action=forced, allowed=allowed)
+            self.untried.take(action)
+            time_step = environment.step(np.int32(action))
+            self.agent.observe(time_step)
+            total += float(time_step.reward)
+        return total
+
+    def learn(self, value: float) -> dict[str, float]:
+        """Lets the agent learn from the episode played last.
+
+        Args:
+            value: What its plan turned out to be worth.
+
+        Returns:
+            Losses by name.
+        """
+        if self._relaxation is not None and not self._demonstrated:
+            self._relaxation.follow([d for env in self.environments for d in env.decisions])
+        if self.network.least_squares is None:
+            return self.agent.end_episode(bonus=value)
+        # The steps were paid by estimates, which must not count in the end.
+        return self.agent.end_episode(worth=value)
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """Everything to go on from, as arrays."""
+        return {
+            **{f"agent:{key}": value for key, value in self.agent.get_state().items()},
+            "untried": self.untried.to_array(),
+            "illegal_actions": np.array([one.illegal_actions for one in self.environments]),
+        }
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what [get_state][] gave."""
+        self.agent.set_state(
+            {key.removeprefix("agent:"): v for key, v in state.items() if key.startswith("agent:")}
+        )
+        self.untried = Untried.from_array(state["untried"])
+        for environment, count in zip(self.environments, state["illegal_actions"], strict=True):
+            environment.illegal_actions = int(count)
