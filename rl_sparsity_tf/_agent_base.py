@@ -9,14 +9,13 @@ from __future__ import annotations
 import abc
 import dataclasses
 import os
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rl_sparsity_tf._generators import pack_generator, spin, unpack_generator
 from rl_sparsity_tf.errors import AgentStateError, ArgumentError
 from rl_sparsity_tf.files import replacing
 
@@ -283,7 +282,7 @@ class Agent(abc.ABC):
             "agent": np.array(self.name),
             "format_version": np.array(_FORMAT_VERSION),
             "episodes": np.array(self.episodes),
-            "generator": _pack_generator(self._generator),
+            "generator": pack_generator(self._generator),
             **{key: np.array(value) for key, value in self._arrays().items()},
         }
 
@@ -303,11 +302,11 @@ class Agent(abc.ABC):
         self._check_arrays(state)
         self.discard_episode()
         self.episodes = int(state["episodes"])
-        self._generator = _unpack_generator(state["generator"])
+        self._generator = unpack_generator(state["generator"])
         self._set_arrays(state)
 
     def _check_arrays(self, state: Mapping[str, NDArray[Any]]) -> None:
-        mine = {"episodes": np.array(0), "generator": _pack_generator(self._generator)}
+        mine = {"episodes": np.array(0), "generator": pack_generator(self._generator)}
         for key, value in {**mine, **self._arrays()}.items():
             found = np.shape(state[key]) if key in state else None
             # Episodes waiting to be learned from differ in number and length from state to state.
@@ -364,46 +363,3 @@ class Agent(abc.ABC):
                 "operation legal in every state."
             )
         return state, legal
-
-
-def spin(probabilities: NDArray[np.float64], generator: np.random.Generator) -> int:
-    """Roulette wheel: an index drawn with the given probabilities; never one of probability 0."""
-    edges = np.cumsum(probabilities)
-    index = int(np.searchsorted(edges, generator.random() * edges[-1], side="right"))
-    # Rounding may put the ball on the wheel's very edge, behind the last possible action.
-    return min(index, int(np.flatnonzero(probabilities)[-1]))
-
-
-@contextmanager
-def python_and_numpy_random_kept() -> Iterator[None]:
-    """Puts Python's and NumPy's global generators back as they were.
-
-    Keras draws the seeds of unseeded initialisers from Python's global generator.
-    """
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-
-
-def _pack_generator(generator: np.random.Generator) -> NDArray[np.uint64]:
-    """A PCG64 generator's state: its two 128-bit numbers and its spare 32 bits."""
-    state: Any = generator.bit_generator.state
-    words = []
-    for number in (state["state"]["state"], state["state"]["inc"]):
-        words += [number >> 64, number & (2**64 - 1)]
-    return np.array([*words, state["has_uint32"], state["uinteger"]], np.uint64)
-
-
-def _unpack_generator(words: NDArray[np.uint64]) -> np.random.Generator:
-    high, low, inc_high, inc_low, has_spare, spare = (int(word) for word in words)
-    bits = np.random.PCG64()
-    bits.state = {
-        "bit_generator": "PCG64",
-        "state": {"state": high << 64 | low, "inc": inc_high << 64 | inc_low},
-        "has_uint32": has_spare,
-        "uinteger": spare,
-    }
-    return np.random.Generator(bits)

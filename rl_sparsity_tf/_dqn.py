@@ -21,7 +21,8 @@ from tf_agents.trajectories import trajectory
 from tf_agents.utils import common
 
 from rl_sparsity_tf import _agent_tf
-from rl_sparsity_tf._agent_base import LAST, Transition, python_and_numpy_random_kept
+from rl_sparsity_tf._agent_base import LAST, Transition
+from rl_sparsity_tf._generators import python_and_numpy_random_kept
 from rl_sparsity_tf.agents import DQN
 
 
