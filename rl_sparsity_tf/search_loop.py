@@ -100,6 +100,8 @@ class SearchLoop:
                 self.best = Candidate.of(network, value, PROPOSED, name)
         order = sorted(range(len(shown)), key=lambda index: -shown[index][0])
         self.proposed = [plans[index] for index in order]
+        if self.proposed:
+            self.episodes.centre(self.proposed[0][1])
         best_first = [shown[index][1] for index in order]
         self._demonstrations = without_twins(best_first)[:demonstrations]
 
