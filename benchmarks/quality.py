@@ -2,8 +2,8 @@
 
 Networks are trained on images and compressed to shares of the bytes of their own dense int8 file
 (`Target(tflite_bytes=...)`): by the search with each agent, in one configuration for all of them,
-and by its contenders, with the same fine-tuning and exporter, which are run after a search by the
-random policy of as many episodes. Budgets below 1.3 times the smallest file within reach are left
+and by its contenders, with the same fine-tuning and exporter; those that search evaluate as many
+plans as the search has episodes. Budgets below 1.3 times the smallest file within reach are left
 out. Test accuracy, bytes, gzipped bytes and milliseconds per call (left empty where the samples
 scatter too much) are of the files, the validation accuracy of compressed ones is of their models.
 Rows are kept in a CSV file, and not run again; `--report` prints what is there: a table per
@@ -16,6 +16,7 @@ there, a plot of accuracy over bytes.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import os
 import tempfile
@@ -111,7 +112,14 @@ def dense_rows(
 
 
 def search(
-    options: argparse.Namespace, model: keras.Model, data: Data, seed: int, budget: int, agent: str
+    options: argparse.Namespace,
+    model: keras.Model,
+    data: Data,
+    seed: int,
+    budget: int,
+    agent: str,
+    episodes: int | None = None,
+    epochs: int | None = None,
 ) -> tuple[rls.Compressor, Any]:
     """A search, in the one configuration that all networks and budgets get."""
     compressor = rls.Compressor(model, rls.Target(tflite_bytes=budget), agent, seed=seed)
@@ -119,14 +127,27 @@ def search(
         (data.x_train, data.y_train),
         validation_data=(data.x_validation, data.y_validation),
         test_data=(data.x_test, data.y_test),
-        episodes=options.episodes,
-        finetune_epochs=options.finetune_epochs,
+        episodes=options.episodes if episodes is None else episodes,
+        finetune_epochs=options.finetune_epochs if epochs is None else epochs,
         verbose=0,
     )
     return compressor, result
 
 
-def compared(compressor: rls.Compressor, name: str) -> tuple[dict[str, Any], bytes]:
+def prepared(
+    options: argparse.Namespace, model: keras.Model, data: Data, seed: int, budget: int
+) -> rls.Compressor:
+    """The conditions that contenders share: those of a search, which itself does not matter."""
+    compressor, _ = search(options, model, data, seed, budget, "random", episodes=1, epochs=0)
+    assert compressor.last is not None
+    training = dataclasses.replace(compressor.last.training, epochs=options.finetune_epochs)
+    compressor.last = dataclasses.replace(compressor.last, training=training)
+    return compressor
+
+
+def compared(
+    compressor: rls.Compressor, name: str, evaluations: int
+) -> tuple[dict[str, Any], bytes]:
     """A contender's figures, and its file, which `compare` does not keep."""
     files: list[bytes] = []
     entry_of = comparison.baseline_entry
@@ -136,7 +157,7 @@ def compared(compressor: rls.Compressor, name: str) -> tuple[dict[str, Any], byt
         return entry_of(*arguments)
 
     with mock.patch.object(comparison, "baseline_entry", noting):
-        (entry,) = comparison.compare(compressor, [name], verbose=0)
+        (entry,) = comparison.compare(compressor, [name], 0, evaluations=evaluations)
     return entry, files[0]
 
 
@@ -192,20 +213,18 @@ def cell(
         rows.add(*key, name, budget=budget, **row)
     if not set(missing) - set(OURS):
         return
-    compressor, model = None, keras.models.load_model(place)
-    try:
-        compressor, row = searched(options, model, data, seed, budget, "random")
-    except rls.RLSparsityError as error:
-        row = {"detail": str(error)[:200]}
-        if set(missing) & set(COMPARED):  # which need a search that returned, whoever's it is
-            say(f"random policy failed, so that contenders are run after another search: {error}")
-            compressor, _ = search(options, model, data, seed, budget, "dqn")
+    model = keras.models.load_model(place)
     if RANDOM in missing:
+        try:
+            _, row = searched(options, model, data, seed, budget, "random")
+        except rls.RLSparsityError as error:
+            row = {"detail": str(error)[:200]}
         rows.add(*key, RANDOM, budget=budget, **row)
-    for name in [name for name in COMPARED if name in missing and compressor is not None]:
+    compressor = prepared(options, model, data, seed, budget)
+    for name in [name for name in COMPARED if name in missing]:
         started = time.monotonic()
         try:
-            entry, content = compared(compressor, name)
+            entry, content = compared(compressor, name, options.episodes)
             seconds = time.monotonic() - started
             row = {"seconds": seconds, "evaluations": entry["evaluations"]}
             row |= figures(options, entry, content)
@@ -245,7 +264,7 @@ def main() -> None:
     add("--rows", type=int, default=20_000, help="training rows")
     add("--epochs", type=int, default=8, help="of the dense networks")
     add("--finetune-epochs", type=int, default=4)
-    add("--episodes", type=int, default=48)
+    add("--episodes", type=int, default=32)
     add("--no-latency", dest="latency", action="store_false", help="leaves the times empty")
     add("--results", type=Path, default=Path("quality.csv"))
     add("--report", action="store_true", help="only prints and draws what is there")
