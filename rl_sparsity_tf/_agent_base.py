@@ -71,6 +71,9 @@ class Agent(abc.ABC):
     name: str = ""
     """`"dqn"`, `"ppo"` or `"random"`."""
 
+    off_policy: bool = False
+    """Whether it learns what an action is worth from any behaviour, not its policy's alone."""
+
     def __init__(self, *, n_features: int, n_actions: int, seed: int) -> None:
         self.n_features = n_features
         self.n_actions = n_actions

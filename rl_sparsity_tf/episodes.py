@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from rl_sparsity_tf.agents import AgentConfig, build_agent
+from rl_sparsity_tf.anchor import Anchor
 from rl_sparsity_tf.demonstrations import Demonstration
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.network import CompressedNetwork
@@ -64,6 +65,7 @@ class Episodes:
             settings.agent, first.time_step_spec(), first.action_spec(), seed=settings.seed
         )
         self.untried = Untried()
+        self._anchor = Anchor(np.random.default_rng([settings.seed, 3]))
         self._relaxation: Relaxation | None = None
         if getattr(settings.agent, "relaxed_reward", 0.0):
             self._relaxation = Relaxation(network, reward=settings.reward, seed=settings.seed)
@@ -92,6 +94,7 @@ class Episodes:
         self.network.reset()
         self.untried.restart()
         self._demonstrated = demonstration is not None
+        self._anchor.restart(sum(environment.steps for environment in self.environments))
         total = sum(self._play_layer(one, demonstration) for one in self.environments)
         self.untried.finish()
         return total
@@ -107,7 +110,10 @@ class Episodes:
             forced = None
             if demonstration is not None:
                 forced = demonstration.action(environment, time_step)
+            elif self.agent.off_policy:
+                forced = self._anchor.action(allowed)
             action = self.agent.step(time_step, action=forced, allowed=allowed)
+            self._anchor.take(action)
             self.untried.take(action)
             time_step = environment.step(np.int32(action))
             self.agent.observe(time_step)
@@ -123,6 +129,7 @@ class Episodes:
         Returns:
             Losses by name.
         """
+        self._anchor.finish(value)
         if self._relaxation is not None and not self._demonstrated:
             self._relaxation.follow([d for env in self.environments for d in env.decisions])
         if self.network.least_squares is None:
@@ -135,6 +142,7 @@ class Episodes:
         return {
             **{f"agent:{key}": value for key, value in self.agent.get_state().items()},
             "untried": self.untried.to_array(),
+            **self._anchor.get_state(),
             "illegal_actions": np.array([one.illegal_actions for one in self.environments]),
         }
 
@@ -144,5 +152,6 @@ class Episodes:
             {key.removeprefix("agent:"): v for key, v in state.items() if key.startswith("agent:")}
         )
         self.untried = Untried.from_array(state["untried"])
+        self._anchor.set_state(state)
         for environment, count in zip(self.environments, state["illegal_actions"], strict=True):
             environment.illegal_actions = int(count)

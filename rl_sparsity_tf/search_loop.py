@@ -21,6 +21,8 @@ from rl_sparsity_tf.reward import bounded
 from rl_sparsity_tf.run_directory import RunDirectory
 
 DYNAMIC = "dynamic_programming"
+# Shown to the agent, the best last: what it has learned of the others must not hide that.
+_DEMONSTRATIONS = 3
 # Of the layers' errors; no power gives the best plan for every network.
 _POWERS = (1.0, 0.5, 0.25)
 
@@ -103,7 +105,8 @@ class SearchLoop:
         if self.proposed:
             self.episodes.centre(self.proposed[0][1])
         best_first = [shown[index][1] for index in order]
-        self._demonstrations = without_twins(best_first)[:demonstrations]
+        shown_best = without_twins(best_first)[: min(demonstrations, _DEMONSTRATIONS)]
+        self._demonstrations = shown_best[::-1]
 
     def _episode(self, episode: int) -> dict[str, Any]:
         started = time.monotonic()
