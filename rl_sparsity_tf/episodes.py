@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -28,6 +28,7 @@ class LoopSettings:
         buckets: Decisions per kernel and episode.
         seed: Seed of the agent and of every episode.
         warm_start: Whether the plans of heuristics are evaluated and demonstrated first.
+        hierarchy: Whether a second agent chooses the order of the kernels and their goals.
     """
 
     agent: AgentConfig
@@ -35,6 +36,7 @@ class LoopSettings:
     buckets: int
     seed: int
     warm_start: bool
+    hierarchy: bool = False
 
 
 class Episodes:
@@ -69,6 +71,7 @@ class Episodes:
             self._relaxation = Relaxation(network, reward=settings.reward, seed=settings.seed)
             cast(Any, self.agent).attach(self._relaxation)
         self._demonstrated = False
+        self._played = list(self.environments)
 
     def centre(self, plan: CompressionPlan) -> None:
         """Cuts the buckets of all kernels so that a plan's densities are among the choices."""
@@ -123,8 +126,11 @@ class Episodes:
         Returns:
             Losses by name.
         """
+        return self._learn(value)
+
+    def _learn(self, value: float | Sequence[float]) -> dict[str, float]:
         if self._relaxation is not None and not self._demonstrated:
-            self._relaxation.follow([d for env in self.environments for d in env.decisions])
+            self._relaxation.follow([d for env in self._played for d in env.decisions])
         if self.network.least_squares is None:
             return self.agent.end_episode(bonus=value)
         # The steps were paid by estimates, which must not count in the end.
