@@ -12,6 +12,7 @@ from rl_sparsity_tf.demonstrations import Demonstration
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.episodes import Episodes, LoopSettings
 from rl_sparsity_tf.network import CompressedNetwork
+from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.selection_environment import GOALS, LayerSelectionEnvironment
 
 INTRINSIC = 1.0
@@ -59,6 +60,9 @@ class HierarchicalEpisodes(Episodes):
         self.misses: list[float] = []
         self._total = 0.0
         self._demonstration: Demonstration | None = None
+
+    def centre(self, plan: CompressionPlan) -> None:
+        """Nothing to do: buckets are cut at the goals, whatever the best plan known is."""
 
     @property
     def illegal_actions(self) -> int:

@@ -267,9 +267,12 @@ def test_the_nearest_legal_goal_is_shown(density, fitted):
 
 def test_a_warm_start_shows_a_third(fitted):
     loop = SearchLoop(settings_of(warm_start=True), fitted)
+    below = watched(loop.episodes.agent)
     loop.run(6, SearchProgress(6, "accuracy", 0))
     names = [entry["proposed_by"] for entry in loop.history]
     assert "dqn" not in names[:2]
+    assert all(transition.forced for transition in below[0] + below[1])
+    assert not any(transition.forced for transition in below[2])
     assert names[2:] == ["dqn"] * 4
     assert [entry["illegal_actions"] for entry in loop.history] == [0] * 6
 
