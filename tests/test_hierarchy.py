@@ -25,6 +25,7 @@ from tiny_search import (
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.channel_search import decisions_for
+from rl_sparsity_tf.cli import main
 from rl_sparsity_tf.data import evaluation_data, training_data
 from rl_sparsity_tf.demonstrations import Demonstration
 from rl_sparsity_tf.environment import LayerEnvironment
@@ -430,3 +431,18 @@ def test_the_search_ends_in_a_result_that_meets_the_target(tmp_path):
     flat = episodes_of(compressor(trained(), directory=tmp_path / "flat"))
     assert figures_of(same) == figures_of(result.history)
     assert figures_of(flat) != figures_of(result.history)
+
+
+@pytest.mark.parametrize("given", [[], ["--hierarchy"]])
+def test_the_command_line_passes_it_on(given, tmp_path, monkeypatch):
+    asked = []
+
+    def stopping(*_, **options):
+        asked.append(options["hierarchy"])
+        raise rls.ArgumentError("that is enough")
+
+    monkeypatch.setattr("rl_sparsity_tf.search.Compressor", stopping)
+    trained().save(tmp_path / "model.keras")
+    command = ["compress", str(tmp_path / "model.keras"), "--dataset", "digits"]
+    assert main([*command, "--output", str(tmp_path / "run"), *given]) == 2
+    assert asked == [bool(given)]
