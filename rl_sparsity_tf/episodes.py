@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 
-from rl_sparsity_tf.agents import AgentConfig, build_agent
+from rl_sparsity_tf.agents import Agent, AgentConfig, build_agent
 from rl_sparsity_tf.anchor import Anchor
 from rl_sparsity_tf.demonstrations import Demonstration
 from rl_sparsity_tf.environment import LayerEnvironment
@@ -29,6 +29,7 @@ class LoopSettings:
         buckets: Decisions per kernel and episode.
         seed: Seed of the agent and of every episode.
         warm_start: Whether the plans of heuristics are evaluated and demonstrated first.
+        hierarchy: Whether a second agent chooses the order of the kernels and their goals.
     """
 
     agent: AgentConfig
@@ -36,6 +37,7 @@ class LoopSettings:
     buckets: int
     seed: int
     warm_start: bool
+    hierarchy: bool = False
 
 
 class Episodes:
@@ -71,6 +73,7 @@ class Episodes:
             self._relaxation = Relaxation(network, reward=settings.reward, seed=settings.seed)
             cast(Any, self.agent).attach(self._relaxation)
         self._demonstrated = False
+        self._played = list(self.environments)
 
     def centre(self, plan: CompressionPlan) -> None:
         """Cuts the buckets of all kernels so that a plan's densities are among the choices."""
@@ -106,19 +109,24 @@ class Episodes:
         time_step = environment.reset()
         total = 0.0
         while not time_step.is_last():
-            allowed = self.untried.offer(time_step.observation["legal"])
             forced = None
             if demonstration is not None:
                 forced = demonstration.action(environment, time_step)
-            elif self.agent.off_policy:
-                forced = self._anchor.action(allowed)
-            action = self.agent.step(time_step, action=forced, allowed=allowed)
-            self._anchor.take(action)
-            self.untried.take(action)
+            action = self._decide(self.agent, time_step, forced)
             time_step = environment.step(np.int32(action))
             self.agent.observe(time_step)
             total += float(time_step.reward)
         return total
+
+    def _decide(self, agent: Agent, time_step: Any, forced: int | None) -> int:
+        """An agent's action, or the one it is given, that leads to something new if it can."""
+        allowed = self.untried.offer(time_step.observation["legal"])
+        if forced is None and agent.off_policy:
+            forced = self._anchor.action(allowed)
+        action = agent.step(time_step, action=forced, allowed=allowed)
+        self._anchor.take(action)
+        self.untried.take(action)
+        return action
 
     def learn(self, value: float) -> dict[str, float]:
         """Lets the agent learn from the episode played last.
@@ -130,8 +138,11 @@ class Episodes:
             Losses by name.
         """
         self._anchor.finish(value)
+        return self._learn(value)
+
+    def _learn(self, value: float | Sequence[float]) -> dict[str, float]:
         if self._relaxation is not None and not self._demonstrated:
-            self._relaxation.follow([d for env in self.environments for d in env.decisions])
+            self._relaxation.follow([d for env in self._played for d in env.decisions])
         if self.network.least_squares is None:
             return self.agent.end_episode(bonus=value)
         # The steps were paid by estimates, which must not count in the end.

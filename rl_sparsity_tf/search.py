@@ -90,6 +90,8 @@ class Compressor:
             channels are permuted so that blocks keep more
             ([permute_channels][rl_sparsity_tf.permute_channels]), which changes nothing but
             rounding, and Shuffle is no operation then.
+        hierarchy: Whether a second agent chooses the next layer and how much is to go of it; the
+            first then meets that goal. Else the layers come in their order.
 
     Raises:
         RLSparsityError: If an argument cannot be used; nothing has been trained by then.
@@ -116,6 +118,7 @@ class Compressor:
         warm_start: bool = True,
         latency_table: LatencyTable | str | os.PathLike[str] | None = None,
         shuffle: str = "neighbours",
+        hierarchy: bool = False,
     ):
         self.model = accepted(model)
         if is_wrapped(self.model):
@@ -143,6 +146,7 @@ class Compressor:
         self.warm_start = check_flag("warm_start", warm_start) and not isinstance(
             self.agent, Random
         )
+        self.hierarchy = check_flag("hierarchy", hierarchy)
         self.last: FinishedSearch | None = None
 
     @quiet_tensorflow()
@@ -332,6 +336,7 @@ class Compressor:
             buckets=self.buckets,
             seed=self.seed,
             warm_start=self.warm_start,
+            hierarchy=self.hierarchy,
         )
 
     def _open_run(
@@ -359,6 +364,7 @@ class Compressor:
             "metric": list(self.metric) if isinstance(self.metric, tuple) else self.metric,
             "buckets": self.buckets,
             "warm_start": self.warm_start,
+            "hierarchy": self.hierarchy,
             **search_arguments,
         }
         compiled = compile_arguments(model) or {}

@@ -11,8 +11,9 @@ import tensorflow as tf
 from rl_sparsity_tf.candidates import PROPOSED, Candidate, is_better
 from rl_sparsity_tf.demonstrations import Demonstration, proposals, without_twins
 from rl_sparsity_tf.dynamic_programming import propose_all
-from rl_sparsity_tf.episodes import Episodes, LoopSettings
+from rl_sparsity_tf.episodes import LoopSettings
 from rl_sparsity_tf.errors import RunError
+from rl_sparsity_tf.hierarchy import make_episodes
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
@@ -46,7 +47,7 @@ class SearchLoop:
         self._settings = settings
         self._network = network
         self._run = run
-        self.episodes = Episodes(settings, network)
+        self.episodes = make_episodes(settings, network)
         self._demonstrations: list[Demonstration] = []
         self.proposed: list[tuple[str, CompressionPlan]] = []
         self.history: list[dict[str, Any]] = []
