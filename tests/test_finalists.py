@@ -76,9 +76,7 @@ def test_at_equal_values_the_lower_loss_is_better():
 
 @pytest.mark.parametrize("room", [1, 2, 3])
 def test_the_same_plan_takes_one_place_whoever_proposes_it(room):
-    found = offered(
-        Finalists(room), candidate(0.5, "lamp", 2), candidate(0.5, "dqn", 2, loss=0.5)
-    )
+    found = offered(Finalists(room), candidate(0.5, "lamp", 2), candidate(0.5, "dqn", 2, loss=0.5))
     assert len(found) == 1
 
 
