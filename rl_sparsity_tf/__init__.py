@@ -26,6 +26,7 @@ _EXPORTS = {
     "CompressionPlan": "plan",
     "CompressionWrapper": "wrapper",
     "Compressor": "search",
+    "Constant": "curriculum",
     "DQN": "agents",
     "DataError": "errors",
     "EnvironmentCheckError": "errors",
@@ -33,6 +34,7 @@ _EXPORTS = {
     "ExportReport": "export",
     "KernelPlan": "plan",
     "LayerEnvironment": "environment",
+    "Linear": "curriculum",
     "MaskTraining": "mask_training",
     "MicroReport": "micro_report",
     "ModelError": "errors",
@@ -47,6 +49,7 @@ _EXPORTS = {
     "Recovery": "recovery",
     "Reward": "reward",
     "SizeModel": "size_model",
+    "Staged": "curriculum",
     "Target": "target",
     "LatencyTable": "latency_table",
     "TargetError": "errors",
@@ -82,6 +85,7 @@ if TYPE_CHECKING:
     from rl_sparsity_tf.channel_groups import describe_groups
     from rl_sparsity_tf.channel_permutation import permutation_report, permute_channels
     from rl_sparsity_tf.channel_plans import tie_channels
+    from rl_sparsity_tf.curriculum import Constant, Linear, Staged
     from rl_sparsity_tf.environment import LayerEnvironment
     from rl_sparsity_tf.environment_check import check_environment
     from rl_sparsity_tf.errors import (
@@ -125,6 +129,7 @@ __all__ = [
     "CompressionPlan",
     "CompressionWrapper",
     "Compressor",
+    "Constant",
     "DQN",
     "DataError",
     "EnvironmentCheckError",
@@ -133,6 +138,7 @@ __all__ = [
     "KernelPlan",
     "LatencyTable",
     "LayerEnvironment",
+    "Linear",
     "MaskTraining",
     "MicroReport",
     "ModelError",
@@ -147,6 +153,7 @@ __all__ = [
     "Recovery",
     "Reward",
     "SizeModel",
+    "Staged",
     "Target",
     "TargetError",
     "VerificationError",

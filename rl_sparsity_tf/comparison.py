@@ -15,6 +15,7 @@ from rl_sparsity_tf.agents import Random
 from rl_sparsity_tf.candidates import Candidate
 from rl_sparsity_tf.channel_decisions import CHANNEL_HEURISTICS, ChannelDecisions
 from rl_sparsity_tf.channel_finishing import finish_candidate
+from rl_sparsity_tf.curriculum import Constant
 from rl_sparsity_tf.demonstrations import heuristic_plan
 from rl_sparsity_tf.dynamic_programming import propose
 from rl_sparsity_tf.errors import (
@@ -260,7 +261,9 @@ class _Ring:
 
     def _random_policy(self) -> tuple[Finished, int]:
         settings = self.compressor.loop_settings()
-        settings = dataclasses.replace(settings, agent=Random(), warm_start=False)
+        settings = dataclasses.replace(
+            settings, agent=Random(), warm_start=False, curriculum=Constant()
+        )
         loop = SearchLoop(settings, self.search.network)
         best = loop.run(self.search.episodes, self.progress)
         evaluations = loop.evaluations

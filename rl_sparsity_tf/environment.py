@@ -91,14 +91,11 @@ class LayerEnvironment(py_environment.PyEnvironment):
         self.evaluate = evaluate
         self.illegal_actions = 0
         self.grouping = network.groupings[kernel]
-        goal = max(network.budget.pruned_share, network.decisions.least_share)
-        self._edges = bucket_edges(self.grouping.count, buckets, goal)
+        self._count = buckets
         behind = [other.path for other in network.kernels[self.index + 1 :]]
         self.later = behind if later is None else later
-        self.goal = network.budget.pruned_share
-        self._base: Snapshot | None = None
+        self.retarget()
         self._buckets: list[np.ndarray] = []
-        self._first_buckets: list[np.ndarray] = []
         self._saliency = np.zeros(0)
         self._position = 0
         self._action_spec = array_spec.BoundedArraySpec(
@@ -119,6 +116,19 @@ class LayerEnvironment(py_environment.PyEnvironment):
         self._reward_spec = array_spec.BoundedArraySpec(
             (), np.float32, minimum=-1.0, maximum=1.0, name="reward"
         )
+
+    def retarget(self) -> None:
+        """Follows the network to another budget, which says where one of the edges lies.
+
+        The number of decisions stays the same.
+        """
+        goal = self.network.budget.pruned_share
+        self._edges = bucket_edges(
+            self.grouping.count, self._count, max(goal, self.network.decisions.least_share)
+        )
+        self.goal = goal
+        self._base: Snapshot | None = None
+        self._first_buckets: list[np.ndarray] = []
 
     @property
     def later(self) -> list[str]:

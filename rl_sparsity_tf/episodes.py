@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from rl_sparsity_tf.agents import AgentConfig, build_agent
+from rl_sparsity_tf.curriculum import Constant, Curriculum
 from rl_sparsity_tf.demonstrations import Demonstration
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.network import CompressedNetwork
@@ -27,6 +28,7 @@ class LoopSettings:
         buckets: Decisions per kernel and episode.
         seed: Seed of the agent and of every episode.
         warm_start: Whether the plans of heuristics are evaluated and demonstrated first.
+        curriculum: How the target rises over the episodes.
     """
 
     agent: AgentConfig
@@ -34,6 +36,7 @@ class LoopSettings:
     buckets: int
     seed: int
     warm_start: bool
+    curriculum: Curriculum = dataclasses.field(default_factory=Constant)
 
 
 class Episodes:
@@ -68,6 +71,17 @@ class Episodes:
             self._relaxation = Relaxation(network, reward=settings.reward, seed=settings.seed)
             cast(Any, self.agent).attach(self._relaxation)
         self._demonstrated = False
+
+    def retarget(self, anew: bool = True) -> None:
+        """Follows the network to another budget; what the agent has learned stays with it.
+
+        Args:
+            anew: Whether the decisions that were played before may be played again.
+        """
+        for environment in self.environments:
+            environment.retarget()
+        if anew:
+            self.untried = Untried()
 
     @property
     def illegal_actions(self) -> int:

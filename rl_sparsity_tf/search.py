@@ -13,16 +13,17 @@ import tf_keras as keras
 from rl_sparsity_tf import channel_search
 from rl_sparsity_tf.agents import AgentConfig, Random, resolve_config
 from rl_sparsity_tf.argument_checks import check_count, check_flag, check_share, check_type
-from rl_sparsity_tf.batch_checks import Batch, fixed_batch
+from rl_sparsity_tf.batch_checks import fixed_batch
 from rl_sparsity_tf.channel_finishing import Task, finish_candidate
 from rl_sparsity_tf.channel_permutation import permute_channels
 from rl_sparsity_tf.class_weights import weight_table
-from rl_sparsity_tf.compile_state import compile_arguments
 from rl_sparsity_tf.conversion import start_worker
+from rl_sparsity_tf.curriculum import Curriculum, resolve_curriculum
 from rl_sparsity_tf.data import TrainingData, evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data_forms import as_rows
 from rl_sparsity_tf.errors import ArgumentError, DataError, ModelError, check_choice
 from rl_sparsity_tf.export import QUANTIZATIONS
+from rl_sparsity_tf.fingerprints import fingerprints_of, name_of
 from rl_sparsity_tf.finished_search import FinishedSearch
 from rl_sparsity_tf.finishing import Figures, export_and_score, export_dense_int8
 from rl_sparsity_tf.latency_table import LatencyTable
@@ -36,12 +37,7 @@ from rl_sparsity_tf.recovery import Recovery, as_recovery
 from rl_sparsity_tf.recurrent import unrolled_copy
 from rl_sparsity_tf.result import Result
 from rl_sparsity_tf.reward import Reward, RewardFunction
-from rl_sparsity_tf.run_directory import (
-    RunDirectory,
-    check_directory,
-    data_fingerprint,
-    model_fingerprint,
-)
+from rl_sparsity_tf.run_directory import RunDirectory, check_directory
 from rl_sparsity_tf.scoring import score_model as score
 from rl_sparsity_tf.size_costs import MARGINS, formats_for
 from rl_sparsity_tf.target import Target
@@ -49,8 +45,6 @@ from rl_sparsity_tf.wrapping import accepted, is_wrapped
 
 if TYPE_CHECKING:
     from rl_sparsity_tf.episodes import LoopSettings
-
-_FINGERPRINT_ROWS = 8192
 
 
 class Compressor:
@@ -81,6 +75,9 @@ class Compressor:
             and played in the first episodes (see
             [demonstrations][rl_sparsity_tf.demonstrations]), so that the agent learns from them.
             The best plan evaluated is returned, whoever proposed it.
+        curriculum: How the target rises over the episodes: `"constant"` (not at all), `"linear"`,
+            `"staged"`, or a configuration such as `rls.Staged(stages=(0.5, 1.0))`. The last
+            episodes have the full target, and only their plans are returned.
         latency_table: Times of the model's layers, for a target of latency: a
             [LatencyTable][rl_sparsity_tf.latency_table.LatencyTable] or its JSON file, made on any
             device. By default the layers are measured here before the search.
@@ -114,6 +111,7 @@ class Compressor:
         metric: str | tuple[str, str] | None = None,
         buckets: int = 8,
         warm_start: bool = True,
+        curriculum: str | Curriculum = "constant",
         latency_table: LatencyTable | str | os.PathLike[str] | None = None,
         shuffle: str = "neighbours",
     ):
@@ -143,6 +141,7 @@ class Compressor:
         self.warm_start = check_flag("warm_start", warm_start) and not isinstance(
             self.agent, Random
         )
+        self.curriculum = resolve_curriculum(curriculum)
         self.last: FinishedSearch | None = None
 
     @quiet_tensorflow()
@@ -332,6 +331,7 @@ class Compressor:
             buckets=self.buckets,
             seed=self.seed,
             warm_start=self.warm_start,
+            curriculum=self.curriculum,
         )
 
     def _open_run(
@@ -347,7 +347,7 @@ class Compressor:
         if self.directory is None:
             return None
         reward = self.reward
-        described = reward.to_dict() if isinstance(reward, Reward) else _name_of(reward)
+        described = reward.to_dict() if isinstance(reward, Reward) else name_of(reward)
         arguments = {
             "target": self.target.to_dict(),
             "agent": self.agent.to_dict(),
@@ -359,29 +359,8 @@ class Compressor:
             "metric": list(self.metric) if isinstance(self.metric, tuple) else self.metric,
             "buckets": self.buckets,
             "warm_start": self.warm_start,
+            "curriculum": self.curriculum.to_dict(),
             **search_arguments,
         }
-        compiled = compile_arguments(model) or {}
-        fingerprints = {
-            "model": model_fingerprint(model),
-            "loss": _name_of(compiled.get("loss")),
-            "train": data_fingerprint(
-                data.pool if isinstance(train, tf.data.Dataset) else _evenly(train)
-            ),
-            "validation_data": data_fingerprint(validation),
-            "test_data": data_fingerprint(test or []),
-        }
+        fingerprints = fingerprints_of(model, train, data, validation, test)
         return RunDirectory(self.directory, arguments, fingerprints, overwrite)
-
-
-def _evenly(arrays: Batch) -> Batch:
-    """Rows for a fingerprint: unlike the pool's, they do not depend on the seed."""
-    count = len(tf.nest.flatten(arrays)[0])
-    rows = np.linspace(0, count - 1, min(count, _FINGERPRINT_ROWS)).astype(int)
-    x, y, weights = tf.nest.map_structure(lambda a: None if a is None else a[rows], arrays)
-    return x, y, weights
-
-
-def _name_of(value: Any) -> str:
-    name = getattr(value, "__qualname__", None) or getattr(value, "name", None)
-    return str(name or (value if isinstance(value, str) else type(value).__qualname__))

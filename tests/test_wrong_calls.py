@@ -259,6 +259,14 @@ ARGUMENTS = {
         not_begun(warm_start="no"),
         r"warm_start='no' cannot be used\. Expected True or False",
     ),
+    "curriculum": (
+        not_begun(curriculum="stages"),
+        r"curriculum='stages' is not known\. .*Did you mean 'staged'",
+    ),
+    "curriculum's stages": (
+        lambda files: rls.Staged(stages=(0.5, 0.9)),
+        r"Staged\(stages=\(0\.5, 0\.9\)\) cannot be used\. Expected shares .* the last of them 1",
+    ),
     "reward's weights": (
         lambda files: rls.Reward(accuracy=-1),
         r"Reward\(accuracy=-1\) cannot be used\. Expected a finite number of at least 0",

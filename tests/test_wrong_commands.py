@@ -78,6 +78,10 @@ COMMANDS = {
         compress(more="--target-sparsity 1.5"),
         r"Target\(sparsity=1\.5\) cannot be met\. Expected a number above 0 and below 1",
     ),
+    "curriculum": (
+        compress(more="--curriculum stages"),
+        r"--curriculum: invalid choice: 'stages' \(choose from .*staged",
+    ),
     "seed": (compress(more="--seed -1"), r"seed=-1 cannot be used\. Expected a whole number"),
     "foreign folder": (
         compress(more="--output {shared}/foreign"),
