@@ -138,6 +138,11 @@ def _add_search_arguments(
         target.add_argument(
             "--target-latency", type=float, help="share of the dense file's time at most"
         )
+        target.add_argument(
+            "--max-accuracy-drop",
+            type=float,
+            help="the smallest file whose validation metric is at most so much worse",
+        )
     parser.add_argument(
         "--curriculum",
         choices=("constant", "linear", "staged"),
@@ -231,6 +236,7 @@ def _target(options: argparse.Namespace) -> Target:
         "gzip_bytes": getattr(options, "target_gzip_bytes", None),
         "macs": getattr(options, "target_macs", None),
         "latency": getattr(options, "target_latency", None),
+        "max_accuracy_drop": getattr(options, "max_accuracy_drop", None),
     }
     given = {name: value for name, value in given.items() if value is not None}
     return Target(**(given or {"sparsity": _DEFAULT_SPARSITY}))

@@ -212,7 +212,7 @@ class _Ring:
     def _request(self, *, quantize: bool = True, group: str | None = None) -> PlanRequest:
         return PlanRequest.of(
             self.search.model,
-            self.compressor.target,
+            self.search.target,
             group=group or self.compressor.group,
             quantize=quantize,
         )
@@ -285,7 +285,7 @@ class _Ring:
 
     def _tfmot(self) -> tuple[Finished, int]:
         """TFMOT's own training; where its file is too large, another one that prunes more."""
-        search, target = self.search, self.compressor.target
+        search, target = self.search, self.search.target
         if isinstance(search.network.decisions, ChannelDecisions):
             raise ArgumentError(
                 "The contender tfmot prunes single weights, and the search removed whole channels. "
@@ -321,7 +321,7 @@ class _Ring:
     def _exported(self, model: Any, plan: CompressionPlan) -> Finished:
         """A model that is not fine-tuned any more, scored and exported as the others are."""
         search, figures = self.search, self.search.figures
-        formats = formats_for(self.compressor.target)
+        formats = formats_for(search.target)
         exported = export_and_score(model, plan, figures, search.quantization, formats)
         return Finished(
             model=model,

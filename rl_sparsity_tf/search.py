@@ -11,6 +11,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf import channel_search
+from rl_sparsity_tf.accuracy_search import AccuracySearch, first_target
 from rl_sparsity_tf.agents import AgentConfig, Random, resolve_config
 from rl_sparsity_tf.argument_checks import check_count, check_flag, check_share, check_type
 from rl_sparsity_tf.batch_checks import fixed_batch
@@ -39,7 +40,8 @@ from rl_sparsity_tf.result import Result
 from rl_sparsity_tf.reward import Reward, RewardFunction
 from rl_sparsity_tf.run_directory import RunDirectory, check_directory
 from rl_sparsity_tf.scoring import score_model as score
-from rl_sparsity_tf.size_costs import MARGINS, formats_for
+from rl_sparsity_tf.size_costs import formats_for
+from rl_sparsity_tf.size_trials import check_alone
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapping import accepted, is_wrapped
 
@@ -141,7 +143,7 @@ class Compressor:
         self.warm_start = check_flag("warm_start", warm_start) and not isinstance(
             self.agent, Random
         )
-        self.curriculum = resolve_curriculum(curriculum)
+        self.curriculum = check_alone(self.target, resolve_curriculum(curriculum))
         self.last: FinishedSearch | None = None
 
     @quiet_tensorflow()
@@ -217,7 +219,7 @@ class Compressor:
                 "data as text, or None; the data itself is passed as train."
             )
         check_flag("overwrite", overwrite)
-        if self.target.kind in MARGINS and quantization != "plan":
+        if self.target.in_bytes and quantization != "plan":
             raise ArgumentError(
                 f"quantization={quantization!r} does not go with a target in bytes, which is "
                 "counted for the files that the plan decides on. Leave quantization out, or give "
@@ -265,7 +267,7 @@ class Compressor:
             model,
             data,
             sample,
-            target=self.target,
+            target=first_target(model, self.target),
             group=self.group,
             decisions=channel_search.decisions_for(
                 model, self.target, self.group, self.latency_table, quantization, self.shuffle
@@ -277,11 +279,9 @@ class Compressor:
         if run is not None:
             run.start()
         progress = SearchProgress(episodes, network.metric.name, verbose)
-        loop = SearchLoop(self.loop_settings(), network, run)
-        best = loop.run(episodes, progress)
+        settings = self.loop_settings()
+        loop = SearchLoop(settings, network, run)
         figures = Figures(train=data, validation=validation, test=test, metric=network.metric)
-        progress.say(f"fine-tuning the best plan ({best.found_by}) and exporting it")
-        tf.random.set_seed(self.seed)
         task = Task(
             model=model,
             network=network,
@@ -290,8 +290,16 @@ class Compressor:
             training=FineTuning(epochs=epochs, mask=mask, distillation=distillation),
             quantization=quantization,
         )
-        finished = finish_candidate(task, best, loop.proposed)
-        best = finished.candidate or best
+        trials: dict[str, Any] = {}
+        if self.target.max_accuracy_drop is None:
+            best = loop.run(episodes, progress)
+            progress.say(f"fine-tuning the best plan ({best.found_by}) and exporting it")
+            tf.random.set_seed(self.seed)
+            finished = finish_candidate(task, best, loop.proposed)
+            best = finished.candidate or best
+        else:
+            found = AccuracySearch(task, settings, loop, run).run(episodes, progress)
+            task, finished, best, trials = found.task, found.finished, found.best, found.metrics
         metrics = build_metrics(
             model=model,
             finished=finished,
@@ -302,11 +310,12 @@ class Compressor:
             agent=self.agent.name,
             seed=self.seed,
             proposed_by=best.proposed_by,
-            episodes=episodes,
+            episodes=loop.done,
             evaluations=loop.evaluations,
             seconds=loop.seconds + time.monotonic() - started,
             dataset=dataset,
         )
+        metrics["search"].update(trials)
         result = Result(
             dense=model,
             finished=finished,
@@ -318,7 +327,7 @@ class Compressor:
         )
         if run is not None:
             result.write_files(run.path)
-        self.last = FinishedSearch(**vars(task), loop=loop, result=result, episodes=episodes)
+        self.last = FinishedSearch(**vars(task), loop=loop, result=result, episodes=loop.done)
         return result
 
     def loop_settings(self) -> LoopSettings:

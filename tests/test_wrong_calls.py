@@ -267,6 +267,14 @@ ARGUMENTS = {
         lambda files: rls.Staged(stages=(0.5, 0.9)),
         r"Staged\(stages=\(0\.5, 0\.9\)\) cannot be used\. Expected shares .* the last of them 1",
     ),
+    "a drop below 0": (
+        lambda files: rls.Target(max_accuracy_drop=-0.01),
+        r"Target\(max_accuracy_drop=-0\.01\) cannot be met\. Expected a number of at least 0",
+    ),
+    "a drop and a curriculum": (
+        not_begun(target=rls.Target(max_accuracy_drop=0.01), curriculum="linear"),
+        r"curriculum='linear' does not go with Target\(max_accuracy_drop=0\.01\).*Leave curriculum",
+    ),
     "reward's weights": (
         lambda files: rls.Reward(accuracy=-1),
         r"Reward\(accuracy=-1\) cannot be used\. Expected a finite number of at least 0",
