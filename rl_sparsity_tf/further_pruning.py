@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -11,10 +11,14 @@ from rl_sparsity_tf.channel_budget import ChannelBudget
 from rl_sparsity_tf.channel_programming import cost_of_plan, pruned_to
 from rl_sparsity_tf.cost_budget import CostBudget, KernelState
 from rl_sparsity_tf.knapsack import fill
+from rl_sparsity_tf.layer_database import FLOAT
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.plan_space import PlanSpace, shares
+
+Operations = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+"""What is done to every group of every kernel, by what lives."""
 
 
 def pruned_to_budget(network: CompressedNetwork, plan: CompressionPlan) -> CompressionPlan | None:
@@ -22,7 +26,8 @@ def pruned_to_budget(network: CompressedNetwork, plan: CompressionPlan) -> Compr
 
     What the plan prunes stays pruned. Every kernel gives up its least salient groups, so that
     their densities keep their proportions; of channels those go that lose least. What lives keeps
-    its operation; where a limit of bytes cannot be met so, all of it is stored as integers.
+    its operation; where a limit of bytes lets more live with every kernel stored as floats or as
+    integers, whichever is cheaper, it is stored so.
 
     Args:
         network: The network; its state stays as it is.
@@ -44,51 +49,50 @@ def pruned_to_budget(network: CompressedNetwork, plan: CompressionPlan) -> Compr
     space.prefer(alive)
     sizes = [network.groupings[kernel.path].sizes for kernel in network.kernels]
     ranking = allocation.Ranking(space.scores(shares(alive)), sizes, network.decisions.removable)
+
+    def as_planned(live: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [np.where(*one, Operation.PRUNE) for one in zip(live, before, strict=True)]
+
+    def cheapest(live: Sequence[np.ndarray]) -> list[np.ndarray]:
+        left = [one & was for one, was in zip(live, alive, strict=True)]
+        stays = [
+            Operation.KEEP if b == FLOAT else Operation.QUANTIZE for b in space.bits(left).values()
+        ]
+        return [np.where(*one, Operation.PRUNE) for one in zip(left, stays, strict=True)]
+
     pruned = _pruned(sizes, alive)
-    integers = [
-        np.where(live, allocation.survivors(kernel, True), Operation.PRUNE)
-        for kernel, live in zip(network.kernels, alive, strict=True)
-    ]
-    for stored in (before, integers):
-        if isinstance(budget, CostBudget):
-            live, reached = _within(network, budget, ranking, stored, pruned)
-        else:
-            live, reached = ranking.live(max(budget.wanted, pruned)), True
+    if not isinstance(budget, CostBudget):
+        chosen = as_planned(ranking.live(max(budget.wanted, pruned)))
+        return allocation.plan_of_operations(network.kernels, network.group, chosen)
+    found = []
+    for operations_of in (as_planned, cheapest):
+
+        def fits(live: list[np.ndarray], operations_of: Operations = operations_of) -> bool:
+            enough = _pruned(sizes, live) >= pruned
+            return enough and _cost(budget, sizes, operations_of(live)) <= budget.limit
+
+        live, reached = fill(ranking, fits, pruned)
         if reached:
-            chosen = [
-                np.where(left, operations, Operation.PRUNE)
-                for left, operations in zip(live, stored, strict=True)
-            ]
-            return allocation.plan_of_operations(network.kernels, network.group, chosen)
-    return None
+            found.append((_pruned(sizes, live), operations_of(live)))
+    if not found:
+        return None
+    _, chosen = min(found, key=lambda one: one[0])
+    return allocation.plan_of_operations(network.kernels, network.group, chosen)
 
 
 def _pruned(sizes: Sequence[np.ndarray], live: Sequence[np.ndarray]) -> int:
     return sum(int(size[~one].sum()) for size, one in zip(sizes, live, strict=True))
 
 
-def _within(
-    network: CompressedNetwork,
-    budget: CostBudget,
-    ranking: allocation.Ranking,
-    stored: Sequence[np.ndarray],
-    least: int,
-) -> tuple[list[np.ndarray], bool]:
-    """What lives when the cost is just within its limit, and whether it is."""
-    sizes = [network.groupings[kernel.path].sizes for kernel in network.kernels]
-
-    def fits(live: list[np.ndarray]) -> bool:
-        if _pruned(sizes, live) < least:
-            return False
-        decided = [
-            np.where(left, operations, Operation.PRUNE)
-            for left, operations in zip(live, stored, strict=True)
-        ]
-        everything = [np.ones(size.shape, bool) for size in sizes]
-        states = [KernelState.of(*one) for one in zip(sizes, everything, decided, strict=True)]
-        return budget.expected(states) <= budget.limit
-
-    return fill(ranking, fits, least)
+def _cost(
+    budget: CostBudget, sizes: Sequence[np.ndarray], operations: Sequence[np.ndarray]
+) -> float:
+    """What a complete plan costs."""
+    states = [
+        KernelState.of(size, np.ones(size.shape, bool), chosen)
+        for size, chosen in zip(sizes, operations, strict=True)
+    ]
+    return budget.expected(states)
 
 
 def _channels(
