@@ -34,6 +34,7 @@ _EXPORTS = {
     "ExportReport": "export",
     "KernelPlan": "plan",
     "LayerEnvironment": "environment",
+    "LayerSelectionEnvironment": "selection_environment",
     "Linear": "curriculum",
     "MaskTraining": "mask_training",
     "MicroReport": "micro_report",
@@ -58,6 +59,7 @@ _EXPORTS = {
     "check_environment": "environment_check",
     "count_macs": "channel_costs",
     "describe_groups": "channel_groups",
+    "describe_selection_state": "selection_state",
     "describe_state": "state",
     "describe_support": "support",
     "export_micro": "microcontroller",
@@ -115,6 +117,8 @@ if TYPE_CHECKING:
     from rl_sparsity_tf.result import Result
     from rl_sparsity_tf.reward import Outcome, Reward
     from rl_sparsity_tf.search import Compressor
+    from rl_sparsity_tf.selection_environment import LayerSelectionEnvironment
+    from rl_sparsity_tf.selection_state import describe_selection_state
     from rl_sparsity_tf.shrinking import shrink
     from rl_sparsity_tf.size_model import SizeModel
     from rl_sparsity_tf.state import describe_state
@@ -138,6 +142,7 @@ __all__ = [
     "KernelPlan",
     "LatencyTable",
     "LayerEnvironment",
+    "LayerSelectionEnvironment",
     "Linear",
     "MaskTraining",
     "MicroReport",
@@ -163,6 +168,7 @@ __all__ = [
     "check_environment",
     "count_macs",
     "describe_groups",
+    "describe_selection_state",
     "describe_state",
     "describe_support",
     "export_micro",

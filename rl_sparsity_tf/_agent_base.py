@@ -9,14 +9,13 @@ from __future__ import annotations
 import abc
 import dataclasses
 import os
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rl_sparsity_tf._generators import pack_generator, spin, unpack_generator
 from rl_sparsity_tf.errors import AgentStateError, ArgumentError
 from rl_sparsity_tf.files import replacing
 
@@ -71,6 +70,9 @@ class Agent(abc.ABC):
 
     name: str = ""
     """`"dqn"`, `"ppo"` or `"random"`."""
+
+    off_policy: bool = False
+    """Whether it learns what an action is worth from any behaviour, not its policy's alone."""
 
     def __init__(self, *, n_features: int, n_actions: int, seed: int) -> None:
         self.n_features = n_features
@@ -135,6 +137,8 @@ class Agent(abc.ABC):
                 "agent.step() received the LAST time step of an episode, where no action is left "
                 "to take. Reset the environment and step from its first time step."
             )
+        if kind == FIRST:
+            self._begin()
         state, legal = self._observation(time_step)
         preferences, info = self._evaluate(state, legal)
         forced = action is not None
@@ -185,7 +189,12 @@ class Agent(abc.ABC):
         )
         self._pending = None
 
-    def end_episode(self, bonus: float = 0.0, *, worth: float | None = None) -> dict[str, float]:
+    def end_episode(
+        self,
+        bonus: float | Sequence[float] = 0.0,
+        *,
+        worth: float | Sequence[float] | None = None,
+    ) -> dict[str, float]:
         """Ends the search episode: amends its rewards and learns from it.
 
         Args:
@@ -194,16 +203,17 @@ class Agent(abc.ABC):
             worth: Instead of a bonus, what the rewards of every environment episode shall add up
                 to: the last takes the others back, which then shape learning but not which policy
                 is best (Ng, Harada & Russell 1999), as long as nothing is discounted.
+                Either may be a sequence, with a number for each environment episode in order.
 
         Returns:
             The losses of the training, by name; empty if there was none this time.
 
         Raises:
             AgentStateError: If an environment episode is not finished, or nothing was recorded.
-            ArgumentError: If the bonus or the worth is not finite.
+            ArgumentError: If the bonus or the worth is not finite, or a sequence of wrong length.
         """
         for name, value in (("bonus", bonus), ("worth", 0.0 if worth is None else worth)):
-            if not np.isfinite(value):
+            if not np.isfinite(value).all():
                 raise ArgumentError(f"{name}={value!r}: expected a finite number, best in [-1, 1].")
         if self._pending is not None or not self._episode:
             raise AgentStateError(
@@ -216,16 +226,18 @@ class Agent(abc.ABC):
                 "agent.end_episode() was called in the middle of an environment episode; play it "
                 "to its LAST time step, or drop it with agent.discard_episode()."
             )
+        count = sum(transition.next_step_type == LAST for transition in self._episode)
+        bonuses, worths = _one_each("bonus", bonus, count), _one_each("worth", worth, count)
         transitions = []
-        paid = 0.0
+        paid, ended = 0.0, 0
         for transition in self._episode:
             if transition.next_step_type != LAST:
                 paid += transition.reward
             else:
-                amended = float(np.clip(transition.reward + bonus, -1.0, 1.0))
-                amended = amended if worth is None else worth - paid
+                amended = float(np.clip(transition.reward + bonuses[ended], -1.0, 1.0))
+                amended = amended if worth is None else worths[ended] - paid
                 transition = dataclasses.replace(transition, reward=amended)
-                paid = 0.0
+                paid, ended = 0.0, ended + 1
             transitions.append(transition)
         losses = self._learn(transitions)
         self._episode = []
@@ -250,6 +262,9 @@ class Agent(abc.ABC):
         self, preferences: NDArray[np.float64], legal: NDArray[np.int32]
     ) -> NDArray[np.float64]:
         """The probabilities to sample from while exploring; 0 for illegal actions."""
+
+    def _begin(self) -> None:  # noqa: B027
+        """Called at the first step of every environment episode."""
 
     @abc.abstractmethod
     def _learn(self, transitions: list[Transition]) -> dict[str, float]:
@@ -283,7 +298,7 @@ class Agent(abc.ABC):
             "agent": np.array(self.name),
             "format_version": np.array(_FORMAT_VERSION),
             "episodes": np.array(self.episodes),
-            "generator": _pack_generator(self._generator),
+            "generator": pack_generator(self._generator),
             **{key: np.array(value) for key, value in self._arrays().items()},
         }
 
@@ -303,11 +318,11 @@ class Agent(abc.ABC):
         self._check_arrays(state)
         self.discard_episode()
         self.episodes = int(state["episodes"])
-        self._generator = _unpack_generator(state["generator"])
+        self._generator = unpack_generator(state["generator"])
         self._set_arrays(state)
 
     def _check_arrays(self, state: Mapping[str, NDArray[Any]]) -> None:
-        mine = {"episodes": np.array(0), "generator": _pack_generator(self._generator)}
+        mine = {"episodes": np.array(0), "generator": pack_generator(self._generator)}
         for key, value in {**mine, **self._arrays()}.items():
             found = np.shape(state[key]) if key in state else None
             # Episodes waiting to be learned from differ in number and length from state to state.
@@ -366,44 +381,13 @@ class Agent(abc.ABC):
         return state, legal
 
 
-def spin(probabilities: NDArray[np.float64], generator: np.random.Generator) -> int:
-    """Roulette wheel: an index drawn with the given probabilities; never one of probability 0."""
-    edges = np.cumsum(probabilities)
-    index = int(np.searchsorted(edges, generator.random() * edges[-1], side="right"))
-    # Rounding may put the ball on the wheel's very edge, behind the last possible action.
-    return min(index, int(np.flatnonzero(probabilities)[-1]))
-
-
-@contextmanager
-def python_and_numpy_random_kept() -> Iterator[None]:
-    """Puts Python's and NumPy's global generators back as they were.
-
-    Keras draws the seeds of unseeded initialisers from Python's global generator.
-    """
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-
-
-def _pack_generator(generator: np.random.Generator) -> NDArray[np.uint64]:
-    """A PCG64 generator's state: its two 128-bit numbers and its spare 32 bits."""
-    state: Any = generator.bit_generator.state
-    words = []
-    for number in (state["state"]["state"], state["state"]["inc"]):
-        words += [number >> 64, number & (2**64 - 1)]
-    return np.array([*words, state["has_uint32"], state["uinteger"]], np.uint64)
-
-
-def _unpack_generator(words: NDArray[np.uint64]) -> np.random.Generator:
-    high, low, inc_high, inc_low, has_spare, spare = (int(word) for word in words)
-    bits = np.random.PCG64()
-    bits.state = {
-        "bit_generator": "PCG64",
-        "state": {"state": high << 64 | low, "inc": inc_high << 64 | inc_low},
-        "has_uint32": has_spare,
-        "uinteger": spare,
-    }
-    return np.random.Generator(bits)
+def _one_each(name: str, values: float | Sequence[float] | None, count: int) -> list[float]:
+    """A number for each environment episode, from one for all of them or a sequence."""
+    numbers = np.asarray(0.0 if values is None else values, np.float64)
+    if numbers.ndim and numbers.shape != (count,):
+        raise ArgumentError(
+            f"{name}={values!r} has {len(numbers)} numbers for {count} environment episodes; "
+            "expected one for all of them, or one for each in order."
+        )
+    found: list[float] = np.broadcast_to(numbers, (count,)).tolist()
+    return found

@@ -21,7 +21,8 @@ from tf_agents.trajectories import trajectory
 from tf_agents.utils import common
 
 from rl_sparsity_tf import _agent_tf
-from rl_sparsity_tf._agent_base import LAST, Transition, python_and_numpy_random_kept
+from rl_sparsity_tf._agent_base import LAST, Transition
+from rl_sparsity_tf._generators import python_and_numpy_random_kept
 from rl_sparsity_tf.agents import DQN
 
 
@@ -35,6 +36,7 @@ class DQNAgent(_agent_tf.TFAgent):
     """TF-Agents' (double) DQN agent with its uniform replay buffer."""
 
     name = "dqn"
+    off_policy = True
 
     def __init__(self, config: DQN, time_step_spec: Any, action_spec: Any, seed: int) -> None:
         time_step_spec, action_spec, n_features, n_actions = _agent_tf.checked_specs(
@@ -42,6 +44,7 @@ class DQNAgent(_agent_tf.TFAgent):
         )
         super().__init__(n_features=n_features, n_actions=n_actions, seed=seed)
         self.config = config
+        self._held = 0, 0  # a random action, and how often it is still to be repeated
         tf.random.set_seed(seed)
         network = q_network.QNetwork(
             time_step_spec.observation["state"], action_spec, fc_layer_params=config.hidden_layers
@@ -100,6 +103,26 @@ class DQNAgent(_agent_tf.TFAgent):
         self._train = common.function(train)
         self._add = common.function(add)
         self._functions = (self._q_values, self._train, self._add)
+
+    def _choose(
+        self, preferences: NDArray[np.float64], legal: NDArray[np.int32], explore: bool
+    ) -> int:
+        config = self.config
+        if not explore or config.exploration == "boltzmann" or not config.persistence:
+            return super()._choose(preferences, legal, explore)
+        action, left = self._held
+        if left and legal[action]:
+            self._held = action, left - 1
+            return action
+        self._held = 0, 0
+        if self._generator.random() >= self.epsilon():
+            return super()._choose(preferences, legal, explore=False)
+        action = int(self._generator.choice(np.flatnonzero(legal)))
+        self._held = action, int(self._generator.zipf(config.persistence)) - 1
+        return action
+
+    def _begin(self) -> None:
+        self._held = 0, 0
 
     def epsilon(self) -> float:
         """The probability of a random action now."""

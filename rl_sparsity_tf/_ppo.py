@@ -27,7 +27,8 @@ from tf_agents.trajectories import trajectory
 from tf_agents.utils import common
 
 from rl_sparsity_tf import _agent_tf
-from rl_sparsity_tf._agent_base import Transition, python_and_numpy_random_kept
+from rl_sparsity_tf._agent_base import Transition
+from rl_sparsity_tf._generators import python_and_numpy_random_kept
 from rl_sparsity_tf.agents import PPO
 from rl_sparsity_tf.errors import AgentStateError
 
@@ -36,6 +37,10 @@ RelaxedLoss = Callable[[NDArray[Any], NDArray[Any], NDArray[Any], int], tuple[fl
 search episode. Agents know nothing of networks: the caller brings it, e.g. a `Relaxation`."""
 
 _RELAXED_EPSILON = 1e-2
+
+# Imitation ends when an action has a probability of 0.95 on average: an episode of some dozens of
+# decisions then leaves the demonstration at one or two of them.
+_CONFIDENT, _IMITATION_STEPS = 0.05, 200
 
 Row = dict[str, NDArray[Any]]
 """One search episode as arrays over time; the keys are those of `_FIELDS`."""
@@ -263,8 +268,10 @@ class PPOAgent(_agent_tf.TFAgent):
             tf.constant(np.stack([t.legal for t in forced])),
             tf.constant([t.action for t in forced], tf.int32),
         )
-        losses = [self._imitate(*arrays) for _ in range(self.config.num_epochs)]
-        return {"imitation_loss": float(tf.reduce_mean(losses))}
+        losses: list[float] = []
+        while len(losses) < _IMITATION_STEPS and (not losses or losses[-1] > _CONFIDENT):
+            losses.append(float(self._imitate(*arrays)))
+        return {"imitation_loss": losses[-1]}
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         rows = {

@@ -19,6 +19,9 @@ from rl_sparsity_tf.reward import Outcome, Reward, RewardFunction, bounded
 from rl_sparsity_tf.snapshot import Snapshot
 from rl_sparsity_tf.state import STATE_SIZE, BucketView, lower_bounds, observe
 
+# A kernel that hardly loses anything is decided on like any other.
+_LEAST_CENTRE = 0.05
+
 
 @dataclasses.dataclass(frozen=True)
 class _State:
@@ -27,6 +30,8 @@ class _State:
     position: int
     buckets: list[np.ndarray]
     saliency: np.ndarray
+    edges: np.ndarray
+    goal: float
     current: ts.TimeStep
 
 
@@ -57,7 +62,7 @@ class LayerEnvironment(py_environment.PyEnvironment):
 
     Attributes:
         goal: Share of the kernel's weights that is to be pruned, as the state shows it; by default
-            the target's.
+            the target's. [aim][] sets it and cuts the buckets there.
         illegal_actions: How many actions were not legal.
 
     Example:
@@ -118,17 +123,13 @@ class LayerEnvironment(py_environment.PyEnvironment):
         )
 
     def retarget(self) -> None:
-        """Follows the network to another budget, which says where one of the edges lies.
+        """Follows the network to another budget: its goal, and buckets cut around that.
 
         The number of decisions stays the same.
         """
-        goal = self.network.budget.pruned_share
-        self._edges = bucket_edges(
-            self.grouping.count, self._count, max(goal, self.network.decisions.least_share)
-        )
-        self.goal = goal
+        self.goal = self.network.budget.pruned_share
         self._base: Snapshot | None = None
-        self._first_buckets: list[np.ndarray] = []
+        self.centre(None)
 
     @property
     def later(self) -> list[str]:
@@ -138,6 +139,34 @@ class LayerEnvironment(py_environment.PyEnvironment):
     @later.setter
     def later(self, paths: list[str]) -> None:
         self._later = [self.network.index_of(path) for path in paths]
+
+    def centre(self, share: float | None) -> None:
+        """Cuts the buckets around a share of the groups to prune, from the next reset on.
+
+        Args:
+            share: For instance that of the best plan known, so that the plan is among those that
+                can be decided on, and others close to it; None for the target's.
+        """
+        if share is None or not _LEAST_CENTRE <= share < 1.0:
+            share = max(self.network.budget.pruned_share, self.network.decisions.least_share)
+        self._cut(share)
+
+    def aim(self, goal: float) -> None:
+        """Sets the goal of the episodes to come, and cuts their buckets so that an edge lies there.
+
+        Args:
+            goal: Share of the kernel's weights to prune; with 0 the buckets are cut around the
+                target's.
+        """
+        self.goal = goal
+        if goal > 0:
+            self._cut(goal)
+        else:
+            self.centre(None)
+
+    def _cut(self, share: float) -> None:
+        self._edges = bucket_edges(self.grouping.count, self._count, share)
+        self._first_buckets: list[np.ndarray] = []
 
     @property
     def steps(self) -> int:
@@ -328,6 +357,8 @@ class LayerEnvironment(py_environment.PyEnvironment):
             self._position,
             list(self._buckets),
             self._saliency,
+            self._edges,
+            self.goal,
             self._current_time_step,
         )
 
@@ -338,4 +369,6 @@ class LayerEnvironment(py_environment.PyEnvironment):
         self._position = state.position
         self._buckets = list(state.buckets)
         self._saliency = state.saliency
+        self._edges, self.goal = state.edges, state.goal
+        self._first_buckets = []
         self._current_time_step = state.current

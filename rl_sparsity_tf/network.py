@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -25,7 +24,7 @@ from rl_sparsity_tf.least_squares import LeastSquares, closed_form
 from rl_sparsity_tf.objective import Evaluator, Metric, Score, choose_metric
 from rl_sparsity_tf.objective import search_compile_arguments as search_arguments
 from rl_sparsity_tf.operations import Operation
-from rl_sparsity_tf.outcomes import outcome_of
+from rl_sparsity_tf.outcomes import outcome_of, retargeted
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.preparation import check_finite, prepare_for_short_recovery
 from rl_sparsity_tf.recovery import Recovery
@@ -210,8 +209,7 @@ class CompressedNetwork:
             # What is seen of the network does not depend on whether its plan was new.
             self._undo_recovery()
         self.seen.add(digest)
-        # What was measured does not depend on the target; how much of it is reached does.
-        self.outcome = dataclasses.replace(self._known[digest], target_sparsity=self.budget.goal)
+        self.outcome = retargeted(self, self._known[digest])
         return self.outcome
 
     def _recover(self) -> None:
@@ -298,7 +296,8 @@ class CompressedNetwork:
     def saliency(self, path: str) -> np.ndarray:
         """What a kernel's groups are pruned by, the least salient first; flat, 1 is average."""
         matrix, grouping = self.latent_matrix(path), self.groupings[path]
-        return self.decisions.saliency(path, matrix, grouping, self.least_squares)
+        density = 1.0 - self.budget.pruned_share
+        return self.decisions.saliency(path, matrix, grouping, self.least_squares, density)
 
     def scores(self, name: str) -> list[np.ndarray] | None:
         """Scores of all groups by a heuristic, lowest first; None if it has nothing to rank by."""
@@ -381,7 +380,7 @@ class CompressedNetwork:
         self.budget = budget
         self.decisions.adopt(budget)
         self.standings = Standings(self)
-        self.outcome = dataclasses.replace(self.outcome, target_sparsity=budget.goal)
+        self.outcome = retargeted(self, self.outcome)
         self._start = self.snapshot()
 
     def tracing_count(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,22 +25,38 @@ def outcome_of(network: CompressedNetwork, score: Score) -> Outcome:
     """
     altered = sum(network.errors[kernel.path] * kernel.size for kernel in network.kernels)
     sizes = sum(kernel.size for kernel in network.kernels)
+    budget, progress = network.budget, None
+    if isinstance(budget, CostBudget):
+        states = network.states()
+        stored_bits, progress = budget.stored_share(states), budget.saved(states)
+    else:
+        stored_bits = _stored_bits(network)
     return Outcome(
         metric=score.metric,
         dense_metric=network.dense.metric,
         loss=score.loss,
         retention=network.metric.retention(score.metric, network.dense.metric),
-        sparsity=network.budget.sparsity,
-        target_sparsity=network.budget.goal,
-        stored_bits=_stored_bits(network),
+        sparsity=budget.sparsity,
+        target_sparsity=budget.goal,
+        stored_bits=stored_bits,
         reconstruction_error=altered / sizes,
         output_error=float(np.mean(list(network.output_errors.values()))),
+        progress=progress,
     )
 
 
+def retargeted(network: CompressedNetwork, outcome: Outcome) -> Outcome:
+    """An outcome of the present decisions, by the budget that the network has now.
+
+    What was measured does not depend on the target; how much of it is reached does.
+    """
+    budget, progress = network.budget, None
+    if isinstance(budget, CostBudget):
+        progress = budget.saved(network.states())
+    return dataclasses.replace(outcome, target_sparsity=budget.goal, progress=progress)
+
+
 def _stored_bits(network: CompressedNetwork) -> float:
-    if isinstance(network.budget, CostBudget):
-        return network.budget.stored_share(network.states())
     stored = 0.0
     for kernel in network.kernels:
         integers = stored_as_integers(network.operations[kernel.path])

@@ -89,6 +89,8 @@ class Compressor:
             channels are permuted so that blocks keep more
             ([permute_channels][rl_sparsity_tf.permute_channels]), which changes nothing but
             rounding, and Shuffle is no operation then.
+        hierarchy: Whether a second agent chooses the next layer and how much is to go of it; the
+            first then meets that goal. Else the layers come in their order.
 
     Raises:
         RLSparsityError: If an argument cannot be used; nothing has been trained by then.
@@ -116,6 +118,7 @@ class Compressor:
         curriculum: str | Curriculum = "constant",
         latency_table: LatencyTable | str | os.PathLike[str] | None = None,
         shuffle: str = "neighbours",
+        hierarchy: bool = False,
     ):
         self.model = accepted(model)
         if is_wrapped(self.model):
@@ -144,6 +147,7 @@ class Compressor:
             self.agent, Random
         )
         self.curriculum = check_alone(self.target, resolve_curriculum(curriculum))
+        self.hierarchy = check_flag("hierarchy", hierarchy)
         self.last: FinishedSearch | None = None
 
     @quiet_tensorflow()
@@ -341,6 +345,7 @@ class Compressor:
             seed=self.seed,
             warm_start=self.warm_start,
             curriculum=self.curriculum,
+            hierarchy=self.hierarchy,
         )
 
     def _open_run(
@@ -369,6 +374,7 @@ class Compressor:
             "buckets": self.buckets,
             "warm_start": self.warm_start,
             "curriculum": self.curriculum.to_dict(),
+            "hierarchy": self.hierarchy,
             **search_arguments,
         }
         fingerprints = fingerprints_of(model, train, data, validation, test)

@@ -13,9 +13,10 @@ from rl_sparsity_tf.candidates import PROPOSED, Candidate, is_better
 from rl_sparsity_tf.curriculum import Stage
 from rl_sparsity_tf.demonstrations import Demonstration, proposals, without_twins
 from rl_sparsity_tf.dynamic_programming import propose_all
-from rl_sparsity_tf.episodes import Episodes, LoopSettings
+from rl_sparsity_tf.episodes import LoopSettings
 from rl_sparsity_tf.errors import RunError
 from rl_sparsity_tf.further_pruning import pruned_to_budget
+from rl_sparsity_tf.hierarchy import make_episodes
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
@@ -26,6 +27,8 @@ from rl_sparsity_tf.run_directory import TRIALS, RunDirectory
 DYNAMIC = "dynamic_programming"
 PREVIOUS = "previous_stage"
 """Who proposes the plan of an earlier stage, pruned further to the target of the present one."""
+# Shown to the agent, the best last: what it has learned of the others must not hide that.
+_DEMONSTRATIONS = 3
 # Of the layers' errors; no power gives the best plan for every network.
 _POWERS = (1.0, 0.5, 0.25)
 
@@ -51,7 +54,7 @@ class SearchLoop:
         self._settings = settings
         self._network = network
         self._run = run
-        self.episodes = Episodes(settings, network)
+        self.episodes = make_episodes(settings, network)
         self._demonstrations: list[Demonstration] = []
         self.proposed: list[tuple[str, CompressionPlan]] = []
         self.history: list[dict[str, Any]] = []
@@ -153,9 +156,12 @@ class SearchLoop:
                 self.best = Candidate.of(network, value, PROPOSED, name)
         order = sorted(range(len(shown)), key=lambda index: -shown[index][0])
         self.proposed = [plans[index] for index in order]
+        if self.proposed:
+            self.episodes.centre(self.proposed[0][1])
         order.sort(key=lambda index: plans[index][0] != PREVIOUS)
         best_first = [shown[index][1] for index in order]
-        self._demonstrations = without_twins(best_first)[:demonstrations]
+        shown_best = without_twins(best_first)[: min(demonstrations, _DEMONSTRATIONS)]
+        self._demonstrations = shown_best[::-1]
 
     def _episode(self, episode: int) -> dict[str, Any]:
         started = time.monotonic()

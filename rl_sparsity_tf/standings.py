@@ -75,14 +75,20 @@ def output_prices(network: CompressedNetwork) -> list[np.ndarray]:
 
 
 def threshold(scores: Sequence[np.ndarray], sizes: Sequence[np.ndarray], wanted: int) -> float:
-    """The score that pruning in this order reaches when so many weights are gone."""
+    """The lowest score that lives when groups are pruned in this order until enough are gone.
+
+    Args:
+        scores: For every kernel one score per group.
+        sizes: The weights of each, same shapes.
+        wanted: Weights to prune at least.
+    """
     flat = np.concatenate([score.reshape(-1) for score in scores])
     weights = np.concatenate([size.reshape(-1) for size in sizes])
     if (weights == weights[0]).all():  # counting is several times faster than sorting
         place = min(-(-wanted // int(weights[0])), len(flat) - 1)
         return float(np.partition(flat, place)[place])
     order = np.argsort(flat, kind="stable")
-    place = int(np.searchsorted(np.cumsum(weights[order]), wanted))
+    place = int(np.searchsorted(np.cumsum(weights[order]), wanted)) + 1 if wanted > 0 else 0
     return float(flat[order[min(place, len(order) - 1)]])
 
 

@@ -320,6 +320,19 @@ def test_a_retargeted_network_knows_its_plans_and_what_is_wanted_now():
     assert evaluate_plan(network, plan) == before
 
 
+def test_the_share_of_a_size_that_is_reached_follows_the_target():
+    network = network_for(rls.Target(tflite_bytes=4000))
+    full, plan = network.budget, random_plan(network, 0.3, 0)
+    before = evaluate_plan(network, plan)
+    assert 0 < before.progress < 1
+    network.retarget(full.limited(12_000))
+    after = evaluate_plan(network, plan)
+    assert after.progress == network.budget.saved(network.states()) > before.progress
+    assert after.metric == before.metric
+    network.retarget(full)
+    assert evaluate_plan(network, plan) == before
+
+
 def test_environments_follow_to_another_target():
     network = network_for()
     one = LayerEnvironment(network, network.kernels[0].path, buckets=6)
@@ -361,12 +374,20 @@ class Stages:
         patch.setattr(SearchLoop, "begin", beginning)
 
 
-@pytest.fixture(scope="module", params=[DQN, PPO, "random"], ids=["dqn", "ppo", "random"])
+RUNS = {
+    "dqn": {"agent": DQN},
+    "ppo": {"agent": PPO},
+    "random": {"agent": "random"},
+    "two levels": {"agent": DQN, "hierarchy": True},
+}
+
+
+@pytest.fixture(scope="module", params=RUNS)
 def staged(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("staged") / "run"
     with pytest.MonkeyPatch.context() as patch:
         stages = Stages(patch)
-        one = compressor(trained(), request.param, directory=folder, **STAGED)
+        one = compressor(trained(), directory=folder, **RUNS[request.param], **STAGED)
         result = search(one, episodes=7, verbose=0)
     return one, result, stages, folder
 
@@ -412,7 +433,8 @@ def test_the_agent_goes_on_with_what_it_has_learned(staged):
     one, _, _, _ = staged
     agent = one.last.loop.episodes.agent
     assert agent.episodes == 7
-    assert len(one.last.loop.episodes.untried.to_array()) == 4 * 6  # the last stage's alone
+    decisions = 6 + 2 * one.hierarchy
+    assert len(one.last.loop.episodes.untried.to_array()) == 4 * decisions  # of the last stage
 
 
 def test_a_plan_of_an_earlier_stage_never_wins_by_its_value():
@@ -511,7 +533,7 @@ def test_contenders_play_at_the_full_target_alone():
 # ---------------------------------------------------------------------------- going on
 
 
-def interrupt(folder, after: int, agent, **options) -> None:
+def interrupt(folder, after: int, **options) -> None:
     """Starts a search and raises in the middle of an episode."""
     taken = 0
     step = LayerEnvironment._step
@@ -526,16 +548,17 @@ def interrupt(folder, after: int, agent, **options) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LayerEnvironment, "_step", stopping)
         with pytest.raises(StoppedError):
-            search(compressor(trained(), agent, directory=folder, **STAGED), episodes=7)
+            search(compressor(trained(), directory=folder, **options, **STAGED), episodes=7)
 
 
 @pytest.mark.parametrize("played", [1, 3, 5], ids=["first stage", "between", "last stage"])
 def test_a_search_cut_off_in_any_stage_ends_in_the_same_bits(staged, played, tmp_path):
     one, result, _, folder = staged
-    interrupt(tmp_path / "cut", after=6 * played + 3, agent=one.agent)
+    options = {"agent": one.agent, "hierarchy": one.hierarchy}
+    interrupt(tmp_path / "cut", after=6 * played + 3, **options)
     assert len(journal_of(tmp_path / "cut")) == played
     again = search(
-        compressor(trained(), one.agent, directory=tmp_path / "cut", **STAGED), episodes=7
+        compressor(trained(), directory=tmp_path / "cut", **options, **STAGED), episodes=7
     )
     assert figures_of(again.history) == figures_of(result.history)
     assert again.plan.to_json() == result.plan.to_json()

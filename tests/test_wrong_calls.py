@@ -275,6 +275,10 @@ ARGUMENTS = {
         not_begun(target=rls.Target(max_accuracy_drop=0.01), curriculum="linear"),
         r"curriculum='linear' does not go with Target\(max_accuracy_drop=0\.01\).*Leave curriculum",
     ),
+    "hierarchy": (
+        not_begun(hierarchy=2),
+        r"hierarchy=2 cannot be used\. Expected True or False",
+    ),
     "reward's weights": (
         lambda files: rls.Reward(accuracy=-1),
         r"Reward\(accuracy=-1\) cannot be used\. Expected a finite number of at least 0",
