@@ -214,7 +214,7 @@ def episode(options: argparse.Namespace) -> None:
                 values.clear()
             for total in range(options.warmup + 1, options.warmup + options.episodes + 1):
                 compressed._known.clear()  # an episode that repeats a plan evaluates it, too
-                loop._done = total - 1
+                loop.done = total - 1
                 loop.run(total, SearchProgress(total, "loss", 0))
             del compressed.finish
             evaluation = sum(spent["finish"])

@@ -26,6 +26,7 @@ _EXPORTS = {
     "CompressionPlan": "plan",
     "CompressionWrapper": "wrapper",
     "Compressor": "search",
+    "Constant": "curriculum",
     "DQN": "agents",
     "DataError": "errors",
     "EnvironmentCheckError": "errors",
@@ -34,6 +35,7 @@ _EXPORTS = {
     "KernelPlan": "plan",
     "LayerEnvironment": "environment",
     "LayerSelectionEnvironment": "selection_environment",
+    "Linear": "curriculum",
     "MaskTraining": "mask_training",
     "MicroReport": "micro_report",
     "ModelError": "errors",
@@ -48,6 +50,7 @@ _EXPORTS = {
     "Recovery": "recovery",
     "Reward": "reward",
     "SizeModel": "size_model",
+    "Staged": "curriculum",
     "Target": "target",
     "LatencyTable": "latency_table",
     "TargetError": "errors",
@@ -84,6 +87,7 @@ if TYPE_CHECKING:
     from rl_sparsity_tf.channel_groups import describe_groups
     from rl_sparsity_tf.channel_permutation import permutation_report, permute_channels
     from rl_sparsity_tf.channel_plans import tie_channels
+    from rl_sparsity_tf.curriculum import Constant, Linear, Staged
     from rl_sparsity_tf.environment import LayerEnvironment
     from rl_sparsity_tf.environment_check import check_environment
     from rl_sparsity_tf.errors import (
@@ -129,6 +133,7 @@ __all__ = [
     "CompressionPlan",
     "CompressionWrapper",
     "Compressor",
+    "Constant",
     "DQN",
     "DataError",
     "EnvironmentCheckError",
@@ -138,6 +143,7 @@ __all__ = [
     "LatencyTable",
     "LayerEnvironment",
     "LayerSelectionEnvironment",
+    "Linear",
     "MaskTraining",
     "MicroReport",
     "ModelError",
@@ -152,6 +158,7 @@ __all__ = [
     "Recovery",
     "Reward",
     "SizeModel",
+    "Staged",
     "Target",
     "TargetError",
     "VerificationError",

@@ -34,6 +34,7 @@ class Budget:
     def __init__(self, goal: float, elements: int, sizes: Sequence[np.ndarray]):
         self.goal = goal
         self.elements = elements
+        self._sizes = list(sizes)
         # Rounded first: 0.9 * 10 is 9.000000000000002 in some orders of operations.
         self.wanted = math.ceil(round(goal * elements, 6))
         density = (1.0 - goal) * _FLOOR_SHARE
@@ -56,6 +57,15 @@ class Budget:
         return np.array(
             [int(s.sum() - max(s.max(), math.ceil(density * s.sum()))) for s in sizes], np.int64
         )
+
+    def eased(self, share: float) -> Budget:
+        """The budget of a part of the way to this one, with nothing pruned yet.
+
+        Args:
+            share: Share of the way, above 0 and at most 1. A sparsity is that share of the goal;
+                the limit of a cost lies so far from what the cheapest unpruned network costs.
+        """
+        return Budget(share * self.goal, self.elements, self._sizes)
 
     def reset(self) -> None:
         """Forgets what has been pruned."""

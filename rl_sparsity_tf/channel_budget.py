@@ -56,7 +56,8 @@ class ChannelBudget(CostBudget):
     def __init__(self, limit: float, cost: ChannelCost, units: Sequence[ChannelUnit], name: str):
         self.limit, self.name = limit, name
         self.cost = cost
-        self.totals = np.array([unit.size for unit in units], np.int64)
+        self.units = units
+        self.totals: np.ndarray = np.array([unit.size for unit in units], np.int64)
         self.able = np.array([unit.frozen is None and unit.count > 1 for unit in units])
         self._integers = np.array([unit.spec.exports_int8 for unit in units])
         self._column = np.array([unit.shape[0] for unit in units], np.int64)
@@ -79,6 +80,16 @@ class ChannelBudget(CostBudget):
                 "rl_sparsity_tf.describe_groups(model) says which channels have to stay."
             )
         self.goal = 1.0 - limit / self.whole
+
+    def limited(self, limit: float, name: str | None = None) -> ChannelBudget:
+        """The same costs under another limit, with nothing pruned yet."""
+        name = self.name if name is None else name
+        return ChannelBudget(limit, self.cost, self.units, name)
+
+    @property
+    def smallest(self) -> float:
+        """What is left with every set of channels pruned as far as it pays."""
+        return self._of(self._worthwhile(self._capacities(0.0)))
 
     def _capacities(self, density: float) -> np.ndarray:
         kept = np.maximum(1, np.ceil(density * self.totals / self._column)).astype(np.int64)

@@ -82,8 +82,12 @@ class ChannelDecisions(KernelDecisions):
         cost, limit = self._cost(model, costs, target)
         name = f"Target({target.kind}={target.value:g})"
         budget = ChannelBudget(limit, cost, self.units, name)
-        self._capacity = budget.capacity
+        self.adopt(budget)
         return budget
+
+    def adopt(self, budget: Budget) -> None:
+        """Follows the network to another budget: its floors limit what rankings prune."""
+        self._capacity = budget.capacity
 
     def _cost(
         self, model: keras.Model, costs: ChannelCosts, target: Target

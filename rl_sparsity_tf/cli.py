@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import io
 import json
-import logging
-import os
 import re
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rl_sparsity_tf.errors import ArgumentError, RLSparsityError
+from rl_sparsity_tf.silence import quiet_libraries
 from rl_sparsity_tf.version import __version__
 
 if TYPE_CHECKING:
@@ -140,6 +137,17 @@ def _add_search_arguments(
         target.add_argument(
             "--target-latency", type=float, help="share of the dense file's time at most"
         )
+        target.add_argument(
+            "--max-accuracy-drop",
+            type=float,
+            help="the smallest file whose validation metric is at most so much worse",
+        )
+    parser.add_argument(
+        "--curriculum",
+        choices=("constant", "linear", "staged"),
+        default="constant",
+        help="how the target rises over the episodes",
+    )
     parser.add_argument("--episodes", type=int, default=episodes, help="passes over all layers")
     parser.add_argument("--seed", type=int, default=0, help="everything random follows from it")
     parser.add_argument(
@@ -168,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     # TensorFlow takes seconds to load, and only searching needs it.
     searching = options.command in ("demo", "compress")
-    with _quiet() if searching else contextlib.nullcontext():
+    with quiet_libraries() if searching else contextlib.nullcontext():
         try:
             _check_numbers(options)
             commands[options.command](options)
@@ -227,6 +235,7 @@ def _target(options: argparse.Namespace) -> Target:
         "gzip_bytes": getattr(options, "target_gzip_bytes", None),
         "macs": getattr(options, "target_macs", None),
         "latency": getattr(options, "target_latency", None),
+        "max_accuracy_drop": getattr(options, "max_accuracy_drop", None),
     }
     given = {name: value for name, value in given.items() if value is not None}
     return Target(**(given or {"sparsity": _DEFAULT_SPARSITY}))
@@ -247,6 +256,7 @@ def _demo(options: argparse.Namespace) -> None:
         seed=options.seed,
         episodes=options.episodes,
         sparsity=target.value,
+        curriculum=options.curriculum,
         finetune_epochs=options.finetune_epochs,
         memory_limit_mb=options.memory_limit_mb,
         contenders="all" if options.compare else None,
@@ -283,6 +293,7 @@ def _compress(options: argparse.Namespace) -> None:
         recovery=options.recovery,
         latency_table=options.latency_table,
         shuffle=options.shuffle,
+        curriculum=options.curriculum,
         hierarchy=options.hierarchy,
     )
     data = (
@@ -340,59 +351,6 @@ def _print(found: FileInspection | Timing, options: argparse.Namespace) -> None:
         print(json.dumps(found.to_dict(), indent=2))
     else:
         found.summary()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the libraries' own chatter off the terminal while they are imported and used."""
-    loggers = [logging.getLogger(name) for name in ("tensorflow", "absl")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _import_silently()
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-def _import_silently() -> None:
-    # While TensorFlow is loaded its C++ side writes to file descriptor 2 whatever the log level
-    # is; gym, which TF-Agents imports, greets on sys.stderr. Both only on the first import.
-    if "tensorflow" in sys.modules:
-        return
-    level = os.environ.get("TF_CPP_MIN_LOG_LEVEL")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    try:
-        with _descriptor_silenced(2), contextlib.redirect_stderr(io.StringIO()):
-            # What is missing is said by the module that needs it.
-            with contextlib.suppress(ImportError):
-                import tensorflow  # noqa: F401
-            with contextlib.suppress(ImportError):
-                import gym  # noqa: F401
-    finally:
-        if level is None:
-            del os.environ["TF_CPP_MIN_LOG_LEVEL"]
-
-
-@contextlib.contextmanager
-def _descriptor_silenced(descriptor: int) -> Iterator[None]:
-    try:
-        kept = os.dup(descriptor)
-    except OSError:  # closed, as under some service managers: nothing to silence
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
-    try:
-        yield
-    finally:
-        os.dup2(kept, descriptor)
-        os.close(kept)
 
 
 if __name__ == "__main__":

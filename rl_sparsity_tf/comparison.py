@@ -16,6 +16,7 @@ from rl_sparsity_tf.argument_checks import check_count
 from rl_sparsity_tf.candidates import Candidate
 from rl_sparsity_tf.channel_decisions import CHANNEL_HEURISTICS, ChannelDecisions
 from rl_sparsity_tf.channel_finishing import finish_candidate
+from rl_sparsity_tf.curriculum import Constant
 from rl_sparsity_tf.demonstrations import heuristic_plan
 from rl_sparsity_tf.dynamic_programming import propose
 from rl_sparsity_tf.errors import (
@@ -221,7 +222,7 @@ class _Ring:
     def _request(self, *, quantize: bool = True, group: str | None = None) -> PlanRequest:
         return PlanRequest.of(
             self.search.model,
-            self.compressor.target,
+            self.search.target,
             group=group or self.compressor.group,
             quantize=quantize,
         )
@@ -270,7 +271,9 @@ class _Ring:
 
     def _random_policy(self) -> tuple[Finished, int]:
         settings = self.compressor.loop_settings()
-        settings = dataclasses.replace(settings, agent=Random(), warm_start=False)
+        settings = dataclasses.replace(
+            settings, agent=Random(), warm_start=False, curriculum=Constant()
+        )
         loop = SearchLoop(settings, self.search.network)
         best = loop.run(self.search.episodes, self.progress)
         evaluations = loop.evaluations
@@ -291,7 +294,7 @@ class _Ring:
 
     def _tfmot(self) -> tuple[Finished, int]:
         """TFMOT's own training; where its file is too large, another one that prunes more."""
-        search, target = self.search, self.compressor.target
+        search, target = self.search, self.search.target
         if isinstance(search.network.decisions, ChannelDecisions):
             raise ArgumentError(
                 "The contender tfmot prunes single weights, and the search removed whole channels. "
@@ -327,7 +330,7 @@ class _Ring:
     def _exported(self, model: Any, plan: CompressionPlan) -> Finished:
         """A model that is not fine-tuned any more, scored and exported as the others are."""
         search, figures = self.search, self.search.figures
-        formats = formats_for(self.compressor.target)
+        formats = formats_for(search.target)
         exported = export_and_score(model, plan, figures, search.quantization, formats)
         return Finished(
             model=model,

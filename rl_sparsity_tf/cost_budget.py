@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 
@@ -54,6 +55,35 @@ class CostBudget(Budget, abc.ABC):
     limit: float
     slack: float
     name: str
+    totals: np.ndarray
+
+    @abc.abstractmethod
+    def limited(self, limit: float, name: str | None = None) -> Self:
+        """The same costs under another limit, with nothing pruned yet.
+
+        Args:
+            limit: What the network may cost.
+            name: What errors call the target; by default as here.
+
+        Raises:
+            TargetError: If the limit cannot be reached.
+        """
+
+    @property
+    @abc.abstractmethod
+    def smallest(self) -> float:
+        """The least that the network can be brought to, no floors being held."""
+
+    @property
+    def unpruned(self) -> float:
+        """What the network costs with nothing pruned, everything stored as cheaply as can be."""
+        return self.expected([KernelState(0, int(total), False, False) for total in self.totals])
+
+    def eased(self, share: float) -> CostBudget:
+        """The budget of a part of the way to this one, with nothing pruned yet."""
+        start = self.unpruned
+        # A limit that integers alone meet is no way at all.
+        return self.limited(max(self.limit, start + share * (self.limit - start)))
 
     @abc.abstractmethod
     def least(self, states: Sequence[KernelState]) -> float:

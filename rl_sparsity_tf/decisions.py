@@ -65,6 +65,9 @@ class KernelDecisions:
         """The budget of a target."""
         return make_budget(model, kernels, target, self.group)
 
+    def adopt(self, budget: Budget) -> None:
+        """Follows the network to another budget of its own."""
+
     def operations(
         self, decided: Mapping[str, np.ndarray], paths: Sequence[str]
     ) -> dict[str, np.ndarray]:

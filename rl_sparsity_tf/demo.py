@@ -97,6 +97,7 @@ def run_demo(
     seed: int = 0,
     episodes: int = 20,
     sparsity: float = 0.9,
+    curriculum: str = "constant",
     finetune_epochs: int | None = None,
     memory_limit_mb: float = 2048,
     contenders: str | Sequence[str] | None = None,
@@ -111,6 +112,7 @@ def run_demo(
         seed: Seed of everything.
         episodes: Search episodes.
         sparsity: The target.
+        curriculum: How it rises over the episodes: `"constant"`, `"linear"` or `"staged"`.
         finetune_epochs: Epochs of every fine-tuning; by default about 1,500 steps.
         memory_limit_mb: What the data set may take.
         contenders: Whom to compare with, as in [compare][rl_sparsity_tf.comparison.compare].
@@ -134,7 +136,12 @@ def run_demo(
     )
     train_base(model, data, batch_size)
     compressor = Compressor(
-        model, Target(sparsity=sparsity), agent=agent, directory=output, seed=seed
+        model,
+        Target(sparsity=sparsity),
+        agent=agent,
+        directory=output,
+        seed=seed,
+        curriculum=curriculum,
     )
     result = compressor.search(
         **search_data(data),

@@ -97,13 +97,9 @@ class LayerEnvironment(py_environment.PyEnvironment):
         self.illegal_actions = 0
         self.grouping = network.groupings[kernel]
         self._count = buckets
-        self._edges = np.zeros(0, np.int64)
-        self._first_buckets: list[np.ndarray] = []
-        self.centre(None)
         behind = [other.path for other in network.kernels[self.index + 1 :]]
         self.later = behind if later is None else later
-        self.goal = network.budget.pruned_share
-        self._base: Snapshot | None = None
+        self.retarget()
         self._buckets: list[np.ndarray] = []
         self._saliency = np.zeros(0)
         self._position = 0
@@ -125,6 +121,15 @@ class LayerEnvironment(py_environment.PyEnvironment):
         self._reward_spec = array_spec.BoundedArraySpec(
             (), np.float32, minimum=-1.0, maximum=1.0, name="reward"
         )
+
+    def retarget(self) -> None:
+        """Follows the network to another budget: its goal, and buckets cut around that.
+
+        The number of decisions stays the same.
+        """
+        self.goal = self.network.budget.pruned_share
+        self._base: Snapshot | None = None
+        self.centre(None)
 
     @property
     def later(self) -> list[str]:
@@ -161,7 +166,7 @@ class LayerEnvironment(py_environment.PyEnvironment):
 
     def _cut(self, share: float) -> None:
         self._edges = bucket_edges(self.grouping.count, self._count, share)
-        self._first_buckets = []
+        self._first_buckets: list[np.ndarray] = []
 
     @property
     def steps(self) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from rl_sparsity_tf.agents import Agent, AgentConfig, build_agent
 from rl_sparsity_tf.anchor import Anchor
+from rl_sparsity_tf.curriculum import Constant, Curriculum
 from rl_sparsity_tf.demonstrations import Demonstration, random_demonstration
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.network import CompressedNetwork
@@ -29,6 +30,7 @@ class LoopSettings:
         buckets: Decisions per kernel and episode.
         seed: Seed of the agent and of every episode.
         warm_start: Whether the plans of heuristics are evaluated and demonstrated first.
+        curriculum: How the target rises over the episodes.
         hierarchy: Whether a second agent chooses the order of the kernels and their goals.
     """
 
@@ -37,6 +39,7 @@ class LoopSettings:
     buckets: int
     seed: int
     warm_start: bool
+    curriculum: Curriculum = dataclasses.field(default_factory=Constant)
     hierarchy: bool = False
 
 
@@ -83,6 +86,18 @@ class Episodes:
         """Cuts the buckets of all kernels so that a plan's densities are among the choices."""
         for environment in self.environments:
             environment.centre(plan.kernels[environment.kernel].sparsity)
+
+    def retarget(self, anew: bool = True) -> None:
+        """Follows the network to another budget; what the agent has learned stays with it.
+
+        Args:
+            anew: Whether the decisions that were played before may be played again.
+        """
+        for environment in self.environments:
+            environment.retarget()
+        if anew:
+            self.untried = Untried()
+            self._anchor.forget()
 
     @property
     def illegal_actions(self) -> int:

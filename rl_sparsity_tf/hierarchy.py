@@ -64,6 +64,15 @@ class HierarchicalEpisodes(Episodes):
     def centre(self, plan: CompressionPlan) -> None:
         """Nothing to do: buckets are cut at the goals, whatever the best plan known is."""
 
+    def retarget(self, anew: bool = True) -> None:
+        """Follows the network to another budget; what both agents have learned stays with them.
+
+        Args:
+            anew: Whether the decisions that were played before may be played again.
+        """
+        super().retarget(anew)
+        self.selection.retarget()
+
     @property
     def illegal_actions(self) -> int:
         """Actions so far that were not legal, of both levels."""

@@ -24,7 +24,7 @@ from rl_sparsity_tf.least_squares import LeastSquares, closed_form
 from rl_sparsity_tf.objective import Evaluator, Metric, Score, choose_metric
 from rl_sparsity_tf.objective import search_compile_arguments as search_arguments
 from rl_sparsity_tf.operations import Operation
-from rl_sparsity_tf.outcomes import outcome_of
+from rl_sparsity_tf.outcomes import outcome_of, retargeted
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.preparation import check_finite, prepare_for_short_recovery
 from rl_sparsity_tf.recovery import Recovery
@@ -110,7 +110,7 @@ class CompressedNetwork:
             path: WeightMoments.of(matrix) for path, matrix in self.originals.items()
         }
         self._first_order: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self._clock = 0
+        self.clock = 0  # training steps taken
         shapes = {path: grouping.shape for path, grouping in self.groupings.items()}
         self.operations = {p: np.full(s, Operation.KEEP, np.uint8) for p, s in shapes.items()}
         self.decided = {path: np.zeros(shape, bool) for path, shape in shapes.items()}
@@ -209,7 +209,7 @@ class CompressedNetwork:
             # What is seen of the network does not depend on whether its plan was new.
             self._undo_recovery()
         self.seen.add(digest)
-        self.outcome = self._known[digest]
+        self.outcome = retargeted(self, self._known[digest])
         return self.outcome
 
     def _recover(self) -> None:
@@ -230,8 +230,8 @@ class CompressedNetwork:
         """Trains on the next batches of the pool, with the operations held."""
         self._forget()
         for _ in range(steps):
-            self._train_function(*self.train.batch(self._clock))
-            self._clock += 1
+            self._train_function(*self.train.batch(self.clock))
+            self.clock += 1
 
     def evaluate(self) -> Outcome:
         """Scores the network as it is on the validation data."""
@@ -327,7 +327,7 @@ class CompressedNetwork:
         """
         if self.least_squares is None:
             self._forget()
-            self.statistics = self._collected([self.train.batch(self._clock)])
+            self.statistics = self._collected([self.train.batch(self.clock)])
 
     @property
     def plan(self) -> CompressionPlan:
@@ -338,18 +338,7 @@ class CompressedNetwork:
 
     def snapshot(self) -> Snapshot:
         """Copies everything that decisions change."""
-        trained = self.least_squares is None
-        return Snapshot(
-            weights=[variable.numpy() for variable in self.model.weights] if trained else None,
-            optimizer=[variable.numpy() for variable in self.model.optimizer.variables],
-            operations={path: value.copy() for path, value in self.operations.items()},
-            decided={path: value.copy() for path, value in self.decided.items()},
-            errors=dict(self.errors),
-            output_errors=dict(self.output_errors),
-            pruned=self.budget.pruned.copy(),
-            clock=self._clock,
-            outcome=self.outcome,
-        )
+        return Snapshot.of(self)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Goes back to a snapshot."""
@@ -365,7 +354,7 @@ class CompressedNetwork:
         self.errors = dict(snapshot.errors)
         self.output_errors = dict(snapshot.output_errors)
         self.budget.pruned[:] = snapshot.pruned
-        self._clock = snapshot.clock
+        self.clock = snapshot.clock
         self.outcome = snapshot.outcome
 
     def _undo(self, snapshot: Snapshot) -> None:
@@ -380,6 +369,19 @@ class CompressedNetwork:
     def reset(self) -> None:
         """Goes back to the dense network."""
         self.restore(self._start)
+
+    def retarget(self, budget: Budget) -> None:
+        """Goes back to the dense network, under another budget; what is known of plans stays so.
+
+        Args:
+            budget: One made of the present budget, with nothing pruned yet.
+        """
+        self.reset()
+        self.budget = budget
+        self.decisions.adopt(budget)
+        self.standings = Standings(self)
+        self.outcome = retargeted(self, self.outcome)
+        self._start = self.snapshot()
 
     def tracing_count(self) -> int:
         """How often functions were traced, for tests of retracing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,6 +43,17 @@ def outcome_of(network: CompressedNetwork, score: Score) -> Outcome:
         output_error=float(np.mean(list(network.output_errors.values()))),
         progress=progress,
     )
+
+
+def retargeted(network: CompressedNetwork, outcome: Outcome) -> Outcome:
+    """An outcome of the present decisions, by the budget that the network has now.
+
+    What was measured does not depend on the target; how much of it is reached does.
+    """
+    budget, progress = network.budget, None
+    if isinstance(budget, CostBudget):
+        progress = budget.saved(network.states())
+    return dataclasses.replace(outcome, target_sparsity=budget.goal, progress=progress)
 
 
 def _stored_bits(network: CompressedNetwork) -> float:

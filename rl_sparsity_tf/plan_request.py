@@ -184,4 +184,10 @@ def _target(target: Target | None, sparsity: float | None) -> Target:
             "baselines do not. Expected a sparsity or bytes; a search for the target evaluates the "
             "heuristics for channels first, and rl_sparsity_tf.comparison.compare runs them."
         )
+    if target.kind == "max_accuracy_drop":
+        raise ArgumentError(
+            f"Target(max_accuracy_drop={target.value:g}) is met by trying files of several sizes, "
+            "which only a search does. Expected a sparsity or bytes: Target(tflite_bytes=...) with "
+            "the bytes of the file that a search found makes a baseline comparable to it."
+        )
     return target

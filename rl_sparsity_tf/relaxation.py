@@ -250,6 +250,7 @@ class Relaxation:
             self._owners,
             self._index,
             tf.constant([self.seed, step], tf.int64),
+            tf.constant(max(self.network.budget.goal, 1e-9), tf.float32),
             *self.network.train.batch(step),
         )
         return float(loss), gradient.numpy()
@@ -301,11 +302,11 @@ class Relaxation:
         owners: tf.Tensor,
         index: list[tf.Tensor],
         seed: tf.Tensor,
+        goal: tf.Tensor,
         *batch: Any,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         reward = self.reward
         assert isinstance(reward, Reward)
-        goal = max(self.network.budget.goal, 1e-9)
         with tf.GradientTape() as tape:
             tape.watch(logits)
             masked = tf.where(legal, logits, _ILLEGAL)
@@ -370,7 +371,7 @@ def _expected_sparsity(logits: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(weights * tf.nn.softmax(logits)[:, Operation.PRUNE])
 
 
-def _at_sparsity(logits: tf.Tensor, weights: tf.Tensor, goal: float) -> tf.Tensor:
+def _at_sparsity(logits: tf.Tensor, weights: tf.Tensor, goal: tf.Tensor | float) -> tf.Tensor:
     """Adds one number to all logits of Prune so that the expected sparsity is the goal."""
     prune = tf.one_hot(int(Operation.PRUNE), len(Operation), dtype=logits.dtype)
     fixed = tf.stop_gradient(logits)

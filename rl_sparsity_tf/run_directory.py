@@ -207,6 +207,8 @@ class RunDirectory:
                 path.unlink()
 
 
+TRIALS = "trials"
+"""The checkpoint of what trials of a search over sizes came to; kept to the end."""
 RESULT_FILES = ("model.keras", "model.tflite", "plan.json", "metrics.json", "history.csv")
 """What a finished run adds to its folder."""
 OPTIONAL_FILES = ("model.recipe.json", "channels.json")

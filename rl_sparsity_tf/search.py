@@ -11,18 +11,20 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf import channel_search
+from rl_sparsity_tf.accuracy_search import AccuracySearch, first_target
 from rl_sparsity_tf.agents import AgentConfig, Random, resolve_config
 from rl_sparsity_tf.argument_checks import check_count, check_flag, check_share, check_type
-from rl_sparsity_tf.batch_checks import Batch, fixed_batch
+from rl_sparsity_tf.batch_checks import fixed_batch
 from rl_sparsity_tf.channel_finishing import Task, finish_candidate
 from rl_sparsity_tf.channel_permutation import permute_channels
 from rl_sparsity_tf.class_weights import weight_table
-from rl_sparsity_tf.compile_state import compile_arguments
 from rl_sparsity_tf.conversion import start_worker
+from rl_sparsity_tf.curriculum import Curriculum, resolve_curriculum
 from rl_sparsity_tf.data import TrainingData, evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data_forms import as_rows
 from rl_sparsity_tf.errors import ArgumentError, DataError, ModelError, check_choice
 from rl_sparsity_tf.export import QUANTIZATIONS
+from rl_sparsity_tf.fingerprints import fingerprints_of, name_of
 from rl_sparsity_tf.finished_search import FinishedSearch
 from rl_sparsity_tf.finishing import Figures, export_and_score, export_dense_int8
 from rl_sparsity_tf.latency_table import LatencyTable
@@ -36,21 +38,15 @@ from rl_sparsity_tf.recovery import Recovery, as_recovery
 from rl_sparsity_tf.recurrent import unrolled_copy
 from rl_sparsity_tf.result import Result
 from rl_sparsity_tf.reward import Reward, RewardFunction
-from rl_sparsity_tf.run_directory import (
-    RunDirectory,
-    check_directory,
-    data_fingerprint,
-    model_fingerprint,
-)
+from rl_sparsity_tf.run_directory import RunDirectory, check_directory
 from rl_sparsity_tf.scoring import score_model as score
-from rl_sparsity_tf.size_costs import MARGINS, formats_for
+from rl_sparsity_tf.size_costs import formats_for
+from rl_sparsity_tf.size_trials import check_alone
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapping import accepted, is_wrapped
 
 if TYPE_CHECKING:
     from rl_sparsity_tf.episodes import LoopSettings
-
-_FINGERPRINT_ROWS = 8192
 
 
 class Compressor:
@@ -81,6 +77,9 @@ class Compressor:
             and played in the first episodes (see
             [demonstrations][rl_sparsity_tf.demonstrations]), so that the agent learns from them.
             The best plan evaluated is returned, whoever proposed it.
+        curriculum: How the target rises over the episodes: `"constant"` (not at all), `"linear"`,
+            `"staged"`, or a configuration such as `rls.Staged(stages=(0.5, 1.0))`. The last
+            episodes have the full target, and only their plans are returned.
         latency_table: Times of the model's layers, for a target of latency: a
             [LatencyTable][rl_sparsity_tf.latency_table.LatencyTable] or its JSON file, made on any
             device. By default the layers are measured here before the search.
@@ -116,6 +115,7 @@ class Compressor:
         metric: str | tuple[str, str] | None = None,
         buckets: int = 8,
         warm_start: bool = True,
+        curriculum: str | Curriculum = "constant",
         latency_table: LatencyTable | str | os.PathLike[str] | None = None,
         shuffle: str = "neighbours",
         hierarchy: bool = False,
@@ -146,6 +146,7 @@ class Compressor:
         self.warm_start = check_flag("warm_start", warm_start) and not isinstance(
             self.agent, Random
         )
+        self.curriculum = check_alone(self.target, resolve_curriculum(curriculum))
         self.hierarchy = check_flag("hierarchy", hierarchy)
         self.last: FinishedSearch | None = None
 
@@ -222,7 +223,7 @@ class Compressor:
                 "data as text, or None; the data itself is passed as train."
             )
         check_flag("overwrite", overwrite)
-        if self.target.kind in MARGINS and quantization != "plan":
+        if self.target.in_bytes and quantization != "plan":
             raise ArgumentError(
                 f"quantization={quantization!r} does not go with a target in bytes, which is "
                 "counted for the files that the plan decides on. Leave quantization out, or give "
@@ -270,7 +271,7 @@ class Compressor:
             model,
             data,
             sample,
-            target=self.target,
+            target=first_target(model, self.target),
             group=self.group,
             decisions=channel_search.decisions_for(
                 model, self.target, self.group, self.latency_table, quantization, self.shuffle
@@ -282,11 +283,9 @@ class Compressor:
         if run is not None:
             run.start()
         progress = SearchProgress(episodes, network.metric.name, verbose)
-        loop = SearchLoop(self.loop_settings(), network, run)
-        best = loop.run(episodes, progress)
+        settings = self.loop_settings()
+        loop = SearchLoop(settings, network, run)
         figures = Figures(train=data, validation=validation, test=test, metric=network.metric)
-        progress.say(f"fine-tuning the best plan ({best.found_by}) and exporting it")
-        tf.random.set_seed(self.seed)
         task = Task(
             model=model,
             network=network,
@@ -295,8 +294,16 @@ class Compressor:
             training=FineTuning(epochs=epochs, mask=mask, distillation=distillation),
             quantization=quantization,
         )
-        finished = finish_candidate(task, best, loop.proposed)
-        best = finished.candidate or best
+        trials: dict[str, Any] = {}
+        if self.target.max_accuracy_drop is None:
+            best = loop.run(episodes, progress)
+            progress.say(f"fine-tuning the best plan ({best.found_by}) and exporting it")
+            tf.random.set_seed(self.seed)
+            finished = finish_candidate(task, best, loop.proposed)
+            best = finished.candidate or best
+        else:
+            found = AccuracySearch(task, settings, loop, run).run(episodes, progress)
+            task, finished, best, trials = found.task, found.finished, found.best, found.metrics
         metrics = build_metrics(
             model=model,
             finished=finished,
@@ -307,11 +314,12 @@ class Compressor:
             agent=self.agent.name,
             seed=self.seed,
             proposed_by=best.proposed_by,
-            episodes=episodes,
+            episodes=loop.done,
             evaluations=loop.evaluations,
             seconds=loop.seconds + time.monotonic() - started,
             dataset=dataset,
         )
+        metrics["search"].update(trials)
         result = Result(
             dense=model,
             finished=finished,
@@ -323,7 +331,7 @@ class Compressor:
         )
         if run is not None:
             result.write_files(run.path)
-        self.last = FinishedSearch(**vars(task), loop=loop, result=result, episodes=episodes)
+        self.last = FinishedSearch(**vars(task), loop=loop, result=result, episodes=loop.done)
         return result
 
     def loop_settings(self) -> LoopSettings:
@@ -336,6 +344,7 @@ class Compressor:
             buckets=self.buckets,
             seed=self.seed,
             warm_start=self.warm_start,
+            curriculum=self.curriculum,
             hierarchy=self.hierarchy,
         )
 
@@ -352,7 +361,7 @@ class Compressor:
         if self.directory is None:
             return None
         reward = self.reward
-        described = reward.to_dict() if isinstance(reward, Reward) else _name_of(reward)
+        described = reward.to_dict() if isinstance(reward, Reward) else name_of(reward)
         arguments = {
             "target": self.target.to_dict(),
             "agent": self.agent.to_dict(),
@@ -364,30 +373,9 @@ class Compressor:
             "metric": list(self.metric) if isinstance(self.metric, tuple) else self.metric,
             "buckets": self.buckets,
             "warm_start": self.warm_start,
+            "curriculum": self.curriculum.to_dict(),
             "hierarchy": self.hierarchy,
             **search_arguments,
         }
-        compiled = compile_arguments(model) or {}
-        fingerprints = {
-            "model": model_fingerprint(model),
-            "loss": _name_of(compiled.get("loss")),
-            "train": data_fingerprint(
-                data.pool if isinstance(train, tf.data.Dataset) else _evenly(train)
-            ),
-            "validation_data": data_fingerprint(validation),
-            "test_data": data_fingerprint(test or []),
-        }
+        fingerprints = fingerprints_of(model, train, data, validation, test)
         return RunDirectory(self.directory, arguments, fingerprints, overwrite)
-
-
-def _evenly(arrays: Batch) -> Batch:
-    """Rows for a fingerprint: unlike the pool's, they do not depend on the seed."""
-    count = len(tf.nest.flatten(arrays)[0])
-    rows = np.linspace(0, count - 1, min(count, _FINGERPRINT_ROWS)).astype(int)
-    x, y, weights = tf.nest.map_structure(lambda a: None if a is None else a[rows], arrays)
-    return x, y, weights
-
-
-def _name_of(value: Any) -> str:
-    name = getattr(value, "__qualname__", None) or getattr(value, "name", None)
-    return str(name or (value if isinstance(value, str) else type(value).__qualname__))

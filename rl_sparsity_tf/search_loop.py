@@ -8,20 +8,25 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from rl_sparsity_tf.budget import Budget
 from rl_sparsity_tf.candidates import PROPOSED, Candidate, is_better
+from rl_sparsity_tf.curriculum import Stage
 from rl_sparsity_tf.demonstrations import Demonstration, proposals, without_twins
 from rl_sparsity_tf.dynamic_programming import propose_all
 from rl_sparsity_tf.episodes import LoopSettings
 from rl_sparsity_tf.errors import RunError
+from rl_sparsity_tf.further_pruning import pruned_to_budget
 from rl_sparsity_tf.hierarchy import make_episodes
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
 from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.reward import bounded
-from rl_sparsity_tf.run_directory import RunDirectory
+from rl_sparsity_tf.run_directory import TRIALS, RunDirectory
 
 DYNAMIC = "dynamic_programming"
+PREVIOUS = "previous_stage"
+"""Who proposes the plan of an earlier stage, pruned further to the target of the present one."""
 # Shown to the agent, the best last: what it has learned of the others must not hide that.
 _DEMONSTRATIONS = 3
 # Of the layers' errors; no power gives the best plan for every network.
@@ -37,8 +42,10 @@ class SearchLoop:
         run: Where to keep the journal and checkpoints, if anywhere.
 
     Attributes:
-        proposed: Names and plans of the heuristics that were evaluated before the first episode,
-            the best first.
+        proposed: Names and plans that were evaluated before the stage's first episode, the best
+            first.
+        best: The stage's best candidate.
+        done: Episodes played.
     """
 
     def __init__(
@@ -53,7 +60,9 @@ class SearchLoop:
         self.history: list[dict[str, Any]] = []
         self.best: Candidate | None = None
         self.seconds = 0.0
-        self._done = 0
+        self.done = 0
+        self._stage = Stage(start=0, end=0)
+        self._previous: CompressionPlan | None = None
         if run is not None and run.resumed:
             self._resume(run)
 
@@ -63,35 +72,79 @@ class SearchLoop:
         return self._network.evaluations
 
     def run(self, episodes: int, progress: SearchProgress) -> Candidate:
-        """Runs the episodes that are left and returns the best candidate of all.
+        """Runs the episodes that are left, stage by stage, and returns the last one's best."""
+        full = self._network.budget
+        stages = self._settings.curriculum.schedule(episodes)
+        left = [stage for stage in stages if stage.end > self.done]
 
-        With a warm start the exact plans of the heuristics are evaluated first, and the agent then
-        learns from episodes that play them as closely as buckets allow, the best first. They are
-        a third of all episodes at most.
-        """
-        if self._settings.warm_start and self._done < episodes:
-            progress.say("evaluating the plans of known heuristics")
-            self._propose(max(1, episodes // 3))
+        def begin(stage: Stage) -> None:
+            if len(stages) > 1:
+                progress.say(f"{stage.share:.4g} of the way to the target")
+            begun = self.done > stage.start
+            ahead = self.best.plan if self.best else None
+            budget = full if stage.share == 1.0 else full.eased(stage.share)
+            self.begin(stage, budget, self._previous if begun else ahead, progress)
+
+        for stage in left[:1]:
+            begin(stage)
         with progress.running(f"{self._settings.agent.name} search"):
-            for episode in range(self._done, episodes):
-                entry = self._episode(episode)
-                assert self.best is not None
-                progress.update(
-                    episode + 1,
-                    reward=entry["reward"],
-                    best=self.best.value,
-                    metric=entry["validation_metric"],
-                    sparsity=entry["sparsity"],
-                )
+            for stage in left:
+                if stage is not left[0]:
+                    begin(stage)
+                self.play(progress)
         assert self.best is not None
         return self.best
 
-    def _propose(self, demonstrations: int) -> None:
+    def begin(
+        self,
+        stage: Stage,
+        budget: Budget,
+        previous: CompressionPlan | None,
+        progress: SearchProgress,
+    ) -> None:
+        """Begins a stage, or goes on with one that a run directory was cut off in.
+
+        The plan of an earlier stage is evaluated first, pruned further, and with a warm start the
+        exact plans of the heuristics. The agent then learns from episodes that play them as
+        closely as buckets allow, the best heuristic first: a third of the stage's at most.
+
+        Args:
+            stage: The stage.
+            budget: What its plans have to meet.
+            previous: The plan of an earlier stage, if any.
+            progress: Where to say so.
+        """
+        anew = self.done == stage.start
+        self._stage, self._previous = stage, previous
+        self.best = None if anew else self.best
+        if budget is not self._network.budget:
+            self._network.retarget(budget)
+            self.episodes.retarget(anew)
+        self._propose(max(1, stage.episodes // 3), progress)
+
+    def play(self, progress: SearchProgress) -> None:
+        """Plays the episodes that are left of the stage."""
+        for episode in range(self.done, self._stage.end):
+            entry = self._episode(episode)
+            assert self.best is not None
+            progress.update(
+                episode + 1,
+                reward=entry["reward"],
+                best=self.best.value,
+                metric=entry["validation_metric"],
+                sparsity=entry["sparsity"],
+            )
+
+    def _propose(self, demonstrations: int, progress: SearchProgress) -> None:
         network = self._network
         steps = self._settings.buckets * network.recovery.steps
         tf.random.set_seed(self._settings.seed)
-        plans = proposals(network)
-        if network.least_squares is not None:
+        further = None if self._previous is None else pruned_to_budget(network, self._previous)
+        plans = [] if further is None else [(PREVIOUS, further)]
+        if self._settings.warm_start:
+            progress.say("evaluating the plans of known heuristics")
+            plans += [one for one in proposals(network) if one[1] != further]
+        if self._settings.warm_start and network.least_squares is not None:
             found = propose_all(network, _POWERS)
             plans += [(DYNAMIC, plan) for n, plan in enumerate(found) if plan not in found[:n]]
         shown: list[tuple[float, Demonstration]] = []
@@ -105,6 +158,7 @@ class SearchLoop:
         self.proposed = [plans[index] for index in order]
         if self.proposed:
             self.episodes.centre(self.proposed[0][1])
+        order.sort(key=lambda index: plans[index][0] != PREVIOUS)
         best_first = [shown[index][1] for index in order]
         shown_best = without_twins(best_first)[: min(demonstrations, _DEMONSTRATIONS)]
         self._demonstrations = shown_best[::-1]
@@ -114,7 +168,8 @@ class SearchLoop:
         network = self._network
         words = np.random.SeedSequence([self._settings.seed, episode]).generate_state(1)
         tf.random.set_seed(int(words[0]))
-        shown = self._demonstrations[episode : episode + 1]
+        place = episode - self._stage.start
+        shown = self._demonstrations[place : place + 1]
         demonstration = shown[0] if shown else None
         name = self._settings.agent.name
         proposed_by = name if demonstration is None else demonstration.name
@@ -127,6 +182,7 @@ class SearchLoop:
         outcome = network.outcome
         entry = {
             "episode": episode,
+            **self._stage.notes,
             "proposed_by": proposed_by,
             "reward": value,
             "step_rewards": total,
@@ -143,6 +199,7 @@ class SearchLoop:
             "seconds": time.monotonic() - started,
         }
         self.history.append(entry)
+        self.done = episode + 1
         self._save(entry, improved)
         return entry
 
@@ -151,23 +208,27 @@ class SearchLoop:
             return
         assert self.best is not None
         self._run.append(entry)
-        if improved or entry["episode"] == 0:
-            self._run.save_checkpoint(f"best-{self.best.episode}", self.best.to_arrays())
+        best = self.best.episode
+        # A plan from before the episodes is known by those that were played until then.
+        best = best - self._stage.start if best == PROPOSED else best
+        if improved or entry["episode"] == self._stage.start:
+            self._run.save_checkpoint(f"best-{best}", self.best.to_arrays())
         state = self.episodes.get_state()
         state["seen"] = np.array(sorted(self._network.seen), dtype="S64")
-        state["episodes"] = np.array(entry["episode"] + 1)
-        state["best"] = np.array(self.best.episode)
+        state["episodes"] = np.array(self.done)
+        state["best"] = np.array(best)
+        state["previous"] = np.array(self._previous.to_json() if self._previous else "")
         # The pointer is written last: a run cut off before it redoes the episode.
         self._run.save_checkpoint("latest", state)
-        self._run.drop_checkpoints(keep={"latest", f"best-{self.best.episode}"})
+        self._run.drop_checkpoints(keep={"latest", TRIALS, f"best-{best}"})
 
     def _resume(self, run: RunDirectory) -> None:
         state = run.load_checkpoint("latest")
         if state is None:
             run.read_journal(0)
             return
-        self._done = int(state["episodes"])
-        self.history = run.read_journal(self._done)
+        self.done = int(state["episodes"])
+        self.history = run.read_journal(self.done)
         self.seconds = sum(entry["seconds"] for entry in self.history)
         best = run.load_checkpoint(f"best-{int(state['best'])}")
         if best is None:
@@ -176,5 +237,7 @@ class SearchLoop:
                 "overwrite=True to start the run again."
             )
         self.best = Candidate.from_arrays(best)
+        previous = str(state["previous"])
+        self._previous = CompressionPlan.from_json(previous) if previous else None
         self.episodes.set_state(state)
         self._network.seen = {bytes(key).decode() for key in state["seen"]}

@@ -46,7 +46,7 @@ class LayerSelectionEnvironment(py_environment.PyEnvironment):
     """Compresses a network kernel by kernel: which comes next, and how much goes of it.
 
     An episode decides every kernel once. The action is `slot * 5 + goal`: four slots hold the
-    largest kernels that are still undecided, in the order of the network where they are equal;
+    smallest kernels that are still undecided, in the order of the network where they are equal;
     the five goals are densities of 1/4, 1/2, 1, 2 and 4 times what the budget leaves on average
     to the undecided kernels. So neither actions nor states depend on the network's size, and a
     policy can be carried to another. Resetting goes back to the dense network.
@@ -76,7 +76,7 @@ class LayerSelectionEnvironment(py_environment.PyEnvironment):
     Example:
         >>> env = LayerSelectionEnvironment(network)
         >>> time_step = env.reset()
-        >>> time_step = env.step(2)  # the largest kernel, pruned as the target asks on average
+        >>> time_step = env.step(2)  # the smallest kernel, pruned as the target asks on average
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class LayerSelectionEnvironment(py_environment.PyEnvironment):
         self.play_layer: PlayLayer = play_layer or self._prune_to_goal
         self.illegal_actions = 0
         sizes = [kernel.size for kernel in network.kernels]
-        self._order = sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
-        self._portraits = [portrait(network, index) for index in range(len(sizes))]
+        self._order = sorted(range(len(sizes)), key=lambda index: (sizes[index], index))
+        self.retarget()
         self._undecided = list(self._order)
         self._goals: list[Goals] = []
         self._action_spec = array_spec.BoundedArraySpec(
@@ -125,9 +125,15 @@ class LayerSelectionEnvironment(py_environment.PyEnvironment):
             (), np.float32, minimum=-1.0, maximum=1.0, name="reward"
         )
 
+    def retarget(self) -> None:
+        """Follows the network to another budget, by which its kernels look different."""
+        self._portraits = [
+            portrait(self.network, index) for index in range(len(self.network.kernels))
+        ]
+
     @property
     def undecided(self) -> list[str]:
-        """Kernels that are still to be decided, the largest first."""
+        """Kernels that are still to be decided, the smallest first."""
         return [self.network.kernels[index].path for index in self._undecided]
 
     @property

@@ -71,7 +71,7 @@ class SizeBudget(CostBudget):
         self.limit, self.slack, self.name = limit, 0.5, name
         self.fixed = fixed
         self.costs = list(costs)
-        self.totals = np.array([int(size.sum()) for size in sizes], np.int64)
+        self.totals: np.ndarray = np.array([int(size.sum()) for size in sizes], np.int64)
         # No kernel can give its last group.
         possible = float(self._capacity(sizes, 0.0).sum()) / elements
         super().__init__(min(self._implied_sparsity(elements), possible), elements, sizes)
@@ -85,6 +85,18 @@ class SizeBudget(CostBudget):
                 f"as integers, the file would have about {math.ceil(least):,} bytes. Expected at "
                 "least that many."
             )
+
+    def limited(self, limit: float, name: str | None = None) -> SizeBudget:
+        """The same costs under another limit, with nothing pruned yet."""
+        name = self.name if name is None else name
+        return SizeBudget(limit, self.fixed, self.costs, self.elements, self._sizes, name)
+
+    @property
+    def smallest(self) -> float:
+        """The smallest file, in bytes: every kernel pruned to its last group, as integers."""
+        lives = self.totals - self._capacity(self._sizes, 0.0)
+        pairs = zip(self.costs, lives, strict=True)
+        return self.fixed + sum(costs.least(float(live), True) for costs, live in pairs)
 
     def _implied_sparsity(self, elements: int) -> float:
         """The least sparsity that meets the size if all kernels are integers of one density."""

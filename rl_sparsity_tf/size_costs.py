@@ -25,7 +25,8 @@ MARGINS = {"tflite_bytes": 0.01, "gzip_bytes": 0.03}
 
 def formats_for(target: Target) -> str:
     """The formats that files for a target may use (see `export_tflite`)."""
-    return {"tflite_bytes": "raw", "gzip_bytes": "gzip"}.get(target.kind, "dense")
+    raw = target.kind in ("tflite_bytes", "max_accuracy_drop")
+    return "raw" if raw else "gzip" if target.kind == "gzip_bytes" else "dense"
 
 
 def make_budget(model: keras.Model, kernels: list[Kernel], target: Target, group: str) -> Budget:

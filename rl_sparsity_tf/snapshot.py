@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rl_sparsity_tf.reward import Outcome
+
+if TYPE_CHECKING:
+    from rl_sparsity_tf.network import CompressedNetwork
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,3 +39,19 @@ class Snapshot:
     pruned: np.ndarray
     clock: int
     outcome: Outcome
+
+    @classmethod
+    def of(cls, network: CompressedNetwork) -> Snapshot:
+        """Copies what a network is now."""
+        trained = network.least_squares is None
+        return cls(
+            weights=[one.numpy() for one in network.model.weights] if trained else None,
+            optimizer=[one.numpy() for one in network.model.optimizer.variables],
+            operations={path: value.copy() for path, value in network.operations.items()},
+            decided={path: value.copy() for path, value in network.decided.items()},
+            errors=dict(network.errors),
+            output_errors=dict(network.output_errors),
+            pruned=network.budget.pruned.copy(),
+            clock=network.clock,
+            outcome=network.outcome,
+        )

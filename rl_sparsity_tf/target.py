@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,9 @@ class Target:
         latency: Time of one call of the .tflite file at most, as a share of the time that the
             dense model's file takes in the same quantization, in (0, 1). Whole channels are
             removed for it, by a table of what every layer takes.
+        max_accuracy_drop: The smallest .tflite file whose metric on the validation data is at most
+            this much worse than the dense model's: lower, or higher for one like a loss. Several
+            sizes are searched for it, by bisection.
 
     Example:
         >>> Target(sparsity=0.9).kind
@@ -44,6 +48,7 @@ class Target:
     gzip_bytes: int | None = None
     macs: float | None = None
     latency: float | None = None
+    max_accuracy_drop: float | None = None
 
     def __post_init__(self) -> None:
         given = self._given()
@@ -54,11 +59,21 @@ class Target:
                 "Target(sparsity=0.9), the share of weights to become zero; "
                 "Target(tflite_bytes=50_000), the size of the file; "
                 "Target(gzip_bytes=20_000), its size when gzipped; Target(macs=0.5), the share of "
-                "the multiplications; or Target(latency=0.5), the share of the time."
+                "the multiplications; Target(latency=0.5), the share of the time; or "
+                "Target(max_accuracy_drop=0.01), what the smallest file may lose."
             )
         ((name, value),) = given.items()
+        number = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
+        if name == "max_accuracy_drop":
+            if not number or not 0.0 <= value < math.inf:
+                raise ArgumentError(
+                    f"Target({name}={value!r}) cannot be met. Expected a number of at least 0: how "
+                    f"much worse than the dense model's the metric may be, for example "
+                    f"Target({name}=0.01)."
+                )
+            object.__setattr__(self, name, float(value))
+            return
         if name in _SHARES:
-            number = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
             if not number or not 0.0 < value < 1.0:
                 raise ArgumentError(
                     f"Target({name}={value!r}) cannot be met. Expected a number above 0 and "
@@ -87,6 +102,11 @@ class Target:
     def value(self) -> float:
         """The goal's value."""
         return next(iter(self._given().values()))
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether it is about the bytes of the file that the plan decides on."""
+        return self.kind in ("tflite_bytes", "gzip_bytes", "max_accuracy_drop")
 
     @property
     def needs_channels(self) -> bool:

@@ -147,15 +147,15 @@ def test_neither_actions_nor_states_depend_on_the_network():
     assert agent.act(other.reset()) in legal_of(other.current_time_step())
 
 
-def test_the_slots_hold_the_largest_undecided_kernels():
+def test_the_slots_hold_the_smallest_undecided_kernels():
     env = environment()
     env.reset()
-    order = [NAMES[1], NAMES[0], NAMES[2], NAMES[4], NAMES[3], NAMES[5]]
+    order = [NAMES[5], NAMES[3], NAMES[4], NAMES[2], NAMES[0], NAMES[1]]
     assert env.undecided == order
     assert env.slots == order[:4]
     env.step(np.int32(2 * GOALS + 2))  # the third slot
-    assert env.slots == [NAMES[1], NAMES[0], NAMES[4], NAMES[3]]
-    assert env.network.decided[NAMES[2]].all()
+    assert env.slots == [NAMES[5], NAMES[3], NAMES[2], NAMES[0]]
+    assert env.network.decided[NAMES[4]].all()
     assert not any(env.network.decided[path].any() for path in env.undecided)
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import tf_keras as keras
-from tiny_search import compressor, search
+from tiny_search import WIDE_TRAIN, WIDE_VALIDATION, compressor, search, wide, wide_rows
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf import size_enforcement
@@ -14,28 +14,12 @@ from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.size_enforcement import pruned_further
 
-L = keras.layers
-
-
-def rows(count, seed):
-    rng = np.random.default_rng(seed)
-    y = rng.integers(0, 3, count)
-    x = rng.normal(size=(count, 60)).astype(np.float32)
-    x[np.arange(count), y] += 4
-    return x, y
-
-
-TRAIN, VALIDATION, TEST = rows(128, 0), rows(60, 1), rows(60, 2)
+TRAIN, VALIDATION, TEST = WIDE_TRAIN, WIDE_VALIDATION, wide_rows(60, 2)
 
 
 @pytest.fixture(scope="module")
 def model():
-    keras.utils.set_random_seed(3)
-    layers = [L.Input((60,)), L.Dense(64, activation="relu"), L.Dense(3, activation="softmax")]
-    model = keras.Sequential(layers, name="sizes")
-    model.compile("adam", "sparse_categorical_crossentropy", ["accuracy"])
-    model.fit(*TRAIN, epochs=4, verbose=0)
-    return model
+    return wide()
 
 
 def run(model, target, directory=None, **options):

@@ -259,6 +259,22 @@ ARGUMENTS = {
         not_begun(warm_start="no"),
         r"warm_start='no' cannot be used\. Expected True or False",
     ),
+    "curriculum": (
+        not_begun(curriculum="stages"),
+        r"curriculum='stages' is not known\. .*Did you mean 'staged'",
+    ),
+    "curriculum's stages": (
+        lambda files: rls.Staged(stages=(0.5, 0.9)),
+        r"Staged\(stages=\(0\.5, 0\.9\)\) cannot be used\. Expected shares .* the last of them 1",
+    ),
+    "a drop below 0": (
+        lambda files: rls.Target(max_accuracy_drop=-0.01),
+        r"Target\(max_accuracy_drop=-0\.01\) cannot be met\. Expected a number of at least 0",
+    ),
+    "a drop and a curriculum": (
+        not_begun(target=rls.Target(max_accuracy_drop=0.01), curriculum="linear"),
+        r"curriculum='linear' does not go with Target\(max_accuracy_drop=0\.01\).*Leave curriculum",
+    ),
     "hierarchy": (
         not_begun(hierarchy=2),
         r"hierarchy=2 cannot be used\. Expected True or False",

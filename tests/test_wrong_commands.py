@@ -78,6 +78,22 @@ COMMANDS = {
         compress(more="--target-sparsity 1.5"),
         r"Target\(sparsity=1\.5\) cannot be met\. Expected a number above 0 and below 1",
     ),
+    "drop": (
+        compress(more="--max-accuracy-drop -1"),
+        r"Target\(max_accuracy_drop=-1\.0\) cannot be met\. Expected a number of at least 0",
+    ),
+    "drop and size": (
+        compress(more="--max-accuracy-drop 0.01 --target-bytes 900"),
+        r"--target-bytes: not allowed with argument --max-accuracy-drop",
+    ),
+    "drop and curriculum": (
+        compress(more="--max-accuracy-drop 0.01 --curriculum staged"),
+        r"curriculum='staged' does not go with Target\(max_accuracy_drop=0\.01\)",
+    ),
+    "curriculum": (
+        compress(more="--curriculum stages"),
+        r"--curriculum: invalid choice: 'stages' \(choose from .*staged",
+    ),
     "seed": (compress(more="--seed -1"), r"seed=-1 cannot be used\. Expected a whole number"),
     "foreign folder": (
         compress(more="--output {shared}/foreign"),

@@ -1,0 +1,58 @@
+"""Fingerprints of what a run is about, by which its folder is known again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from rl_sparsity_tf.batch_checks import Batch
+from rl_sparsity_tf.compile_state import compile_arguments
+from rl_sparsity_tf.data import TrainingData
+from rl_sparsity_tf.run_directory import data_fingerprint, model_fingerprint
+
+_ROWS = 8192
+
+
+def fingerprints_of(
+    model: keras.Model,
+    train: Any,
+    data: TrainingData,
+    validation: list[Any],
+    test: list[Any] | None,
+) -> dict[str, str]:
+    """Fingerprints of a model, its loss and its data, by name.
+
+    Args:
+        model: The model.
+        train: Training rows as the search was given them; a dataset is known by its pool.
+        data: The training data made of them.
+        validation: Validation batches.
+        test: Test batches, if there are any.
+    """
+    compiled = compile_arguments(model) or {}
+    return {
+        "model": model_fingerprint(model),
+        "loss": name_of(compiled.get("loss")),
+        "train": data_fingerprint(
+            data.pool if isinstance(train, tf.data.Dataset) else _evenly(train)
+        ),
+        "validation_data": data_fingerprint(validation),
+        "test_data": data_fingerprint(test or []),
+    }
+
+
+def name_of(value: Any) -> str:
+    """What a function, class or object goes by in a manifest."""
+    name = getattr(value, "__qualname__", None) or getattr(value, "name", None)
+    return str(name or (value if isinstance(value, str) else type(value).__qualname__))
+
+
+def _evenly(arrays: Batch) -> Batch:
+    """Rows for a fingerprint: unlike the pool's, they do not depend on the seed."""
+    count = len(tf.nest.flatten(arrays)[0])
+    rows = np.linspace(0, count - 1, min(count, _ROWS)).astype(int)
+    x, y, weights = tf.nest.map_structure(lambda a: None if a is None else a[rows], arrays)
+    return x, y, weights
