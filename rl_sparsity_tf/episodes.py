@@ -29,6 +29,7 @@ class LoopSettings:
         reward: What an outcome is worth.
         buckets: Decisions per kernel and episode.
         seed: Seed of the agent and of every episode.
+        finalists: How many plans go into the final, at most one of each proposer.
         warm_start: Whether the plans of heuristics are evaluated and demonstrated first.
         curriculum: How the target rises over the episodes.
         hierarchy: Whether a second agent chooses the order of the kernels and their goals.
@@ -39,6 +40,7 @@ class LoopSettings:
     buckets: int
     seed: int
     warm_start: bool
+    finalists: int = 1
     curriculum: Curriculum = dataclasses.field(default_factory=Constant)
     hierarchy: bool = False
 

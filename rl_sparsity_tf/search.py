@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from rl_sparsity_tf.accuracy_search import AccuracySearch, first_target
 from rl_sparsity_tf.agents import AgentConfig, Random, resolve_config
 from rl_sparsity_tf.argument_checks import check_count, check_flag, check_share, check_type
 from rl_sparsity_tf.batch_checks import fixed_batch
-from rl_sparsity_tf.channel_finishing import Task, finish_candidate
+from rl_sparsity_tf.channel_finishing import Task
 from rl_sparsity_tf.channel_permutation import permute_channels
 from rl_sparsity_tf.class_weights import weight_table
 from rl_sparsity_tf.conversion import start_worker
@@ -24,6 +25,7 @@ from rl_sparsity_tf.data import TrainingData, evaluation_data, sample_rows, trai
 from rl_sparsity_tf.data_forms import as_rows
 from rl_sparsity_tf.errors import ArgumentError, DataError, ModelError, check_choice
 from rl_sparsity_tf.export import QUANTIZATIONS
+from rl_sparsity_tf.final import play_final
 from rl_sparsity_tf.fingerprints import fingerprints_of, name_of
 from rl_sparsity_tf.finished_search import FinishedSearch
 from rl_sparsity_tf.finishing import Figures, export_and_score, export_dense_int8
@@ -166,6 +168,7 @@ class Compressor:
         validation_rows: int = 2000,
         class_weight: dict[int, float] | None = None,
         unroll: bool = False,
+        finalists: int = 3,
         dataset: str | None = None,
         overwrite: bool = False,
         verbose: int = 1,
@@ -197,6 +200,10 @@ class Compressor:
             unroll: Compresses and exports the recurrent layers without a loop: their kernels can
                 then be stored as int8 and the file's batch size stays open, but the file grows
                 with the number of time steps, which has to be fixed.
+            finalists: How many plans are fine-tuned at the end, the best of every proposer: what
+                is best after a fit in closed form is not always best after the fine-tuning, so
+                the validation data decides among them. With a limit on the accuracy's drop it is
+                always one.
             dataset: Name of the data, for metrics.json.
             overwrite: Whether a run in `directory` may be replaced.
             verbose: 0 silent, 1 a progress display, 2 a line per episode.
@@ -213,6 +220,7 @@ class Compressor:
         check_count("validation_rows", validation_rows, 1)
         if finetune_epochs is not None:
             check_count("finetune_epochs", finetune_epochs, 0)
+        check_count("finalists", finalists, 1)
         check_choice("mask", mask, MASKS)
         distillation = check_share("distillation", distillation)
         table = weight_table(class_weight)
@@ -263,6 +271,7 @@ class Compressor:
             "quantization": quantization,
             "class_weight": table,
             "unroll": unroll,
+            "finalists": finalists,
         }
         run = self._open_run(model, train, data, validation, test, arguments, overwrite)
         start_worker()  # its imports overlap the search
@@ -283,7 +292,7 @@ class Compressor:
         if run is not None:
             run.start()
         progress = SearchProgress(episodes, network.metric.name, verbose)
-        settings = self.loop_settings()
+        settings = dataclasses.replace(self.loop_settings(), finalists=finalists)
         loop = SearchLoop(settings, network, run)
         figures = Figures(train=data, validation=validation, test=test, metric=network.metric)
         task = Task(
@@ -296,11 +305,10 @@ class Compressor:
         )
         trials: dict[str, Any] = {}
         if self.target.max_accuracy_drop is None:
-            best = loop.run(episodes, progress)
-            progress.say(f"fine-tuning the best plan ({best.found_by}) and exporting it")
-            tf.random.set_seed(self.seed)
-            finished = finish_candidate(task, best, loop.proposed)
-            best = finished.candidate or best
+            loop.run(episodes, progress)
+            finished, best = play_final(
+                task, loop.finalists, loop.proposed, progress, seed=self.seed
+            )
         else:
             found = AccuracySearch(task, settings, loop, run).run(episodes, progress)
             task, finished, best, trials = found.task, found.finished, found.best, found.metrics

@@ -15,6 +15,7 @@ from rl_sparsity_tf.demonstrations import Demonstration, proposals, without_twin
 from rl_sparsity_tf.dynamic_programming import propose_all
 from rl_sparsity_tf.episodes import LoopSettings
 from rl_sparsity_tf.errors import RunError
+from rl_sparsity_tf.finalists import Finalists
 from rl_sparsity_tf.further_pruning import pruned_to_budget
 from rl_sparsity_tf.hierarchy import make_episodes
 from rl_sparsity_tf.network import CompressedNetwork
@@ -44,7 +45,7 @@ class SearchLoop:
     Attributes:
         proposed: Names and plans that were evaluated before the stage's first episode, the best
             first.
-        best: The stage's best candidate.
+        finalists: The stage's best candidates, one per proposer.
         done: Episodes played.
     """
 
@@ -58,11 +59,12 @@ class SearchLoop:
         self._demonstrations: list[Demonstration] = []
         self.proposed: list[tuple[str, CompressionPlan]] = []
         self.history: list[dict[str, Any]] = []
-        self.best: Candidate | None = None
+        self.finalists = Finalists(settings.finalists)
         self.seconds = 0.0
         self.done = 0
         self._stage = Stage(start=0, end=0)
         self._previous: CompressionPlan | None = None
+        self._saved: list[str] = []
         if run is not None and run.resumed:
             self._resume(run)
 
@@ -70,6 +72,11 @@ class SearchLoop:
     def evaluations(self) -> int:
         """Distinct plans scored on validation data, those before a resume included."""
         return self._network.evaluations
+
+    @property
+    def best(self) -> Candidate | None:
+        """The stage's best candidate."""
+        return self.finalists.best
 
     def run(self, episodes: int, progress: SearchProgress) -> Candidate:
         """Runs the episodes that are left, stage by stage, and returns the last one's best."""
@@ -116,7 +123,8 @@ class SearchLoop:
         """
         anew = self.done == stage.start
         self._stage, self._previous = stage, previous
-        self.best = None if anew else self.best
+        if anew:
+            self.finalists = Finalists(self._settings.finalists)
         if budget is not self._network.budget:
             self._network.retarget(budget)
             self.episodes.retarget(anew)
@@ -152,8 +160,7 @@ class SearchLoop:
             outcome = evaluate_plan(network, plan, steps)
             value = bounded(self._settings.reward, outcome, None)
             shown.append((value, Demonstration.of(name, plan)))
-            if is_better(value, outcome, self.best):
-                self.best = Candidate.of(network, value, PROPOSED, name)
+            self._consider(value, PROPOSED, name)
         order = sorted(range(len(shown)), key=lambda index: -shown[index][0])
         self.proposed = [plans[index] for index in order]
         if self.proposed:
@@ -177,8 +184,7 @@ class SearchLoop:
         value = bounded(self._settings.reward, network.outcome, None)
         losses = self.episodes.learn(value)
         improved = is_better(value, network.outcome, self.best)
-        if improved:
-            self.best = Candidate.of(network, value, episode, proposed_by)
+        self._consider(value, episode, proposed_by)
         outcome = network.outcome
         entry = {
             "episode": episode,
@@ -200,27 +206,34 @@ class SearchLoop:
         }
         self.history.append(entry)
         self.done = episode + 1
-        self._save(entry, improved)
+        self._save(entry)
         return entry
 
-    def _save(self, entry: dict[str, Any], improved: bool) -> None:
+    def _consider(self, value: float, episode: int, proposed_by: str) -> None:
+        """Keeps the network's plan if it is good enough for the final."""
+        if self.finalists.wants(value, self._network.outcome, proposed_by):
+            self.finalists.add(Candidate.of(self._network, value, episode, proposed_by))
+
+    def _save(self, entry: dict[str, Any]) -> None:
         if self._run is None:
             return
-        assert self.best is not None
         self._run.append(entry)
-        best = self.best.episode
-        # A plan from before the episodes is known by those that were played until then.
-        best = best - self._stage.start if best == PROPOSED else best
-        if improved or entry["episode"] == self._stage.start:
-            self._run.save_checkpoint(f"best-{best}", self.best.to_arrays())
+        names = []
+        for one in self.finalists:
+            # A plan from before the episodes is known by the stage's beginning.
+            when = one.episode + 1 if one.episode != PROPOSED else f"before-{self._stage.start}"
+            names.append(f"finalist-{when}-{one.proposed_by}")
+            if names[-1] not in self._saved:
+                self._run.save_checkpoint(names[-1], one.to_arrays())
+        self._saved = names
         state = self.episodes.get_state()
         state["seen"] = np.array(sorted(self._network.seen), dtype="S64")
         state["episodes"] = np.array(self.done)
-        state["best"] = np.array(best)
+        state["finalists"] = np.array(names)
         state["previous"] = np.array(self._previous.to_json() if self._previous else "")
         # The pointer is written last: a run cut off before it redoes the episode.
         self._run.save_checkpoint("latest", state)
-        self._run.drop_checkpoints(keep={"latest", TRIALS, f"best-{best}"})
+        self._run.drop_checkpoints(keep={"latest", TRIALS, *names})
 
     def _resume(self, run: RunDirectory) -> None:
         state = run.load_checkpoint("latest")
@@ -230,13 +243,15 @@ class SearchLoop:
         self.done = int(state["episodes"])
         self.history = run.read_journal(self.done)
         self.seconds = sum(entry["seconds"] for entry in self.history)
-        best = run.load_checkpoint(f"best-{int(state['best'])}")
-        if best is None:
-            raise RunError(
-                f"The run in {str(run.path)!r} lacks the checkpoint of its best plan. Pass "
-                "overwrite=True to start the run again."
-            )
-        self.best = Candidate.from_arrays(best)
+        self._saved = state["finalists"].tolist()
+        for name in self._saved:
+            arrays = run.load_checkpoint(name)
+            if arrays is None:
+                raise RunError(
+                    f"The run in {str(run.path)!r} lacks the checkpoint of one of its best plans "
+                    f"({name}). Pass overwrite=True to start the run again."
+                )
+            self.finalists.add(Candidate.from_arrays(arrays))
         previous = str(state["previous"])
         self._previous = CompressionPlan.from_json(previous) if previous else None
         self.episodes.set_state(state)

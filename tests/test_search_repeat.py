@@ -127,7 +127,7 @@ def test_the_journal_has_a_line_per_episode_and_the_manifest_the_arguments(whole
     assert set(manifest["fingerprints"]) >= {"model", "train", "validation_data", "test_data"}
     assert manifest["versions"]["tensorflow"]
     kept = {path.name for path in (folder / "checkpoints").iterdir()}
-    assert kept == {"latest.npz", f"best-{result.candidate.episode}.npz"}
+    assert kept == {"latest.npz", *(f"{name}.npz" for name in names)}
 
 
 def test_other_arguments_do_not_continue_a_run(tmp_path):

@@ -100,6 +100,7 @@ def search(one: rls.Compressor, **options: Any) -> rls.Result:
         "episodes": 4,
         "batch_size": 32,
         "finetune_epochs": 2,
+        "finalists": 1,
         "verbose": 0,
         **options,
     }
@@ -109,7 +110,7 @@ def search(one: rls.Compressor, **options: Any) -> rls.Result:
 def episodes_of(one: rls.Compressor, **options: Any) -> list[dict[str, Any]]:
     """A search's journal, without the final fine-tuning where only the episodes are looked at."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search_module, "finish_candidate", stop)
+        patch.setattr(search_module, "play_final", stop)
         with pytest.raises(StoppedError):
             search(one, **options)
     return journal_of(Path(str(one.directory)))

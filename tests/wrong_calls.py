@@ -381,7 +381,7 @@ def nothing_runs(*owners: Any) -> Iterator[None]:
             (keras.Model, "fit"),
             (keras.Model, "train_step"),
             (keras.Model, "train_on_batch"),
-            (search_module, "finish_candidate"),
+            (search_module, "play_final"),
             (demo, "train_base"),
         ):
             if not owners or owner in owners:
