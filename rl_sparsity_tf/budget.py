@@ -10,15 +10,15 @@ import numpy as np
 from rl_sparsity_tf.errors import TargetError
 
 # A kernel's floor, as a share of the density that the target leaves on average.
-_FLOOR_SHARE = 0.25
+_FLOOR_SHARE = 0.1
 
 
 class Budget:
     """Counts what has been pruned against the target, and says what is still allowed.
 
-    The wall: a decision is legal only if the kernels (and buckets) still to come can meet the
+    The wall: what lives is legal only if the kernels still to come can meet the
     target; and once it is met nothing more is pruned. What a kernel can give ends at its floor:
-    a quarter of the density that the target leaves on average, at least one group. Without it,
+    a tenth of the density that the target leaves on average, at least one group. Without it,
     weights kept in early kernels could be paid for by all but emptying a later one, which nothing
     recovers from. Where that floor would put the target out of reach, it is one group.
 

@@ -29,6 +29,11 @@ class KernelState:
     kept: bool
     quantized: bool
 
+    @property
+    def surviving(self) -> KernelState:
+        """The state if nothing more is pruned, and all that can be is stored as integers."""
+        return dataclasses.replace(self, undecided=0, quantized=not self.kept)
+
     @classmethod
     def of(cls, sizes: np.ndarray, decided: np.ndarray, operations: np.ndarray) -> KernelState:
         """Reads it from what was decided, one entry per group."""

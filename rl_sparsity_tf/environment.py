@@ -307,7 +307,8 @@ class LayerEnvironment(py_environment.PyEnvironment):
         legal[Operation.QUANTIZE] = self.network.kernels[self.index].spec.exports_int8
         if isinstance(budget, CostBudget):
             return self._within_limit(budget, groups, prunable, legal)
-        if legal[Operation.PRUNE] and budget.missing > self._room(self._position + 1):
+        # The buckets behind are more salient: to prune them for the sake of this one is no way.
+        if legal[Operation.PRUNE] and budget.missing > budget.room(self._later):
             legal[:] = 0
             legal[Operation.PRUNE] = 1
         return legal
@@ -321,7 +322,9 @@ class LayerEnvironment(py_environment.PyEnvironment):
         sizes = {}
         for operation in np.flatnonzero(legal):
             chosen = groups[:prunable] if operation == Operation.PRUNE else groups
-            states[self.index] = network.state_after(self.kernel, chosen, Operation(operation))
+            state = network.state_after(self.kernel, chosen, Operation(operation))
+            # As above: if this bucket stays, so do those behind.
+            states[self.index] = state if operation == Operation.PRUNE else state.surviving
             sizes[operation] = budget.least(states)
         allowed = budget.limit + budget.slack
         within = [operation for operation, size in sizes.items() if size <= allowed]

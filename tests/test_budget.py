@@ -105,7 +105,7 @@ def test_the_count_wanted_is_not_spoilt_by_floating_point():
     assert Budget(0.701, 100, sizes).wanted == 71
 
 
-def test_the_floor_is_a_quarter_of_the_average_density_while_that_is_in_reach():
+def test_the_floor_is_a_tenth_of_the_average_density_while_that_is_in_reach():
     sizes = [np.ones((100, 10), np.int64), np.ones((100, 1), np.int64)]
     budget = Budget(0.8, 1100, sizes)
     assert budget.capacity.tolist() == [950, 95]

@@ -126,8 +126,10 @@ def test_the_journal_has_a_line_per_episode_and_the_manifest_the_arguments(whole
     assert manifest["arguments"]["episodes"] == 4
     assert set(manifest["fingerprints"]) >= {"model", "train", "validation_data", "test_data"}
     assert manifest["versions"]["tensorflow"]
-    kept = {path.name for path in (folder / "checkpoints").iterdir()}
-    assert kept == {"latest.npz", *(f"{name}.npz" for name in names)}
+    kept = {path.stem for path in (folder / "checkpoints").iterdir()}
+    best = result.candidate
+    when = "before-0" if best.episode < 0 else best.episode + 1
+    assert kept == {"latest", f"finalist-{when}-{best.proposed_by}"}
 
 
 def test_other_arguments_do_not_continue_a_run(tmp_path):
@@ -157,9 +159,9 @@ def test_other_arguments_do_not_continue_a_run(tmp_path):
 def test_a_lost_checkpoint_is_named(tmp_path):
     folder = tmp_path / "run"
     interrupt(folder, after=STEPS_OF_AN_EPISODE + 1)
-    (lost,) = (folder / "checkpoints").glob("best-*.npz")
+    (lost,) = (folder / "checkpoints").glob("finalist-*.npz")
     lost.unlink()
-    with pytest.raises(RunError, match=r"lacks the checkpoint of its best plan\. Pass overwrite="):
+    with pytest.raises(RunError, match=r"lacks .* one of its best plans \(finalist-"):
         search(compressor(trained(), directory=folder))
 
 
