@@ -55,7 +55,8 @@ class Budget:
     @staticmethod
     def _capacity(sizes: Sequence[np.ndarray], density: float) -> np.ndarray:
         return np.array(
-            [int(s.sum() - max(s.max(), math.ceil(density * s.sum()))) for s in sizes], np.int64
+            [int(s.sum() - max(s.max(), math.ceil(round(density * s.sum(), 6)))) for s in sizes],
+            np.int64,
         )
 
     def eased(self, share: float) -> Budget:
