@@ -111,8 +111,8 @@ def test_the_floor_is_a_tenth_of_the_average_density_while_that_is_in_reach():
     assert budget.capacity.tolist() == [980, 98]
     # 0.86 of all means 0.946 of these two, which leaves 54 per thousand; the floor allows it.
     assert Budget(0.86, 1210, sizes).capacity.tolist() == [986, 98]
-    # 0.9 of all means 0.99 of these two: in reach only with one group as the floor.
-    assert Budget(0.9, 1210, sizes).capacity.tolist() == [999, 99]
+    # 0.905 of all means 0.996 of these two: in reach only with one group as the floor.
+    assert Budget(0.905, 1210, sizes).capacity.tolist() == [999, 99]
 
 
 def test_a_kernel_of_one_group_gives_nothing():
