@@ -22,8 +22,11 @@ from tf_agents.utils import common
 
 from rl_sparsity_tf import _agent_tf
 from rl_sparsity_tf._agent_base import LAST, Transition
-from rl_sparsity_tf._generators import python_and_numpy_random_kept
+from rl_sparsity_tf._generators import python_and_numpy_random_kept, spin
 from rl_sparsity_tf.agents import DQN
+
+# Share of the random actions that are uniformly random.
+_UNIFORM = 0.2
 
 
 def build(config: DQN, time_step_spec: Any, action_spec: Any, seed: int) -> DQNAgent:
@@ -117,9 +120,18 @@ class DQNAgent(_agent_tf.TFAgent):
         self._held = 0, 0
         if self._generator.random() >= self.epsilon():
             return super()._choose(preferences, legal, explore=False)
-        action = int(self._generator.choice(np.flatnonzero(legal)))
+        # What is worth less by far is tried less often.
+        others = np.flatnonzero(legal)
+        others = others[others != self._greedy(preferences, legal)] if len(others) > 1 else others
+        weights = np.exp((preferences[others] - preferences[others].max()) / config.temperature)
+        weights = _UNIFORM / len(others) + (1.0 - _UNIFORM) * weights / weights.sum()
+        action = int(others[spin(weights, self._generator)])
         self._held = action, int(self._generator.zipf(config.persistence)) - 1
         return action
+
+    @staticmethod
+    def _greedy(preferences: NDArray[np.float64], legal: NDArray[np.int32]) -> int:
+        return int(np.argmax(np.where(legal > 0, preferences, -np.inf)))
 
     def _begin(self) -> None:
         self._held = 0, 0

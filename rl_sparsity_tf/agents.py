@@ -142,7 +142,8 @@ class DQN(AgentConfig):
     extended epsilon-greedy exploration", arXiv 2006.01782). 0 draws anew at every step."""
 
     temperature: float = 0.1
-    """Boltzmann temperature, in units of reward; small is greedy."""
+    """Boltzmann temperature, in units of reward; small is greedy. By it a random action is drawn,
+    too, among those that are not the best one known."""
 
     replay_capacity: int = 10_000
     """Transitions kept; the oldest are overwritten."""

@@ -17,8 +17,10 @@ from rl_sparsity_tf._generators import pack_generator, unpack_generator
 
 # Share of the episodes that follow the best sequence.
 _SHARE = 0.7
-# Decisions of such an episode that the policy takes, on average; once it does, it goes on with 1/2.
-_DEVIATIONS = 1.5
+# Where such an episode is left: at one decision, or with this probability at two.
+_SECOND = 0.5
+# Once left, the policy decides on the next, too, with this probability.
+_STAYS = 0.5
 # Episodes without one at the beginning: the best of a few is no place to return to. Good ones that
 # were demonstrated are.
 _FREE = 6
@@ -35,7 +37,7 @@ class Anchor:
 
     Example:
         >>> anchor.restart(steps)
-        >>> action = agent.step(time_step, action=anchor.action(allowed), allowed=allowed)
+        >>> action = agent.step(time_step, allowed=anchor.offer(allowed))
         >>> anchor.take(action)
         >>> anchor.finish(value)
     """
@@ -47,7 +49,7 @@ class Anchor:
         self._taken: list[int] = []
         self._episodes = 0
         self._returns = self._away = False
-        self._chance = 0.0
+        self._leaves: set[int] = set()
 
     @property
     def free(self) -> bool:
@@ -64,20 +66,29 @@ class Anchor:
         self._returns = (
             not self.free and len(self._best) == steps and bool(self.generator.random() < _SHARE)
         )
-        self._chance = min(1.0, _DEVIATIONS / steps)
+        places = 1 + int(self.generator.random() < _SECOND)
+        self._leaves = {int(place) for place in self.generator.integers(0, steps, places)}
 
-    def action(self, allowed: np.ndarray) -> int | None:
-        """The best episode's action at this point; None where the policy is to decide.
+    def offer(self, allowed: np.ndarray) -> np.ndarray:
+        """What the agent may choose from at this point.
 
         Args:
             allowed: 1 for every action that may be taken.
+
+        Returns:
+            Only the best episode's action where it is returned to, all but that where it is left,
+            and all that is allowed elsewhere and where that is none.
         """
         if not self._returns:
-            return None
-        chance = 0.5 if self._away else self._chance
-        self._away = bool(self.generator.random() < chance)
-        action = self._best[len(self._taken)]
-        return None if self._away or not allowed[action] else action
+            return allowed
+        place = len(self._taken)
+        best = np.arange(len(allowed)) == self._best[place]
+        leaves = place in self._leaves
+        self._away = leaves or (self._away and bool(self.generator.random() < _STAYS))
+        if self._away and not leaves:
+            return allowed
+        offered = np.where(best != leaves, allowed, 0)
+        return offered if offered.any() else allowed
 
     def take(self, action: int) -> None:
         """Notes the action that was taken."""

@@ -154,7 +154,7 @@ class Episodes:
         """An agent's action, or the one it is given, that leads to something new if it can."""
         allowed = self.untried.offer(time_step.observation["legal"])
         if forced is None and agent.off_policy:
-            forced = self._anchor.action(allowed)
+            allowed = self._anchor.offer(allowed)
         action = agent.step(time_step, action=forced, allowed=allowed)
         self._anchor.take(action)
         self.untried.take(action)

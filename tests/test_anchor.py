@@ -9,6 +9,7 @@ from rl_sparsity_tf.anchor import Anchor
 
 ALL = np.ones(4, np.int32)
 STEPS = 12
+FREE = [[0, 1, 2, 3]] * STEPS
 
 
 def played(anchor, actions, value):
@@ -28,13 +29,18 @@ def ready(seed=0, actions=tuple([2] * STEPS)):
 
 
 def asked(anchor, policy=1, steps=STEPS, allowed=ALL):
-    """What an episode asks for: None where the policy was to decide, which takes its action."""
+    """What an episode offers; the policy takes its action where it may."""
     anchor.restart(steps)
     found = []
     for _ in range(steps):
-        found.append(anchor.action(allowed))
-        anchor.take(policy if found[-1] is None else found[-1])
+        found.append(np.flatnonzero(anchor.offer(allowed)).tolist())
+        anchor.take(policy if policy in found[-1] else found[-1][0])
     return found
+
+
+def returned_to(anchor):
+    """The actions that are offered alone."""
+    return {offered[0] for _ in range(20) for offered in asked(anchor) if len(offered) == 1}
 
 
 @settings(max_examples=30, deadline=None)
@@ -43,24 +49,30 @@ def test_what_is_returned_to_is_the_best_sequence(seed):
     best = np.random.default_rng(seed).integers(0, 4, STEPS).tolist()
     anchor = ready(seed, best)
     for _ in range(20):
-        for place, action in enumerate(asked(anchor)):
-            assert action in (None, best[place])
+        for place, offered in enumerate(asked(anchor)):
+            others = [action for action in range(4) if action != best[place]]
+            assert offered in ([best[place]], others, [0, 1, 2, 3])
 
 
-def test_most_episodes_return_and_leave_at_a_few_decisions():
+def test_most_episodes_return_and_leave_at_one_or_two_decisions():
     anchor = ready()
-    left = [sum(action is None for action in asked(anchor)) for _ in range(2000)]
-    returned = [count for count in left if count < STEPS]
-    assert 0.65 < len(returned) / len(left) < 0.75
-    # 1.5 beginnings on average at most, and every one goes on for two decisions on average.
-    assert 1.5 < np.mean(returned) < 3.5
+    episodes = [asked(anchor) for _ in range(2000)]
+    returned = [one for one in episodes if one != FREE]
+    assert 0.65 < len(returned) / len(episodes) < 0.75
+    left = [sum(offered == [0, 1, 3] for offered in one) for one in returned]
+    assert set(left) == {1, 2}
+    # One in two has a second place, which is another one in all but a twelfth.
+    assert 0.4 < np.mean(left) - 1 < 0.52
+    free = [sum(offered == [0, 1, 2, 3] for offered in one) for one in returned]
+    # It stays away for one decision more on average, as far as there are any left.
+    assert 0.6 < np.mean(free) / np.mean(left) < 1.0
 
 
 def test_the_first_episodes_are_free():
     anchor = Anchor(np.random.default_rng(0))
     for number in range(6):
         assert anchor.free
-        assert asked(anchor) == [None] * STEPS
+        assert asked(anchor) == FREE
         anchor.finish(float(number))
     assert not anchor.free
 
@@ -72,33 +84,33 @@ def test_after_a_demonstration_no_episode_is_free():
         anchor.take(2)
     anchor.finish(0.5, demonstrated=True)
     assert not anchor.free
-    assert {action for _ in range(20) for action in asked(anchor)} == {None, 2}
+    assert returned_to(anchor) == {2}
 
 
 def test_an_action_that_may_not_be_taken_is_left_to_the_policy():
     anchor, only = ready(), np.array([1, 1, 0, 1])
     for _ in range(20):
-        assert asked(anchor, allowed=only) == [None] * STEPS
+        assert asked(anchor, allowed=only) == [[0, 1, 3]] * STEPS
 
 
 def test_a_sequence_of_another_length_is_not_returned_to():
     anchor = ready()
     for _ in range(20):
-        assert asked(anchor, steps=STEPS + 1) == [None] * (STEPS + 1)
+        assert asked(anchor, steps=STEPS + 1) == [*FREE, FREE[0]]
 
 
 def test_a_worse_episode_does_not_replace_the_best_and_a_better_one_does():
     anchor = ready()
     played(anchor, [3] * STEPS, 0.4)
-    assert {action for _ in range(20) for action in asked(anchor)} == {None, 2}
+    assert returned_to(anchor) == {2}
     played(anchor, [3] * STEPS, 0.6)
-    assert {action for _ in range(20) for action in asked(anchor)} == {None, 3}
+    assert returned_to(anchor) == {3}
 
 
 def test_after_forgetting_nothing_is_returned_to():
     anchor = ready()
     anchor.forget()
-    assert all(asked(anchor) == [None] * STEPS for _ in range(20))
+    assert all(asked(anchor) == FREE for _ in range(20))
 
 
 @pytest.mark.parametrize("episodes", [0, 1, 5])
