@@ -163,7 +163,7 @@ def test_an_environment_that_trains_passes_our_check(trained):
 
 
 def test_observations_are_the_state_and_the_legal_operations():
-    env = environment("element", DENSE)
+    env = environment("element", DENSE, sparsity=0.04)  # the kernel behind could give all of it
     time_step = env.reset()
     state = time_step.observation["state"]
     assert state.shape == (STATE_SIZE,)
@@ -278,8 +278,8 @@ def test_prune_is_illegal_once_the_target_is_met():
 
 
 def test_shuffle_is_illegal_for_channels_and_legal_for_elements():
-    assert int(SHUFFLE) not in legal_of(environment("channel", DENSE).reset())
-    assert int(SHUFFLE) in legal_of(environment("element", DENSE).reset())
+    assert int(SHUFFLE) not in legal_of(environment("channel", DENSE, sparsity=0.03).reset())
+    assert int(SHUFFLE) in legal_of(environment("element", DENSE, sparsity=0.03).reset())
 
 
 def test_quantize_is_illegal_for_a_kernel_that_tflite_keeps_float(monkeypatch):
@@ -288,18 +288,33 @@ def test_quantize_is_illegal_for_a_kernel_that_tflite_keeps_float(monkeypatch):
     network = build(volumes_model(), "element", rls.Recovery(method="none"), 0.1)
     conv, dense = environments(network)
     assert int(QUANTIZE) not in legal_of(conv.reset())
-    assert int(QUANTIZE) in legal_of(dense.reset())
-    conv.reset()
     conv.step(np.int32(QUANTIZE))
     assert conv.illegal_actions == 1
     assert set(network.operations["conv/kernel"].reshape(-1)) == {int(KEEP)}
+    play(conv, lambda _: PRUNE)
+    dense.commit()
+    assert int(QUANTIZE) in legal_of(dense.reset())
+
+
+def test_what_the_kernels_behind_cannot_give_goes_from_the_least_salient_buckets_first():
+    env = environment("element", DENSE, sparsity=0.5)
+    time_step, taken = env.reset(), []
+    behind = env.network.budget.room([env.network.index_of(LOGITS)])
+    while not time_step.is_last():
+        legal = legal_of(time_step)
+        assert (legal == [int(PRUNE)]) == (env.network.budget.missing > behind)
+        taken.append(legal[-1])
+        time_step = env.step(np.int32(legal[-1]))
+    kept = env.network.operations[DENSE].reshape(-1) != int(PRUNE)
+    saliency = env.network.saliency(DENSE)
+    assert saliency[kept].min() >= saliency[~kept].max()
 
 
 # -- illegal actions -----------------------------------------------------------------------------
 
 
 def test_an_illegal_action_is_counted_and_executed_as_keep():
-    env = environment("channel", DENSE)
+    env = environment("channel", DENSE, sparsity=0.03)
     env.reset()
     before = env.network.effective_matrix(DENSE)
     time_step = env.step(np.int32(SHUFFLE))
