@@ -127,7 +127,8 @@ class SearchLoop:
             self.finalists = Finalists(self._settings.finalists)
         if budget is not self._network.budget:
             self._network.retarget(budget)
-            self.episodes.retarget(anew)
+        # A run that was cut off may go on under the budget that its network was made for.
+        self.episodes.retarget(anew)
         self._propose(max(1, stage.episodes // 3), progress)
 
     def play(self, progress: SearchProgress) -> None:
