@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -264,6 +264,22 @@ class Agent(abc.ABC):
 
     def _set_arrays(self, state: Mapping[str, NDArray[Any]]) -> None:  # noqa: B027
         """Takes back what `_arrays` gave; the names and shapes have been checked."""
+
+    # -- handing on what was learned -------------------------------------------------------------
+
+    @abc.abstractmethod
+    def policy_arrays(self) -> list[NDArray[np.float32]]:
+        """The weights of the networks that decide (and of those that rate states), in order."""
+
+    @abc.abstractmethod
+    def set_policy_arrays(self, arrays: Sequence[NDArray[np.float32]]) -> None:
+        """Begins with what another agent has learned; optimizer and replay stay as they are.
+
+        A policy that knows something explores as one at the end of its schedule.
+
+        Raises:
+            AgentStateError: If the networks differ, or a search episode is under way.
+        """
 
     # -- keeping ---------------------------------------------------------------------------------
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import io
 import json
-import logging
-import os
 import re
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rl_sparsity_tf.errors import ArgumentError, RLSparsityError
+from rl_sparsity_tf.quiet_terminal import quiet_terminal
 from rl_sparsity_tf.version import __version__
 
 if TYPE_CHECKING:
@@ -104,6 +101,12 @@ def build_parser() -> argparse.ArgumentParser:
     compress.add_argument(
         "--trusted", action="store_true", help="open files that contain code of their own"
     )
+    compress.add_argument(
+        "--policy", metavar="FILE", help="what an agent has learned before, to begin with"
+    )
+    compress.add_argument(
+        "--save-policy", metavar="FILE", help="where to write what the agent has learned (.npz)"
+    )
     compress.add_argument("--overwrite", action="store_true", help="replace a run in --output")
     _add_search_arguments(compress, sizes=True)
 
@@ -125,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_search_arguments(
     parser: argparse.ArgumentParser, episodes: int = 24, *, sizes: bool = False
 ) -> None:
-    parser.add_argument("--agent", choices=("dqn", "ppo"), default="dqn", help="who decides")
+    parser.add_argument("--agent", choices=("dqn", "ppo"), help="who decides (dqn)")
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
         "--target-sparsity", type=float, help="share of weights to become zero (default 0.9)"
@@ -169,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     # TensorFlow takes seconds to load, and only searching needs it.
     searching = options.command in ("demo", "compress")
-    with _quiet() if searching else contextlib.nullcontext():
+    with quiet_terminal() if searching else contextlib.nullcontext():
         try:
             _check_numbers(options)
             commands[options.command](options)
@@ -187,6 +190,8 @@ def _check_numbers(options: argparse.Namespace) -> None:
     # The search checks them as well, but after data and models are loaded, and trained by the demo.
     for name, smallest in _SMALLEST.items():
         value = getattr(options, name, None)
+        if name == "episodes" and getattr(options, "policy", None):
+            smallest = 0
         if value is not None and value < smallest:
             raise ArgumentError(
                 f"{name}={value} cannot be used. Expected a whole number of at least {smallest}."
@@ -243,7 +248,7 @@ def _demo(options: argparse.Namespace) -> None:
         check_unfinished(options.output)
     run_demo(
         options.dataset,
-        agent=options.agent,
+        agent=options.agent or "dqn",
         output=options.output,
         seed=options.seed,
         episodes=options.episodes,
@@ -260,9 +265,12 @@ def _compress(options: argparse.Namespace) -> None:
     from rl_sparsity_tf.datasets import load_dataset, load_npz
     from rl_sparsity_tf.errors import ModelError
     from rl_sparsity_tf.model_files import load_model
+    from rl_sparsity_tf.policy_files import check_policy_path
     from rl_sparsity_tf.search import Compressor
 
     target = _target(options)
+    if options.save_policy:
+        check_policy_path(options.save_policy, overwrite=options.overwrite)
     if options.loss:
         _check_loss(options.loss)
     model = load_model(options.model, trusted=options.trusted)
@@ -284,6 +292,7 @@ def _compress(options: argparse.Namespace) -> None:
         recovery=options.recovery,
         latency_table=options.latency_table,
         shuffle=options.shuffle,
+        policy=options.policy,
     )
     data = (
         load_npz(options.data)
@@ -305,6 +314,8 @@ def _compress(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         verbose=options.verbose,
     )
+    if options.save_policy:
+        result.save_policy(options.save_policy, overwrite=options.overwrite)
     if options.compare:
         # The result is on the disk by now; only its list of baselines was empty.
         compare(compressor, "all", options.verbose)
@@ -340,59 +351,6 @@ def _print(found: FileInspection | Timing, options: argparse.Namespace) -> None:
         print(json.dumps(found.to_dict(), indent=2))
     else:
         found.summary()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the libraries' own chatter off the terminal while they are imported and used."""
-    loggers = [logging.getLogger(name) for name in ("tensorflow", "absl")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _import_silently()
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-def _import_silently() -> None:
-    # While TensorFlow is loaded its C++ side writes to file descriptor 2 whatever the log level
-    # is; gym, which TF-Agents imports, greets on sys.stderr. Both only on the first import.
-    if "tensorflow" in sys.modules:
-        return
-    level = os.environ.get("TF_CPP_MIN_LOG_LEVEL")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    try:
-        with _descriptor_silenced(2), contextlib.redirect_stderr(io.StringIO()):
-            # What is missing is said by the module that needs it.
-            with contextlib.suppress(ImportError):
-                import tensorflow  # noqa: F401
-            with contextlib.suppress(ImportError):
-                import gym  # noqa: F401
-    finally:
-        if level is None:
-            del os.environ["TF_CPP_MIN_LOG_LEVEL"]
-
-
-@contextlib.contextmanager
-def _descriptor_silenced(descriptor: int) -> Iterator[None]:
-    try:
-        kept = os.dup(descriptor)
-    except OSError:  # closed, as under some service managers: nothing to silence
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
-    try:
-        yield
-    finally:
-        os.dup2(kept, descriptor)
-        os.close(kept)
 
 
 if __name__ == "__main__":

@@ -260,9 +260,9 @@ class _Ring:
 
     def _random_policy(self) -> tuple[Finished, int]:
         settings = self.compressor.loop_settings()
-        settings = dataclasses.replace(settings, agent=Random(), warm_start=False)
+        settings = dataclasses.replace(settings, agent=Random(), warm_start=False, policy=None)
         loop = SearchLoop(settings, self.search.network)
-        best = loop.run(self.search.episodes, self.progress)
+        best = loop.run(max(1, self.search.episodes), self.progress)
         evaluations = loop.evaluations
         return self._finish("random_policy", best), evaluations
 

@@ -12,6 +12,7 @@ from rl_sparsity_tf.agents import AgentConfig, build_agent
 from rl_sparsity_tf.demonstrations import Demonstration
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.network import CompressedNetwork
+from rl_sparsity_tf.policy_files import SavedPolicy
 from rl_sparsity_tf.relaxation import Relaxation
 from rl_sparsity_tf.reward import RewardFunction
 from rl_sparsity_tf.untried import Untried
@@ -27,6 +28,7 @@ class LoopSettings:
         buckets: Decisions per kernel and episode.
         seed: Seed of the agent and of every episode.
         warm_start: Whether the plans of heuristics are evaluated and demonstrated first.
+        policy: What the agent has learned elsewhere, if anything.
     """
 
     agent: AgentConfig
@@ -34,6 +36,7 @@ class LoopSettings:
     buckets: int
     seed: int
     warm_start: bool
+    policy: SavedPolicy | None = None
 
 
 class Episodes:
@@ -44,6 +47,9 @@ class Episodes:
     Args:
         settings: Agent, reward and seed.
         network: The network.
+
+    Attributes:
+        reference: What the agent learns values relative to.
     """
 
     def __init__(self, settings: LoopSettings, network: CompressedNetwork):
@@ -62,6 +68,10 @@ class Episodes:
         self.agent = build_agent(
             settings.agent, first.time_step_spec(), first.action_spec(), seed=settings.seed
         )
+        self._policy = settings.policy
+        if settings.policy is not None:
+            self.agent.set_policy_arrays(settings.policy.weights)
+        self.reference = 0.0
         self.untried = Untried()
         self._relaxation: Relaxation | None = None
         if getattr(settings.agent, "relaxed_reward", 0.0):
@@ -108,6 +118,28 @@ class Episodes:
             total += float(time_step.reward)
         return total
 
+    def play_policy(self) -> float:
+        """Plays the plan that the policy of the settings likes best; nothing is learned from it.
+
+        The network is left with the plan, evaluated.
+
+        Returns:
+            The sum of the steps' rewards.
+        """
+        assert self._policy is not None
+        state = self.agent.get_state()
+        self.agent.set_policy_arrays(self._policy.weights)
+        self.network.reset()
+        total = 0.0
+        for environment in self.environments:
+            environment.commit()
+            time_step = environment.reset()
+            while not time_step.is_last():
+                time_step = environment.step(np.int32(self.agent.act(time_step)))
+                total += float(time_step.reward)
+        self.agent.set_state(state)
+        return total
+
     def learn(self, value: float) -> dict[str, float]:
         """Lets the agent learn from the episode played last.
 
@@ -119,6 +151,7 @@ class Episodes:
         """
         if self._relaxation is not None and not self._demonstrated:
             self._relaxation.follow([d for env in self.environments for d in env.decisions])
+        value -= self.reference
         if self.network.least_squares is None:
             return self.agent.end_episode(bonus=value)
         # The steps were paid by estimates, which must not count in the end.

@@ -20,6 +20,7 @@ from rl_sparsity_tf.files import as_path, replacing, sha256_of, write_text
 from rl_sparsity_tf.kernels import walk
 
 FORMAT_VERSION = 1
+_FINGERPRINT_ROWS = 8192
 _PACKAGES = (
     "rl_sparsity_tf",
     "tensorflow",
@@ -50,6 +51,14 @@ def data_fingerprint(batches: Iterable[Any]) -> str:
         array = np.ascontiguousarray(part)
         chunks += [f"{array.shape} {array.dtype}".encode(), array.tobytes()]
     return sha256_of(*chunks)
+
+
+def spread_rows(arrays: Any) -> Any:
+    """Rows for a fingerprint, spread over all: unlike a pool's, they do not depend on a seed."""
+    count = len(tf.nest.flatten(arrays)[0])
+    rows = np.linspace(0, count - 1, min(count, _FINGERPRINT_ROWS)).astype(int)
+    x, y, weights = tf.nest.map_structure(lambda a: None if a is None else a[rows], arrays)
+    return x, y, weights
 
 
 def versions() -> dict[str, str]:

@@ -11,9 +11,9 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf import channel_search
-from rl_sparsity_tf.agents import AgentConfig, Random, resolve_config
+from rl_sparsity_tf.agents import AgentConfig, Random
 from rl_sparsity_tf.argument_checks import check_count, check_flag, check_share, check_type
-from rl_sparsity_tf.batch_checks import Batch, fixed_batch
+from rl_sparsity_tf.batch_checks import fixed_batch
 from rl_sparsity_tf.channel_finishing import Task, finish_candidate
 from rl_sparsity_tf.channel_permutation import permute_channels
 from rl_sparsity_tf.class_weights import weight_table
@@ -30,6 +30,7 @@ from rl_sparsity_tf.mask_training import DISTILLATION, FineTuning, default_epoch
 from rl_sparsity_tf.masks import MASKS
 from rl_sparsity_tf.metrics import build_metrics
 from rl_sparsity_tf.network import CompressedNetwork
+from rl_sparsity_tf.policy_files import SavedPolicy, resolve_policy
 from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.recovery import Recovery, as_recovery
@@ -41,6 +42,7 @@ from rl_sparsity_tf.run_directory import (
     check_directory,
     data_fingerprint,
     model_fingerprint,
+    spread_rows,
 )
 from rl_sparsity_tf.scoring import score_model as score
 from rl_sparsity_tf.size_costs import MARGINS, formats_for
@@ -50,8 +52,6 @@ from rl_sparsity_tf.wrapping import accepted, is_wrapped
 if TYPE_CHECKING:
     from rl_sparsity_tf.episodes import LoopSettings
 
-_FINGERPRINT_ROWS = 8192
-
 
 class Compressor:
     """Compresses a trained model to a target by reinforcement learning.
@@ -60,8 +60,8 @@ class Compressor:
         model: A built and compiled `tf_keras` model: Sequential, functional, or subclassed with its
             layers in attributes. It is not changed.
         target: What to reach.
-        agent: `"dqn"`, `"ppo"`, `"random"` (a baseline), or a configuration such as
-            `rls.DQN(learning_rate=1e-3)`.
+        agent: `"dqn"` (the default), `"ppo"`, `"random"` (a baseline), or a configuration such as
+            `rls.DQN(learning_rate=1e-3)`. With a policy the default is its own agent.
         group: The smallest unit one operation applies to: `"element"` (the default), `"block4"`,
             `"block16"`, or `"channel"` (the default for targets of macs and latency): whole
             channels with all that is tied to them, which the result does not have any more.
@@ -90,6 +90,10 @@ class Compressor:
             channels are permuted so that blocks keep more
             ([permute_channels][rl_sparsity_tf.permute_channels]), which changes nothing but
             rounding, and Shuffle is no operation then.
+        policy: A file that [save_policy][rl_sparsity_tf.Result.save_policy] wrote: what an agent
+            has learned on other networks. Its plan is evaluated first, whatever `warm_start` says;
+            the agent goes on from it, explores less, and learns how much better than that a plan
+            is.
 
     Raises:
         RLSparsityError: If an argument cannot be used; nothing has been trained by then.
@@ -104,7 +108,7 @@ class Compressor:
         self,
         model: keras.Model,
         target: Target | None = None,
-        agent: str | AgentConfig = "dqn",
+        agent: str | AgentConfig | None = None,
         group: str | None = None,
         directory: str | os.PathLike[str] | None = None,
         seed: int = 0,
@@ -116,6 +120,7 @@ class Compressor:
         warm_start: bool = True,
         latency_table: LatencyTable | str | os.PathLike[str] | None = None,
         shuffle: str = "neighbours",
+        policy: SavedPolicy | str | os.PathLike[str] | None = None,
     ):
         self.model = accepted(model)
         if is_wrapped(self.model):
@@ -124,7 +129,7 @@ class Compressor:
             )
         self.target = Target(sparsity=0.9) if target is None else target
         check_type("target", self.target, Target, "rls.Target(sparsity=0.9)")
-        self.agent = resolve_config(agent)
+        self.policy, self.agent = resolve_policy(policy, agent)
         self.group = channel_search.group_for(self.model, self.target, group)
         self.latency_table = channel_search.table_for(self.target, latency_table)
         self.shuffle = channel_search.check_shuffle(shuffle, self.group)
@@ -177,7 +182,7 @@ class Compressor:
                 model's outputs and loss first.
             validation_data: Validation data in the same forms. It steers the search.
             test_data: Test data in the same forms; only the final figures use it.
-            episodes: Passes over all kernels.
+            episodes: Passes over all kernels; 0, with a policy, for its plan as it is.
             batch_size: Rows in a batch, where `train` is not batched already.
             finetune_epochs: Epochs of the final fine-tuning; by default about 1,500 steps.
             mask: How masks learn in the final fine-tuning: `"straight_through"` or
@@ -203,7 +208,7 @@ class Compressor:
             RLSparsityError: If the data does not fit, or the target is out of reach; nothing has
                 been trained by then.
         """
-        check_count("episodes", episodes, 1)
+        check_count("episodes", episodes, 0 if self.policy else 1)
         check_count("batch_size", batch_size, 1)
         check_count("validation_rows", validation_rows, 1)
         if finetune_epochs is not None:
@@ -316,6 +321,7 @@ class Compressor:
             candidate=best,
             figures=figures,
             formats=formats_for(self.target),
+            policy=SavedPolicy.of(self.agent, loop.episodes.agent),
         )
         if run is not None:
             result.write_files(run.path)
@@ -332,6 +338,7 @@ class Compressor:
             buckets=self.buckets,
             seed=self.seed,
             warm_start=self.warm_start,
+            policy=self.policy,
         )
 
     def _open_run(
@@ -359,6 +366,7 @@ class Compressor:
             "metric": list(self.metric) if isinstance(self.metric, tuple) else self.metric,
             "buckets": self.buckets,
             "warm_start": self.warm_start,
+            "policy": self.policy and self.policy.digest,
             **search_arguments,
         }
         compiled = compile_arguments(model) or {}
@@ -366,20 +374,12 @@ class Compressor:
             "model": model_fingerprint(model),
             "loss": _name_of(compiled.get("loss")),
             "train": data_fingerprint(
-                data.pool if isinstance(train, tf.data.Dataset) else _evenly(train)
+                data.pool if isinstance(train, tf.data.Dataset) else spread_rows(train)
             ),
             "validation_data": data_fingerprint(validation),
             "test_data": data_fingerprint(test or []),
         }
         return RunDirectory(self.directory, arguments, fingerprints, overwrite)
-
-
-def _evenly(arrays: Batch) -> Batch:
-    """Rows for a fingerprint: unlike the pool's, they do not depend on the seed."""
-    count = len(tf.nest.flatten(arrays)[0])
-    rows = np.linspace(0, count - 1, min(count, _FINGERPRINT_ROWS)).astype(int)
-    x, y, weights = tf.nest.map_structure(lambda a: None if a is None else a[rows], arrays)
-    return x, y, weights
 
 
 def _name_of(value: Any) -> str:

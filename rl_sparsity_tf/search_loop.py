@@ -21,6 +21,7 @@ from rl_sparsity_tf.reward import bounded
 from rl_sparsity_tf.run_directory import RunDirectory
 
 DYNAMIC = "dynamic_programming"
+POLICY = "policy"
 # Of the layers' errors; no power gives the best plan for every network.
 _POWERS = (1.0, 0.5, 0.25)
 
@@ -34,8 +35,8 @@ class SearchLoop:
         run: Where to keep the journal and checkpoints, if anywhere.
 
     Attributes:
-        proposed: Names and plans of the heuristics that were evaluated before the first episode,
-            the best first.
+        proposed: Names and plans of the heuristics and of the policy that were evaluated before
+            the first episode, the best first.
     """
 
     def __init__(
@@ -65,10 +66,18 @@ class SearchLoop:
         With a warm start the exact plans of the heuristics are evaluated first, and the agent then
         learns from episodes that play them as closely as buckets allow, the best first. They are
         a third of all episodes at most.
+
+        A policy's own plan is evaluated before anything else; it is the only one with no episode.
         """
+        if self._settings.policy is not None and self._done < max(1, episodes):
+            progress.say("evaluating the policy's plan")
+            self._apply_policy()
         if self._settings.warm_start and self._done < episodes:
             progress.say("evaluating the plans of known heuristics")
             self._propose(max(1, episodes // 3))
+        if episodes == 0:
+            assert self.best is not None
+            return self.best
         with progress.running(f"{self._settings.agent.name} search"):
             for episode in range(self._done, episodes):
                 entry = self._episode(episode)
@@ -83,14 +92,27 @@ class SearchLoop:
         assert self.best is not None
         return self.best
 
+    def _apply_policy(self) -> None:
+        network = self._network
+        tf.random.set_seed(self._settings.seed)
+        self.episodes.play_policy()
+        value = bounded(self._settings.reward, network.outcome, None)
+        # What other networks are worth at best is not seen in the state: better or worse than
+        # the policy was is what this one can add.
+        self.episodes.reference = value
+        self.proposed = [(POLICY, network.plan)]
+        if is_better(value, network.outcome, self.best):
+            self.best = Candidate.of(network, value, PROPOSED, POLICY)
+
     def _propose(self, demonstrations: int) -> None:
         network = self._network
         steps = self._settings.buckets * network.recovery.steps
         tf.random.set_seed(self._settings.seed)
         plans = proposals(network)
         if network.least_squares is not None:
-            found = propose_all(network, _POWERS)
-            plans += [(DYNAMIC, plan) for n, plan in enumerate(found) if plan not in found[:n]]
+            exact = propose_all(network, _POWERS)
+            plans += [(DYNAMIC, plan) for n, plan in enumerate(exact) if plan not in exact[:n]]
+        applied = [(self.episodes.reference, one) for one in self.proposed]
         shown: list[tuple[float, Demonstration]] = []
         for name, plan in plans:
             outcome = evaluate_plan(network, plan, steps)
@@ -99,7 +121,8 @@ class SearchLoop:
             if is_better(value, outcome, self.best):
                 self.best = Candidate.of(network, value, PROPOSED, name)
         order = sorted(range(len(shown)), key=lambda index: -shown[index][0])
-        self.proposed = [plans[index] for index in order]
+        found = [*applied, *((shown[index][0], plans[index]) for index in order)]
+        self.proposed = [one for _, one in sorted(found, key=lambda pair: -pair[0])]
         best_first = [shown[index][1] for index in order]
         self._demonstrations = without_twins(best_first)[:demonstrations]
 
