@@ -1,12 +1,15 @@
-"""Where every group of a network stands against what the target would leave: unit-free scores.
+"""Where every group of a network stands against what is still to be pruned: unit-free scores.
 
 A heuristic ranks all groups of a network, and the target says how far down the ranking pruning
 goes. The score there is the heuristic's threshold; a score s against the threshold t, as
 s / (s + t), says the same in every network: below a half the heuristic would prune the group.
+The threshold follows what was decided: it is the one that prunes what is still missing among the
+groups that are not decided yet, so that who goes by it meets the target however others decided.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,38 +21,94 @@ if TYPE_CHECKING:
 NAMES = ("lamp", "global_magnitude", "output_price")
 """LAMP's and the magnitudes' scores, and what a weight adds to its layer's outputs."""
 
+# Halvings of the range that a threshold is looked for in.
+_HALVINGS = 48
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ranks:
+    """A kernel's groups in the order of their scores.
+
+    Attributes:
+        scores: Scores of all groups, flat.
+        order: Their indices in ascending order.
+        ordered: The scores in that order.
+        sizes: The groups' weights in that order.
+    """
+
+    scores: np.ndarray
+    order: np.ndarray
+    ordered: np.ndarray
+    sizes: np.ndarray
+
+    @classmethod
+    def of(cls, scores: np.ndarray, sizes: np.ndarray) -> Ranks:
+        """Sorts the groups of a kernel; scores and weights per group are of any one shape."""
+        flat = np.asarray(scores, np.float64).reshape(-1)
+        order = np.argsort(flat, kind="stable")
+        return cls(flat, order, flat[order], sizes.reshape(-1)[order])
+
+    def undecided(self, decided: np.ndarray) -> np.ndarray:
+        """Weights of the undecided groups up to each place of the order."""
+        return np.cumsum(self.sizes * ~decided.reshape(-1)[self.order])
+
 
 class Standings:
-    """The standings of all groups of a dense network; each score is computed when first asked for.
+    """The standings of the groups of a network; each ranking is made when first asked for.
 
     Args:
-        network: The network; its budget says how much is to be pruned.
+        network: The network; its budget says how much is still to be pruned.
 
     Example:
-        >>> Standings(network).of("lamp", "dense/kernel")[groups].mean() < 0.5  # LAMP prunes them
+        >>> Standings(network).of("lamp", "dense/kernel", groups).mean() < 0.5  # LAMP prunes them
         True
     """
 
     def __init__(self, network: CompressedNetwork):
         self._network = network
-        self._found: dict[str, dict[str, np.ndarray]] = {}
+        self._ranks: dict[str, dict[str, Ranks]] = {}
 
-    def of(self, name: str, path: str) -> np.ndarray:
-        """The standings of a kernel's groups by one of [NAMES][]: values in [0, 1], flat."""
-        if name not in self._found:
-            self._found[name] = self._compare(name)
-        return self._found[name][path]
+    def of(self, name: str, path: str, groups: np.ndarray) -> np.ndarray:
+        """The standings of some groups of a kernel by one of [NAMES][].
 
-    def _compare(self, name: str) -> dict[str, np.ndarray]:
-        network = self._network
-        scores = output_prices(network) if name == "output_price" else network.scores(name)
-        assert scores is not None
-        sizes = [network.groupings[kernel.path].sizes for kernel in network.kernels]
-        limit = threshold(scores, sizes, network.budget.wanted)
-        return {
-            kernel.path: _against(score.reshape(-1), limit).astype(np.float32)
-            for kernel, score in zip(network.kernels, scores, strict=True)
-        }
+        Args:
+            name: The ranking.
+            path: The kernel's path.
+            groups: Flat indices.
+
+        Returns:
+            Values in [0, 1], one per group; 1 where nothing more is to be pruned.
+        """
+        scores = self._ranks_of(name)[path].scores[groups]
+        return _against(scores, self.threshold(name))
+
+    def threshold(self, name: str) -> float:
+        """The score up to which undecided groups have to go; 0 where none has."""
+        network, ranks = self._network, self._ranks_of(name)
+        missing = network.budget.missing
+        if missing <= 0:
+            return 0.0
+        room = network.budget.capacity - network.budget.pruned
+        curves = [
+            (ranks[path].ordered, ranks[path].undecided(decided), most)
+            for (path, decided), most in zip(network.decided.items(), room, strict=True)
+            if most > 0 and not decided.all()
+        ]
+        return threshold(curves, missing)
+
+    def _ranks_of(self, name: str) -> dict[str, Ranks]:
+        if name not in self._ranks:
+            network = self._network
+            if name == "output_price":
+                scores: Sequence[np.ndarray] | None = output_prices(network)
+            else:
+                scores = network.scores(name)
+            assert scores is not None
+            self._ranks[name] = {
+                kernel.path: Ranks.of(score, network.groupings[kernel.path].sizes)
+                for kernel, score in zip(network.kernels, scores, strict=True)
+            }
+        return self._ranks[name]
 
 
 def output_prices(network: CompressedNetwork) -> list[np.ndarray]:
@@ -74,16 +133,26 @@ def output_prices(network: CompressedNetwork) -> list[np.ndarray]:
     return found
 
 
-def threshold(scores: Sequence[np.ndarray], sizes: Sequence[np.ndarray], wanted: int) -> float:
-    """The score that pruning in this order reaches when so many weights are gone."""
-    flat = np.concatenate([score.reshape(-1) for score in scores])
-    weights = np.concatenate([size.reshape(-1) for size in sizes])
-    if (weights == weights[0]).all():  # counting is several times faster than sorting
-        place = min(-(-wanted // int(weights[0])), len(flat) - 1)
-        return float(np.partition(flat, place)[place])
-    order = np.argsort(flat, kind="stable")
-    place = int(np.searchsorted(np.cumsum(weights[order]), wanted))
-    return float(flat[order[min(place, len(order) - 1)]])
+def threshold(curves: Sequence[tuple[np.ndarray, np.ndarray, int]], wanted: int) -> float:
+    """The least score up to which pruning removes enough weights.
+
+    Args:
+        curves: For every kernel its scores in ascending order, the weights that go with each of
+            them, and how many it can give at most.
+        wanted: Weights to prune.
+
+    Returns:
+        The score; the largest there is where all of them are not enough.
+    """
+    low, high = 0.0, max((float(ordered[-1]) for ordered, _, _ in curves), default=0.0)
+    for _ in range(_HALVINGS):
+        middle = 0.5 * (low + high)
+        gone = 0
+        for ordered, weights, most in curves:
+            place = int(np.searchsorted(ordered, middle, side="right"))
+            gone += min(int(weights[place - 1]), int(most)) if place else 0
+        low, high = (low, middle) if gone >= wanted else (middle, high)
+    return high
 
 
 def _against(scores: np.ndarray, limit: float) -> np.ndarray:
