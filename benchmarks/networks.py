@@ -10,18 +10,19 @@ from rl_sparsity_tf.datasets import Data
 
 import tf_keras as keras  # isort: skip
 
-NETWORKS = ("lenet-300-100", "resnet-8", "ds-cnn")
+NETWORKS = ("lenet-300-100", "lenet-5", "resnet-8", "ds-cnn")
 
 
 def build(name: str, data: Data, width: float = 1.0) -> keras.Model:
     """An untrained network for images.
 
     Args:
-        name: `"lenet-300-100"` (LeCun et al. 1998), `"resnet-8"` (three residual blocks of 16, 32
-            and 64 channels) or `"ds-cnn"` (a convolution and four depthwise separable ones of 64
-            channels), both as in the MLPerf Tiny benchmark but for the images.
+        name: `"lenet-300-100"` or `"lenet-5"` (LeCun et al. 1998, with ReLU and maximum pooling),
+            `"resnet-8"` (three residual blocks of 16, 32 and 64 channels) or `"ds-cnn"` (a
+            convolution and four depthwise separable ones of 64 channels), both as in the MLPerf
+            Tiny benchmark but for the images.
         data: Gives the shapes.
-        width: Factor on the channels of every convolution.
+        width: Factor on the channels of every convolution but those of `"lenet-5"`.
     """
     layers = keras.layers
     # The same names every time: tables of latency go by them.
@@ -35,6 +36,13 @@ def build(name: str, data: Data, width: float = 1.0) -> keras.Model:
         x = layers.Flatten()(inputs)
         x = layers.Dense(300, activation="relu", name="dense_300")(x)
         x = layers.Dense(100, activation="relu", name="dense_100")(x)
+    elif name == "lenet-5":
+        x = layers.Conv2D(6, 5, padding="same", activation="relu", name="conv_6")(inputs)
+        x = layers.MaxPooling2D()(x)
+        x = layers.Conv2D(16, 5, activation="relu", name="conv_16")(x)
+        x = layers.Flatten()(layers.MaxPooling2D()(x))
+        x = layers.Dense(120, activation="relu", name="dense_120")(x)
+        x = layers.Dense(84, activation="relu", name="dense_84")(x)
     elif name == "ds-cnn":
         x = _convolution(inputs, wide(64), 2)
         for _ in range(4):

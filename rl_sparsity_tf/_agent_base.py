@@ -134,6 +134,8 @@ class Agent(abc.ABC):
                 "agent.step() received the LAST time step of an episode, where no action is left "
                 "to take. Reset the environment and step from its first time step."
             )
+        if kind == FIRST:
+            self._begin()
         state, legal = self._observation(time_step)
         preferences, info = self._evaluate(state, legal)
         forced = action is not None
@@ -249,6 +251,9 @@ class Agent(abc.ABC):
         self, preferences: NDArray[np.float64], legal: NDArray[np.int32]
     ) -> NDArray[np.float64]:
         """The probabilities to sample from while exploring; 0 for illegal actions."""
+
+    def _begin(self) -> None:  # noqa: B027
+        """Called at the first step of every environment episode."""
 
     @abc.abstractmethod
     def _learn(self, transitions: list[Transition]) -> dict[str, float]:

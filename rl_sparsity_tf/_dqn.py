@@ -44,6 +44,7 @@ class DQNAgent(_agent_tf.TFAgent):
         )
         super().__init__(n_features=n_features, n_actions=n_actions, seed=seed)
         self.config = config
+        self._held = 0, 0  # a random action, and how often it is still to be repeated
         tf.random.set_seed(seed)
         network = q_network.QNetwork(
             time_step_spec.observation["state"], action_spec, fc_layer_params=config.hidden_layers
@@ -104,6 +105,26 @@ class DQNAgent(_agent_tf.TFAgent):
         self._train = common.function(train)
         self._add = common.function(add)
         self._functions = (self._q_values, self._train, self._add)
+
+    def _choose(
+        self, preferences: NDArray[np.float64], legal: NDArray[np.int32], explore: bool
+    ) -> int:
+        config = self.config
+        if not explore or config.exploration == "boltzmann" or not config.persistence:
+            return super()._choose(preferences, legal, explore)
+        action, left = self._held
+        if left and legal[action]:
+            self._held = action, left - 1
+            return action
+        self._held = 0, 0
+        if self._generator.random() >= self.epsilon():
+            return super()._choose(preferences, legal, explore=False)
+        action = int(self._generator.choice(np.flatnonzero(legal)))
+        self._held = action, int(self._generator.zipf(config.persistence)) - 1
+        return action
+
+    def _begin(self) -> None:
+        self._held = 0, 0
 
     def epsilon(self) -> float:
         """The probability of a random action now."""

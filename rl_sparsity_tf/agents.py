@@ -146,6 +146,11 @@ class DQN(AgentConfig):
     epsilon_episodes: int = 15
     """Search episodes over which epsilon falls linearly from start to end."""
 
+    persistence: float = 2.0
+    """How long a random action is repeated: n steps with a probability in proportion to
+    n^-persistence, as long as it is legal, within an episode (Dabney et al. 2021, "Temporally-
+    extended epsilon-greedy exploration", arXiv 2006.01782). 0 draws anew at every step."""
+
     temperature: float = 0.1
     """Boltzmann temperature, in units of reward; small is greedy."""
 
@@ -182,6 +187,12 @@ class DQN(AgentConfig):
                 "expected exploration to fall, so epsilon_end at most epsilon_start. Swap the two."
             )
         self._number("epsilon_episodes", 1, integer=True)
+        self._number("persistence", 0)
+        if 0 < self.persistence <= 1:
+            raise ArgumentError(
+                f"DQN(persistence={self.persistence!r}): expected 0, or more than 1, where the "
+                "durations have a distribution; for instance persistence=2.0."
+            )
         self._number("temperature", 0, open_low=True)
         self._number("batch_size", 1, integer=True)
         self._number("train_steps", 1, integer=True)

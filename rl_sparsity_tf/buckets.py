@@ -9,6 +9,9 @@ import numpy as np
 from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.masks import magnitude
 
+# Of the steps towards the edge: 1 would be a plain geometric row.
+_NARROWING = 1.5
+
 
 def saliency_of(matrix: np.ndarray, grouping: Grouping) -> np.ndarray:
     """Root mean square of every group relative to the kernel's, flat.
@@ -27,26 +30,27 @@ def saliency_of(matrix: np.ndarray, grouping: Grouping) -> np.ndarray:
 def bucket_edges(groups: int, buckets: int, sparsity: float) -> np.ndarray:
     """Where the buckets of a kernel begin, in groups sorted by saliency.
 
-    One edge lies at the target's sparsity, so that pruning every kernel alike is among the plans.
-    Below it are five buckets in eight, smaller towards the edge: the share of groups at or above
-    them falls geometrically. The others cut what the target leaves on average into equal parts.
+    One edge lies at the sparsity around which plans are looked for. Below it are five buckets in
+    eight, smaller towards the edge: the share of groups at or above them falls geometrically, in
+    steps that shrink as well, so that there are choices close by and far away. The others cut what
+    lies beyond into equal parts.
 
     Args:
         groups: Groups of the kernel.
         buckets: Buckets wanted; a kernel with fewer groups gets one per group.
-        sparsity: The target.
+        sparsity: The share around which edges are wanted.
 
     Returns:
         Increasing positions from 0 to `groups`, `min(buckets, groups) + 1` of them.
 
     Example:
         >>> bucket_edges(1000, 8, 0.9)
-        array([   0,  369,  602,  749,  842,  900,  933,  967, 1000])
+        array([   0,  481,  708,  821,  877,  900,  933,  967, 1000])
     """
     count = min(buckets, groups)
     below = max(1, round(count * 5 / 8))
     density = 1.0 - sparsity
-    shares = 1.0 - density ** (np.arange(below + 1) / below)
+    shares = 1.0 - density ** (1.0 - (1.0 - np.arange(below + 1) / below) ** _NARROWING)
     beyond = sparsity + density * np.arange(1, count - below + 1) / max(1, count - below)
     edges = np.round(groups * np.concatenate([shares, beyond])).astype(np.int64)
     edges[count] = groups

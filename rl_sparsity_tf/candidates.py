@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,6 +85,8 @@ class Candidate:
                 weights[path].append(value)
         names = [field.name for field in dataclasses.fields(Outcome)]
         figures: dict[str, Any] = dict(zip(names, arrays["outcome"].tolist(), strict=True))
+        if math.isnan(figures["progress"]):  # as None is saved
+            figures["progress"] = None
         return cls(
             plan=CompressionPlan.from_json(str(arrays["plan"])),
             weights=weights,

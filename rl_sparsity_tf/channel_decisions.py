@@ -140,7 +140,12 @@ class ChannelDecisions(KernelDecisions):
         return float(np.mean([fits.error(one, part_matrix(one)) for one in behind]))
 
     def saliency(
-        self, path: str, matrix: np.ndarray, grouping: Grouping, fits: LeastSquares | None
+        self,
+        path: str,
+        matrix: np.ndarray,
+        grouping: Grouping,
+        fits: LeastSquares | None,
+        density: float,
     ) -> np.ndarray:
         """What the layers reading a channel lose without it; else the weights that make it."""
         unit = self._unit[path]

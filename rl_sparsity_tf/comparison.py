@@ -12,6 +12,7 @@ from rich.table import Table
 
 from rl_sparsity_tf import allocation
 from rl_sparsity_tf.agents import Random
+from rl_sparsity_tf.argument_checks import check_count
 from rl_sparsity_tf.candidates import Candidate
 from rl_sparsity_tf.channel_decisions import CHANNEL_HEURISTICS, ChannelDecisions
 from rl_sparsity_tf.channel_finishing import finish_candidate
@@ -85,6 +86,8 @@ def compare(
     compressor: Compressor,
     contenders: str | Sequence[str] | None = None,
     verbose: int = 1,
+    *,
+    evaluations: int | None = None,
 ) -> list[dict[str, Any]]:
     """Runs contenders under the conditions of a finished search, and adds them to its metrics.
 
@@ -112,6 +115,8 @@ def compare(
             `uniform_float32`, `uniform` and `random_policy`. With `"all"` and by default those
             that cannot be run are left out, with a warning in the log.
         verbose: As in `search`.
+        evaluations: Plans that contenders which search evaluate; by default as many as the search
+            did.
 
     Returns:
         The entries of `metrics["baselines"]`, which the compressor's last result holds too.
@@ -138,7 +143,11 @@ def compare(
         load_tfmot()  # before the others have taken their time
     network = search.network
     evaluated = set(network.seen)
-    ring = _Ring(compressor, search, SearchProgress(search.episodes, network.metric.name, verbose))
+    if evaluations is None:
+        evaluations = search.result.metrics["search"]["evaluations"]
+    check_count("evaluations", evaluations, 1)
+    progress = SearchProgress(search.episodes, network.metric.name, verbose)
+    ring = _Ring(compressor, search, progress, evaluations)
     entries: list[dict[str, Any]] = []
     try:
         for name in names:
@@ -146,14 +155,14 @@ def compare(
             network.seen.clear()
             tf.random.set_seed(compressor.seed)
             try:
-                finished, evaluations = ring.run(name)
+                finished, evaluated_plans = ring.run(name)
             except RLSparsityError as error:
                 if asked:
                     raise
                 _log.warning("The contender %s is left out: %s", name, error)
                 continue
             metric = search.figures.metric
-            figures = (search.model, finished, metric, evaluations)
+            figures = (search.model, finished, metric, evaluated_plans)
             entries.append(baseline_entry(CONTENDERS[name], *figures))
     finally:
         network.reset()
@@ -187,6 +196,7 @@ class _Ring:
     compressor: Compressor
     search: FinishedSearch
     progress: SearchProgress
+    evaluations: int
 
     def run(self, name: str) -> tuple[Finished, int]:
         """A contender's finished model, and how many plans it evaluated."""
@@ -267,13 +277,12 @@ class _Ring:
         return self._finish("random_policy", best), evaluations
 
     def _searched(self, name: str) -> FoundPlan:
-        evaluations = self.search.result.metrics["search"]["evaluations"]
-        self._say(name, f"evaluating {evaluations} plans")
+        self._say(name, f"evaluating {self.evaluations} plans")
         seeker = search_randomly if name == "random_search" else climb
         return seeker(
             self.search.network,
             self.compressor.reward,
-            evaluations,
+            self.evaluations,
             seed=self.compressor.seed,
             steps=self._decisions,
         )

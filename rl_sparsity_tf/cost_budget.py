@@ -78,6 +78,14 @@ class CostBudget(Budget, abc.ABC):
     def stored_share(self, states: Sequence[KernelState]) -> float:
         """What the kernels take to store, over what they take in the dense float32 network."""
 
+    def saved(self, states: Sequence[KernelState]) -> float:
+        """Share of what was to be saved that is: 1 once the cost is within its limit."""
+        integers = [s.quantized and not s.kept and s.undecided == 0 for s in states]
+        start = self.total(np.zeros(len(states)), np.zeros(len(states), bool))
+        now = self.total([state.pruned for state in states], integers)
+        wanted = start - self.limit
+        return float(np.clip((start - now) / wanted, 0.0, 1.0)) if wanted > 0 else 1.0
+
     def integers_pay(self, index: int, live: float) -> bool:
         """Whether a kernel with so many living weights costs no more as integers."""
         return True

@@ -12,6 +12,7 @@ from rl_sparsity_tf.buckets import saliency_of
 from rl_sparsity_tf.budget import Budget
 from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.kernels import Kernel
+from rl_sparsity_tf.layer_database import best_saliency
 from rl_sparsity_tf.least_squares import LeastSquares
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.size_costs import make_budget
@@ -87,10 +88,23 @@ class KernelDecisions:
         return fits.error(path, part_matrix(path))
 
     def saliency(
-        self, path: str, matrix: np.ndarray, grouping: Grouping, fits: LeastSquares | None
+        self,
+        path: str,
+        matrix: np.ndarray,
+        grouping: Grouping,
+        fits: LeastSquares | None,
+        density: float,
     ) -> np.ndarray:
-        """What the groups are pruned by: the least salient first; flat, 1 is average."""
-        return saliency_of(matrix, grouping)
+        """What the groups are pruned by: the least salient first; flat, 1 is average.
+
+        Magnitude, or with least squares what a group adds to its layer's outputs, whichever leaves
+        the smaller error at the density that the target leaves.
+        """
+        problem = None if fits is None else fits.problems.get(path)
+        if problem is None:
+            return saliency_of(matrix, grouping)
+        _, found = best_saliency(matrix, grouping, problem, density)
+        return np.sqrt(found / max(float(found.mean()), 1e-30)).reshape(-1)
 
     def scores(
         self,

@@ -19,6 +19,9 @@ from rl_sparsity_tf.reward import Outcome, Reward, RewardFunction, bounded
 from rl_sparsity_tf.snapshot import Snapshot
 from rl_sparsity_tf.state import STATE_SIZE, BucketView, lower_bounds, observe
 
+# A kernel that hardly loses anything is decided on like any other.
+_LEAST_CENTRE = 0.05
+
 
 @dataclasses.dataclass(frozen=True)
 class _State:
@@ -91,14 +94,15 @@ class LayerEnvironment(py_environment.PyEnvironment):
         self.evaluate = evaluate
         self.illegal_actions = 0
         self.grouping = network.groupings[kernel]
-        goal = max(network.budget.pruned_share, network.decisions.least_share)
-        self._edges = bucket_edges(self.grouping.count, buckets, goal)
+        self._count = buckets
+        self._edges = np.zeros(0, np.int64)
+        self._first_buckets: list[np.ndarray] = []
+        self.centre(None)
         behind = [other.path for other in network.kernels[self.index + 1 :]]
         self.later = behind if later is None else later
         self.goal = network.budget.pruned_share
         self._base: Snapshot | None = None
         self._buckets: list[np.ndarray] = []
-        self._first_buckets: list[np.ndarray] = []
         self._saliency = np.zeros(0)
         self._position = 0
         self._action_spec = array_spec.BoundedArraySpec(
@@ -128,6 +132,18 @@ class LayerEnvironment(py_environment.PyEnvironment):
     @later.setter
     def later(self, paths: list[str]) -> None:
         self._later = [self.network.index_of(path) for path in paths]
+
+    def centre(self, share: float | None) -> None:
+        """Cuts the buckets around a share of the groups to prune, from the next reset on.
+
+        Args:
+            share: For instance that of the best plan known, so that the plan is among those that
+                can be decided on, and others close to it; None for the target's.
+        """
+        if share is None or not _LEAST_CENTRE <= share < 1.0:
+            share = max(self.network.budget.pruned_share, self.network.decisions.least_share)
+        self._edges = bucket_edges(self.grouping.count, self._count, share)
+        self._first_buckets = []
 
     @property
     def steps(self) -> int:

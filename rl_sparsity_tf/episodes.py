@@ -12,6 +12,7 @@ from rl_sparsity_tf.agents import AgentConfig, build_agent
 from rl_sparsity_tf.demonstrations import Demonstration
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.network import CompressedNetwork
+from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.policy_files import SavedPolicy
 from rl_sparsity_tf.relaxation import Relaxation
 from rl_sparsity_tf.reward import RewardFunction
@@ -78,6 +79,11 @@ class Episodes:
             self._relaxation = Relaxation(network, reward=settings.reward, seed=settings.seed)
             cast(Any, self.agent).attach(self._relaxation)
         self._demonstrated = False
+
+    def centre(self, plan: CompressionPlan) -> None:
+        """Cuts the buckets of all kernels so that a plan's densities are among the choices."""
+        for environment in self.environments:
+            environment.centre(plan.kernels[environment.kernel].sparsity)
 
     @property
     def illegal_actions(self) -> int:

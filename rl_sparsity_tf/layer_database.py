@@ -105,6 +105,43 @@ def kernel_errors(
         density: Where the ways to rank groups are compared.
         most: Weights that may live; by default all. The first level beyond is the last.
     """
+    chosen, saliency = best_saliency(matrix, grouping, problem, density)
+    lives: list[int] = []
+    errors: dict[int, list[float]] = {one: [] for one in bits}
+    for count in levels(grouping.count):
+        if lives and most is not None and lives[-1] >= most:
+            break
+        alive = most_salient(saliency, count)
+        lives.append(int(grouping.sizes[alive].sum()))
+        fitted = _fitted(matrix, grouping, alive, FLOAT, problem)
+        for one in bits:
+            errors[one].append(_error_at(one, matrix, grouping, spec, alive, fitted, problem))
+    return KernelErrors(
+        chosen,
+        saliency,
+        np.array(lives, np.float64),
+        {
+            # More weights never hurt: what rises is noise of the fit.
+            one: np.maximum.accumulate(np.array(found)[::-1])[::-1]
+            for one, found in errors.items()
+        },
+    )
+
+
+def best_saliency(
+    matrix: np.ndarray, grouping: Grouping, problem: LayerProblem | None, density: float
+) -> tuple[str, np.ndarray]:
+    """The way to rank a kernel's groups that leaves the smaller error after a fit.
+
+    Args:
+        matrix: Its trained weights, viewed as `(inputs, outputs)`.
+        grouping: How it is cut.
+        problem: Its least-squares problem, if it can be fitted.
+        density: Share of the groups that live where the ways are compared.
+
+    Returns:
+        Its name and the saliencies, see [saliencies][].
+    """
     criteria = saliencies(matrix, grouping, problem)
     aimed = int(np.clip(round(density * grouping.count), 1, grouping.count))
 
@@ -114,27 +151,9 @@ def kernel_errors(
         return _error(matrix, weights, problem)
 
     # The first wins ties: whole kernels are the same whatever ranks them.
-    chosen = min(criteria, key=loss) if aimed < grouping.count else next(iter(criteria))
-    lives: list[int] = []
-    errors: dict[int, list[float]] = {one: [] for one in bits}
-    for count in levels(grouping.count):
-        if lives and most is not None and lives[-1] >= most:
-            break
-        alive = most_salient(criteria[chosen], count)
-        lives.append(int(grouping.sizes[alive].sum()))
-        fitted = _fitted(matrix, grouping, alive, FLOAT, problem)
-        for one in bits:
-            errors[one].append(_error_at(one, matrix, grouping, spec, alive, fitted, problem))
-    return KernelErrors(
-        chosen,
-        criteria[chosen],
-        np.array(lives, np.float64),
-        {
-            # More weights never hurt: what rises is noise of the fit.
-            one: np.maximum.accumulate(np.array(found)[::-1])[::-1]
-            for one, found in errors.items()
-        },
-    )
+    some = len(criteria) > 1 and aimed < grouping.count
+    chosen = min(criteria, key=loss) if some else next(iter(criteria))
+    return chosen, criteria[chosen]
 
 
 def levels(count: int) -> list[int]:

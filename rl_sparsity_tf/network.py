@@ -296,7 +296,8 @@ class CompressedNetwork:
     def saliency(self, path: str) -> np.ndarray:
         """What a kernel's groups are pruned by, the least salient first; flat, 1 is average."""
         matrix, grouping = self.latent_matrix(path), self.groupings[path]
-        return self.decisions.saliency(path, matrix, grouping, self.least_squares)
+        density = 1.0 - self.budget.pruned_share
+        return self.decisions.saliency(path, matrix, grouping, self.least_squares, density)
 
     def scores(self, name: str) -> list[np.ndarray] | None:
         """Scores of all groups by a heuristic, lowest first; None if it has nothing to rank by."""

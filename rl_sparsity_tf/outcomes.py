@@ -24,22 +24,27 @@ def outcome_of(network: CompressedNetwork, score: Score) -> Outcome:
     """
     altered = sum(network.errors[kernel.path] * kernel.size for kernel in network.kernels)
     sizes = sum(kernel.size for kernel in network.kernels)
+    budget, progress = network.budget, None
+    if isinstance(budget, CostBudget):
+        states = network.states()
+        stored_bits, progress = budget.stored_share(states), budget.saved(states)
+    else:
+        stored_bits = _stored_bits(network)
     return Outcome(
         metric=score.metric,
         dense_metric=network.dense.metric,
         loss=score.loss,
         retention=network.metric.retention(score.metric, network.dense.metric),
-        sparsity=network.budget.sparsity,
-        target_sparsity=network.budget.goal,
-        stored_bits=_stored_bits(network),
+        sparsity=budget.sparsity,
+        target_sparsity=budget.goal,
+        stored_bits=stored_bits,
         reconstruction_error=altered / sizes,
         output_error=float(np.mean(list(network.output_errors.values()))),
+        progress=progress,
     )
 
 
 def _stored_bits(network: CompressedNetwork) -> float:
-    if isinstance(network.budget, CostBudget):
-        return network.budget.stored_share(network.states())
     stored = 0.0
     for kernel in network.kernels:
         integers = stored_as_integers(network.operations[kernel.path])

@@ -45,6 +45,7 @@ class PlanSpace:
                 network.originals[kernel.path],
                 network.groupings[kernel.path],
                 network.least_squares,
+                1.0 - network.budget.pruned_share,
             ).reshape(network.groupings[kernel.path].shape)
             for kernel in kernels
         ]

@@ -21,6 +21,7 @@ class Outcome:
         retention: How much of the dense model's metric is left, in [0, 1].
         sparsity: Share of all weights that are pruned.
         target_sparsity: The share that is wanted.
+        progress: Share of the way to the target, in [0, 1]; None for that of the sparsity.
         stored_bits: Bits that the weights would be stored in, as a share of 32 each.
         reconstruction_error: How badly the autoencoder trained on the original weights
             reconstructs them from the present ones, in [0, 1].
@@ -39,6 +40,14 @@ class Outcome:
     stored_bits: float
     reconstruction_error: float
     output_error: float = 0.0
+    progress: float | None = None
+
+    @property
+    def reached(self) -> float:
+        """Share of the way to the target, in [0, 1]."""
+        if self.progress is not None:
+            return self.progress
+        return min(1.0, self.sparsity / max(self.target_sparsity, 1e-9))
 
 
 RewardFunction = Callable[[Outcome, Outcome | None], float]
@@ -52,8 +61,11 @@ class Reward:
 
     The value of a network is the weighted mean
 
-    \(v = (w_a \cdot retention + w_s \cdot \min(1, s/s^*) + w_b (1 - bits) - w_r \cdot error) /
-    (w_a + w_s + w_b + w_r)\).
+    \(v = (w_a \cdot retention + w_s \cdot progress + w_b (1 - bits) - w_r \cdot error) /
+    (w_a + w_s + w_b + w_r)\)
+
+    with progress the share of the way to the target: \(\min(1, s/s^*)\) of a sparsity, the share of
+    the bytes, multiplications or milliseconds that were to be saved of other targets.
 
     A step earns `gain` times the change of value, so that every decision is paid for what it did;
     the finished network earns \(2v - 1\).
@@ -89,10 +101,9 @@ class Reward:
 
     def value(self, outcome: Outcome) -> float:
         """The value of a network, in [-1, 1]."""
-        reached = min(1.0, outcome.sparsity / max(outcome.target_sparsity, 1e-9))
         total = (
             self.accuracy * _unit(outcome.retention)
-            + self.sparsity * _unit(reached)
+            + self.sparsity * _unit(outcome.reached)
             + self.size * (1.0 - _unit(outcome.stored_bits))
             - self.reconstruction * _unit(outcome.reconstruction_error)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -9,10 +10,15 @@ import numpy as np
 import tensorflow as tf
 
 from rl_sparsity_tf.candidates import PROPOSED, Candidate, is_better
-from rl_sparsity_tf.demonstrations import Demonstration, proposals, without_twins
+from rl_sparsity_tf.demonstrations import (
+    Demonstration,
+    heuristic_plan,
+    proposals,
+    without_twins,
+)
 from rl_sparsity_tf.dynamic_programming import propose_all
 from rl_sparsity_tf.episodes import Episodes, LoopSettings
-from rl_sparsity_tf.errors import RunError
+from rl_sparsity_tf.errors import ArgumentError, RunError
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
@@ -22,6 +28,8 @@ from rl_sparsity_tf.run_directory import RunDirectory
 
 DYNAMIC = "dynamic_programming"
 POLICY = "policy"
+# Buckets are cut around this heuristic's plan, which takes no evaluation, for a policy's own.
+STARTING = "lamp"
 # Of the layers' errors; no power gives the best plan for every network.
 _POWERS = (1.0, 0.5, 0.25)
 
@@ -95,6 +103,9 @@ class SearchLoop:
     def _apply_policy(self) -> None:
         network = self._network
         tf.random.set_seed(self._settings.seed)
+        if STARTING in network.decisions.heuristics:
+            with contextlib.suppress(ArgumentError):  # it may not reach a target in bytes
+                self.episodes.centre(heuristic_plan(network, STARTING))
         self.episodes.play_policy()
         value = bounded(self._settings.reward, network.outcome, None)
         # What other networks are worth at best is not seen in the state: better or worse than
@@ -123,6 +134,8 @@ class SearchLoop:
         order = sorted(range(len(shown)), key=lambda index: -shown[index][0])
         found = [*applied, *((shown[index][0], plans[index]) for index in order)]
         self.proposed = [one for _, one in sorted(found, key=lambda pair: -pair[0])]
+        if self.proposed:
+            self.episodes.centre(self.proposed[0][1])
         best_first = [shown[index][1] for index in order]
         self._demonstrations = without_twins(best_first)[:demonstrations]
 
