@@ -27,6 +27,7 @@ from rl_sparsity_tf import policy_files
 from rl_sparsity_tf.agents import build_agent
 from rl_sparsity_tf.cli import main
 from rl_sparsity_tf.data import evaluation_data, training_data
+from rl_sparsity_tf.demonstrations import heuristic_plan, proposals
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.episodes import Episodes, LoopSettings
 from rl_sparsity_tf.errors import FileExistsRLSparsityError, PolicyFileError
@@ -90,11 +91,13 @@ def silent(episodes: int) -> SearchProgress:
 
 
 def greedy_actions(agent, network: CompressedNetwork) -> list[int]:
-    """What an agent likes best, by a loop of its own."""
+    """What an agent likes best, by a loop of its own, with buckets around LAMP's densities."""
     network.reset()
     taken = []
+    around = heuristic_plan(network, "lamp")
     for kernel in network.kernels:
         environment = LayerEnvironment(network, kernel.path, buckets=3)
+        environment.centre(around.kernels[kernel.path].sparsity)
         environment.commit()
         time_step = environment.reset()
         while not time_step.is_last():
@@ -328,6 +331,7 @@ def test_the_plan_without_a_search_is_what_the_policy_likes_best(config):
     episodes.agent.set_policy_arrays(policy.weights)
     greedy_actions(episodes.agent, network)
     assert best.plan == network.plan
+    assert best.plan not in (plan for _, plan in proposals(network))
     assert (best.proposed_by, best.episode, best.found_by) == ("policy", -1, "policy")
     assert best.value == pytest.approx(rls.Reward()(network.outcome, None))
     assert loop.evaluations == 1
