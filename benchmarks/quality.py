@@ -220,8 +220,14 @@ def cell(
         except rls.RLSparsityError as error:
             row = {"detail": str(error)[:200]}
         rows.add(*key, RANDOM, budget=budget, **row)
-    compressor = prepared(options, model, data, seed, budget)
-    for name in [name for name in COMPARED if name in missing]:
+    waiting = [name for name in COMPARED if name in missing]
+    try:
+        compressor = prepared(options, model, data, seed, budget)
+    except rls.RLSparsityError as error:
+        for name in waiting:
+            rows.add(*key, name, budget=budget, detail=str(error)[:200])
+        return
+    for name in waiting:
         started = time.monotonic()
         try:
             entry, content = compared(compressor, name, options.episodes)

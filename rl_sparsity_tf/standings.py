@@ -22,7 +22,7 @@ NAMES = ("lamp", "global_magnitude", "output_price")
 """LAMP's and the magnitudes' scores, and what a weight adds to its layer's outputs."""
 
 # Halvings of the range that a threshold is looked for in.
-_HALVINGS = 48
+_HALVINGS = 24
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,14 +83,14 @@ class Standings:
         return _against(scores, self.threshold(name))
 
     def threshold(self, name: str) -> float:
-        """The score up to which undecided groups have to go; 0 where none has."""
+        """The score below which undecided groups have to go; 0 where none has."""
         network, ranks = self._network, self._ranks_of(name)
         missing = network.budget.missing
         if missing <= 0:
             return 0.0
         room = network.budget.capacity - network.budget.pruned
-        curves = [
-            (ranks[path].ordered, ranks[path].undecided(decided), most)
+        curves: list[Curve] = [
+            (ranks[path].ordered, ranks[path].undecided(decided), int(most))
             for (path, decided), most in zip(network.decided.items(), room, strict=True)
             if most > 0 and not decided.all()
         ]
@@ -133,26 +133,52 @@ def output_prices(network: CompressedNetwork) -> list[np.ndarray]:
     return found
 
 
-def threshold(curves: Sequence[tuple[np.ndarray, np.ndarray, int]], wanted: int) -> float:
-    """The least score up to which pruning removes enough weights.
+Curve = tuple[np.ndarray, np.ndarray, int]
+"""A kernel's scores in ascending order, the weights that go with each of them and all below, and
+how many it can give at most."""
+
+
+def threshold(curves: Sequence[Curve], wanted: int) -> float:
+    """The first score that stays when so many weights go, the lowest scores first.
 
     Args:
-        curves: For every kernel its scores in ascending order, the weights that go with each of
-            them, and how many it can give at most.
-        wanted: Weights to prune.
+        curves: One per kernel. Groups that do not count add no weights.
+        wanted: Weights to prune, above 0; whole groups go.
 
     Returns:
-        The score; the largest there is where all of them are not enough.
+        The score; the largest there is where nothing stays.
     """
-    low, high = 0.0, max((float(ordered[-1]) for ordered, _, _ in curves), default=0.0)
+    low, high = -1.0, max((float(ordered[-1]) for ordered, _, _ in curves), default=0.0)
     for _ in range(_HALVINGS):
         middle = 0.5 * (low + high)
-        gone = 0
-        for ordered, weights, most in curves:
-            place = int(np.searchsorted(ordered, middle, side="right"))
-            gone += min(int(weights[place - 1]), int(most)) if place else 0
+        gone = sum(_gone(curve, _place(curve, middle)) for curve in curves)
         low, high = (low, middle) if gone >= wanted else (middle, high)
-    return high
+    # What is left between the two is sorted, with the first that stays of every kernel.
+    gone, scores, sizes = 0, [np.zeros(0)], [np.zeros(0, np.int64)]
+    for curve in curves:
+        ordered, weights, most = curve
+        start, end = _place(curve, low), _place(curve, high)
+        gone += _gone(curve, start)
+        before = int(weights[start - 1]) if start else 0
+        last = int(np.searchsorted(weights, weights[end - 1] if end else 0, side="right"))
+        found = weights[start : last + 1]
+        counts = np.diff(found, prepend=before) > 0
+        scores.append(ordered[start : last + 1][counts])
+        sizes.append(np.diff(np.minimum(found, most), prepend=min(before, most))[counts])
+    values = np.concatenate(scores)
+    if not len(values):
+        return high
+    order = np.argsort(values, kind="stable")
+    place = int(np.searchsorted(gone + np.cumsum(np.concatenate(sizes)[order]), wanted))
+    return float(values[order[min(place + 1, len(order) - 1)]])
+
+
+def _place(curve: Curve, score: float) -> int:
+    return int(np.searchsorted(curve[0], score, side="right"))
+
+
+def _gone(curve: Curve, place: int) -> int:
+    return min(int(curve[1][place - 1]), int(curve[2])) if place else 0
 
 
 def _against(scores: np.ndarray, limit: float) -> np.ndarray:
