@@ -18,6 +18,10 @@ from rl_sparsity_tf.relaxation import Relaxation
 from rl_sparsity_tf.reward import RewardFunction
 from rl_sparsity_tf.untried import Untried
 
+RELATIVE_GAIN = 10.0
+"""What a value less a policy's own is multiplied by, before it is learned: plans that are worth
+comparing hardly differ otherwise. The result is clipped to [-1, 1]."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopSettings:
@@ -50,7 +54,7 @@ class Episodes:
         network: The network.
 
     Attributes:
-        reference: What the agent learns values relative to.
+        reference: What values are learned relative to, if the agent begins with a policy.
     """
 
     def __init__(self, settings: LoopSettings, network: CompressedNetwork):
@@ -157,7 +161,8 @@ class Episodes:
         """
         if self._relaxation is not None and not self._demonstrated:
             self._relaxation.follow([d for env in self.environments for d in env.decisions])
-        value -= self.reference
+        if self._policy is not None:
+            value = float(np.clip(RELATIVE_GAIN * (value - self.reference), -1.0, 1.0))
         if self.network.least_squares is None:
             return self.agent.end_episode(bonus=value)
         # The steps were paid by estimates, which must not count in the end.

@@ -29,7 +29,7 @@ from rl_sparsity_tf.cli import main
 from rl_sparsity_tf.data import evaluation_data, training_data
 from rl_sparsity_tf.demonstrations import heuristic_plan, proposals
 from rl_sparsity_tf.environment import LayerEnvironment
-from rl_sparsity_tf.episodes import Episodes, LoopSettings
+from rl_sparsity_tf.episodes import RELATIVE_GAIN, Episodes, LoopSettings
 from rl_sparsity_tf.errors import FileExistsRLSparsityError, PolicyFileError
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
@@ -360,7 +360,8 @@ def test_values_are_learned_relative_to_what_the_policys_plan_is_worth():
     loop.run(2, silent(2))
     reference = loop_of(policy).run(0, silent(0)).value
     for entry, given in zip(loop.history, learned, strict=True):
-        assert given == {"worth": pytest.approx(entry["reward"] - reference)}
+        expected = np.clip(RELATIVE_GAIN * (entry["reward"] - reference), -1, 1)
+        assert given == {"worth": pytest.approx(expected)}
 
 
 def test_no_search_at_all_gives_a_finished_model(path, tmp_path):
