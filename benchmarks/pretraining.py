@@ -47,6 +47,8 @@ from tf_agents.trajectories import time_step as ts  # isort: skip
 _BUCKETS = (8, 8, 12, 16)
 _LAMP = feature_names().index("bucket_lamp")
 _CHUNK = 512
+# What an operation is taken to lose where it was not tried: keep, prune, quantize, shuffle.
+_DOUBT = (0.05, 0.02, 0.02, 0.05)
 
 Chooser = Callable[[Any], int]
 
@@ -175,9 +177,9 @@ def collect(drawn: Drawn, choose: Chooser, rng: Any, points: int) -> Lessons:
         legal = time_step.observation["legal"]
         own = choose(time_step)
         others = [int(one) for one in np.flatnonzero(legal) if one != own]
-        # Keep and Shuffle are seldom worth a trial.
+        # Keep and Shuffle are seldom worth it.
         likely = [one for one in others if one in (Operation.PRUNE, Operation.QUANTIZE)]
-        rare = [one for one in others if one not in likely and rng.random() < 0.12]
+        rare = [one for one in others if one not in likely and rng.random() < 0.15]
         for action in likely + rare:
             lesson(time_step, action, player.go_on(index, state, action) - reference, point)
 
@@ -250,7 +252,7 @@ def teach(
     """
     agent = build_agent(agent_config(name), *specs(), seed=seed)
     rng = np.random.default_rng(seed)
-    rows = _joined(lessons)
+    rows = _with_doubts(_joined(lessons))
     gains = rows.gains - margin * (rows.gains != 0)
     chosen = np.arange(len(gains)) if name == "dqn" else _best_of_points(rows, gains)
     for _ in range(rounds if name == "ppo" else 1):
@@ -274,6 +276,34 @@ def _record(agent: Any, rows: Lessons, row: int, gain: float) -> None:
     agent.step(ts.restart(seen), action=int(rows.actions[row]))
     reward = np.float32(np.clip(RELATIVE_GAIN * gain, -1.0, 1.0))
     agent.observe(ts.termination(seen, reward))
+
+
+def _with_doubts(rows: Lessons) -> Lessons:
+    """Adds what was not tried as a loss, so that nothing is preferred that nothing is known of.
+
+    Deep Q-learning from demonstrations has a loss for it (Hester et al. 2018, "Deep Q-learning
+    from demonstrations", arXiv 1704.03732): what the demonstrator did not do is worth a margin
+    less. Here it is a lesson like the others.
+    """
+    tried: dict[int, set[int]] = {}
+    first: dict[int, int] = {}
+    for row, point in enumerate(rows.points):
+        tried.setdefault(int(point), set()).add(int(rows.actions[row]))
+        first.setdefault(int(point), row)
+    found, actions, gains = [], [], []
+    for point, row in first.items():
+        for action in np.flatnonzero(rows.legal[row]):
+            if int(action) not in tried[point]:
+                found.append(row)
+                actions.append(int(action))
+                gains.append(-_DOUBT[int(action)])
+    return Lessons(
+        np.concatenate([rows.states, rows.states[found]]),
+        np.concatenate([rows.legal, rows.legal[found]]),
+        np.concatenate([rows.actions, np.array(actions, np.int32)]),
+        np.concatenate([rows.gains, np.array(gains, np.float32)]),
+        np.concatenate([rows.points, rows.points[found]]),
+    )
 
 
 def _best_of_points(rows: Lessons, gains: np.ndarray) -> np.ndarray:

@@ -27,12 +27,15 @@ _HALVINGS = 24
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ranks:
-    """A kernel's groups in the order of their scores.
+    """A kernel's groups in the order in which they are decided on, and their scores.
+
+    How many groups of a kernel go is the ranking's business; which of them go first is decided by
+    their saliency, which may be another one. So the scores are dealt out in its order.
 
     Attributes:
-        scores: Scores of all groups, flat.
-        order: Their indices in ascending order.
-        ordered: The scores in that order.
+        scores: Scores of all groups, flat: the least salient group has the lowest.
+        order: Their indices, the least salient first.
+        ordered: The scores in that order, ascending.
         sizes: The groups' weights in that order.
     """
 
@@ -42,11 +45,19 @@ class Ranks:
     sizes: np.ndarray
 
     @classmethod
-    def of(cls, scores: np.ndarray, sizes: np.ndarray) -> Ranks:
-        """Sorts the groups of a kernel; scores and weights per group are of any one shape."""
-        flat = np.asarray(scores, np.float64).reshape(-1)
-        order = np.argsort(flat, kind="stable")
-        return cls(flat, order, flat[order], sizes.reshape(-1)[order])
+    def of(cls, scores: np.ndarray, saliency: np.ndarray, sizes: np.ndarray) -> Ranks:
+        """Sorts the groups of a kernel.
+
+        Args:
+            scores: One per group, of any shape.
+            saliency: One per group, of any shape.
+            sizes: Weights of every group, of any shape.
+        """
+        order = np.argsort(saliency, axis=None, kind="stable")
+        ordered = np.sort(np.asarray(scores, np.float64), axis=None)
+        dealt = np.empty_like(ordered)
+        dealt[order] = ordered
+        return cls(dealt, order, ordered, sizes.reshape(-1)[order])
 
     def undecided(self, decided: np.ndarray) -> np.ndarray:
         """Weights of the undecided groups up to each place of the order."""
@@ -67,6 +78,7 @@ class Standings:
     def __init__(self, network: CompressedNetwork):
         self._network = network
         self._ranks: dict[str, dict[str, Ranks]] = {}
+        self._saliency: dict[str, np.ndarray] = {}
 
     def of(self, name: str, path: str, groups: np.ndarray) -> np.ndarray:
         """The standings of some groups of a kernel by one of [NAMES][].
@@ -96,6 +108,11 @@ class Standings:
         ]
         return threshold(curves, missing)
 
+    def _saliency_of(self, path: str) -> np.ndarray:
+        if path not in self._saliency:
+            self._saliency[path] = self._network.saliency(path)
+        return self._saliency[path]
+
     def _ranks_of(self, name: str) -> dict[str, Ranks]:
         if name not in self._ranks:
             network = self._network
@@ -105,7 +122,9 @@ class Standings:
                 scores = network.scores(name)
             assert scores is not None
             self._ranks[name] = {
-                kernel.path: Ranks.of(score, network.groupings[kernel.path].sizes)
+                kernel.path: Ranks.of(
+                    score, self._saliency_of(kernel.path), network.groupings[kernel.path].sizes
+                )
                 for kernel, score in zip(network.kernels, scores, strict=True)
             }
         return self._ranks[name]
