@@ -33,6 +33,7 @@ _EXPORTS = {
     "ExportReport": "export",
     "KernelPlan": "plan",
     "LayerEnvironment": "environment",
+    "LayerSelectionEnvironment": "selection_environment",
     "MaskTraining": "mask_training",
     "MicroReport": "micro_report",
     "ModelError": "errors",
@@ -55,6 +56,7 @@ _EXPORTS = {
     "check_environment": "environment_check",
     "count_macs": "channel_costs",
     "describe_groups": "channel_groups",
+    "describe_selection_state": "selection_state",
     "describe_state": "state",
     "describe_support": "support",
     "export_micro": "microcontroller",
@@ -111,6 +113,8 @@ if TYPE_CHECKING:
     from rl_sparsity_tf.result import Result
     from rl_sparsity_tf.reward import Outcome, Reward
     from rl_sparsity_tf.search import Compressor
+    from rl_sparsity_tf.selection_environment import LayerSelectionEnvironment
+    from rl_sparsity_tf.selection_state import describe_selection_state
     from rl_sparsity_tf.shrinking import shrink
     from rl_sparsity_tf.size_model import SizeModel
     from rl_sparsity_tf.state import describe_state
@@ -133,6 +137,7 @@ __all__ = [
     "KernelPlan",
     "LatencyTable",
     "LayerEnvironment",
+    "LayerSelectionEnvironment",
     "MaskTraining",
     "MicroReport",
     "ModelError",
@@ -156,6 +161,7 @@ __all__ = [
     "check_environment",
     "count_macs",
     "describe_groups",
+    "describe_selection_state",
     "describe_state",
     "describe_support",
     "export_micro",

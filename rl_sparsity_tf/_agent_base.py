@@ -71,6 +71,9 @@ class Agent(abc.ABC):
     name: str = ""
     """`"dqn"`, `"ppo"` or `"random"`."""
 
+    off_policy: bool = False
+    """Whether it learns what an action is worth from any behaviour, not its policy's alone."""
+
     def __init__(self, *, n_features: int, n_actions: int, seed: int) -> None:
         self.n_features = n_features
         self.n_actions = n_actions
@@ -186,7 +189,12 @@ class Agent(abc.ABC):
         )
         self._pending = None
 
-    def end_episode(self, bonus: float = 0.0, *, worth: float | None = None) -> dict[str, float]:
+    def end_episode(
+        self,
+        bonus: float | Sequence[float] = 0.0,
+        *,
+        worth: float | Sequence[float] | None = None,
+    ) -> dict[str, float]:
         """Ends the search episode: amends its rewards and learns from it.
 
         Args:
@@ -195,16 +203,17 @@ class Agent(abc.ABC):
             worth: Instead of a bonus, what the rewards of every environment episode shall add up
                 to: the last takes the others back, which then shape learning but not which policy
                 is best (Ng, Harada & Russell 1999), as long as nothing is discounted.
+                Either may be a sequence, with a number for each environment episode in order.
 
         Returns:
             The losses of the training, by name; empty if there was none this time.
 
         Raises:
             AgentStateError: If an environment episode is not finished, or nothing was recorded.
-            ArgumentError: If the bonus or the worth is not finite.
+            ArgumentError: If the bonus or the worth is not finite, or a sequence of wrong length.
         """
         for name, value in (("bonus", bonus), ("worth", 0.0 if worth is None else worth)):
-            if not np.isfinite(value):
+            if not np.isfinite(value).all():
                 raise ArgumentError(f"{name}={value!r}: expected a finite number, best in [-1, 1].")
         if self._pending is not None or not self._episode:
             raise AgentStateError(
@@ -217,16 +226,18 @@ class Agent(abc.ABC):
                 "agent.end_episode() was called in the middle of an environment episode; play it "
                 "to its LAST time step, or drop it with agent.discard_episode()."
             )
+        count = sum(transition.next_step_type == LAST for transition in self._episode)
+        bonuses, worths = _one_each("bonus", bonus, count), _one_each("worth", worth, count)
         transitions = []
-        paid = 0.0
+        paid, ended = 0.0, 0
         for transition in self._episode:
             if transition.next_step_type != LAST:
                 paid += transition.reward
             else:
-                amended = float(np.clip(transition.reward + bonus, -1.0, 1.0))
-                amended = amended if worth is None else worth - paid
+                amended = float(np.clip(transition.reward + bonuses[ended], -1.0, 1.0))
+                amended = amended if worth is None else worths[ended] - paid
                 transition = dataclasses.replace(transition, reward=amended)
-                paid = 0.0
+                paid, ended = 0.0, ended + 1
             transitions.append(transition)
         losses = self._learn(transitions)
         self._episode = []
@@ -384,3 +395,15 @@ class Agent(abc.ABC):
                 "operation legal in every state."
             )
         return state, legal
+
+
+def _one_each(name: str, values: float | Sequence[float] | None, count: int) -> list[float]:
+    """A number for each environment episode, from one for all of them or a sequence."""
+    numbers = np.asarray(0.0 if values is None else values, np.float64)
+    if numbers.ndim and numbers.shape != (count,):
+        raise ArgumentError(
+            f"{name}={values!r} has {len(numbers)} numbers for {count} environment episodes; "
+            "expected one for all of them, or one for each in order."
+        )
+    found: list[float] = np.broadcast_to(numbers, (count,)).tolist()
+    return found

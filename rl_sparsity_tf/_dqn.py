@@ -37,6 +37,7 @@ class DQNAgent(_agent_tf.TFAgent):
     """TF-Agents' (double) DQN agent with its uniform replay buffer."""
 
     name = "dqn"
+    off_policy = True
 
     def __init__(self, config: DQN, time_step_spec: Any, action_spec: Any, seed: int) -> None:
         time_step_spec, action_spec, n_features, n_actions = _agent_tf.checked_specs(

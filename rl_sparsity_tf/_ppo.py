@@ -38,6 +38,10 @@ search episode. Agents know nothing of networks: the caller brings it, e.g. a `R
 
 _RELAXED_EPSILON = 1e-2
 
+# Imitation ends when an action has a probability of 0.95 on average: an episode of some dozens of
+# decisions then leaves the demonstration at one or two of them.
+_CONFIDENT, _IMITATION_STEPS = 0.05, 200
+
 Row = dict[str, NDArray[Any]]
 """One search episode as arrays over time; the keys are those of `_FIELDS`."""
 
@@ -265,8 +269,10 @@ class PPOAgent(_agent_tf.TFAgent):
             tf.constant(np.stack([t.legal for t in forced])),
             tf.constant([t.action for t in forced], tf.int32),
         )
-        losses = [self._imitate(*arrays) for _ in range(self.config.num_epochs)]
-        return {"imitation_loss": float(tf.reduce_mean(losses))}
+        losses: list[float] = []
+        while len(losses) < _IMITATION_STEPS and (not losses or losses[-1] > _CONFIDENT):
+            losses.append(float(self._imitate(*arrays)))
+        return {"imitation_loss": losses[-1]}
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         rows = {

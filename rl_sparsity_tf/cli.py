@@ -77,9 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
         default="neighbours",
         help="swap groups, or permute channels before the search (blocks only)",
     )
-    compress.add_argument(
-        "--latency-table", help="JSON of the layers' times (by default they are measured here)"
-    )
+    compress.add_argument("--latency-table", help="JSON of layers' times (else measured)")
+    compress.add_argument("--hierarchy", action="store_true", help="let an agent order the layers")
     compress.add_argument(
         "--quantization", choices=_QUANTIZATIONS, default="plan", help="how to export"
     )
@@ -293,6 +292,7 @@ def _compress(options: argparse.Namespace) -> None:
         latency_table=options.latency_table,
         shuffle=options.shuffle,
         policy=options.policy,
+        hierarchy=options.hierarchy,
     )
     data = (
         load_npz(options.data)

@@ -30,6 +30,8 @@ class _State:
     position: int
     buckets: list[np.ndarray]
     saliency: np.ndarray
+    edges: np.ndarray
+    goal: float
     current: ts.TimeStep
 
 
@@ -60,7 +62,7 @@ class LayerEnvironment(py_environment.PyEnvironment):
 
     Attributes:
         goal: Share of the kernel's weights that is to be pruned, as the state shows it; by default
-            the target's.
+            the target's. [aim][] sets it and cuts the buckets there.
         illegal_actions: How many actions were not legal.
 
     Example:
@@ -142,6 +144,22 @@ class LayerEnvironment(py_environment.PyEnvironment):
         """
         if share is None or not _LEAST_CENTRE <= share < 1.0:
             share = max(self.network.budget.pruned_share, self.network.decisions.least_share)
+        self._cut(share)
+
+    def aim(self, goal: float) -> None:
+        """Sets the goal of the episodes to come, and cuts their buckets so that an edge lies there.
+
+        Args:
+            goal: Share of the kernel's weights to prune; with 0 the buckets are cut around the
+                target's.
+        """
+        self.goal = goal
+        if goal > 0:
+            self._cut(goal)
+        else:
+            self.centre(None)
+
+    def _cut(self, share: float) -> None:
         self._edges = bucket_edges(self.grouping.count, self._count, share)
         self._first_buckets = []
 
@@ -334,6 +352,8 @@ class LayerEnvironment(py_environment.PyEnvironment):
             self._position,
             list(self._buckets),
             self._saliency,
+            self._edges,
+            self.goal,
             self._current_time_step,
         )
 
@@ -344,4 +364,6 @@ class LayerEnvironment(py_environment.PyEnvironment):
         self._position = state.position
         self._buckets = list(state.buckets)
         self._saliency = state.saliency
+        self._edges, self.goal = state.edges, state.goal
+        self._first_buckets = []
         self._current_time_step = state.current

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 
-from rl_sparsity_tf.agents import AgentConfig, build_agent
+from rl_sparsity_tf.agents import Agent, AgentConfig, build_agent
+from rl_sparsity_tf.anchor import Anchor
 from rl_sparsity_tf.demonstrations import Demonstration
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.network import CompressedNetwork
@@ -34,6 +35,7 @@ class LoopSettings:
         seed: Seed of the agent and of every episode.
         warm_start: Whether the plans of heuristics are evaluated and demonstrated first.
         policy: What the agent has learned elsewhere, if anything.
+        hierarchy: Whether a second agent chooses the order of the kernels and their goals.
     """
 
     agent: AgentConfig
@@ -42,6 +44,7 @@ class LoopSettings:
     seed: int
     warm_start: bool
     policy: SavedPolicy | None = None
+    hierarchy: bool = False
 
 
 class Episodes:
@@ -78,11 +81,13 @@ class Episodes:
             self.agent.set_policy_arrays(settings.policy.weights)
         self.reference = 0.0
         self.untried = Untried()
+        self._anchor = Anchor(np.random.default_rng([settings.seed, 3]))
         self._relaxation: Relaxation | None = None
         if getattr(settings.agent, "relaxed_reward", 0.0):
             self._relaxation = Relaxation(network, reward=settings.reward, seed=settings.seed)
             cast(Any, self.agent).attach(self._relaxation)
         self._demonstrated = False
+        self._played = list(self.environments)
 
     def centre(self, plan: CompressionPlan) -> None:
         """Cuts the buckets of all kernels so that a plan's densities are among the choices."""
@@ -106,6 +111,7 @@ class Episodes:
         self.network.reset()
         self.untried.restart()
         self._demonstrated = demonstration is not None
+        self._anchor.restart(sum(environment.steps for environment in self.environments))
         total = sum(self._play_layer(one, demonstration) for one in self.environments)
         self.untried.finish()
         return total
@@ -117,12 +123,10 @@ class Episodes:
         time_step = environment.reset()
         total = 0.0
         while not time_step.is_last():
-            allowed = self.untried.offer(time_step.observation["legal"])
             forced = None
             if demonstration is not None:
                 forced = demonstration.action(environment, time_step)
-            action = self.agent.step(time_step, action=forced, allowed=allowed)
-            self.untried.take(action)
+            action = self._decide(self.agent, time_step, forced)
             time_step = environment.step(np.int32(action))
             self.agent.observe(time_step)
             total += float(time_step.reward)
@@ -150,6 +154,16 @@ class Episodes:
         self.agent.set_state(state)
         return total
 
+    def _decide(self, agent: Agent, time_step: Any, forced: int | None) -> int:
+        """An agent's action, or the one it is given, that leads to something new if it can."""
+        allowed = self.untried.offer(time_step.observation["legal"])
+        if forced is None and agent.off_policy:
+            forced = self._anchor.action(allowed)
+        action = agent.step(time_step, action=forced, allowed=allowed)
+        self._anchor.take(action)
+        self.untried.take(action)
+        return action
+
     def learn(self, value: float) -> dict[str, float]:
         """Lets the agent learn from the episode played last.
 
@@ -159,10 +173,14 @@ class Episodes:
         Returns:
             Losses by name.
         """
+        self._anchor.finish(value)
+        return self._learn(value)
+
+    def _learn(self, value: float | Sequence[float]) -> dict[str, float]:
         if self._relaxation is not None and not self._demonstrated:
-            self._relaxation.follow([d for env in self.environments for d in env.decisions])
+            self._relaxation.follow([d for env in self._played for d in env.decisions])
         if self._policy is not None:
-            value = float(np.clip(RELATIVE_GAIN * (value - self.reference), -1.0, 1.0))
+            value = float(np.clip(RELATIVE_GAIN * (np.mean(value) - self.reference), -1.0, 1.0))
         if self.network.least_squares is None:
             return self.agent.end_episode(bonus=value)
         # The steps were paid by estimates, which must not count in the end.
@@ -173,6 +191,7 @@ class Episodes:
         return {
             **{f"agent:{key}": value for key, value in self.agent.get_state().items()},
             "untried": self.untried.to_array(),
+            **self._anchor.get_state(),
             "illegal_actions": np.array([one.illegal_actions for one in self.environments]),
         }
 
@@ -182,5 +201,6 @@ class Episodes:
             {key.removeprefix("agent:"): v for key, v in state.items() if key.startswith("agent:")}
         )
         self.untried = Untried.from_array(state["untried"])
+        self._anchor.set_state(state)
         for environment, count in zip(self.environments, state["illegal_actions"], strict=True):
             environment.illegal_actions = int(count)

@@ -144,23 +144,34 @@ def check_policy_path(path: str | os.PathLike[str], *, overwrite: bool = False) 
 
 
 def resolve_policy(
-    policy: SavedPolicy | str | os.PathLike[str] | None, agent: str | AgentConfig | None
+    policy: SavedPolicy | str | os.PathLike[str] | None,
+    agent: str | AgentConfig | None,
+    *,
+    hierarchy: bool = False,
 ) -> tuple[SavedPolicy | None, AgentConfig]:
     """The policy that a search starts from, and the configuration of its agent.
 
     Args:
         policy: A policy or its file, if any.
         agent: The agent that was asked for, if any. A name leaves the settings to the policy.
+        hierarchy: Whether the search has two levels: the lower one meets goals, and policies do
+            not know any.
 
     Returns:
         The policy, and the agent: that of the policy unless a configuration is given.
 
     Raises:
-        ArgumentError: If the agent has other networks than the policy, or there is no such file.
+        ArgumentError: If the agent has other networks than the policy, there is no such file, or
+            the search has two levels.
         PolicyFileError: If the file cannot be used.
     """
     if policy is None:
         return None, resolve_config("dqn" if agent is None else agent)
+    if hierarchy:
+        raise ArgumentError(
+            "policy=... does not go with hierarchy=True: in two levels the goals of layers are "
+            "chosen by another agent, and a policy has learned without it. Leave one of them out."
+        )
     if not isinstance(policy, SavedPolicy):
         policy = SavedPolicy.load(policy)
     if agent is None:

@@ -15,7 +15,7 @@ import tf_keras as keras
 from rich.table import Table
 
 from rl_sparsity_tf.candidates import Candidate
-from rl_sparsity_tf.errors import FileExistsRLSparsityError
+from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError
 from rl_sparsity_tf.export import check_path, export_tflite
 from rl_sparsity_tf.export_report import ExportReport, TensorReport
 from rl_sparsity_tf.files import replacing, write_text
@@ -43,7 +43,7 @@ class Result:
             any more, and `plan` says how the kernels that are left are stored.
         report: The report of the .tflite file.
         formats: Whether the file may hold sparse tensors, see `export_tflite`.
-        policy: What the agent had learned in the end.
+        policy: What the agent had learned in the end; None after a search in two levels.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Result:
         candidate: Candidate,
         figures: Figures,
         formats: str = "dense",
-        policy: SavedPolicy,
+        policy: SavedPolicy | None = None,
     ):
         self.model: keras.Model = finished.model
         self.plan: CompressionPlan = finished.plan
@@ -161,13 +161,19 @@ class Result:
             overwrite: Whether it may be replaced.
 
         Raises:
-            ArgumentError: If the agent was random, or the path cannot be written to.
+            ArgumentError: If the agent was random, the search had two levels, or the path cannot
+                be written to.
             FileExistsRLSparsityError: If the file exists and `overwrite` is false.
 
         Example:
             >>> result.save_policy("policy.npz")
             >>> rls.Compressor(other_model, target, policy="policy.npz").search(data, ...)
         """
+        if self.policy is None:
+            raise ArgumentError(
+                "hierarchy=True searches with two agents, of which none can decide alone. Expected "
+                "a search without it to save the policy of."
+            )
         self.policy.save(path, overwrite=overwrite)
 
     def write_files(self, folder: Path) -> None:

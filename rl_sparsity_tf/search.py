@@ -94,6 +94,8 @@ class Compressor:
             has learned on other networks. Its plan is evaluated first, whatever `warm_start` says;
             the agent goes on from it, explores less, and learns how much better than that a plan
             is.
+        hierarchy: Whether a second agent chooses the next layer and how much is to go of it; the
+            first then meets that goal. Else the layers come in their order.
 
     Raises:
         RLSparsityError: If an argument cannot be used; nothing has been trained by then.
@@ -121,6 +123,7 @@ class Compressor:
         latency_table: LatencyTable | str | os.PathLike[str] | None = None,
         shuffle: str = "neighbours",
         policy: SavedPolicy | str | os.PathLike[str] | None = None,
+        hierarchy: bool = False,
     ):
         self.model = accepted(model)
         if is_wrapped(self.model):
@@ -129,7 +132,7 @@ class Compressor:
             )
         self.target = Target(sparsity=0.9) if target is None else target
         check_type("target", self.target, Target, "rls.Target(sparsity=0.9)")
-        self.policy, self.agent = resolve_policy(policy, agent)
+        self.policy, self.agent = resolve_policy(policy, agent, hierarchy=bool(hierarchy))
         self.group = channel_search.group_for(self.model, self.target, group)
         self.latency_table = channel_search.table_for(self.target, latency_table)
         self.shuffle = channel_search.check_shuffle(shuffle, self.group)
@@ -148,6 +151,7 @@ class Compressor:
         self.warm_start = check_flag("warm_start", warm_start) and not isinstance(
             self.agent, Random
         )
+        self.hierarchy = check_flag("hierarchy", hierarchy)
         self.last: FinishedSearch | None = None
 
     @quiet_tensorflow()
@@ -321,7 +325,7 @@ class Compressor:
             candidate=best,
             figures=figures,
             formats=formats_for(self.target),
-            policy=SavedPolicy.of(self.agent, loop.episodes.agent),
+            policy=None if self.hierarchy else SavedPolicy.of(self.agent, loop.episodes.agent),
         )
         if run is not None:
             result.write_files(run.path)
@@ -339,6 +343,7 @@ class Compressor:
             seed=self.seed,
             warm_start=self.warm_start,
             policy=self.policy,
+            hierarchy=self.hierarchy,
         )
 
     def _open_run(
@@ -367,6 +372,7 @@ class Compressor:
             "buckets": self.buckets,
             "warm_start": self.warm_start,
             "policy": self.policy and self.policy.digest,
+            "hierarchy": self.hierarchy,
             **search_arguments,
         }
         compiled = compile_arguments(model) or {}

@@ -17,8 +17,9 @@ from rl_sparsity_tf.demonstrations import (
     without_twins,
 )
 from rl_sparsity_tf.dynamic_programming import propose_all
-from rl_sparsity_tf.episodes import Episodes, LoopSettings
+from rl_sparsity_tf.episodes import LoopSettings
 from rl_sparsity_tf.errors import ArgumentError, RunError
+from rl_sparsity_tf.hierarchy import make_episodes
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
@@ -30,6 +31,8 @@ DYNAMIC = "dynamic_programming"
 POLICY = "policy"
 # Buckets are cut around this heuristic's plan, which takes no evaluation, for a policy's own.
 STARTING = "lamp"
+# Shown to the agent, the best last: what it has learned of the others must not hide that.
+_DEMONSTRATIONS = 3
 # Of the layers' errors; no power gives the best plan for every network.
 _POWERS = (1.0, 0.5, 0.25)
 
@@ -53,7 +56,7 @@ class SearchLoop:
         self._settings = settings
         self._network = network
         self._run = run
-        self.episodes = Episodes(settings, network)
+        self.episodes = make_episodes(settings, network)
         self._demonstrations: list[Demonstration] = []
         self.proposed: list[tuple[str, CompressionPlan]] = []
         self.history: list[dict[str, Any]] = []
@@ -137,7 +140,8 @@ class SearchLoop:
         if self.proposed:
             self.episodes.centre(self.proposed[0][1])
         best_first = [shown[index][1] for index in order]
-        self._demonstrations = without_twins(best_first)[:demonstrations]
+        shown_best = without_twins(best_first)[: min(demonstrations, _DEMONSTRATIONS)]
+        self._demonstrations = shown_best[::-1]
 
     def _episode(self, episode: int) -> dict[str, Any]:
         started = time.monotonic()

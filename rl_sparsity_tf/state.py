@@ -106,17 +106,31 @@ def describe_state(
     Example:
         >>> rls.describe_state(time_step.observation["state"])
     """
-    if state is not None and np.shape(state) != (STATE_SIZE,):
+    print_features(FEATURES, state, print_fn)
+
+
+def print_features(
+    features: Sequence[Feature],
+    state: Sequence[float] | np.ndarray | None,
+    print_fn: Callable[[str], None],
+) -> None:
+    """Prints a line for every feature, with its value if there is a state.
+
+    Raises:
+        ArgumentError: If the state has another size.
+    """
+    if state is not None and np.shape(state) != (len(features),):
         raise ArgumentError(
-            f"The state has shape {np.shape(state)}. Expected ({STATE_SIZE},): the 'state' of one "
-            "observation, without a batch axis."
+            f"The state has shape {np.shape(state)}. Expected ({len(features)},): the 'state' of "
+            "one observation, without a batch axis."
         )
+    width = 1 + max(len(feature.name) for feature in features)
     value_title = "" if state is None else f" {'value':>7}"
-    print_fn(f"{'#':>2} {'feature':<21} {'range':<7}{value_title}  meaning")
-    for index, feature in enumerate(FEATURES):
+    print_fn(f"{'#':>2} {'feature':<{width}} {'range':<7}{value_title}  meaning")
+    for index, feature in enumerate(features):
         value = "" if state is None else f" {float(state[index]):7.3f}"
         bounds = f"[{feature.low:g}, 1]"
-        print_fn(f"{index:>2} {feature.name:<21} {bounds:<7}{value}  {feature.meaning}")
+        print_fn(f"{index:>2} {feature.name:<{width}} {bounds:<7}{value}  {feature.meaning}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,28 +187,28 @@ def observe(network: CompressedNetwork, path: str, bucket: BucketView) -> np.nda
     outcome, standings = network.outcome, network.standings
     values = {
         "weight_mean": _over(mean, math.sqrt(square)),
-        "weight_variance": _against(square - mean**2, original.variance),
+        "weight_variance": against(square - mean**2, original.variance),
         "weight_entropy": _entropy(weights, original.largest),
         "activation_mean": _over(
             now.activation_mean, math.hypot(math.sqrt(now.activation_variance), now.activation_mean)
         ),
-        "activation_variance": _against(now.activation_variance, dense.activation_variance),
+        "activation_variance": against(now.activation_variance, dense.activation_variance),
         "activation_sparsity": now.activation_sparsity,
         "gradient_mean": _over(
             now.gradient_mean, math.hypot(math.sqrt(now.gradient_variance), now.gradient_mean)
         ),
-        "gradient_variance": _against(now.gradient_variance, float(np.mean(all_variances))),
+        "gradient_variance": against(now.gradient_variance, float(np.mean(all_variances))),
         "reconstruction_error": network.errors[path],
         "network_error": outcome.reconstruction_error,
         "output_error": network.output_errors[path],
         "network_output_error": outcome.output_error,
         "bucket_position": bucket.position / max(1, bucket.count - 1),
         "bucket_size": float(flat_sizes.sum()) / kernel.size,
-        "bucket_saliency": _against(
+        "bucket_saliency": against(
             math.sqrt(float((flat_sizes * saliency**2).sum()) / max(1, flat_sizes.sum())), 1.0
         ),
         "bucket_contrast": _over(saliency.min(), saliency.max()) if len(saliency) else 0.0,
-        "bucket_gradient": _against(in_bucket, in_kernel),
+        "bucket_gradient": against(in_bucket, in_kernel),
         "bucket_mask_gradient": _over(
             float(by_mask[bucket.groups].mean()) if len(bucket.groups) else 0.0,
             float(np.abs(by_mask).mean()),
@@ -207,7 +221,7 @@ def observe(network: CompressedNetwork, path: str, bucket: BucketView) -> np.nda
         "quantized": done[Operation.QUANTIZE] / kernel.size,
         "shuffled": done[Operation.SHUFFLE] / kernel.size,
         "retention": outcome.retention,
-        "loss_ratio": _against(network.dense.loss, outcome.loss),
+        "loss_ratio": against(network.dense.loss, outcome.loss),
         "target": outcome.target_sparsity,
         "budget_progress": network.budget.progress,
         "budget_pressure": bucket.pressure,
@@ -218,7 +232,7 @@ def observe(network: CompressedNetwork, path: str, bucket: BucketView) -> np.nda
         "kernel_share": kernel.size / network.budget.elements,
         "kernel_fan_in": math.log2(1 + grouping.inputs) / 16,
         "kernel_fan_out": math.log2(1 + grouping.outputs) / 16,
-        "kernel_sensitivity": _against(dense.gradient_variance, float(np.mean(all_variances))),
+        "kernel_sensitivity": against(dense.gradient_variance, float(np.mean(all_variances))),
         "kernel_depth": index / max(1, len(network.kernels) - 1),
         "convolution": float("Conv" in owner),
         "depthwise": float("depthwise" in kernel.spec.attribute or "Depthwise" in owner),
@@ -235,7 +249,8 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else 0.5
 
 
-def _against(value: float, reference: float) -> float:
+def against(value: float, reference: float) -> float:
+    """A magnitude v against another r, without units: v / (v + r), in [0, 1]."""
     total = abs(float(value)) + abs(float(reference))
     return abs(float(value)) / total if total > 0 else 0.5
 

@@ -421,6 +421,27 @@ def test_the_worth_is_what_the_rewards_of_each_environment_episode_add_up_to() -
         agent.end_episode(worth=float("nan"))
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"bonus": [0.75, -1.0]}, [0.25, 1.0, -0.5, -1.0]),
+        ({"worth": [0.5, -0.5]}, [0.25, 0.25, -0.5, 0.0]),
+    ],
+)
+def test_each_environment_episode_can_be_worth_something_else(given, expected) -> None:
+    agent = build("random", toy.ContextualEnvironment())
+    seen: list[Any] = []
+    agent._learn = lambda transitions: seen.extend(transitions) or {}
+    play_two_step(agent, [(0.25, 0.5), (-0.5, -0.25)])
+    (name,) = given
+    with pytest.raises(ArgumentError, match=rf"{name}=\[0\.5\] has 1 numbers for 2 environment"):
+        agent.end_episode(**{name: [0.5]})
+    with pytest.raises(ArgumentError, match=rf"{name}=\[0\.5, nan\]: expected a finite number"):
+        agent.end_episode(**{name: [0.5, float("nan")]})
+    agent.end_episode(**given)
+    assert [t.reward for t in seen] == expected
+
+
 def test_ppo_advantages_stop_at_the_end_of_each_environment_episode() -> None:
     config = PPO(hidden_layers=(16,), discount=0.9, gae_lambda=0.8, num_epochs=1)
     agent = build(config, toy.ContextualEnvironment())

@@ -296,6 +296,11 @@ def test_the_agent_is_that_of_the_policy_unless_one_is_given(path):
             rls.Compressor(trained(), policy=path, agent=agent)
 
 
+def test_policies_and_two_levels_do_not_go_together(path):
+    with pytest.raises(rls.ArgumentError, match="policy=... does not go with hierarchy=True"):
+        rls.Compressor(trained(), policy=path, hierarchy=True)
+
+
 def test_an_agent_refuses_weights_of_other_networks_and_explores_less_with_its_own():
     network = fitted()
     environment = LayerEnvironment(network, network.kernels[0].path)

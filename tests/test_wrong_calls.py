@@ -259,6 +259,10 @@ ARGUMENTS = {
         not_begun(warm_start="no"),
         r"warm_start='no' cannot be used\. Expected True or False",
     ),
+    "hierarchy": (
+        not_begun(hierarchy=2),
+        r"hierarchy=2 cannot be used\. Expected True or False",
+    ),
     "reward's weights": (
         lambda files: rls.Reward(accuracy=-1),
         r"Reward\(accuracy=-1\) cannot be used\. Expected a finite number of at least 0",

@@ -1,0 +1,103 @@
+"""Exploring from the best plan so far: first return to it, then leave it at a few decisions.
+
+In a search of some dozens of episodes, an agent that explores by single random decisions hardly
+ever sees what a small change of a good plan is worth: the random decisions that come with it ruin
+the plan. So episodes follow the best sequence of decisions known, and the policy decides in between
+(Ecoffet et al. 2021, "First return, then explore", arXiv 2004.12919). What is learned is learned
+off policy, from what was done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from rl_sparsity_tf._generators import pack_generator, unpack_generator
+
+# Share of the episodes that follow the best sequence.
+_SHARE = 0.7
+# Decisions of such an episode that the policy takes, on average; once it does, it goes on with 1/2.
+_DEVIATIONS = 1.5
+# Episodes without one at the beginning: the best of one or two is no place to return to.
+_FREE = 3
+
+
+class Anchor:
+    """Remembers the best episode's actions, and says when to repeat them.
+
+    Args:
+        generator: Draws when to leave them.
+
+    Example:
+        >>> anchor.restart(steps)
+        >>> action = agent.step(time_step, action=anchor.action(allowed), allowed=allowed)
+        >>> anchor.take(action)
+        >>> anchor.finish(value)
+    """
+
+    def __init__(self, generator: np.random.Generator):
+        self._generator = generator
+        self._best: list[int] = []
+        self._value = -np.inf
+        self._taken: list[int] = []
+        self._episodes = 0
+        self._returns = self._away = False
+        self._chance = 0.0
+
+    def restart(self, steps: int) -> None:
+        """To be called at the start of an episode.
+
+        Args:
+            steps: Its decisions.
+        """
+        self._taken, self._away = [], False
+        self._returns = (
+            self._episodes >= _FREE
+            and len(self._best) == steps
+            and bool(self._generator.random() < _SHARE)
+        )
+        self._chance = min(1.0, _DEVIATIONS / steps)
+
+    def action(self, allowed: np.ndarray) -> int | None:
+        """The best episode's action at this point; None where the policy is to decide.
+
+        Args:
+            allowed: 1 for every action that may be taken.
+        """
+        if not self._returns:
+            return None
+        chance = 0.5 if self._away else self._chance
+        self._away = bool(self._generator.random() < chance)
+        action = self._best[len(self._taken)]
+        return None if self._away or not allowed[action] else action
+
+    def take(self, action: int) -> None:
+        """Notes the action that was taken."""
+        self._taken.append(int(action))
+
+    def finish(self, value: float) -> None:
+        """Notes what the episode was worth."""
+        self._episodes += 1
+        if value > self._value:
+            self._best, self._value = self._taken, value
+
+    def forget(self) -> None:
+        """Forgets the best episode, whose value has no meaning any more."""
+        self._best, self._value = [], -np.inf
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """Everything to go on from, as arrays."""
+        return {
+            "anchor:generator": pack_generator(self._generator),
+            "anchor:best": np.array(self._best, np.int64),
+            "anchor:value": np.array(self._value),
+            "anchor:episodes": np.array(self._episodes),
+        }
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what [get_state][] gave."""
+        self._generator = unpack_generator(state["anchor:generator"])
+        self._best = state["anchor:best"].tolist()
+        self._value = float(state["anchor:value"])
+        self._episodes = int(state["anchor:episodes"])

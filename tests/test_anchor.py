@@ -1,0 +1,103 @@
+"""Episodes return to the best sequence of decisions known, and leave it at a few."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rl_sparsity_tf.anchor import Anchor
+
+ALL = np.ones(4, np.int32)
+STEPS = 12
+
+
+def played(anchor, actions, value):
+    anchor.restart(len(actions))
+    for action in actions:
+        anchor.take(action)
+    anchor.finish(value)
+
+
+def ready(seed=0, actions=tuple([2] * STEPS)):
+    """An anchor whose best sequence is known, past its first episodes."""
+    anchor = Anchor(np.random.default_rng(seed))
+    played(anchor, actions, 0.5)
+    for value in (0.1, 0.2):
+        played(anchor, [0] * len(actions), value)
+    return anchor
+
+
+def asked(anchor, policy=1, steps=STEPS, allowed=ALL):
+    """What an episode asks for: None where the policy was to decide, which takes its action."""
+    anchor.restart(steps)
+    found = []
+    for _ in range(steps):
+        found.append(anchor.action(allowed))
+        anchor.take(policy if found[-1] is None else found[-1])
+    return found
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31))
+def test_what_is_returned_to_is_the_best_sequence(seed):
+    best = np.random.default_rng(seed).integers(0, 4, STEPS).tolist()
+    anchor = ready(seed, best)
+    for _ in range(20):
+        for place, action in enumerate(asked(anchor)):
+            assert action in (None, best[place])
+
+
+def test_most_episodes_return_and_leave_at_a_few_decisions():
+    anchor = ready()
+    left = [sum(action is None for action in asked(anchor)) for _ in range(2000)]
+    returned = [count for count in left if count < STEPS]
+    assert 0.65 < len(returned) / len(left) < 0.75
+    # 1.5 beginnings on average at most, and every one goes on for two decisions on average.
+    assert 1.5 < np.mean(returned) < 3.5
+
+
+def test_the_first_episodes_are_free():
+    anchor = Anchor(np.random.default_rng(0))
+    for number in range(3):
+        assert asked(anchor) == [None] * STEPS
+        anchor.finish(float(number))
+
+
+def test_an_action_that_may_not_be_taken_is_left_to_the_policy():
+    anchor, only = ready(), np.array([1, 1, 0, 1])
+    for _ in range(20):
+        assert asked(anchor, allowed=only) == [None] * STEPS
+
+
+def test_a_sequence_of_another_length_is_not_returned_to():
+    anchor = ready()
+    for _ in range(20):
+        assert asked(anchor, steps=STEPS + 1) == [None] * (STEPS + 1)
+
+
+def test_a_worse_episode_does_not_replace_the_best_and_a_better_one_does():
+    anchor = ready()
+    played(anchor, [3] * STEPS, 0.4)
+    assert {action for _ in range(20) for action in asked(anchor)} == {None, 2}
+    played(anchor, [3] * STEPS, 0.6)
+    assert {action for _ in range(20) for action in asked(anchor)} == {None, 3}
+
+
+def test_after_forgetting_nothing_is_returned_to():
+    anchor = ready()
+    anchor.forget()
+    assert all(asked(anchor) == [None] * STEPS for _ in range(20))
+
+
+@pytest.mark.parametrize("episodes", [0, 1, 5])
+def test_what_was_saved_goes_on_alike(episodes):
+    anchor = ready(3) if episodes else Anchor(np.random.default_rng(3))
+    for _ in range(episodes):
+        asked(anchor)
+        anchor.finish(0.0)
+    other = Anchor(np.random.default_rng(99))
+    other.set_state(anchor.get_state())
+    for value in (0.1, 0.7, 0.2, 0.3):
+        assert asked(anchor) == asked(other)
+        anchor.finish(value)
+        other.finish(value)
