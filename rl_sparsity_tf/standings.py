@@ -80,19 +80,19 @@ class Standings:
         self._ranks: dict[str, dict[str, Ranks]] = {}
         self._saliency: dict[str, np.ndarray] = {}
 
-    def of(self, name: str, path: str, groups: np.ndarray) -> np.ndarray:
+    def of(self, name: str, path: str, groups: np.ndarray | None = None) -> np.ndarray:
         """The standings of some groups of a kernel by one of [NAMES][].
 
         Args:
             name: The ranking.
             path: The kernel's path.
-            groups: Flat indices.
+            groups: Flat indices; by default all.
 
         Returns:
             Values in [0, 1], one per group; 1 where nothing more is to be pruned.
         """
-        scores = self._ranks_of(name)[path].scores[groups]
-        return _against(scores, self.threshold(name))
+        scores = self._ranks_of(name)[path].scores
+        return _against(scores if groups is None else scores[groups], self.threshold(name))
 
     def threshold(self, name: str) -> float:
         """The score below which undecided groups have to go; 0 where none has."""

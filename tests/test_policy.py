@@ -297,7 +297,7 @@ def test_the_agent_is_that_of_the_policy_unless_one_is_given(path):
 
 
 def test_policies_and_two_levels_do_not_go_together(path):
-    with pytest.raises(rls.ArgumentError, match="policy=... does not go with hierarchy=True"):
+    with pytest.raises(rls.ArgumentError, match=r"policy=\.\.\. does not go with hierarchy=True"):
         rls.Compressor(trained(), policy=path, hierarchy=True)
 
 
