@@ -19,8 +19,9 @@ from rl_sparsity_tf._generators import pack_generator, unpack_generator
 _SHARE = 0.7
 # Decisions of such an episode that the policy takes, on average; once it does, it goes on with 1/2.
 _DEVIATIONS = 1.5
-# Episodes without one at the beginning: the best of one or two is no place to return to.
-_FREE = 3
+# Episodes without one at the beginning: the best of a few is no place to return to. Good ones that
+# were demonstrated are.
+_FREE = 6
 
 
 class Anchor:
@@ -28,6 +29,9 @@ class Anchor:
 
     Args:
         generator: Draws when to leave them.
+
+    Attributes:
+        generator: The same.
 
     Example:
         >>> anchor.restart(steps)
@@ -37,13 +41,18 @@ class Anchor:
     """
 
     def __init__(self, generator: np.random.Generator):
-        self._generator = generator
+        self.generator = generator
         self._best: list[int] = []
         self._value = -np.inf
         self._taken: list[int] = []
         self._episodes = 0
         self._returns = self._away = False
         self._chance = 0.0
+
+    @property
+    def free(self) -> bool:
+        """Whether it is too early to return to anything."""
+        return self._episodes < _FREE
 
     def restart(self, steps: int) -> None:
         """To be called at the start of an episode.
@@ -53,9 +62,7 @@ class Anchor:
         """
         self._taken, self._away = [], False
         self._returns = (
-            self._episodes >= _FREE
-            and len(self._best) == steps
-            and bool(self._generator.random() < _SHARE)
+            not self.free and len(self._best) == steps and bool(self.generator.random() < _SHARE)
         )
         self._chance = min(1.0, _DEVIATIONS / steps)
 
@@ -68,7 +75,7 @@ class Anchor:
         if not self._returns:
             return None
         chance = 0.5 if self._away else self._chance
-        self._away = bool(self._generator.random() < chance)
+        self._away = bool(self.generator.random() < chance)
         action = self._best[len(self._taken)]
         return None if self._away or not allowed[action] else action
 
@@ -76,9 +83,9 @@ class Anchor:
         """Notes the action that was taken."""
         self._taken.append(int(action))
 
-    def finish(self, value: float) -> None:
-        """Notes what the episode was worth."""
-        self._episodes += 1
+    def finish(self, value: float, demonstrated: bool = False) -> None:
+        """Notes what the episode was worth, and whether a heuristic played it."""
+        self._episodes = max(self._episodes + 1, _FREE if demonstrated else 0)
         if value > self._value:
             self._best, self._value = self._taken, value
 
@@ -89,7 +96,7 @@ class Anchor:
     def get_state(self) -> dict[str, np.ndarray]:
         """Everything to go on from, as arrays."""
         return {
-            "anchor:generator": pack_generator(self._generator),
+            "anchor:generator": pack_generator(self.generator),
             "anchor:best": np.array(self._best, np.int64),
             "anchor:value": np.array(self._value),
             "anchor:episodes": np.array(self._episodes),
@@ -97,7 +104,7 @@ class Anchor:
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Goes on from what [get_state][] gave."""
-        self._generator = unpack_generator(state["anchor:generator"])
+        self.generator = unpack_generator(state["anchor:generator"])
         self._best = state["anchor:best"].tolist()
         self._value = float(state["anchor:value"])
         self._episodes = int(state["anchor:episodes"])

@@ -19,6 +19,9 @@ from rl_sparsity_tf.plan import CompressionPlan
 
 # Edges are rounded to whole groups; a bucket that only begins below the density is left alone.
 _TOLERANCE = 0.1
+# Densities of a random plan are up to this factor above or below the others' middle.
+_SPREAD = 8.0
+_HALVINGS = 40
 # Densities that differ by no more than this are the same.
 _EQUAL = 1e-6
 
@@ -63,6 +66,31 @@ class Demonstration:
             if legal[operation]:
                 return int(operation)
         return int(Operation.KEEP)
+
+
+def random_demonstration(
+    network: CompressedNetwork, generator: np.random.Generator, name: str = "random"
+) -> Demonstration:
+    """Random densities that meet the target, as random search draws them.
+
+    Args:
+        network: The network.
+        generator: Draws the kernels' ratios, log-uniform within a factor of 8 around the middle.
+        name: Who proposes them.
+    """
+    sizes = np.array([float(kernel.size) for kernel in network.kernels])
+    half = np.log(_SPREAD)
+    ratios = np.exp(generator.uniform(-half, half, len(sizes)))
+    wanted = max(0.0, sizes.sum() - network.budget.wanted)
+    low, high = 0.0, 1.0 / ratios.min()  # of the factor that scales them to the target
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if (sizes * np.minimum(1.0, middle * ratios)).sum() > wanted:
+            high = middle
+        else:
+            low = middle
+    densities = np.minimum(1.0, low * ratios).tolist()
+    return Demonstration(name, dict(zip(network.groupings, densities, strict=True)))
 
 
 def without_twins(demonstrations: Sequence[Demonstration]) -> list[Demonstration]:

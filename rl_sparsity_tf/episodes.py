@@ -10,7 +10,7 @@ import numpy as np
 
 from rl_sparsity_tf.agents import Agent, AgentConfig, build_agent
 from rl_sparsity_tf.anchor import Anchor
-from rl_sparsity_tf.demonstrations import Demonstration
+from rl_sparsity_tf.demonstrations import Demonstration, random_demonstration
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.plan import CompressionPlan
@@ -48,7 +48,7 @@ class LoopSettings:
 
 
 class Episodes:
-    """Plays search episodes in the order of the layers, and lets the agent learn from them.
+    """Plays search episodes, the smallest kernel first, and lets the agent learn from them.
 
     No two episodes take the same decisions, as long as others are left.
 
@@ -62,15 +62,19 @@ class Episodes:
 
     def __init__(self, settings: LoopSettings, network: CompressedNetwork):
         self.network = network
+        # The last kernel takes what the others have left of the budget. A large one hardly notices;
+        # a small one would be emptied by a step of its neighbour.
+        kernels = sorted(network.kernels, key=lambda kernel: kernel.size)
         self.environments = [
             LayerEnvironment(
                 network,
                 kernel.path,
                 reward=settings.reward,
                 buckets=settings.buckets,
-                evaluate=kernel is network.kernels[-1],
+                later=[one.path for one in kernels[place + 1 :]],
+                evaluate=kernel is kernels[-1],
             )
-            for kernel in network.kernels
+            for place, kernel in enumerate(kernels)
         ]
         first = self.environments[0]
         self.agent = build_agent(
@@ -111,10 +115,21 @@ class Episodes:
         self.network.reset()
         self.untried.restart()
         self._demonstrated = demonstration is not None
+        demonstration = demonstration or self._random_densities()
         self._anchor.restart(sum(environment.steps for environment in self.environments))
         total = sum(self._play_layer(one, demonstration) for one in self.environments)
         self.untried.finish()
         return total
+
+    def _random_densities(self) -> Demonstration | None:
+        """What an agent that learns from any behaviour begins with, if it was shown nothing.
+
+        Random decisions of single buckets make plans that say little: nearly every kernel has some
+        group that is kept, and is stored as floats.
+        """
+        if not self.agent.off_policy or not self._anchor.free:
+            return None
+        return random_demonstration(self.network, self._anchor.generator)
 
     def _play_layer(
         self, environment: LayerEnvironment, demonstration: Demonstration | None
@@ -173,7 +188,7 @@ class Episodes:
         Returns:
             Losses by name.
         """
-        self._anchor.finish(value)
+        self._anchor.finish(value, self._demonstrated)
         return self._learn(value)
 
     def _learn(self, value: float | Sequence[float]) -> dict[str, float]:

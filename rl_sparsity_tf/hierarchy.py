@@ -79,7 +79,8 @@ class HierarchicalEpisodes(Episodes):
             The sum of the lower level's rewards.
         """
         self.untried.restart()
-        self._demonstration, self._demonstrated = demonstration, demonstration is not None
+        self._demonstrated = demonstration is not None
+        self._demonstration = demonstration = demonstration or self._random_densities()
         self._played, self.misses, self._total = [], [], 0.0
         self._anchor.restart(sum(one.steps for one in self.environments) + len(self.environments))
         time_step = self.selection.reset()
@@ -118,7 +119,7 @@ class HierarchicalEpisodes(Episodes):
         Returns:
             Losses by name; those of the higher level begin with `selection_`.
         """
-        self._anchor.finish(value)
+        self._anchor.finish(value, self._demonstrated)
         losses = self._learn([value - INTRINSIC * miss for miss in self.misses])
         above = self.selector.end_episode(worth=value)
         return {**losses, **{f"selection_{name}": loss for name, loss in above.items()}}

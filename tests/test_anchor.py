@@ -22,7 +22,7 @@ def ready(seed=0, actions=tuple([2] * STEPS)):
     """An anchor whose best sequence is known, past its first episodes."""
     anchor = Anchor(np.random.default_rng(seed))
     played(anchor, actions, 0.5)
-    for value in (0.1, 0.2):
+    for value in (0.1, 0.2, 0.1, 0.2, 0.1):
         played(anchor, [0] * len(actions), value)
     return anchor
 
@@ -58,9 +58,21 @@ def test_most_episodes_return_and_leave_at_a_few_decisions():
 
 def test_the_first_episodes_are_free():
     anchor = Anchor(np.random.default_rng(0))
-    for number in range(3):
+    for number in range(6):
+        assert anchor.free
         assert asked(anchor) == [None] * STEPS
         anchor.finish(float(number))
+    assert not anchor.free
+
+
+def test_after_a_demonstration_no_episode_is_free():
+    anchor = Anchor(np.random.default_rng(0))
+    anchor.restart(STEPS)
+    for _ in range(STEPS):
+        anchor.take(2)
+    anchor.finish(0.5, demonstrated=True)
+    assert not anchor.free
+    assert {action for _ in range(20) for action in asked(anchor)} == {None, 2}
 
 
 def test_an_action_that_may_not_be_taken_is_left_to_the_policy():
