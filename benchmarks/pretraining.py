@@ -35,7 +35,7 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf.agents import AgentConfig, build_agent
 from rl_sparsity_tf.demonstrations import heuristic_plan
 from rl_sparsity_tf.environment import LayerEnvironment
-from rl_sparsity_tf.episodes import RELATIVE_GAIN
+from rl_sparsity_tf.episodes import RELATIVE_GAIN, Episodes, LoopSettings
 from rl_sparsity_tf.files import replacing
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.operations import Operation
@@ -115,15 +115,12 @@ class Player:
 
     def __init__(self, network: CompressedNetwork, buckets: int, choose: Chooser):
         self.network = network
-        self.environments = [
-            LayerEnvironment(
-                network, one.path, buckets=buckets, evaluate=one is network.kernels[-1]
-            )
-            for one in network.kernels
-        ]
-        plan = heuristic_plan(network, "lamp")
-        for environment in self.environments:
-            environment.centre(plan.kernels[environment.kernel].sparsity)
+        settings = LoopSettings(
+            agent=rls.Random(), reward=rls.Reward(), buckets=buckets, seed=0, warm_start=False
+        )
+        episodes = Episodes(settings, network)
+        episodes.centre(heuristic_plan(network, "lamp"))
+        self.environments = episodes.environments
         self._choose = choose
         self._value = smooth_value(network)
 

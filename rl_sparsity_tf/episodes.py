@@ -147,27 +147,39 @@ class Episodes:
             total += float(time_step.reward)
         return total
 
-    def play_policy(self) -> float:
+    def play_policy(self) -> list[int]:
         """Plays the plan that the policy of the settings likes best; nothing is learned from it.
 
         The network is left with the plan, evaluated.
 
         Returns:
-            The sum of the steps' rewards.
+            The actions.
         """
         assert self._policy is not None
         state = self.agent.get_state()
         self.agent.set_policy_arrays(self._policy.weights)
         self.network.reset()
-        total = 0.0
+        actions = []
         for environment in self.environments:
             environment.commit()
             time_step = environment.reset()
             while not time_step.is_last():
-                time_step = environment.step(np.int32(self.agent.act(time_step)))
-                total += float(time_step.reward)
+                actions.append(self.agent.act(time_step))
+                time_step = environment.step(np.int32(actions[-1]))
         self.agent.set_state(state)
-        return total
+        return actions
+
+    def begin_with(self, actions: Sequence[int], value: float) -> None:
+        """Explores from a sequence of actions, as from the best episode so far.
+
+        Args:
+            actions: What was done.
+            value: What the plan was worth.
+        """
+        self._anchor.restart(len(actions))
+        for action in actions:
+            self._anchor.take(action)
+        self._anchor.finish(value, demonstrated=True)
 
     def _decide(self, agent: Agent, time_step: Any, forced: int | None) -> int:
         """An agent's action, or the one it is given, that leads to something new if it can."""

@@ -109,11 +109,13 @@ class SearchLoop:
         if STARTING in network.decisions.heuristics:
             with contextlib.suppress(ArgumentError):  # it may not reach a target in bytes
                 self.episodes.centre(heuristic_plan(network, STARTING))
-        self.episodes.play_policy()
+        actions = self.episodes.play_policy()
         value = bounded(self._settings.reward, network.outcome, None)
         # What other networks are worth at best is not seen in the state: better or worse than
         # the policy was is what this one can add.
         self.episodes.reference = value
+        if self._done == 0:
+            self.episodes.begin_with(actions, value)
         self.proposed = [(POLICY, network.plan)]
         if is_better(value, network.outcome, self.best):
             self.best = Candidate.of(network, value, PROPOSED, POLICY)
@@ -137,7 +139,8 @@ class SearchLoop:
         order = sorted(range(len(shown)), key=lambda index: -shown[index][0])
         found = [*applied, *((shown[index][0], plans[index]) for index in order)]
         self.proposed = [one for _, one in sorted(found, key=lambda pair: -pair[0])]
-        if self.proposed:
+        # Around a policy's plan they stay as they are: the search begins with its decisions.
+        if self.proposed and self._settings.policy is None:
             self.episodes.centre(self.proposed[0][1])
         best_first = [shown[index][1] for index in order]
         shown_best = without_twins(best_first)[: min(demonstrations, _DEMONSTRATIONS)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import zipfile
 from pathlib import Path
@@ -68,16 +69,23 @@ def rewritten(path: Path, **changes) -> Path:
     return path
 
 
-def fitted(sparsity: float = 0.6, seed: int = 0) -> CompressedNetwork:
-    """A network that recovers by least squares."""
+@functools.cache
+def shared_network() -> CompressedNetwork:
     model = trained()
     return CompressedNetwork(
         model,
         training_data(TRAIN, model, batch_size=32),
         evaluation_data(VALIDATION, model, "validation_data"),
-        target=rls.Target(sparsity=sparsity),
-        seed=seed,
+        target=rls.Target(sparsity=0.6),
     )
+
+
+def fitted() -> CompressedNetwork:
+    """A network that recovers by least squares, as good as new."""
+    network = shared_network()
+    network.reset()
+    network.seen.clear()
+    return network
 
 
 def loop_of(policy: SavedPolicy, network: CompressedNetwork | None = None, **options) -> SearchLoop:
@@ -95,8 +103,12 @@ def greedy_actions(agent, network: CompressedNetwork) -> list[int]:
     network.reset()
     taken = []
     around = heuristic_plan(network, "lamp")
-    for kernel in network.kernels:
-        environment = LayerEnvironment(network, kernel.path, buckets=3)
+    kernels = sorted(network.kernels, key=lambda kernel: kernel.size)
+    for place, kernel in enumerate(kernels):
+        later = [other.path for other in kernels[place + 1 :]]
+        environment = LayerEnvironment(
+            network, kernel.path, buckets=3, later=later, evaluate=not later
+        )
         environment.centre(around.kernels[kernel.path].sparsity)
         environment.commit()
         time_step = environment.reset()
