@@ -16,41 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rl_sparsity_tf._generators import pack_generator, spin, unpack_generator
+from rl_sparsity_tf._transitions import FIRST, LAST, Transition
 from rl_sparsity_tf.errors import AgentStateError, ArgumentError
 from rl_sparsity_tf.files import replacing
 
-FIRST, MID, LAST = 0, 1, 2
-"""TF-Agents' step types, as numbers."""
-
 _FORMAT_VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Transition:
-    """One step of an environment as the agent saw it."""
-
-    state: NDArray[np.float32]
-    """Observation before the action, shape (F,)."""
-    legal: NDArray[np.int32]
-    """1 for each legal action, shape (n_actions,)."""
-    action: int
-    """The action taken."""
-    info: Mapping[str, NDArray[np.float32]]
-    """What the policy knew when it acted, for its own training."""
-    forced: bool
-    """Whether the action was given by the caller instead of chosen by the policy."""
-    step_type: int
-    """FIRST or MID: the kind of time step acted on."""
-    next_step_type: int
-    """MID or LAST: the kind of time step that followed."""
-    reward: float
-    """In [-1, 1]."""
-    discount: float
-    """The environment's discount: 0 where the episode ended for good."""
-    next_state: NDArray[np.float32]
-    """Observation after the action, shape (F,)."""
-    next_legal: NDArray[np.int32]
-    """Legal actions after the action, shape (n_actions,)."""
 
 
 class Agent(abc.ABC):
@@ -280,6 +250,22 @@ class Agent(abc.ABC):
 
     def _set_arrays(self, state: Mapping[str, NDArray[Any]]) -> None:  # noqa: B027
         """Takes back what `_arrays` gave; the names and shapes have been checked."""
+
+    # -- handing on what was learned -------------------------------------------------------------
+
+    @abc.abstractmethod
+    def policy_arrays(self) -> list[NDArray[np.float32]]:
+        """The weights of the networks that decide (and of those that rate states), in order."""
+
+    @abc.abstractmethod
+    def set_policy_arrays(self, arrays: Sequence[NDArray[np.float32]]) -> None:
+        """Begins with what another agent has learned; optimizer and replay stay as they are.
+
+        A policy that knows something explores as one at the end of its schedule.
+
+        Raises:
+            AgentStateError: If the networks differ, or a search episode is under way.
+        """
 
     # -- keeping ---------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from tf_agents.specs import tensor_spec
 from tf_agents.trajectories import time_step as ts
 
 from rl_sparsity_tf._agent_base import FIRST, LAST, Agent, Transition
-from rl_sparsity_tf.errors import ArgumentError
+from rl_sparsity_tf.errors import AgentStateError, ArgumentError
 
 
 def checked_specs(time_step_spec: Any, action_spec: Any) -> tuple[ts.TimeStep, Any, int, int]:
@@ -113,9 +113,32 @@ class TFAgent(Agent):
     _functions: Sequence[Any] = ()
     _variables: Sequence[tf.Variable] = ()
 
+    _policy_variables: Sequence[tf.Variable] = ()
+
     def tracing_count(self) -> int:
         """How often the agent's `tf.function`s have been traced so far, in total."""
         return sum(function.experimental_get_tracing_count() for function in self._functions)
+
+    def policy_arrays(self) -> list[NDArray[np.float32]]:
+        """The weights of the networks that decide (and of those that rate states), in order."""
+        return [variable.numpy() for variable in self._policy_variables]
+
+    def set_policy_arrays(self, arrays: Sequence[NDArray[np.float32]]) -> None:
+        """Begins with what another agent has learned."""
+        if self._pending is not None or self._episode:
+            raise AgentStateError(
+                "agent.set_policy_arrays() was called in the middle of a search episode; call "
+                "agent.end_episode() or agent.discard_episode() first."
+            )
+        found = [np.shape(array) for array in arrays]
+        expected = [tuple(variable.shape) for variable in self._policy_variables]
+        if found != expected:
+            raise AgentStateError(
+                f"agent.set_policy_arrays() received arrays of shapes {found}; expected "
+                f"{expected}. Build the agent from the configuration that the policy was saved of."
+            )
+        for variable, array in zip(self._policy_variables, arrays, strict=True):
+            variable.assign(array)
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return {f"variables/{i}": v.numpy() for i, v in enumerate(self._variables)}

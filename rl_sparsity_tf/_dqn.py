@@ -8,6 +8,7 @@ resumed. Replay batches are drawn eagerly for the same reason.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,8 @@ class DQNAgent(_agent_tf.TFAgent):
         self._variables = _agent_tf.unique_variables(
             self.tf_agent.variables, optimizer.variables, self.replay.variables()
         )
+        self._policy_variables = network.trainable_variables
+        self._taught = False
         q_policy = self.tf_agent.policy.wrapped_policy
 
         def q_values(state: tf.Tensor, legal: tf.Tensor) -> tf.Tensor:
@@ -138,7 +141,22 @@ class DQNAgent(_agent_tf.TFAgent):
 
     def epsilon(self) -> float:
         """The probability of a random action now."""
+        if self._taught:
+            return self.config.epsilon_end
         return self.config.epsilon(self.episodes)
+
+    def set_policy_arrays(self, arrays: Sequence[NDArray[np.float32]]) -> None:
+        """Begins with what another agent has learned."""
+        super().set_policy_arrays(arrays)
+        self.tf_agent.initialize()  # the target network follows
+        self._taught = True
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        return {**super()._arrays(), "taught": np.array(self._taught)}
+
+    def _set_arrays(self, state: Mapping[str, NDArray[Any]]) -> None:
+        super()._set_arrays(state)
+        self._taught = bool(state["taught"])
 
     def _evaluate(
         self, state: NDArray[np.float32], legal: NDArray[np.int32]

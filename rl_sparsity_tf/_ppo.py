@@ -129,6 +129,7 @@ class PPOAgent(_agent_tf.TFAgent):
         self._variables = _agent_tf.unique_variables(
             trainable, self.tf_agent.variables, optimizer.variables
         )
+        self._policy_variables = trainable
         # An optimizer of its own: Adam's moments would mix two gradients of unlike size. A gradient
         # that is all but 0 must not become a full step, as it would with Adam's usual epsilon.
         rate = config.learning_rate * config.relaxed_reward

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import math
 from typing import Any, ClassVar, Self
 
@@ -59,6 +60,15 @@ class AgentConfig:
                     + (_owner_of(key) or did_you_mean(key, known))
                 )
         return cls(**values)
+
+    def policy_shapes(self, features: int, actions: int) -> list[tuple[int, ...]]:
+        """Shapes of a policy's weights, in order; none for agents that do not learn.
+
+        Args:
+            features: Numbers in a state.
+            actions: How many actions there are.
+        """
+        return []
 
     def _number(
         self,
@@ -199,6 +209,10 @@ class DQN(AgentConfig):
         if not isinstance(self.double, bool):
             raise ArgumentError(f"DQN(double={self.double!r}): expected True or False.")
 
+    def policy_shapes(self, features: int, actions: int) -> list[tuple[int, ...]]:
+        """Shapes of the Q-network's weights: kernel and bias of every layer."""
+        return _layer_shapes(features, self.hidden_layers, actions)
+
     def epsilon(self, episode: int) -> float:
         """The probability of a random action in search episode `episode` (from 0)."""
         progress = min(1.0, episode / self.epsilon_episodes)
@@ -263,12 +277,22 @@ class PPO(AgentConfig):
         self._number("episodes_per_update", 1, integer=True)
         self._number("relaxed_reward", 0)
 
+    def policy_shapes(self, features: int, actions: int) -> list[tuple[int, ...]]:
+        """Shapes of the weights of the actor, then of the value network."""
+        actor = _layer_shapes(features, self.hidden_layers, actions)
+        return actor + _layer_shapes(features, self.hidden_layers, 1)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Random(AgentConfig):
     """Uniformly random legal actions: the baseline every learned policy has to beat."""
 
     name: ClassVar[str] = "random"
+
+
+def _layer_shapes(inputs: int, hidden: tuple[int, ...], outputs: int) -> list[tuple[int, ...]]:
+    sizes = (inputs, *hidden, outputs)
+    return [shape for a, b in itertools.pairwise(sizes) for shape in ((a, b), (b,))]
 
 
 _CONFIGS: dict[str, type[AgentConfig]] = {"dqn": DQN, "ppo": PPO, "random": Random}

@@ -100,6 +100,12 @@ def build_parser() -> argparse.ArgumentParser:
     compress.add_argument(
         "--trusted", action="store_true", help="open files that contain code of their own"
     )
+    compress.add_argument(
+        "--policy", metavar="FILE", help="what an agent has learned before, to begin with"
+    )
+    compress.add_argument(
+        "--save-policy", metavar="FILE", help="where to write what the agent has learned (.npz)"
+    )
     compress.add_argument("--overwrite", action="store_true", help="replace a run in --output")
     _add_search_arguments(compress, sizes=True)
 
@@ -121,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_search_arguments(
     parser: argparse.ArgumentParser, episodes: int = 24, *, sizes: bool = False
 ) -> None:
-    parser.add_argument("--agent", choices=("dqn", "ppo"), default="dqn", help="who decides")
+    parser.add_argument("--agent", choices=("dqn", "ppo"), help="who decides (dqn)")
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
         "--target-sparsity", type=float, help="share of weights to become zero (default 0.9)"
@@ -194,6 +200,8 @@ def _check_numbers(options: argparse.Namespace) -> None:
     # The search checks them as well, but after data and models are loaded, and trained by the demo.
     for name, smallest in _SMALLEST.items():
         value = getattr(options, name, None)
+        if name == "episodes" and getattr(options, "policy", None):
+            smallest = 0
         if value is not None and value < smallest:
             raise ArgumentError(
                 f"{name}={value} cannot be used. Expected a whole number of at least {smallest}."
@@ -251,7 +259,7 @@ def _demo(options: argparse.Namespace) -> None:
         check_unfinished(options.output)
     run_demo(
         options.dataset,
-        agent=options.agent,
+        agent=options.agent or "dqn",
         output=options.output,
         seed=options.seed,
         episodes=options.episodes,
@@ -269,9 +277,12 @@ def _compress(options: argparse.Namespace) -> None:
     from rl_sparsity_tf.datasets import load_dataset, load_npz
     from rl_sparsity_tf.errors import ModelError
     from rl_sparsity_tf.model_files import load_model
+    from rl_sparsity_tf.policy_files import check_policy_path
     from rl_sparsity_tf.search import Compressor
 
     target = _target(options)
+    if options.save_policy:
+        check_policy_path(options.save_policy, overwrite=options.overwrite)
     if options.loss:
         _check_loss(options.loss)
     model = load_model(options.model, trusted=options.trusted)
@@ -294,6 +305,7 @@ def _compress(options: argparse.Namespace) -> None:
         latency_table=options.latency_table,
         shuffle=options.shuffle,
         curriculum=options.curriculum,
+        policy=options.policy,
         hierarchy=options.hierarchy,
     )
     data = (
@@ -316,6 +328,8 @@ def _compress(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         verbose=options.verbose,
     )
+    if options.save_policy:
+        result.save_policy(options.save_policy, overwrite=options.overwrite)
     if options.compare:
         # The result is on the disk by now; only its list of baselines was empty.
         compare(compressor, "all", options.verbose)

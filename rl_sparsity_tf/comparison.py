@@ -272,10 +272,10 @@ class _Ring:
     def _random_policy(self) -> tuple[Finished, int]:
         settings = self.compressor.loop_settings()
         settings = dataclasses.replace(
-            settings, agent=Random(), warm_start=False, curriculum=Constant()
+            settings, agent=Random(), warm_start=False, curriculum=Constant(), policy=None
         )
         loop = SearchLoop(settings, self.search.network)
-        best = loop.run(self.search.episodes, self.progress)
+        best = loop.run(max(1, self.search.episodes), self.progress)
         evaluations = loop.evaluations
         return self._finish("random_policy", best), evaluations
 

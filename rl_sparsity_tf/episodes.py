@@ -15,9 +15,14 @@ from rl_sparsity_tf.demonstrations import Demonstration, random_demonstration
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.plan import CompressionPlan
+from rl_sparsity_tf.policy_files import SavedPolicy
 from rl_sparsity_tf.relaxation import Relaxation
 from rl_sparsity_tf.reward import RewardFunction
 from rl_sparsity_tf.untried import Untried
+
+RELATIVE_GAIN = 10.0
+"""What a value less a policy's own is multiplied by, before it is learned: plans that are worth
+comparing hardly differ otherwise. The result is clipped to [-1, 1]."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,7 @@ class LoopSettings:
         finalists: How many plans go into the final, at most one of each proposer.
         warm_start: Whether the plans of heuristics are evaluated and demonstrated first.
         curriculum: How the target rises over the episodes.
+        policy: What the agent has learned elsewhere, if anything.
         hierarchy: Whether a second agent chooses the order of the kernels and their goals.
     """
 
@@ -42,6 +48,7 @@ class LoopSettings:
     warm_start: bool
     finalists: int = 1
     curriculum: Curriculum = dataclasses.field(default_factory=Constant)
+    policy: SavedPolicy | None = None
     hierarchy: bool = False
 
 
@@ -53,6 +60,9 @@ class Episodes:
     Args:
         settings: Agent, reward and seed.
         network: The network.
+
+    Attributes:
+        reference: What values are learned relative to, if the agent begins with a policy.
     """
 
     def __init__(self, settings: LoopSettings, network: CompressedNetwork):
@@ -75,6 +85,10 @@ class Episodes:
         self.agent = build_agent(
             settings.agent, first.time_step_spec(), first.action_spec(), seed=settings.seed
         )
+        self._policy = settings.policy
+        if settings.policy is not None:
+            self.agent.set_policy_arrays(settings.policy.weights)
+        self.reference = 0.0
         self.untried = Untried()
         self._anchor = Anchor(np.random.default_rng([settings.seed, 3]))
         self._relaxation: Relaxation | None = None
@@ -150,6 +164,40 @@ class Episodes:
             total += float(time_step.reward)
         return total
 
+    def play_policy(self) -> list[int]:
+        """Plays the plan that the policy of the settings likes best; nothing is learned from it.
+
+        The network is left with the plan, evaluated.
+
+        Returns:
+            The actions.
+        """
+        assert self._policy is not None
+        state = self.agent.get_state()
+        self.agent.set_policy_arrays(self._policy.weights)
+        self.network.reset()
+        actions = []
+        for environment in self.environments:
+            environment.commit()
+            time_step = environment.reset()
+            while not time_step.is_last():
+                actions.append(self.agent.act(time_step))
+                time_step = environment.step(np.int32(actions[-1]))
+        self.agent.set_state(state)
+        return actions
+
+    def begin_with(self, actions: Sequence[int], value: float) -> None:
+        """Explores from a sequence of actions, as from the best episode so far.
+
+        Args:
+            actions: What was done.
+            value: What the plan was worth.
+        """
+        self._anchor.restart(len(actions))
+        for action in actions:
+            self._anchor.take(action)
+        self._anchor.finish(value, demonstrated=True)
+
     def _decide(self, agent: Agent, time_step: Any, forced: int | None) -> int:
         """An agent's action, or the one it is given, that leads to something new if it can."""
         allowed = self.untried.offer(time_step.observation["legal"])
@@ -175,6 +223,8 @@ class Episodes:
     def _learn(self, value: float | Sequence[float]) -> dict[str, float]:
         if self._relaxation is not None and not self._demonstrated:
             self._relaxation.follow([d for env in self._played for d in env.decisions])
+        if self._policy is not None:
+            value = float(np.clip(RELATIVE_GAIN * (np.mean(value) - self.reference), -1.0, 1.0))
         if self.network.least_squares is None:
             return self.agent.end_episode(bonus=value)
         # The steps were paid by estimates, which must not count in the end.
@@ -186,6 +236,7 @@ class Episodes:
             **{f"agent:{key}": value for key, value in self.agent.get_state().items()},
             "untried": self.untried.to_array(),
             **self._anchor.get_state(),
+            "reference": np.array(self.reference),
             "illegal_actions": np.array([one.illegal_actions for one in self.environments]),
         }
 
@@ -196,5 +247,6 @@ class Episodes:
         )
         self.untried = Untried.from_array(state["untried"])
         self._anchor.set_state(state)
+        self.reference = float(state["reference"])
         for environment, count in zip(self.environments, state["illegal_actions"], strict=True):
             environment.illegal_actions = int(count)

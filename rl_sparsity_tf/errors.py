@@ -59,6 +59,10 @@ class RunError(RLSparsityError, RuntimeError):
     """A run directory cannot be used: foreign, damaged or from other arguments."""
 
 
+class PolicyFileError(RLSparsityError, ValueError):
+    """A file of a policy is damaged or foreign, or was made for other features."""
+
+
 class EnvironmentCheckError(RLSparsityError, AssertionError):
     """An environment breaks the contract that the agents rely on."""
 

@@ -15,7 +15,7 @@ import tf_keras as keras
 from rich.table import Table
 
 from rl_sparsity_tf.candidates import Candidate
-from rl_sparsity_tf.errors import FileExistsRLSparsityError
+from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError
 from rl_sparsity_tf.export import check_path, export_tflite
 from rl_sparsity_tf.export_report import ExportReport, TensorReport
 from rl_sparsity_tf.files import replacing, write_text
@@ -23,6 +23,7 @@ from rl_sparsity_tf.finishing import Figures, Finished, RemovedChannels
 from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan
+from rl_sparsity_tf.policy_files import SavedPolicy
 from rl_sparsity_tf.recipes import check_recipe_path, replacing_with_recipe
 from rl_sparsity_tf.run_directory import RESULT_FILES, check_directory
 from rl_sparsity_tf.tables import table_lines
@@ -42,6 +43,7 @@ class Result:
             any more, and `plan` says how the kernels that are left are stored.
         report: The report of the .tflite file.
         formats: Whether the file may hold sparse tensors, see `export_tflite`.
+        policy: What the agent had learned in the end; None after a search in two levels.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Result:
         candidate: Candidate,
         figures: Figures,
         formats: str = "dense",
+        policy: SavedPolicy | None = None,
     ):
         self.model: keras.Model = finished.model
         self.plan: CompressionPlan = finished.plan
@@ -64,6 +67,7 @@ class Result:
         self.report: ExportReport = finished.exported.report
         self.figures = figures
         self.formats = formats
+        self.policy = policy
         self._dense = dense
         self._tflite = finished.exported.content
 
@@ -149,6 +153,29 @@ class Result:
         folder.mkdir(exist_ok=True)
         self.write_files(folder)
 
+    def save_policy(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes what the agent has learned, to start the search of another network from.
+
+        Args:
+            path: A .npz file.
+            overwrite: Whether it may be replaced.
+
+        Raises:
+            ArgumentError: If the agent was random, the search had two levels, or the path cannot
+                be written to.
+            FileExistsRLSparsityError: If the file exists and `overwrite` is false.
+
+        Example:
+            >>> result.save_policy("policy.npz")
+            >>> rls.Compressor(other_model, target, policy="policy.npz").search(data, ...)
+        """
+        if self.policy is None:
+            raise ArgumentError(
+                "hierarchy=True searches with two agents, of which none can decide alone. Expected "
+                "a search without it to save the policy of."
+            )
+        self.policy.save(path, overwrite=overwrite)
+
     def write_files(self, folder: Path) -> None:
         """Writes the result's files, each in one step; metrics.json last."""
         with replacing(folder / "model.keras") as temporary:
@@ -163,7 +190,8 @@ class Result:
 
     def _history_csv(self) -> str:
         text = io.StringIO()
-        names = [key for key in self.history[0] if key not in ("operations", "losses")]
+        first = self.history[0] if self.history else {}
+        names = [key for key in first if key not in ("operations", "losses")]
         counts = [operation.name.lower() for operation in Operation]
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow([*names, *counts])

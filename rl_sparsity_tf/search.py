@@ -13,7 +13,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf import channel_search
 from rl_sparsity_tf.accuracy_search import AccuracySearch, first_target
-from rl_sparsity_tf.agents import AgentConfig, Random, resolve_config
+from rl_sparsity_tf.agents import AgentConfig, Random
 from rl_sparsity_tf.argument_checks import check_count, check_flag, check_share, check_type
 from rl_sparsity_tf.batch_checks import fixed_batch
 from rl_sparsity_tf.channel_finishing import Task
@@ -34,6 +34,7 @@ from rl_sparsity_tf.mask_training import DISTILLATION, FineTuning, default_epoch
 from rl_sparsity_tf.masks import MASKS
 from rl_sparsity_tf.metrics import build_metrics
 from rl_sparsity_tf.network import CompressedNetwork
+from rl_sparsity_tf.policy_files import SavedPolicy, resolve_policy
 from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.recovery import Recovery, as_recovery
@@ -58,8 +59,8 @@ class Compressor:
         model: A built and compiled `tf_keras` model: Sequential, functional, or subclassed with its
             layers in attributes. It is not changed.
         target: What to reach.
-        agent: `"dqn"`, `"ppo"`, `"random"` (a baseline), or a configuration such as
-            `rls.DQN(learning_rate=1e-3)`.
+        agent: `"dqn"` (the default), `"ppo"`, `"random"` (a baseline), or a configuration such as
+            `rls.DQN(learning_rate=1e-3)`. With a policy the default is its own agent.
         group: The smallest unit one operation applies to: `"element"` (the default), `"block4"`,
             `"block16"`, or `"channel"` (the default for targets of macs and latency): whole
             channels with all that is tied to them, which the result does not have any more.
@@ -91,6 +92,10 @@ class Compressor:
             channels are permuted so that blocks keep more
             ([permute_channels][rl_sparsity_tf.permute_channels]), which changes nothing but
             rounding, and Shuffle is no operation then.
+        policy: A file that [save_policy][rl_sparsity_tf.Result.save_policy] wrote: what an agent
+            has learned on other networks. Its plan is evaluated first, whatever `warm_start` says;
+            the agent goes on from it, explores less, and learns how much better than that a plan
+            is.
         hierarchy: Whether a second agent chooses the next layer and how much is to go of it; the
             first then meets that goal. Else the layers come in their order.
 
@@ -107,7 +112,7 @@ class Compressor:
         self,
         model: keras.Model,
         target: Target | None = None,
-        agent: str | AgentConfig = "dqn",
+        agent: str | AgentConfig | None = None,
         group: str | None = None,
         directory: str | os.PathLike[str] | None = None,
         seed: int = 0,
@@ -120,6 +125,7 @@ class Compressor:
         curriculum: str | Curriculum = "constant",
         latency_table: LatencyTable | str | os.PathLike[str] | None = None,
         shuffle: str = "neighbours",
+        policy: SavedPolicy | str | os.PathLike[str] | None = None,
         hierarchy: bool = False,
     ):
         self.model = accepted(model)
@@ -129,7 +135,7 @@ class Compressor:
             )
         self.target = Target(sparsity=0.9) if target is None else target
         check_type("target", self.target, Target, "rls.Target(sparsity=0.9)")
-        self.agent = resolve_config(agent)
+        self.policy, self.agent = resolve_policy(policy, agent, hierarchy=bool(hierarchy))
         self.group = channel_search.group_for(self.model, self.target, group)
         self.latency_table = channel_search.table_for(self.target, latency_table)
         self.shuffle = channel_search.check_shuffle(shuffle, self.group)
@@ -185,7 +191,7 @@ class Compressor:
                 model's outputs and loss first.
             validation_data: Validation data in the same forms. It steers the search.
             test_data: Test data in the same forms; only the final figures use it.
-            episodes: Passes over all kernels.
+            episodes: Passes over all kernels; 0, with a policy, for its plan as it is.
             batch_size: Rows in a batch, where `train` is not batched already.
             finetune_epochs: Epochs of the final fine-tuning; by default about 1,500 steps.
             mask: How masks learn in the final fine-tuning: `"straight_through"` or
@@ -215,7 +221,8 @@ class Compressor:
             RLSparsityError: If the data does not fit, or the target is out of reach; nothing has
                 been trained by then.
         """
-        check_count("episodes", episodes, 1)
+        sizes_searched = self.target.max_accuracy_drop is not None
+        check_count("episodes", episodes, 0 if self.policy and not sizes_searched else 1)
         check_count("batch_size", batch_size, 1)
         check_count("validation_rows", validation_rows, 1)
         if finetune_epochs is not None:
@@ -336,6 +343,7 @@ class Compressor:
             candidate=best,
             figures=figures,
             formats=formats_for(self.target),
+            policy=None if self.hierarchy else SavedPolicy.of(self.agent, loop.episodes.agent),
         )
         if run is not None:
             result.write_files(run.path)
@@ -353,6 +361,7 @@ class Compressor:
             seed=self.seed,
             warm_start=self.warm_start,
             curriculum=self.curriculum,
+            policy=self.policy,
             hierarchy=self.hierarchy,
         )
 
@@ -382,6 +391,7 @@ class Compressor:
             "buckets": self.buckets,
             "warm_start": self.warm_start,
             "curriculum": self.curriculum.to_dict(),
+            "policy": self.policy and self.policy.digest,
             "hierarchy": self.hierarchy,
             **search_arguments,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -11,10 +12,15 @@ import tensorflow as tf
 from rl_sparsity_tf.budget import Budget
 from rl_sparsity_tf.candidates import PROPOSED, Candidate, is_better
 from rl_sparsity_tf.curriculum import Stage
-from rl_sparsity_tf.demonstrations import Demonstration, proposals, without_twins
+from rl_sparsity_tf.demonstrations import (
+    Demonstration,
+    heuristic_plan,
+    proposals,
+    without_twins,
+)
 from rl_sparsity_tf.dynamic_programming import propose_all
 from rl_sparsity_tf.episodes import LoopSettings
-from rl_sparsity_tf.errors import RunError
+from rl_sparsity_tf.errors import ArgumentError, RunError
 from rl_sparsity_tf.finalists import Finalists
 from rl_sparsity_tf.further_pruning import pruned_to_budget
 from rl_sparsity_tf.hierarchy import make_episodes
@@ -28,6 +34,9 @@ from rl_sparsity_tf.run_directory import TRIALS, RunDirectory
 DYNAMIC = "dynamic_programming"
 PREVIOUS = "previous_stage"
 """Who proposes the plan of an earlier stage, pruned further to the target of the present one."""
+POLICY = "policy"
+# Buckets are cut around this heuristic's plan, which takes no evaluation, for a policy's own.
+STARTING = "lamp"
 # Shown to the agent, the best last: what it has learned of the others must not hide that.
 _DEMONSTRATIONS = 3
 # Of the layers' errors; no power gives the best plan for every network.
@@ -79,8 +88,15 @@ class SearchLoop:
         return self.finalists.best
 
     def run(self, episodes: int, progress: SearchProgress) -> Candidate:
-        """Runs the episodes that are left, stage by stage, and returns the last one's best."""
+        """Runs the episodes that are left, stage by stage, and returns the last one's best.
+
+        With no episode a policy's own plan is the only one.
+        """
         full = self._network.budget
+        if episodes == 0:
+            self.begin(Stage(start=0, end=0), full, None, progress)
+            assert self.best is not None
+            return self.best
         stages = self._settings.curriculum.schedule(episodes)
         left = [stage for stage in stages if stage.end > self.done]
 
@@ -111,9 +127,10 @@ class SearchLoop:
     ) -> None:
         """Begins a stage, or goes on with one that a run directory was cut off in.
 
-        The plan of an earlier stage is evaluated first, pruned further, and with a warm start the
-        exact plans of the heuristics. The agent then learns from episodes that play them as
-        closely as buckets allow, the best heuristic first: a third of the stage's at most.
+        A policy's own plan is evaluated first, in the first stage; the plan of an earlier stage,
+        pruned further, in the others; then with a warm start the exact plans of the heuristics. The
+        agent learns from episodes that play the best of them as closely as buckets allow: a third
+        of the stage's at most.
 
         Args:
             stage: The stage.
@@ -129,7 +146,11 @@ class SearchLoop:
             self._network.retarget(budget)
         # A run that was cut off may go on under the budget that its network was made for.
         self.episodes.retarget(anew)
-        self._propose(max(1, stage.episodes // 3), progress)
+        self.proposed = []
+        if self._settings.policy is not None and stage.start == 0:
+            self._apply_policy(progress)
+        if stage.episodes:
+            self._propose(max(1, stage.episodes // 3), progress)
 
     def play(self, progress: SearchProgress) -> None:
         """Plays the episodes that are left of the stage."""
@@ -144,6 +165,23 @@ class SearchLoop:
                 sparsity=entry["sparsity"],
             )
 
+    def _apply_policy(self, progress: SearchProgress) -> None:
+        progress.say("evaluating the policy's plan")
+        network = self._network
+        tf.random.set_seed(self._settings.seed)
+        if STARTING in network.decisions.heuristics:
+            with contextlib.suppress(ArgumentError):  # it may not reach a target in bytes
+                self.episodes.centre(heuristic_plan(network, STARTING))
+        actions = self.episodes.play_policy()
+        value = bounded(self._settings.reward, network.outcome, None)
+        # What other networks are worth at best is not seen in the state: better or worse than
+        # the policy was is what this one can add.
+        self.episodes.reference = value
+        if self.done == 0:
+            self.episodes.begin_with(actions, value)
+        self.proposed = [(POLICY, network.plan)]
+        self._consider(value, PROPOSED, POLICY)
+
     def _propose(self, demonstrations: int, progress: SearchProgress) -> None:
         network = self._network
         steps = self._settings.buckets * network.recovery.steps
@@ -154,8 +192,9 @@ class SearchLoop:
             progress.say("evaluating the plans of known heuristics")
             plans += [one for one in proposals(network) if one[1] != further]
         if self._settings.warm_start and network.least_squares is not None:
-            found = propose_all(network, _POWERS)
-            plans += [(DYNAMIC, plan) for n, plan in enumerate(found) if plan not in found[:n]]
+            exact = propose_all(network, _POWERS)
+            plans += [(DYNAMIC, plan) for n, plan in enumerate(exact) if plan not in exact[:n]]
+        applied = [(self.episodes.reference, one) for one in self.proposed]
         shown: list[tuple[float, Demonstration]] = []
         for name, plan in plans:
             outcome = evaluate_plan(network, plan, steps)
@@ -163,8 +202,10 @@ class SearchLoop:
             shown.append((value, Demonstration.of(name, plan)))
             self._consider(value, PROPOSED, name)
         order = sorted(range(len(shown)), key=lambda index: -shown[index][0])
-        self.proposed = [plans[index] for index in order]
-        if self.proposed:
+        found = [*applied, *((shown[index][0], plans[index]) for index in order)]
+        self.proposed = [one for _, one in sorted(found, key=lambda pair: -pair[0])]
+        # Around a policy's plan they stay as they are: the search begins with its decisions.
+        if self.proposed and self._settings.policy is None:
             self.episodes.centre(self.proposed[0][1])
         order.sort(key=lambda index: plans[index][0] != PREVIOUS)
         best_first = [shown[index][1] for index in order]
