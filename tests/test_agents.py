@@ -242,6 +242,59 @@ def test_same_seed_same_actions(name: str) -> None:
     assert runs[0] != runs[2]
 
 
+def exploring(**settings: Any) -> Any:
+    config = dataclasses.replace(SMALL["dqn"], epsilon_start=1.0, epsilon_end=1.0, **settings)
+    return build(config, toy.ContextualEnvironment())
+
+
+def test_random_actions_are_held_for_as_long_as_the_zeta_distribution_says() -> None:
+    agent, legal, lengths = exploring(persistence=2.0), np.ones(4, np.int32), []
+    for _ in range(4000):
+        agent._begin()
+        agent._choose(np.zeros(4), legal, True)
+        lengths.append(1 + agent._held[1])
+    for length in (1, 2, 3):  # n^-2 over the sum of all, pi^2 / 6
+        share = np.mean(np.array(lengths) == length)
+        assert share == pytest.approx(6 / np.pi**2 / length**2, abs=0.03)
+
+
+def test_a_held_action_is_repeated_while_it_is_legal_and_the_episode_lasts() -> None:
+    agent, all_legal = exploring(), np.ones(4, np.int32)
+    agent._held = 2, 3
+    assert [agent._choose(np.zeros(4), all_legal, True) for _ in range(3)] == [2, 2, 2]
+    agent._held = 2, 3
+    assert agent._choose(np.zeros(4), np.array([1, 1, 0, 1], np.int32), True) != 2
+    agent._held = 2, 1000
+    agent._begin()
+    chosen = {agent._choose(np.zeros(4), all_legal, True) for _ in range(200)}
+    assert chosen == {1, 2, 3}  # the best action known is not random
+
+
+def test_random_actions_that_are_far_worse_are_rarer() -> None:
+    agent, values = exploring(persistence=2.0, temperature=0.1), np.array([1.0, 0.9, 0.8, -1.0])
+    drawn = []
+    for _ in range(4000):
+        agent._begin()
+        drawn.append(agent._choose(values, np.ones(4, np.int32), True))
+    shares = np.bincount(drawn, minlength=4) / len(drawn)
+    weights = np.exp(values[1:] / 0.1)
+    expected = 0.2 / 3 + 0.8 * weights / weights.sum()
+    np.testing.assert_allclose(shares, [0.0, *expected], atol=0.03)
+
+
+def test_without_persistence_every_action_is_drawn_anew() -> None:
+    agent = exploring(persistence=0.0)
+    drawn = [agent._choose(np.zeros(4), np.ones(4, np.int32), True) for _ in range(2000)]
+    np.testing.assert_allclose(np.bincount(drawn) / len(drawn), [0.25] * 4, atol=0.04)
+    assert np.mean(np.diff(drawn) == 0) == pytest.approx(0.25, abs=0.04)
+
+
+@pytest.mark.parametrize("wrong", [0.5, 1.0])
+def test_a_persistence_without_a_distribution_is_refused(wrong: float) -> None:
+    with pytest.raises(ArgumentError, match=rf"persistence={wrong}\): expected 0, or more than 1"):
+        DQN(persistence=wrong)
+
+
 def test_exploration_differs_from_episode_to_episode() -> None:
     env = toy.ContextualEnvironment(varied=False)
     agent = build("random", env)

@@ -23,7 +23,7 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf import comparison
 from rl_sparsity_tf.cli import main
 from rl_sparsity_tf.comparison import ALL, CONTENDERS, DEFAULT, compare, comparison_table
-from rl_sparsity_tf.errors import MissingDependencyError
+from rl_sparsity_tf.errors import ArgumentError, MissingDependencyError
 
 pytest.importorskip("tensorflow_model_optimization")
 
@@ -262,3 +262,10 @@ def test_the_demo_compares_with_more_when_asked(more, contenders, monkeypatch):
     assert main(["demo", *more]) == 0
     assert called["contenders"] == contenders
     assert comparison._names(None)[0] == DEFAULT == ("uniform_float32", "uniform", "random_policy")
+
+
+def test_contenders_that_search_evaluate_as_many_plans_as_they_are_told(small):
+    (entry,) = compare(small, ["random_search"], 0, evaluations=3)
+    assert entry["evaluations"] == 3
+    with pytest.raises(ArgumentError, match=r"evaluations=0"):
+        compare(small, ["random_search"], 0, evaluations=0)
