@@ -113,7 +113,8 @@ class HierarchicalEpisodes(Episodes):
         self.misses.append(abs(self._pruned_share(environment) - goal))
 
     def _environment_of(self, path: str) -> LayerEnvironment:
-        return self.environments[self.network.index_of(path)]
+        # They are not in the network's order.
+        return next(one for one in self.environments if one.kernel == path)
 
     def _pruned_share(self, environment: LayerEnvironment) -> float:
         size = self.network.kernels[environment.index].size
