@@ -96,7 +96,10 @@ class HierarchicalEpisodes(Episodes):
         while not time_step.is_last():
             forced = None
             if demonstration is not None:
-                forced = demonstrated_selection(self.selection, demonstration)
+                # Random densities come in a random order; heuristics have none.
+                count = 1 if self._demonstrated else len(self.selection.slots)
+                slot = int(self._anchor.generator.integers(count))
+                forced = demonstrated_selection(self.selection, demonstration, slot)
             action = self._decide(self.selector, time_step, forced)
             time_step = self.selection.step(np.int32(action))
             self.selector.observe(time_step)
@@ -113,7 +116,8 @@ class HierarchicalEpisodes(Episodes):
         self.misses.append(abs(self._pruned_share(environment) - goal))
 
     def _environment_of(self, path: str) -> LayerEnvironment:
-        return self.environments[self.network.index_of(path)]
+        # They are not in the network's order.
+        return next(one for one in self.environments if one.kernel == path)
 
     def _pruned_share(self, environment: LayerEnvironment) -> float:
         size = self.network.kernels[environment.index].size
@@ -151,23 +155,24 @@ class HierarchicalEpisodes(Episodes):
 
 
 def demonstrated_selection(
-    environment: LayerSelectionEnvironment, demonstration: Demonstration
+    environment: LayerSelectionEnvironment, demonstration: Demonstration, slot: int = 0
 ) -> int:
-    """The action that shows a heuristic's densities: the first slot, and the nearest goal.
+    """The action that shows a heuristic's densities: a slot, and its goal nearest to them.
 
     Args:
         environment: The environment, at a time step that is not the last.
         demonstration: What to show.
+        slot: Which of the slots.
 
     Returns:
         A legal action.
     """
-    wanted = 1.0 - demonstration.densities[environment.slots[0]]
+    wanted = 1.0 - demonstration.densities[environment.slots[slot]]
     legal = environment.current_time_step().observation["legal"]
-    goals = environment.goals(0)
+    goals, first = environment.goals(slot), slot * GOALS
     return min(
-        (level for level in range(GOALS) if legal[level]),
-        key=lambda level: abs(goals[level] - wanted),
+        (first + level for level in range(GOALS) if legal[first + level]),
+        key=lambda action: abs(goals[action - first] - wanted),
     )
 
 

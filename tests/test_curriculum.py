@@ -302,8 +302,8 @@ def test_a_retargeted_network_knows_its_plans_and_what_is_wanted_now():
     network = network_for()
     full = network.budget
     plan = random_plan(network, 0.7, 3)
-    before = evaluate_plan(network, plan)
     standing = network.standings.of("lamp", network.kernels[0].path)
+    before = evaluate_plan(network, plan)
     network.retarget(full.eased(0.5))
     assert network.budget.missing == network.budget.wanted == 22  # of 72 * 0.3 = 21.6
     assert network.outcome.target_sparsity == pytest.approx(0.3)

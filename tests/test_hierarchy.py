@@ -245,10 +245,10 @@ def test_demonstrations_force_both_levels(agent, fitted):
     episodes.play(Demonstration("skewed", {FIRST: 0.2, LAST: 0.8}))
     losses = episodes.learn(0.5)
     assert all(transition.forced for transition in below[-1] + above[-1])
-    # The slots' order, and the goal nearest to the density: 80 % of the first, the rest follows.
-    assert [one.kernel for one in episodes._played] == [FIRST, LAST]
+    # The slots' order, and the goal nearest to the density: 20 % of the last, the rest follows.
+    assert [one.kernel for one in episodes._played] == [LAST, FIRST]
     assert above[-1][0].action // GOALS == 0
-    assert episodes.environments[0].goal == pytest.approx(39 / 48)
+    assert episodes._played[1].goal == pytest.approx(39 / 48)
     assert fitted.budget.pruned.tolist() == [39, 5]
     if agent == "ppo":
         assert {"imitation_loss", "selection_imitation_loss"} <= set(losses)
@@ -259,7 +259,7 @@ def test_the_nearest_legal_goal_is_shown(density, fitted):
     episodes = episodes_on(fitted)
     episodes.selection.reset()
     action = demonstrated_selection(
-        episodes.selection, Demonstration("one", {FIRST: density, LAST: 0.4})
+        episodes.selection, Demonstration("one", {LAST: density, FIRST: 0.4})
     )
     legal = episodes.selection.current_time_step().observation["legal"][:GOALS]
     goals = np.where(legal > 0, episodes.selection.goals(0), np.inf)

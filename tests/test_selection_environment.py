@@ -335,6 +335,11 @@ class ByteBudget(CostBudget):
     def stored_share(self, states):
         return self.expected(states) / (4 * self.sizes.sum())
 
+    def limited(self, limit, name=None):
+        raise NotImplementedError
+
+    smallest = 0.0
+
 
 class ByteDecisions(KernelDecisions):
     def __init__(self, limit):
