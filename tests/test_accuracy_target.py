@@ -253,7 +253,7 @@ def test_contenders_are_held_to_the_bytes_found(found):
     one, result, _ = found
     size = result.metrics["compressed"]["tflite_bytes"]
     assert one.last.target == rls.Target(tflite_bytes=size)
-    entries = compare(one, ["dynamic_programming", "random_policy"], verbose=0)
+    entries = compare(one, ["dynamic_programming", "lamp"], verbose=0)
     assert len(entries) == 2
     for entry in entries:
         assert entry["tflite_bytes"] <= size

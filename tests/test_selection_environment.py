@@ -187,7 +187,7 @@ def test_empty_slots_are_zero_and_illegal():
     assert all(features[f"slot_3_{feature.name}"] == 0 for feature in SLOT_FEATURES)
     assert max(legal_of(step)) < 3 * GOALS
     assert features["kernels_decided"] == 0.5
-    assert features["weights_decided"] == pytest.approx(sum(SIZES[:3]) / sum(SIZES))
+    assert features["weights_decided"] == pytest.approx((18 + 20 + 24) / sum(SIZES))
 
 
 # -- goals ---------------------------------------------------------------------------------------
@@ -198,9 +198,9 @@ def test_goals_are_factors_on_the_density_that_the_budget_leaves():
     step = env.reset()
     # 101 of 201 weights have to go, so 100/201 live on average: 1 - 100/201 = 0.5025.
     assert seen(step)["mean_density"] == pytest.approx(100 / 201)
-    # 56 weights: (1 - 25/201) 56 = 49.03, (1 - 50/201) 56 = 42.07, (1 - 100/201) 56 = 28.14,
-    # (1 - 200/201) 56 = 0.28, 0; its floor is an eighth, 7 weights.
-    assert env.goals(0) == pytest.approx([49 / 56, 42 / 56, 28 / 56, 0, 0])
+    # 18 weights: (1 - 25/201) 18 = 15.76, (1 - 50/201) 18 = 13.52, (1 - 100/201) 18 = 9.04,
+    # (1 - 200/201) 18 = 0.09, 0.
+    assert env.goals(0) == pytest.approx([16 / 18, 14 / 18, 9 / 18, 0, 0])
     # Of the two that prune nothing the one nearer to the average is offered.
     assert step.observation["legal"][:GOALS].tolist() == [1, 1, 1, 1, 0]
 
@@ -208,36 +208,39 @@ def test_goals_are_factors_on_the_density_that_the_budget_leaves():
 def test_what_was_taken_too_much_is_left_to_the_others():
     env = environment(sparsity=0.5)
     env.reset()
-    step = env.step(np.int32(0))  # 49 of 56: 52 of the other 145 are missing
-    assert env.network.budget.pruned[1] == 49
-    assert seen(step)["mean_density"] == pytest.approx(1 - 52 / 145)
-    assert env.slots[0] == NAMES[0]
-    # (1 - 93/580) 48 = 40.3, (1 - 93/290) 48 = 32.6, (1 - 93/145) 48 = 17.2, 0, 0
-    assert env.goals(0) == pytest.approx([40 / 48, 33 / 48, 17 / 48, 0, 0])
+    step = env.step(np.int32(0))  # 16 of 18: 85 of the other 183 are missing
+    assert env.network.budget.pruned[5] == 16
+    assert seen(step)["mean_density"] == pytest.approx(1 - 85 / 183)
+    assert env.slots[0] == NAMES[3]
+    # (1 - 98/732) 20 = 17.3, (1 - 98/366) 20 = 14.6, (1 - 98/183) 20 = 9.3, 0, 0
+    assert env.goals(0) == pytest.approx([17 / 20, 15 / 20, 9 / 20, 0, 0])
     assert step.observation["legal"][:GOALS].tolist() == [1, 1, 1, 1, 0]
 
 
 def test_no_goal_asks_for_more_than_is_missing():
     env = environment(sparsity=0.05)
     env.reset()
-    assert env.goals(0) == pytest.approx([11 / 56, 11 / 56, 3 / 56, 0, 0])
-    step = env.step(np.int32(1))
+    # Of 18 weights 13.7, 9.5, 1.0, 0 and 0, but 11 are missing in all.
+    assert env.goals(0) == pytest.approx([11 / 18, 9 / 18, 1 / 18, 0, 0])
+    step = env.step(np.int32(0))
     assert env.network.budget.missing == 0
     assert seen(step)["mean_density"] == 1.0
     assert legal_of(step) == [2, 7, 12, 17]  # nothing more, of any
 
 
 def test_goals_that_leave_too_much_to_the_others_are_illegal():
-    env = environment(sparsity=0.85)
+    env = environment(sparsity=0.93)
     env.reset()
-    # 171 of 201 are missing. Three of the 56 are its floor; the goal of four times the density that
-    # is left, 1 - 120/201, takes 23, and the others cannot give the rest.
-    room = env.network.budget.room([index for index in range(6) if index != 1])
+    # 187 of 201 are missing. The goal of four times the density that is left takes
+    # (1 - 56/201) 35 = 25.2 of the 35 weights, and the others cannot give the rest.
+    room = env.network.budget.room([index for index in range(6) if index != 2])
     least = env.network.budget.missing - room
-    amounts = [round(share * 56) for share in env.goals(0)]
-    assert amounts == [53, 52, 48, 39, 23]
+    assert env.slots[3] == NAMES[2]
+    amounts = [round(share * 35) for share in env.goals(3)]
+    assert amounts == [34, 34, 33, 30, 25]
     assert amounts[-1] < least <= amounts[-2]
-    assert env.current_time_step().observation["legal"][:GOALS].tolist() == [1, 1, 1, 1, 0]
+    legal = env.current_time_step().observation["legal"][3 * GOALS :]
+    assert legal.tolist() == [0, 1, 1, 1, 0]
 
 
 def test_the_last_kernel_gets_what_is_missing():
@@ -301,10 +304,10 @@ def test_by_default_the_least_salient_go_and_the_others_are_quantized():
     env = environment(sparsity=0.5)
     env.reset()
     env.step(np.int32(1))
-    operations = env.network.operations[NAMES[1]].reshape(-1)
-    order = np.argsort(env.network.saliency(NAMES[1]), kind="stable")
-    assert (operations[order[:42]] == rls.Operation.PRUNE).all()
-    assert (operations[order[42:]] == rls.Operation.QUANTIZE).all()
+    operations = env.network.operations[NAMES[5]].reshape(-1)
+    order = np.argsort(env.network.saliency(NAMES[5]), kind="stable")
+    assert (operations[order[:14]] == rls.Operation.PRUNE).all()
+    assert (operations[order[14:]] == rls.Operation.QUANTIZE).all()
 
 
 # -- targets of cost -----------------------------------------------------------------------------
@@ -385,7 +388,7 @@ def test_an_illegal_action_is_counted_and_the_first_legal_one_is_taken():
     assert not step.observation["legal"][4]
     env.step(np.int32(4))
     assert env.illegal_actions == 1
-    assert env.network.budget.pruned.tolist() == [0, 49, 0, 0, 0, 0]
+    assert env.network.budget.pruned.tolist() == [0, 0, 0, 0, 0, 16]
 
 
 def test_the_reward_is_asked_with_the_outcomes_after_and_before():
@@ -424,8 +427,8 @@ def test_the_layer_is_played_by_what_was_given():
     env.reset()
     env.step(np.int32(GOALS + 2))
     env.step(np.int32(1))
-    assert calls[0][:2] == (NAMES[0], pytest.approx(24 / 48))
-    assert calls[1][0] == NAMES[1]
+    assert calls[0][:2] == (NAMES[3], pytest.approx(10 / 20))
+    assert calls[1][0] == NAMES[5]
     for path, _, later in calls:
         assert path not in later
     assert [len(later) for _, _, later in calls] == [5, 4]
@@ -434,7 +437,7 @@ def test_the_layer_is_played_by_what_was_given():
 def test_a_layer_that_was_not_played_to_its_end_is_named():
     env = environment(play_layer=lambda path, goal: None)
     env.reset()
-    with pytest.raises(ArgumentError, match=r"play_layer\('dense_1/kernel', 0\.5\) left 56 groups"):
+    with pytest.raises(ArgumentError, match=r"play_layer\('dense_5/kernel', 0\.5\) left 18 groups"):
         env.step(np.int32(2))
 
 
@@ -457,7 +460,7 @@ def test_get_state_and_set_state_come_back_to_the_middle_of_an_episode():
     first = [bits(step) for step in play(env, lambda step: legal_of(step)[-1], middle)]
     env.set_state(state)
     assert bits(env.current_time_step()) == bits(middle)
-    assert env.undecided[0] == NAMES[1]
+    assert env.undecided[0] == NAMES[5]
     assert [bits(s) for s in play(env, lambda step: legal_of(step)[-1], middle)] == first
     env.set_state(state)
     assert [bits(s) for s in play(env, lambda step: legal_of(step)[0], middle)] != first
@@ -476,17 +479,17 @@ def test_features_have_unique_names_and_meanings():
 def test_a_slot_tells_of_its_kernel():
     env = environment(sparsity=0.5)
     features = seen(env.reset())
-    assert features["slot_0_share"] == features["slot_0_share_left"] == pytest.approx(56 / 201)
-    assert features["slot_0_fan_in"] == pytest.approx(math.log2(9) / 16)
-    assert features["slot_0_fan_out"] == pytest.approx(math.log2(8) / 16)
-    assert features["slot_0_depth"] == pytest.approx(1 / 5)
-    assert features["slot_0_capacity"] == pytest.approx(49 / 56)
+    assert features["slot_0_share"] == features["slot_0_share_left"] == pytest.approx(18 / 201)
+    assert features["slot_0_fan_in"] == pytest.approx(math.log2(7) / 16)
+    assert features["slot_0_fan_out"] == pytest.approx(math.log2(4) / 16)
+    assert features["slot_0_depth"] == 1
+    assert features["slot_0_capacity"] == pytest.approx(17 / 18)
     assert features["slot_0_integers"] == 1
     # What the heuristic would prune, over all kernels, is what the target asks for.
     flat = np.concatenate([np.abs(matrix).reshape(-1) for matrix in env.network.originals.values()])
     limit = np.sort(flat)[101]
-    share = float((np.abs(env.network.originals[NAMES[1]]) < limit).mean())
-    assert features["slot_0_magnitude"] == pytest.approx(share, abs=1 / 56)
+    share = float((np.abs(env.network.originals[NAMES[5]]) < limit).mean())
+    assert features["slot_0_magnitude"] == pytest.approx(share, abs=1 / 18)
     assert features["retention"] == 1
     assert features["target"] == 0.5
     assert features["weights_decided"] == features["budget_progress"] == 0

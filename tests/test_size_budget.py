@@ -53,8 +53,8 @@ def test_sparse_integers_imply_a_sparsity():
     # 2 bytes a weight: 300 of 1,500 weights fit into 600 bytes.
     one = budget(700, [sparse_costs(1000), sparse_costs(500)], [1000, 500])
     assert one.goal == pytest.approx(0.8, abs=0.003)
-    # A quarter of the density left on average is the floor of every kernel.
-    assert one.least(start(one)) == pytest.approx(100 + 2 * 0.05 * 1500, rel=0.05)
+    # A tenth of the density left on average is the floor of every kernel.
+    assert one.least(start(one)) == pytest.approx(100 + 2 * 0.02 * 1500, rel=0.05)
 
 
 def test_a_size_out_of_reach_is_refused_with_the_smallest_that_is_not():

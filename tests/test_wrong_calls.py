@@ -216,7 +216,6 @@ ARGUMENTS = {
     "agent PPO2": (option(agent="PPO2"), r"agent='PPO2' is not known\. Expected one of 'dqn', 'pp"),
     "agent object": (option(agent=object()), r"agent=<object.*expected 'dqn', 'ppo', 'random' or"),
     "agent class": (option(agent=rls.PPO), r"agent=PPO is a class; expected .*Write PPO\(\)"),
-    "agent None": (option(agent=None), r"agent=None is a NoneType; expected 'dqn', 'ppo'"),
     "learning rate": (
         lambda files: rls.DQN(learning_rate=0),
         r"DQN\(learning_rate=0\): expected a number above 0 and at most 1, for instance",
