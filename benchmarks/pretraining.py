@@ -111,15 +111,20 @@ class Player:
         network: The network.
         buckets: Decisions per kernel.
         choose: The reference.
+        by_magnitude: How the weights of a layer are ordered, as in
+            [order_by_magnitude][rl_sparsity_tf.episodes.Episodes.order_by_magnitude].
     """
 
-    def __init__(self, network: CompressedNetwork, buckets: int, choose: Chooser):
+    def __init__(
+        self, network: CompressedNetwork, buckets: int, choose: Chooser, by_magnitude: bool
+    ):
         self.network = network
         settings = LoopSettings(
             agent=rls.Random(), reward=rls.Reward(), buckets=buckets, seed=0, warm_start=False
         )
         episodes = Episodes(settings, network)
         episodes.centre(heuristic_plan(network, "lamp"))
+        episodes.order_by_magnitude(by_magnitude)
         self.environments = episodes.environments
         self._choose = choose
         self._value = smooth_value(network)
@@ -162,7 +167,7 @@ def collect(drawn: Drawn, choose: Chooser, rng: Any, points: int) -> Lessons:
         points: Decision points to try them at: two thirds in the reference's own episode, the
             others in episodes that left it before.
     """
-    player = Player(drawn.network, int(rng.choice(_BUCKETS)), choose)
+    player = Player(drawn.network, int(rng.choice(_BUCKETS)), choose, bool(rng.integers(2)))
     rows: list[tuple[np.ndarray, np.ndarray, int, float, int]] = []
 
     def lesson(time_step: Any, action: int, gain: float, point: int) -> None:

@@ -2,7 +2,8 @@
 
 `plans` compares the plan that a policy likes best (one pass, no search) with those of uniform
 magnitude, LAMP, dynamic programming, the best of all heuristics, and LAMP's rule played in the
-environment, on whose buckets the policy decides: value (the search's reward) and validation
+environment, on whose buckets the policy decides (the last two in either order of the weights, the
+better plan being kept, as in a search): value (the search's reward) and validation
 accuracy after least squares. `searches` begins a search with each policy and without one, and notes
 the best value after so many distinct plans, those of the heuristics left out.
 
@@ -106,19 +107,29 @@ def plans(
     yield one
     assert best is not None
     yield {**(one if one["value"] > best["value"] else best), "method": "best_heuristic"}
-    started = time.monotonic()
-    played = episodes_of(network, None, buckets)
-    network.reset()
-    for environment in played.environments:
+    for name, policy in {"rule": None, **policies}.items():
+        started = time.monotonic()
+        episodes = episodes_of(network, policy, buckets)
+        played = []
+        for by_magnitude in (False, True):  # as a search does
+            episodes.order_by_magnitude(by_magnitude)
+            if policy is None:
+                play_rule(episodes)
+            else:
+                episodes.play_policy()
+            played.append(row(name if policy is None else f"policy {name}", started))
+        episodes.order_by_magnitude(False)
+        yield max(played, key=lambda one: one["value"])
+
+
+def play_rule(episodes: Episodes) -> None:
+    """LAMP's rule in place of a policy."""
+    episodes.network.reset()
+    for environment in episodes.environments:
         environment.commit()
         time_step = environment.reset()
         while not time_step.is_last():
             time_step = environment.step(np.int32(by_rule(time_step)))
-    yield row("lamp_rule", started)
-    for name, policy in policies.items():
-        started = time.monotonic()
-        episodes_of(network, policy, buckets).play_policy()
-        yield row(f"policy {name}", started)
 
 
 def searches(
@@ -134,6 +145,8 @@ def searches(
         started = time.monotonic()
         network.reset()
         network.seen.clear()
+        network.decisions.by_magnitude = False
+        network.standings.forget()
         settings = LoopSettings(
             agent=agent, reward=rls.Reward(), buckets=8, seed=seed, warm_start=True, policy=policy
         )

@@ -41,12 +41,14 @@ class KernelDecisions:
         removable: Weights that every kernel can give at most; None for all but one group of each.
         least_share: The least share of groups to prune that buckets are cut for.
         heuristics: Names of the heuristics that [scores][] knows.
+        by_magnitude: Whether magnitude alone says which groups of a kernel are the least salient.
     """
 
     removable: np.ndarray | None = None
     # A size that hardly asks for zeros still wants edges to choose among.
     least_share = 0.5
     heuristics: Sequence[str] = allocation.HEURISTICS
+    by_magnitude = False
 
     def __init__(self, group: str, shuffles: bool = True):
         self.group = self.part_group = group
@@ -101,9 +103,9 @@ class KernelDecisions:
         """What the groups are pruned by: the least salient first; flat, 1 is average.
 
         Magnitude, or with least squares what a group adds to its layer's outputs, whichever leaves
-        the smaller error at the density that the target leaves.
+        the smaller error at the density that the target leaves; with `by_magnitude` always that.
         """
-        problem = None if fits is None else fits.problems.get(path)
+        problem = None if fits is None or self.by_magnitude else fits.problems.get(path)
         if problem is None:
             return saliency_of(matrix, grouping)
         _, found = best_saliency(matrix, grouping, problem, density)

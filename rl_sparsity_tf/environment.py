@@ -168,6 +168,10 @@ class LayerEnvironment(py_environment.PyEnvironment):
         self._edges = bucket_edges(self.grouping.count, self._count, share)
         self._first_buckets: list[np.ndarray] = []
 
+    def forget(self) -> None:
+        """To be called when groups are ordered by another saliency."""
+        self._first_buckets = []
+
     @property
     def steps(self) -> int:
         """Decisions in an episode."""

@@ -186,6 +186,17 @@ class Episodes:
         self.agent.set_state(state)
         return actions
 
+    def order_by_magnitude(self, wanted: bool) -> None:
+        """Lets the least salient groups be those of least magnitude, or those as layers need it.
+
+        Args:
+            wanted: Whether magnitude is to decide, in all kernels.
+        """
+        self.network.decisions.by_magnitude = wanted
+        self.network.standings.forget()
+        for environment in self.environments:
+            environment.forget()
+
     def begin_with(self, actions: Sequence[int], value: float) -> None:
         """Explores from a sequence of actions, as from the best episode so far.
 

@@ -23,9 +23,10 @@ from rl_sparsity_tf.state import FEATURES
 
 FORMAT_VERSION = 1
 PRETRAINED = "pretrained"
-"""The name of the policy that comes with the package, if one does."""
+"""The name of the policies that come with the package, one per agent; how they were taught is in
+`benchmarks/pretraining.py`."""
 
-_SHIPPED = "pretrained.npz"
+_SHIPPED = "pretrained_{}.npz"
 _TEXTS = ("agent", "features", "operations")
 # Of the arrays as they are in memory: a small file may claim to hold anything.
 _LARGEST = 2**26
@@ -103,17 +104,19 @@ class SavedPolicy:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SavedPolicy:
+    def load(cls, path: str | os.PathLike[str], agent: str = "dqn") -> SavedPolicy:
         """Reads what [save][] wrote.
 
         Args:
-            path: The file, or `"pretrained"` for the policy that comes with the package.
+            path: The file, or `"pretrained"` for a policy that comes with the package.
+            agent: Whose, if it is one of those.
 
         Raises:
             ArgumentError: If there is no such file.
             PolicyFileError: If the file is damaged or foreign, or made for other features.
         """
-        path = _shipped() if path == PRETRAINED else as_path("policy", path, _EXPECTED)
+        shipped = path == PRETRAINED
+        path = _shipped(agent) if shipped else as_path("policy", path, _EXPECTED)
         if not path.is_file():
             found = "is a folder" if path.is_dir() else "does not exist"
             raise ArgumentError(f"policy={str(path)!r} {found}. Expected {_EXPECTED}.")
@@ -124,7 +127,13 @@ class SavedPolicy:
         _check_names(path, "features", arrays, feature_names())
         _check_names(path, "operations", arrays, operation_names())
         config = _config(path, arrays)
-        return cls(config, _weights(path, arrays, config))
+        weights = _weights(path, arrays, config)
+        if shipped:  # the settings of a search are those of this version
+            present = resolve_config(agent)
+            sizes = (len(feature_names()), len(operation_names()))
+            if present.policy_shapes(*sizes) == config.policy_shapes(*sizes):
+                config = present
+        return cls(config, weights)
 
 
 _EXPECTED = "a .npz file that result.save_policy() wrote"
@@ -173,7 +182,8 @@ def resolve_policy(
             "chosen by another agent, and a policy has learned without it. Leave one of them out."
         )
     if not isinstance(policy, SavedPolicy):
-        policy = SavedPolicy.load(policy)
+        name = "dqn" if agent is None else resolve_config(agent).name
+        policy = SavedPolicy.load(policy, name)
     if agent is None:
         return policy, policy.agent
     config = resolve_config(agent)
@@ -194,12 +204,12 @@ def resolve_policy(
     return policy, config
 
 
-def _shipped() -> Path:
-    path = Path(str(resources.files("rl_sparsity_tf") / _SHIPPED))
+def _shipped(agent: str) -> Path:
+    path = Path(str(resources.files("rl_sparsity_tf") / _SHIPPED.format(agent)))
     if not path.is_file():
         raise ArgumentError(
-            f"policy={PRETRAINED!r}: no policy comes with this version of the package. Expected "
-            f"{_EXPECTED}."
+            f"policy={PRETRAINED!r}: no policy of agent={agent!r} comes with the package. Expected "
+            f"agent='dqn' or agent='ppo', or {_EXPECTED}."
         )
     return path
 

@@ -92,10 +92,10 @@ class Compressor:
             channels are permuted so that blocks keep more
             ([permute_channels][rl_sparsity_tf.permute_channels]), which changes nothing but
             rounding, and Shuffle is no operation then.
-        policy: A file that [save_policy][rl_sparsity_tf.Result.save_policy] wrote: what an agent
-            has learned on other networks. Its plan is evaluated first, whatever `warm_start` says;
-            the agent goes on from it, explores less, and learns how much better than that a plan
-            is.
+        policy: `"pretrained"`, or what [save_policy][rl_sparsity_tf.Result.save_policy] wrote: what
+            an agent has learned on other networks. Its plan is evaluated first, whatever
+            `warm_start` says; the agent goes on from it, explores less, and learns how much better
+            than that a plan is.
         hierarchy: Whether a second agent chooses the next layer and how much is to go of it; the
             first then meets that goal. Else the layers come in their order.
 

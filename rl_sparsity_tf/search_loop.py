@@ -127,10 +127,9 @@ class SearchLoop:
     ) -> None:
         """Begins a stage, or goes on with one that a run directory was cut off in.
 
-        A policy's own plan is evaluated first, in the first stage; the plan of an earlier stage,
-        pruned further, in the others; then with a warm start the exact plans of the heuristics. The
-        agent learns from episodes that play the best of them as closely as buckets allow: a third
-        of the stage's at most.
+        A policy's own plan is evaluated first; then the plan of an earlier stage, pruned further,
+        and with a warm start the exact plans of the heuristics. The agent learns from episodes that
+        play the best of them as closely as buckets allow: a third of the stage's at most.
 
         Args:
             stage: The stage.
@@ -147,7 +146,7 @@ class SearchLoop:
         # A run that was cut off may go on under the budget that its network was made for.
         self.episodes.retarget(anew)
         self.proposed = []
-        if self._settings.policy is not None and stage.start == 0:
+        if self._settings.policy is not None:
             self._apply_policy(progress)
         if stage.episodes:
             self._propose(max(1, stage.episodes // 3), progress)
@@ -172,15 +171,24 @@ class SearchLoop:
         if STARTING in network.decisions.heuristics:
             with contextlib.suppress(ArgumentError):  # it may not reach a target in bytes
                 self.episodes.centre(heuristic_plan(network, STARTING))
-        actions = self.episodes.play_policy()
-        value = bounded(self._settings.reward, network.outcome, None)
+        # Which weights of a layer are missed least is not a decision, and no rule for it holds in
+        # all networks: with least squares the policy decides in both orders, and one is kept.
+        both = network.least_squares is not None and network.group != "channel"
+        found = []
+        for by_magnitude in (False, True) if both else (False,):
+            self.episodes.order_by_magnitude(by_magnitude)
+            actions = self.episodes.play_policy()
+            value = bounded(self._settings.reward, network.outcome, None)
+            found.append((value, by_magnitude, actions, network.plan))
+            self._consider(value, PROPOSED, POLICY)
+        value, by_magnitude, actions, plan = max(found, key=lambda one: one[0])
+        self.episodes.order_by_magnitude(by_magnitude)
         # What other networks are worth at best is not seen in the state: better or worse than
         # the policy was is what this one can add.
         self.episodes.reference = value
-        if self.done == 0:
+        if self.done == self._stage.start:
             self.episodes.begin_with(actions, value)
-        self.proposed = [(POLICY, network.plan)]
-        self._consider(value, PROPOSED, POLICY)
+        self.proposed = [(POLICY, plan)]
 
     def _propose(self, demonstrations: int, progress: SearchProgress) -> None:
         network = self._network

@@ -94,6 +94,11 @@ class Standings:
         scores = self._ranks_of(name)[path].scores
         return _against(scores if groups is None else scores[groups], self.threshold(name))
 
+    def forget(self) -> None:
+        """To be called when groups are ordered by another saliency."""
+        self._ranks.clear()
+        self._saliency.clear()
+
     def threshold(self, name: str) -> float:
         """The score below which undecided groups have to go; 0 where none has."""
         network, ranks = self._network, self._ranks_of(name)

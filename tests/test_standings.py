@@ -133,6 +133,18 @@ def test_the_threshold_follows_what_was_decided(network):
     network.reset()
 
 
+def test_where_magnitude_is_to_decide_heuristics_by_magnitude_are_met_exactly(network):
+    network.decisions.by_magnitude = True
+    network.standings.forget()
+    plan = heuristic_plan(network, "lamp")
+    for kernel in network.kernels:
+        pruned = plan.kernels[kernel.path].operations == Operation.PRUNE
+        standing = network.standings.of("lamp", kernel.path).reshape(pruned.shape)
+        assert (pruned != (standing < 0.5)).sum() <= 1
+    network.decisions.by_magnitude = False
+    network.standings.forget()
+
+
 def test_prices_are_what_weights_add_to_the_outputs_by_hand(network):
     kernel = network.kernels[0]
     assert network.least_squares is not None
