@@ -1,0 +1,48 @@
+"""The agents find the best of all plans of a small network before half of them are evaluated."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def learning():
+    sys.path.insert(0, str(FOLDER))
+    try:
+        spec = importlib.util.spec_from_file_location("learning", FOLDER / "learning.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(FOLDER))
+    return module
+
+
+@pytest.fixture(scope="module")
+def problem(learning):
+    """The benchmark's network, and the value of every plan."""
+    network = learning.small_network(0, 0.5, 24)
+    return network, learning.all_values(network, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", ["dqn", "ppo"])
+def test_an_agent_finds_the_best_plan_within_half_of_all(agent, learning, problem):
+    network, values = problem
+    counts = [
+        learning.evaluations_to(network, learning.AGENTS[agent], 3, seed, max(values))
+        for seed in range(3)
+    ]
+    assert sum(count <= len(values) / 2 for count in counts) >= 2, counts
+
+
+@pytest.mark.slow
+def test_every_plan_is_played_once_and_meets_the_target(learning, problem):
+    network, values = problem
+    assert network.evaluations <= len(values)
+    again = learning.all_values(network, 3)
+    assert sorted(again) == sorted(values)
+    assert network.evaluations == len(values)
