@@ -1,6 +1,6 @@
 """Do the agents learn? A real network whose plans can all be evaluated.
 
-A network of two dense layers on handwritten digits, three buckets each: every sequence of
+A network of two dense layers on handwritten digits, four buckets each: every sequence of
 operations is played, recovered by least squares and evaluated, so that the best plan is known. Then
 every agent searches, without demonstrations, until it evaluates that plan. Random decisions that
 never repeat a plan need half of all plans on average.
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0, help="of the agents")
     parser.add_argument("--network-seed", type=int, default=0)
     parser.add_argument("--agents", nargs="+", choices=AGENTS, default=list(AGENTS))
-    parser.add_argument("--buckets", type=int, default=3)
+    parser.add_argument("--buckets", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=24)
     parser.add_argument("--sparsity", type=float, default=0.5)
     options = parser.parse_args()

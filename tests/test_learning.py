@@ -1,4 +1,4 @@
-"""The agents find the best of all plans of a small network before half of them are evaluated."""
+"""The agents find the best of all plans of a small network sooner than chance does."""
 
 import importlib.util
 import sys
@@ -30,13 +30,14 @@ def problem(learning):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("agent", ["dqn", "ppo"])
-def test_an_agent_finds_the_best_plan_within_half_of_all(agent, learning, problem):
+def test_an_agent_finds_the_best_plan_within_half_of_all_on_average(agent, learning, problem):
     network, values = problem
     counts = [
         learning.evaluations_to(network, learning.AGENTS[agent], 3, seed, max(values))
         for seed in range(3)
     ]
-    assert sum(count <= len(values) / 2 for count in counts) >= 2, counts
+    # Without learning half of the plans are needed on average.
+    assert sum(counts) / len(counts) < len(values) / 2, counts
 
 
 @pytest.mark.slow
