@@ -125,16 +125,16 @@ class DQNAgent(_agent_tf.TFAgent):
             return super()._choose(preferences, legal, explore=False)
         # What is worth less by far is tried less often.
         others = np.flatnonzero(legal)
-        others = others[others != self._greedy(preferences, legal)] if len(others) > 1 else others
+        others = (
+            others[others != super()._choose(preferences, legal, False)]
+            if len(others) > 1
+            else others
+        )
         weights = np.exp((preferences[others] - preferences[others].max()) / config.temperature)
         weights = _UNIFORM / len(others) + (1.0 - _UNIFORM) * weights / weights.sum()
         action = int(others[spin(weights, self._generator)])
         self._held = action, int(self._generator.zipf(config.persistence)) - 1
         return action
-
-    @staticmethod
-    def _greedy(preferences: NDArray[np.float64], legal: NDArray[np.int32]) -> int:
-        return int(np.argmax(np.where(legal > 0, preferences, -np.inf)))
 
     def _begin(self) -> None:
         self._held = 0, 0

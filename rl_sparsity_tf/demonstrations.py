@@ -16,11 +16,11 @@ from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan
+from rl_sparsity_tf.plan_space import random_ratios
 
 # Edges are rounded to whole groups; a bucket that only begins below the density is left alone.
 _TOLERANCE = 0.1
-# Densities of a random plan are up to this factor above or below the others' middle.
-_SPREAD = 8.0
+# Of the factors that scale random densities to the target.
 _HALVINGS = 40
 # Densities that differ by no more than this are the same.
 _EQUAL = 1e-6
@@ -47,7 +47,7 @@ class Demonstration:
         """Prunes the buckets below the density, stores the others as integers where that works.
 
         A bucket in which the density falls is pruned, and the kernels that come later keep more
-        for it: large kernels usually come first, and their leftovers would empty small ones.
+        for it: what is left over could empty a small one.
 
         Args:
             environment: The layer's environment.
@@ -75,12 +75,11 @@ def random_demonstration(
 
     Args:
         network: The network.
-        generator: Draws the kernels' ratios, log-uniform within a factor of 8 around the middle.
+        generator: Draws the kernels' ratios.
         name: Who proposes them.
     """
     sizes = np.array([float(kernel.size) for kernel in network.kernels])
-    half = np.log(_SPREAD)
-    ratios = np.exp(generator.uniform(-half, half, len(sizes)))
+    ratios = random_ratios(generator, len(sizes))
     wanted = max(0.0, sizes.sum() - network.budget.wanted)
     low, high = 0.0, 1.0 / ratios.min()  # of the factor that scales them to the target
     for _ in range(_HALVINGS):

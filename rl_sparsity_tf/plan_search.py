@@ -22,15 +22,13 @@ from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
 from rl_sparsity_tf.plan_request import PlanRequest
-from rl_sparsity_tf.plan_space import PlanSpace, shares
+from rl_sparsity_tf.plan_space import PlanSpace, random_ratios, shares
 from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.recovery import Recovery, as_recovery
 from rl_sparsity_tf.reward import Outcome, Reward, RewardFunction, bounded
 from rl_sparsity_tf.rules import resolve
 from rl_sparsity_tf.target import Target
 
-# Densities of a random plan are up to this factor above or below the others' middle.
-_SPREAD = 8.0
 # Proposals in a row that were evaluated before, after which there is nothing new to find.
 _PATIENCE = 200
 # As the search has it: rows of the validation data, and decisions per kernel.
@@ -188,10 +186,8 @@ def search_randomly(
     rng = np.random.default_rng([seed, 1])
     space = PlanSpace(network, quantize)
     trials = _Trials(network, reward, evaluations, steps)
-    half = np.log(_SPREAD)
     while trials.going:
-        ratios = np.exp(rng.uniform(-half, half, len(network.kernels)))
-        trials.run(space.plan(ratios))
+        trials.run(space.plan(random_ratios(rng, len(network.kernels))))
     return trials.found()
 
 

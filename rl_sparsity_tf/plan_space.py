@@ -16,6 +16,8 @@ from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan
 
+# Densities of a random plan are up to this factor above or below the others' middle.
+_SPREAD = 8.0
 # Largest factor of a step from one plan to another.
 _STEP = 2.0
 
@@ -136,6 +138,12 @@ class PlanSpace:
         moved[taker] += amount / self.totals[taker]
         moved[giver] -= amount / self.totals[giver]
         return moved
+
+
+def random_ratios(generator: np.random.Generator, count: int) -> np.ndarray:
+    """Ratios of a random plan's densities, log-uniform within a factor of 8 around the middle."""
+    half = np.log(_SPREAD)
+    return np.exp(generator.uniform(-half, half, count))
 
 
 def shares(live: Sequence[np.ndarray]) -> np.ndarray:
