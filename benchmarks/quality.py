@@ -1,9 +1,11 @@
 """Which method gives the most accurate .tflite file within a budget of bytes?
 
 Networks are trained on images and compressed to shares of the bytes of their own dense int8 file
-(`Target(tflite_bytes=...)`): by the search with each agent, in one configuration for all of them,
-and by its contenders, with the same fine-tuning and exporter; those that search evaluate as many
-plans as the search has episodes. Budgets below 1.3 times the smallest file within reach are left
+(`Target(tflite_bytes=...)`): by the search with each agent, in one configuration for all of them
+(`group="auto"`, and the other defaults), and by its contenders, with single weights at 8 bits and
+the same epochs and exporter; those that search evaluate as many plans as the search has episodes.
+The search fine-tunes three plans, of which validation data decides; contenders fine-tune one. What
+is "ours without agent" is the plan of dynamic programming for the storage that the search chose. Budgets below 1.3 times the smallest file within reach are left
 out. Test accuracy, bytes, gzipped bytes and milliseconds per call (left empty where the samples
 scatter too much) are of the files, the validation accuracy of compressed ones is of their models.
 Rows are kept in a CSV file, and not run again; `--report` prints what is there: a table per
@@ -35,6 +37,7 @@ from quality_tables import (
     INT8,
     OURS,
     RANDOM,
+    STORED,
     Rows,
     plot,
     print_tables,
@@ -47,6 +50,7 @@ from rl_sparsity_tf.datasets import Data, load_dataset
 from rl_sparsity_tf.finishing import Finished, all_quantized
 from rl_sparsity_tf.kernels import count_weights, find_kernels
 from rl_sparsity_tf.size_costs import size_budget
+from rl_sparsity_tf.storage import Storage
 
 import tf_keras as keras  # isort: skip  (after the package, which asks for Keras 2)
 
@@ -71,7 +75,7 @@ def smallest(model: keras.Model, name: str) -> float:
     """Bytes with every kernel pruned to its last group, and stored in the smaller type."""
     kernels = find_kernels(model)
     generous = rls.Target(tflite_bytes=2**40)
-    budget = size_budget(model, kernels, generous, "element", count_weights(model)[1])
+    budget = size_budget(model, kernels, generous, Storage(), count_weights(model)[1])
     least = budget.fixed + sum(costs.least(1.0, True) for costs in budget.costs)
     say(f"{name}: smallest file within reach about {least:,.0f} bytes, {budget.fixed:,.0f} fixed")
     return least
@@ -118,11 +122,13 @@ def search(
     seed: int,
     budget: int,
     agent: str,
+    group: str,
     episodes: int | None = None,
     epochs: int | None = None,
 ) -> tuple[rls.Compressor, Any]:
     """A search, in the one configuration that all networks and budgets get."""
-    compressor = rls.Compressor(model, rls.Target(tflite_bytes=budget), agent, seed=seed)
+    target = rls.Target(tflite_bytes=budget)
+    compressor = rls.Compressor(model, target, agent, group, seed=seed)
     result = compressor.search(
         (data.x_train, data.y_train),
         validation_data=(data.x_validation, data.y_validation),
@@ -135,13 +141,20 @@ def search(
 
 
 def prepared(
-    options: argparse.Namespace, model: keras.Model, data: Data, seed: int, budget: int
+    options: argparse.Namespace,
+    model: keras.Model,
+    data: Data,
+    seed: int,
+    budget: int,
+    group: str = "element",
 ) -> rls.Compressor:
     """The conditions that contenders share: those of a search, which itself does not matter."""
-    compressor, _ = search(options, model, data, seed, budget, "random", episodes=1, epochs=0)
-    assert compressor.last is not None
-    training = dataclasses.replace(compressor.last.training, epochs=options.finetune_epochs)
-    compressor.last = dataclasses.replace(compressor.last, training=training)
+    few = {"episodes": 1, "epochs": 0}
+    compressor, _ = search(options, model, data, seed, budget, "random", group, **few)
+    last = compressor.last
+    assert last is not None
+    training = dataclasses.replace(last.training, epochs=options.finetune_epochs)
+    compressor.last = dataclasses.replace(last, training=training, plain=last.network)
     return compressor
 
 
@@ -176,16 +189,22 @@ def figures(options: argparse.Namespace, entry: dict[str, Any], content: bytes) 
 
 
 def searched(
-    options: argparse.Namespace, model: keras.Model, data: Data, seed: int, budget: int, agent: str
-) -> tuple[rls.Compressor, dict[str, Any]]:
-    """A search and what its row says."""
-    compressor, result = search(options, model, data, seed, budget, agent)
+    options: argparse.Namespace,
+    model: keras.Model,
+    data: Data,
+    seed: int,
+    budget: int,
+    agent: str,
+    group: str,
+) -> dict[str, Any]:
+    """What the row of a search says."""
+    _, result = search(options, model, data, seed, budget, agent, group)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.tflite"
         result.export_tflite(path)
         content = path.read_bytes()
     found, effort = result.metrics["compressed"], result.metrics["search"]
-    return compressor, {
+    return {
         **figures(options, found, content),
         "seconds": effort["seconds"],
         "evaluations": effort["evaluations"],
@@ -203,34 +222,26 @@ def cell(
 ) -> None:
     """All rows of a network, seed and share."""
     missing = [name for name in options.contenders if not rows.has(*key, name)]
-    seed = key[1]
-    for name in [name for name in missing if name in OURS]:
-        model = keras.models.load_model(place)
+    seed, model = key[1], keras.models.load_model(place)
+    agents = {name: (agent, "auto") for name, agent in OURS.items()}
+    agents[RANDOM] = ("random", "element")
+    for name in [name for name in missing if name in agents]:
         try:
-            _, row = searched(options, model, data, seed, budget, OURS[name])
+            row = searched(options, model, data, seed, budget, *agents[name])
         except rls.RLSparsityError as error:
             row = {"detail": str(error)[:200]}
         rows.add(*key, name, budget=budget, **row)
-    if not set(missing) - set(OURS):
-        return
-    model = keras.models.load_model(place)
-    if RANDOM in missing:
-        try:
-            _, row = searched(options, model, data, seed, budget, "random")
-        except rls.RLSparsityError as error:
-            row = {"detail": str(error)[:200]}
-        rows.add(*key, RANDOM, budget=budget, **row)
-    waiting = [name for name in COMPARED if name in missing]
-    try:
-        compressor = prepared(options, model, data, seed, budget)
-    except rls.RLSparsityError as error:
-        for name in waiting:
-            rows.add(*key, name, budget=budget, detail=str(error)[:200])
-        return
-    for name in waiting:
+    waiting = {STORED: "dynamic_programming"} | dict(zip(COMPARED, COMPARED, strict=True))
+    ready: dict[str, rls.Compressor] = {}
+    for name in [name for name in missing if name in waiting]:
+        group = "auto" if name == STORED else "element"
         started = time.monotonic()
         try:
-            entry, content = compared(compressor, name, options.episodes)
+            if group not in ready:
+                ready[group] = prepared(options, model, data, seed, budget, group)
+                # What a search of this kind needs, too, is part of its time.
+                started = started if name == STORED else time.monotonic()
+            entry, content = compared(ready[group], waiting[name], options.episodes)
             seconds = time.monotonic() - started
             row = {"seconds": seconds, "evaluations": entry["evaluations"]}
             row |= figures(options, entry, content)

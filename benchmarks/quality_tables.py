@@ -13,11 +13,12 @@ from rows import append
 
 OURS = {"ours-dqn": "dqn", "ours-ppo": "ppo"}
 RANDOM = "random-policy"
+STORED = "ours without agent"
 COMPARED = (
     *("lamp", "dynamic_programming", "random_search", "tfmot"),
     *("hill_climbing", "erk", "global_magnitude", "uniform"),
 )
-CONTENDERS = (*OURS, RANDOM, *COMPARED)
+CONTENDERS = (*OURS, STORED, RANDOM, *COMPARED)
 FLOAT, INT8 = "dense float32", "dense int8"
 KEY = ("network", "seed", "share", "contender")
 FIELDS = (

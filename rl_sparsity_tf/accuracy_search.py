@@ -14,7 +14,6 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf import allocation
 from rl_sparsity_tf.candidates import PROPOSED, Candidate
 from rl_sparsity_tf.channel_finishing import Task, finish_candidate
 from rl_sparsity_tf.cost_budget import CostBudget
@@ -180,7 +179,7 @@ class AccuracySearch:
         network.reset()
         weights = {path: layer.get_weights() for path, layer in walk(self._task.model)}
         whole = [np.ones(network.groupings[kernel.path].shape, bool) for kernel in network.kernels]
-        plan = allocation.plan_from_live(network.kernels, network.group, whole, quantize=True)
+        plan = network.storage.plan_from_live(network.kernels, whole)
         outcome = evaluate_plan(network, plan)
         value = bounded(self._settings.reward, outcome, None)
         candidate = Candidate(plan, weights, outcome, value, PROPOSED, DENSE_INT8)

@@ -26,6 +26,7 @@ from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.size_costs import MARGINS
 from rl_sparsity_tf.size_model import SizeModel
 from rl_sparsity_tf.statistics import KernelStatistics
+from rl_sparsity_tf.storage import Storage
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapping import wrap
 
@@ -58,7 +59,7 @@ class ChannelDecisions(KernelDecisions):
 
     def __init__(self, table: LatencyTable | None = None):
         super().__init__("channel", shuffles=False)
-        self.part_group = "element"
+        self.part_storage = Storage("element")
         self.table = table
         self.units: list[ChannelUnit] = []
         self._errors: dict[str, ChannelErrors] = {}

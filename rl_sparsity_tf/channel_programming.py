@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rl_sparsity_tf import allocation
 from rl_sparsity_tf.channel_budget import ChannelBudget
 from rl_sparsity_tf.channel_decisions import ChannelDecisions
 from rl_sparsity_tf.channel_units import ChannelUnit
@@ -208,4 +207,4 @@ def cost_of_plan(network: CompressedNetwork, plan: CompressionPlan) -> float:
 
 def plan_of_live(network: CompressedNetwork, live: Sequence[np.ndarray]) -> CompressionPlan:
     """The plan in which some channels live, as integers where that works."""
-    return allocation.plan_from_live(network.kernels, network.group, live, quantize=True)
+    return network.storage.plan_from_live(network.kernels, live)

@@ -13,7 +13,12 @@ from rl_sparsity_tf.errors import ArgumentError, TargetError, check_choice
 from rl_sparsity_tf.grouping import GROUPS
 from rl_sparsity_tf.latency_measurement import measure_latency
 from rl_sparsity_tf.latency_table import LatencyTable
+from rl_sparsity_tf.size_costs import formats_for
+from rl_sparsity_tf.size_model import SizeModel
 from rl_sparsity_tf.target import Target
+
+AUTO = "auto"
+"""Groups and bits of every kernel as the bytes of a target want them."""
 
 SHUFFLES = ("neighbours", "channels")
 """How Shuffle moves weights, see [Compressor][rl_sparsity_tf.search.Compressor]."""
@@ -35,7 +40,13 @@ def group_for(model: keras.Model, target: Target, group: str | None) -> str:
     """
     if group is None:
         group = "channel" if target.needs_channels else "element"
-    check_choice("group", group, GROUPS)
+    check_choice("group", group, (*GROUPS, AUTO))
+    if group == AUTO and target.kind not in ("tflite_bytes", "gzip_bytes"):
+        raise ArgumentError(
+            f"group='auto' does not go with Target({target.kind}={target.value:g}): it weighs ways "
+            "to store kernels by the bytes that they take. Expected Target(tflite_bytes=...) or "
+            "Target(gzip_bytes=...), or one of the other groups."
+        )
     if not target.needs_channels:
         return group
     if group != "channel":
@@ -118,6 +129,8 @@ def decisions_for(
         ArgumentError: If the table was made for another quantization.
     """
     if group != "channel":
+        if group == AUTO:  # several networks will need the sizes
+            return KernelDecisions("element", sizes=SizeModel(model, formats_for(target)))
         return KernelDecisions(group, shuffles=shuffle == "neighbours")
     if not removable_channels(model):
         _log.warning(

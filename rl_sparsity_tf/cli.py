@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rl_sparsity_tf.target import Target
     from rl_sparsity_tf.timing import Timing
 
-_GROUPS = ("element", "block4", "block16", "channel")
+_GROUPS = ("element", "block4", "block16", "channel", "auto")
 _SMALLEST = {"episodes": 1, "seed": 0, "batch_size": 1, "finetune_epochs": 0}
 _QUANTIZATIONS = ("plan", "none", "dynamic", "int8", "float16")
 _RECOVERIES = ("least_squares", "finetune", "none")
@@ -69,7 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     compress.add_argument(
         "--group",
         choices=_GROUPS,
-        help="unit of decision (element; channel for targets of macs and latency)",
+        help="unit of decision (element; channel for targets of macs and latency); auto also "
+        "chooses 8 or 4 bits, for targets in bytes",
     )
     compress.add_argument(
         "--shuffle",

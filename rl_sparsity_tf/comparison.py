@@ -142,6 +142,7 @@ def compare(
         )
     if asked and "tfmot" in names:
         load_tfmot()  # before the others have taken their time
+    search = dataclasses.replace(search, network=search.plain)
     network = search.network
     evaluated = set(network.seen)
     if evaluations is None:
@@ -223,7 +224,7 @@ class _Ring:
         return PlanRequest.of(
             self.search.model,
             self.search.target,
-            group=group or self.compressor.group,
+            group=group or self.search.network.decisions.group,
             quantize=quantize,
         )
 
@@ -237,7 +238,8 @@ class _Ring:
         if name in CHANNEL_HEURISTICS:
             raise ArgumentError(
                 f"The contender {name} ranks whole channels, and the search decided on groups of "
-                f"{network.group!r}. Expected other contenders, or a search with group='channel'."
+                f"{network.decisions.group!r}. Expected other contenders, or a search with "
+                "group='channel'."
             )
         request = self._request(quantize=quantize)
         gradients = {path: one.gradient for path, one in network.dense_statistics.items()}

@@ -16,7 +16,9 @@ from rl_sparsity_tf.layer_database import best_saliency
 from rl_sparsity_tf.least_squares import LeastSquares
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.size_costs import make_budget
+from rl_sparsity_tf.size_model import SizeModel
 from rl_sparsity_tf.statistics import KernelStatistics
+from rl_sparsity_tf.storage import Storage
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapping import wrap
 
@@ -31,13 +33,16 @@ class KernelDecisions:
     [ChannelDecisions][rl_sparsity_tf.channel_decisions.ChannelDecisions].
 
     Args:
-        group: Kind of groups.
+        storage: How the kernels are cut and stored, or the kind of groups of all of them.
         shuffles: Whether Shuffle is among the operations.
+        sizes: The size model that a target in bytes is met by; by default it is made.
 
     Attributes:
         shuffles: Whether Shuffle is among the operations.
-        group: The kind of groups that decisions are about.
-        part_group: The kind that the wrapped kernels are cut into.
+        group: The kind of groups that decisions are about, where they are not named.
+        storage: How what is decided on is cut and stored.
+        part_storage: How the wrapped kernels are.
+        sizes: The size model that was given.
         removable: Weights that every kernel can give at most; None for all but one group of each.
         least_share: The least share of groups to prune that buckets are cut for.
         heuristics: Names of the heuristics that [scores][] knows.
@@ -50,14 +55,20 @@ class KernelDecisions:
     heuristics: Sequence[str] = allocation.HEURISTICS
     by_magnitude = False
 
-    def __init__(self, group: str, shuffles: bool = True):
-        self.group = self.part_group = group
+    def __init__(
+        self, storage: Storage | str, shuffles: bool = True, sizes: SizeModel | None = None
+    ):
+        storage = Storage(storage) if isinstance(storage, str) else storage
+        self.group = storage.group
+        self.storage = self.part_storage = storage
         self.shuffles = shuffles
+        self.sizes = sizes
 
     def wrap(self, model: keras.Model) -> keras.Model:
         """The wrapped copy of a model that takes the decisions."""
         used = [one for one in Operation if self.shuffles or one != Operation.SHUFFLE]
-        return wrap(model, group=self.group, operations=used)
+        groups = {path: one.group for path, one in self.storage.named.items()}
+        return wrap(model, group=self.group, groups=groups, operations=used)
 
     def kernels(self, model: keras.Model, parts: Sequence[Kernel]) -> list[Kernel]:
         """What is decided on, given the kernels of the wrapped copy of a model."""
@@ -65,7 +76,7 @@ class KernelDecisions:
 
     def budget(self, model: keras.Model, kernels: list[Kernel], target: Target) -> Budget:
         """The budget of a target."""
-        return make_budget(model, kernels, target, self.group)
+        return make_budget(model, kernels, target, self.storage, self.sizes)
 
     def adopt(self, budget: Budget) -> None:
         """Follows the network to another budget of its own."""

@@ -114,7 +114,7 @@ def proposals(network: CompressedNetwork) -> list[tuple[str, CompressionPlan]]:
     """
     found: list[tuple[str, CompressionPlan]] = []
     for name, live in _heuristics(network):
-        plan = allocation.plan_from_live(network.kernels, network.group, live, quantize=True)
+        plan = network.storage.plan_from_live(network.kernels, live)
         if all(plan != other for _, other in found):
             found.append((name, plan))
     return found
@@ -132,7 +132,7 @@ def heuristic_plan(network: CompressedNetwork, name: str, quantize: bool = True)
         ArgumentError: If it cannot rank the network's groups, or misses the target.
     """
     for _, live in _heuristics(network, [name]):
-        return allocation.plan_from_live(network.kernels, network.group, live, quantize=quantize)
+        return network.storage.plan_from_live(network.kernels, live, quantize)
     raise ArgumentError(
         f"The heuristic {name!r} finds no plan: it has nothing to rank groups by, or cannot meet "
         "the target. Expected another heuristic or target."

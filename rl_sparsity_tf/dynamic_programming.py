@@ -30,7 +30,6 @@ from rl_sparsity_tf.knapsack import (
     cheapest,
     densest,
     fill,
-    plan_of,
     weights_cost,
 )
 from rl_sparsity_tf.layer_database import FLOAT, KernelErrors, levels, measure, most_salient
@@ -43,10 +42,13 @@ from rl_sparsity_tf.preparation import prepare_for_short_recovery
 from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.size_budget import KernelCosts, SizeBudget
 from rl_sparsity_tf.size_model import SizeModel
+from rl_sparsity_tf.storage import Storage
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapping import wrap
 
 _BATCH, _BATCHES = 64, 64
+# To choose entries whose sum the whole file keeps to, kernel by kernel being an estimate.
+_ATTEMPTS = 4
 
 
 def dynamic_programming(
@@ -133,14 +135,14 @@ def propose_all(network: CompressedNetwork, powers: Sequence[float]) -> list[Com
     if isinstance(budget, SizeBudget):
         costs = dict(zip(groupings, budget.costs, strict=True))
         allowed = budget.limit - budget.fixed
-        most = {path: _affordable(one, allowed) for path, one in costs.items()}
+        most = {path: affordable(one, allowed) for path, one in costs.items()}
         cost = _budget_cost(costs)
     database = measure(
         kernels,
         groupings,
         network.originals,
         problems,
-        bits=[FLOAT, 8] if costs else [FLOAT],
+        bits={p: [FLOAT, network.storage.of(p).bits] if costs else [FLOAT] for p in groupings},
         density=1.0 - budget.goal,
         most=most,
     )
@@ -157,13 +159,13 @@ def _as_plan(
     ranking = allocation.Ranking(scores, sizes)
     if not isinstance(budget, CostBudget):
         live = ranking.live(budget.wanted)
-        return allocation.plan_from_live(kernels, network.group, live, quantize=True)
+        return network.storage.plan_from_live(kernels, live)
     live, _ = fill(
         ranking,
         lambda alive: cost_of(network, alive, choice.bits) <= budget.limit,
         choice.pruned(sizes),
     )
-    return plan_of(kernels, network.group, live, choice.bits)
+    return network.storage.plan_at(kernels, live, choice.bits)
 
 
 def cost_of(
@@ -230,7 +232,9 @@ class _File:
 
     def kernel(self, kernel: Kernel, alive: np.ndarray, bits: int) -> float:
         """Bytes of one kernel of which some groups live."""
-        size = self._sizes.kernel_size(kernel.path, self._value(kernel, alive), bits)
+        size = self._sizes.kernel_size(
+            kernel.path, self._value(kernel, alive), bits, compressed=self._field == "gzip"
+        )
         return float(getattr(size, self._field))
 
 
@@ -270,7 +274,16 @@ def _within_bytes(
     def cost(path: str, live: np.ndarray, bits: int) -> np.ndarray:
         return np.interp(live, database[path].live, table[path, bits])
 
-    choice = cheapest(database, cost, file.limit - fixed) or densest(database)
+    allowed = file.limit - fixed
+    for _ in range(_ATTEMPTS):
+        choice = cheapest(database, cost, allowed) or densest(database)
+        live = allocation.Ranking(choice.scores(database, sizes), sizes).live(choice.pruned(sizes))
+        over = file.total(live, choice.bits) - file.limit
+        # Tensors stored dense get no smaller by some zeros more, so that the least excess would
+        # cost every kernel half of its weights.
+        if over <= 0:
+            break
+        allowed -= over
     live, reached = fill(
         allocation.Ranking(choice.scores(database, sizes), sizes),
         lambda alive: file.total(alive, choice.bits) <= file.limit,
@@ -278,7 +291,7 @@ def _within_bytes(
     )
     if not reached:  # says in words what can be
         return request.plan(choice.scores(database, sizes))
-    return plan_of(request.kernels, request.group, live, choice.bits)
+    return Storage(request.group).plan_at(request.kernels, live, choice.bits)
 
 
 def _without_int4(errors: KernelErrors, kernel: Kernel) -> KernelErrors:
@@ -297,7 +310,7 @@ def _budget_cost(costs: Mapping[str, KernelCosts]) -> Cost:
     return cost
 
 
-def _affordable(costs: KernelCosts, limit: float) -> float:
+def affordable(costs: KernelCosts, limit: float) -> float:
     """Weights of a kernel that may live if all others are gone."""
     lives = np.linspace(1.0, float(costs.live[-1]), 512)
     return float(max((n for n in lives if costs.least(float(n), True) <= limit), default=1.0))

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from rl_sparsity_tf.channel_finishing import Task
+from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.result import Result
 
 if TYPE_CHECKING:
@@ -17,11 +18,14 @@ class FinishedSearch(Task):
     """A search that has returned; its network keeps its cached data and traced functions.
 
     Attributes:
+        plain: The network of single weights at 8 bits, where the search chose another storage by
+            itself; else the searched one.
         loop: The episodes.
         result: What was returned.
         episodes: How many there were.
     """
 
+    plain: CompressedNetwork
     loop: SearchLoop
     result: Result
     episodes: int

@@ -63,7 +63,7 @@ def pruned_to_budget(network: CompressedNetwork, plan: CompressionPlan) -> Compr
     pruned = _pruned(sizes, alive)
     if not isinstance(budget, CostBudget):
         chosen = as_planned(ranking.live(max(budget.wanted, pruned)))
-        return allocation.plan_of_operations(network.kernels, network.group, chosen)
+        return network.storage.plan(network.kernels, chosen)
     found = []
     for operations_of in (as_planned, cheapest):
 
@@ -77,7 +77,7 @@ def pruned_to_budget(network: CompressedNetwork, plan: CompressionPlan) -> Compr
     if not found:
         return None
     _, chosen = min(found, key=lambda one: one[0])
-    return allocation.plan_of_operations(network.kernels, network.group, chosen)
+    return network.storage.plan(network.kernels, chosen)
 
 
 def _pruned(sizes: Sequence[np.ndarray], live: Sequence[np.ndarray]) -> int:

@@ -8,10 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from rl_sparsity_tf import allocation
-from rl_sparsity_tf.kernels import Kernel
-from rl_sparsity_tf.layer_database import FLOAT, KernelErrors
-from rl_sparsity_tf.operations import Operation
-from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
+from rl_sparsity_tf.layer_database import KernelErrors
 
 # Entries put between two measured densities, and units that a budget is counted in.
 _BETWEEN = 4
@@ -210,17 +207,3 @@ def fill(
         else:
             low = middle
     return live, True
-
-
-def plan_of(
-    kernels: Sequence[Kernel], group: str, live: Sequence[np.ndarray], bits: Mapping[str, int]
-) -> CompressionPlan:
-    """The plan in which some groups live, at so many bits by path; see `plan_from_live`."""
-
-    def entry(kernel: Kernel, alive: np.ndarray) -> KernelPlan:
-        stored = bits[kernel.path]
-        stays = Operation.KEEP if stored == FLOAT else Operation.QUANTIZE
-        chosen = np.where(alive, stays, Operation.PRUNE).astype(np.uint8)
-        return KernelPlan(kernel.path, kernel.shape, kernel.spec.layout, group, stored, chosen)
-
-    return CompressionPlan(entry(*pair) for pair in zip(kernels, live, strict=True))

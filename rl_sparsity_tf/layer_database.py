@@ -54,7 +54,7 @@ def measure(
     matrices: Mapping[str, np.ndarray],
     problems: Mapping[str, LayerProblem],
     *,
-    bits: Sequence[int] = (FLOAT,),
+    bits: Sequence[int] | Mapping[str, Sequence[int]] = (FLOAT,),
     density: float = 0.1,
     most: Mapping[str, float] | None = None,
 ) -> dict[str, KernelErrors]:
@@ -65,18 +65,20 @@ def measure(
         groupings: How they are cut, by path.
         matrices: Their trained weights viewed as `(inputs, outputs)`, by path.
         problems: The least-squares problems of those that can be fitted, by path.
-        bits: Precisions: 32, and 8 or 4 for kernels that TFLite can hold as integers.
+        bits: Precisions, of all or by path: 32, and 8 or 4 for kernels that TFLite can hold as
+            integers.
         density: The density that is aimed at, where the ways to rank groups are compared.
         most: Weights that may live, by path. What is beyond them is not measured: dense kernels
             are the ones that take long to fit.
     """
+    wanted = bits if isinstance(bits, Mapping) else {kernel.path: bits for kernel in kernels}
     return {
         kernel.path: kernel_errors(
             matrices[kernel.path],
             groupings[kernel.path],
             kernel.spec,
             problems.get(kernel.path),
-            bits=[one for one in bits if one == FLOAT or kernel.spec.exports_int8],
+            bits=[b for b in wanted[kernel.path] if b == FLOAT or kernel.spec.exports_int8],
             density=density,
             most=None if most is None else most[kernel.path],
         )
@@ -93,6 +95,7 @@ def kernel_errors(
     bits: Sequence[int] = (FLOAT,),
     density: float = 0.1,
     most: float | None = None,
+    counts: Sequence[int] | None = None,
 ) -> KernelErrors:
     """Measures one kernel; see [measure][].
 
@@ -104,11 +107,12 @@ def kernel_errors(
         bits: Precisions to measure.
         density: Where the ways to rank groups are compared.
         most: Weights that may live; by default all. The first level beyond is the last.
+        counts: Numbers of living groups to measure, ascending; by default [levels][].
     """
     chosen, saliency = best_saliency(matrix, grouping, problem, density)
     lives: list[int] = []
     errors: dict[int, list[float]] = {one: [] for one in bits}
-    for count in levels(grouping.count):
+    for count in counts or levels(grouping.count):
         if lives and most is not None and lives[-1] >= most:
             break
         alive = most_salient(saliency, count)

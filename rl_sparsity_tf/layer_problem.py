@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -71,6 +72,12 @@ class LayerProblem:
         # Single precision will do for comparing errors, and takes half the time.
         self._gram32 = self.dense.gram.astype(np.float32)
         self.energy = max(self._energy(self.original, self._gram32), 1e-30)
+
+    def regrouped(self, grouping: Grouping) -> LayerProblem:
+        """The same problem of a kernel that is cut in another way; what is known stays shared."""
+        other = copy.copy(self)
+        other.grouping = grouping
+        return other
 
     def take(self, inputs: np.ndarray) -> np.ndarray:
         """The rows of the layer's inputs."""

@@ -8,7 +8,6 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.allocation import plan_of_operations
 from rl_sparsity_tf.autoencoder import WeightAutoencoder
 from rl_sparsity_tf.batch_checks import fixed_batch
 from rl_sparsity_tf.budget import Budget
@@ -79,7 +78,7 @@ class CompressedNetwork:
         check_finite(model)
         self.target = target
         self.decisions = decisions or KernelDecisions(group)
-        self.group = self.decisions.group
+        self.storage = self.decisions.storage
         self.model = self.decisions.wrap(model)
         prepare_for_short_recovery(self.model)
         self.model.compile(**arguments)
@@ -93,7 +92,7 @@ class CompressedNetwork:
             )
         self.kernels: list[Kernel] = self.decisions.kernels(model, self.parts)
         self.recovery = recovery.resolved(self.parts, fixed_batch(model))
-        self.groupings: dict[str, Grouping] = {k.path: k.grouping(self.group) for k in self.kernels}
+        self.groupings: dict[str, Grouping] = self.storage.groupings(self.kernels)
         self.budget: Budget = self.decisions.budget(model, self.kernels, target)
         self.metric: Metric = choose_metric(self.model, validation[0], metric)
         self._effective = EffectiveKernels(self.parts)
@@ -125,7 +124,7 @@ class CompressedNetwork:
         self.dense_statistics = self.statistics
         self.least_squares: LeastSquares | None = None
         if self.recovery.method == "least_squares":
-            groupings = {part.path: part.grouping(self.decisions.part_group) for part in self.parts}
+            groupings = self.decisions.part_storage.groupings(self.parts)
             pieces = (self.model, self.parts, groupings, train, fixed_batch(model))
             self.least_squares = closed_form(*pieces, ridge=self.recovery.ridge)
         self.standings = Standings(self)
@@ -178,8 +177,12 @@ class CompressedNetwork:
         for part in self.parts:
             if part.path in operations:
                 self._effective.forget(part.path)
-                assert part.wrapper is not None
-                part.wrapper.assign_operations(part.spec.attribute, operations[part.path])
+                self._assign(part, operations[part.path])
+
+    def _assign(self, part: Kernel, operations: np.ndarray) -> None:
+        assert part.wrapper is not None
+        storage = self.decisions.part_storage.of(part.path)
+        part.wrapper.assign_operations(part.spec.attribute, operations, storage.bits)
 
     def _measure_alteration(self, path: str) -> None:
         self.errors[path] = self.autoencoder.error(path, self.effective_matrix(path))
@@ -216,7 +219,7 @@ class CompressedNetwork:
         assert self.least_squares is not None
         self._forget()
         operations = self._part_operations(self.operations)
-        self.least_squares.recover(operations, dict.fromkeys(operations, 8))
+        self.least_squares.recover(operations, self.decisions.part_storage.bits(operations))
 
     def _part_operations(self, decided: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return self.decisions.operations(decided, [part.path for part in self.parts])
@@ -332,7 +335,7 @@ class CompressedNetwork:
     @property
     def plan(self) -> CompressionPlan:
         """The decisions so far."""
-        return plan_of_operations(self.kernels, self.group, list(self.operations.values()))
+        return self.storage.plan(self.kernels, list(self.operations.values()))
 
     # ------------------------------------------------------------------ going back
 
@@ -364,7 +367,7 @@ class CompressedNetwork:
         wanted = self._part_operations(snapshot.operations)
         for part in self.parts:
             if part.wrapper is not None and (wanted[part.path] != present[part.path]).any():
-                part.wrapper.assign_operations(part.spec.attribute, wanted[part.path])
+                self._assign(part, wanted[part.path])
 
     def reset(self) -> None:
         """Goes back to the dense network."""
@@ -385,9 +388,8 @@ class CompressedNetwork:
 
     def tracing_count(self) -> int:
         """How often functions were traced, for tests of retracing."""
-        functions = [self._train_function, self._evaluator.function, self._collector.function]
-        functions += self._effective.functions
-        return sum(function.experimental_get_tracing_count() for function in functions)
+        own = [self._train_function, self._evaluator.function, self._collector.function]
+        return sum(f.experimental_get_tracing_count() for f in [*own, *self._effective.functions])
 
     def latent_weights(self) -> Mapping[str, list[np.ndarray]]:
         """Recovered weights of every layer by name, before operations are applied."""

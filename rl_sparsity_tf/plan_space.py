@@ -10,7 +10,7 @@ from rl_sparsity_tf import allocation
 from rl_sparsity_tf.cost_budget import CostBudget
 from rl_sparsity_tf.dynamic_programming import cost_of
 from rl_sparsity_tf.errors import TargetError
-from rl_sparsity_tf.knapsack import fill, plan_of
+from rl_sparsity_tf.knapsack import fill
 from rl_sparsity_tf.layer_database import FLOAT
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.operations import Operation
@@ -109,12 +109,13 @@ class PlanSpace:
             budget = self._network.budget
             if integers and isinstance(budget, CostBudget):
                 integers = budget.integers_pay(index, float(self._sizes[index][alive].sum()))
-            found[kernel.path] = 8 if integers else FLOAT
+            stored = self._network.storage.of(kernel.path).bits
+            found[kernel.path] = stored if integers else FLOAT
         return found
 
     def plan_of(self, live: Sequence[np.ndarray]) -> CompressionPlan:
         """The plan in which some groups live."""
-        return plan_of(self._network.kernels, self._network.group, live, self.bits(live))
+        return self._network.storage.plan_at(self._network.kernels, live, self.bits(live))
 
     def plan(self, ratios: np.ndarray) -> CompressionPlan:
         """The plan of densities in proportion to ratios."""

@@ -7,7 +7,6 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
@@ -23,15 +22,14 @@ from rl_sparsity_tf.conversion import start_worker
 from rl_sparsity_tf.curriculum import Curriculum, resolve_curriculum
 from rl_sparsity_tf.data import TrainingData, evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data_forms import as_rows
-from rl_sparsity_tf.errors import ArgumentError, DataError, ModelError, check_choice
-from rl_sparsity_tf.export import QUANTIZATIONS
+from rl_sparsity_tf.decisions import KernelDecisions
+from rl_sparsity_tf.errors import ArgumentError, ModelError
 from rl_sparsity_tf.final import play_final
 from rl_sparsity_tf.fingerprints import fingerprints_of, name_of
 from rl_sparsity_tf.finished_search import FinishedSearch
 from rl_sparsity_tf.finishing import Figures, export_and_score, export_dense_int8
 from rl_sparsity_tf.latency_table import LatencyTable
 from rl_sparsity_tf.mask_training import DISTILLATION, FineTuning, default_epochs
-from rl_sparsity_tf.masks import MASKS
 from rl_sparsity_tf.metrics import build_metrics
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.policy_files import SavedPolicy, resolve_policy
@@ -43,8 +41,10 @@ from rl_sparsity_tf.result import Result
 from rl_sparsity_tf.reward import Reward, RewardFunction
 from rl_sparsity_tf.run_directory import RunDirectory, check_directory
 from rl_sparsity_tf.scoring import score_model as score
+from rl_sparsity_tf.search_checks import check_search
 from rl_sparsity_tf.size_costs import formats_for
 from rl_sparsity_tf.size_trials import check_alone
+from rl_sparsity_tf.storage_choice import best_storage
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapping import accepted, is_wrapped
 
@@ -63,7 +63,9 @@ class Compressor:
             `rls.DQN(learning_rate=1e-3)`. With a policy the default is its own agent.
         group: The smallest unit one operation applies to: `"element"` (the default), `"block4"`,
             `"block16"`, or `"channel"` (the default for targets of macs and latency): whole
-            channels with all that is tied to them, which the result does not have any more.
+            channels with all that is tied to them, which the result does not have any more. For
+            a target in bytes `"auto"` chooses single weights, blocks of 4, or 4 bits for every
+            kernel before the search (see [storage_choice][rl_sparsity_tf.storage_choice]).
         directory: Folder for manifest, journal, checkpoints and the result. The same call
             continues a run that was cut off; other folders that are not empty are refused.
         seed: Everything random follows from it. TF-Agents and dropout draw from TensorFlow's
@@ -221,36 +223,23 @@ class Compressor:
             RLSparsityError: If the data does not fit, or the target is out of reach; nothing has
                 been trained by then.
         """
-        sizes_searched = self.target.max_accuracy_drop is not None
-        check_count("episodes", episodes, 0 if self.policy and not sizes_searched else 1)
-        check_count("batch_size", batch_size, 1)
-        check_count("validation_rows", validation_rows, 1)
-        if finetune_epochs is not None:
-            check_count("finetune_epochs", finetune_epochs, 0)
-        check_count("finalists", finalists, 1)
-        check_choice("mask", mask, MASKS)
+        check_search(
+            self.target,
+            episodes=episodes,
+            least_episodes=0 if self.policy else 1,
+            batch_size=batch_size,
+            validation_rows=validation_rows,
+            finetune_epochs=finetune_epochs,
+            finalists=finalists,
+            mask=mask,
+            quantization=quantization,
+            dataset=dataset,
+            overwrite=overwrite,
+            verbose=verbose,
+            validation_data=validation_data,
+        )
         distillation = check_share("distillation", distillation)
         table = weight_table(class_weight)
-        check_choice("quantization", quantization, QUANTIZATIONS)
-        if dataset is not None and not isinstance(dataset, str):
-            raise ArgumentError(
-                f"dataset={dataset!r} is a {type(dataset).__name__}. Expected the name of the "
-                "data as text, or None; the data itself is passed as train."
-            )
-        check_flag("overwrite", overwrite)
-        if self.target.in_bytes and quantization != "plan":
-            raise ArgumentError(
-                f"quantization={quantization!r} does not go with a target in bytes, which is "
-                "counted for the files that the plan decides on. Leave quantization out, or give "
-                "Target(sparsity=...)."
-            )
-        if not isinstance(verbose, int | np.integer) or verbose not in (0, 1, 2):
-            raise ArgumentError(f"verbose={verbose!r} is not known. Expected 0, 1 or 2.")
-        if validation_data is None:
-            raise DataError(
-                "There is no validation_data, which the reward is computed from. Pass "
-                "validation_data=(x, y) that the model was not trained on."
-            )
         # Only now: wrapping, plans and export work without TF-Agents.
         from rl_sparsity_tf.search_loop import SearchLoop
 
@@ -283,19 +272,25 @@ class Compressor:
         run = self._open_run(model, train, data, validation, test, arguments, overwrite)
         start_worker()  # its imports overlap the search
         sample = sample_rows(validation, validation_rows, seed=self.seed, fixed=fixed_batch(model))
-        network = CompressedNetwork(
-            model,
-            data,
-            sample,
-            target=first_target(model, self.target),
-            group=self.group,
-            decisions=channel_search.decisions_for(
-                model, self.target, self.group, self.latency_table, quantization, self.shuffle
-            ),
-            recovery=self.recovery,
-            metric=self.metric,
-            seed=self.seed,
+        decisions = channel_search.decisions_for(
+            model, self.target, self.group, self.latency_table, quantization, self.shuffle
         )
+
+        def network_of(decisions: KernelDecisions) -> CompressedNetwork:
+            return CompressedNetwork(
+                model,
+                data,
+                sample,
+                target=first_target(model, self.target),
+                decisions=decisions,
+                recovery=self.recovery,
+                metric=self.metric,
+                seed=self.seed,
+            )
+
+        network = plain = network_of(decisions)
+        if self.group == channel_search.AUTO:
+            network = best_storage(plain, network_of)
         if run is not None:
             run.start()
         progress = SearchProgress(episodes, network.metric.name, verbose)
@@ -347,7 +342,9 @@ class Compressor:
         )
         if run is not None:
             result.write_files(run.path)
-        self.last = FinishedSearch(**vars(task), loop=loop, result=result, episodes=loop.done)
+        self.last = FinishedSearch(
+            **vars(task), plain=plain, loop=loop, result=result, episodes=loop.done
+        )
         return result
 
     def loop_settings(self) -> LoopSettings:

@@ -173,7 +173,7 @@ class SearchLoop:
                 self.episodes.centre(heuristic_plan(network, STARTING))
         # Which weights of a layer are missed least is not a decision, and no rule for it holds in
         # all networks: with least squares the policy decides in both orders, and one is kept.
-        both = network.least_squares is not None and network.group != "channel"
+        both = network.least_squares is not None and network.decisions.group != "channel"
         found = []
         for by_magnitude in (False, True) if both else (False,):
             self.episodes.order_by_magnitude(by_magnitude)

@@ -9,11 +9,11 @@ import tf_keras as keras
 
 from rl_sparsity_tf.budget import Budget
 from rl_sparsity_tf.errors import TargetError
-from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.kernels import Kernel, count_weights
 from rl_sparsity_tf.rules import prune_by_magnitude
 from rl_sparsity_tf.size_budget import KernelCosts, SizeBudget
 from rl_sparsity_tf.size_model import SizeModel
+from rl_sparsity_tf.storage import KernelStorage, Storage
 from rl_sparsity_tf.target import Target
 
 _DENSITIES = (0.0, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
@@ -29,7 +29,13 @@ def formats_for(target: Target) -> str:
     return "raw" if raw else "gzip" if target.kind == "gzip_bytes" else "dense"
 
 
-def make_budget(model: keras.Model, kernels: list[Kernel], target: Target, group: str) -> Budget:
+def make_budget(
+    model: keras.Model,
+    kernels: list[Kernel],
+    target: Target,
+    storage: Storage,
+    sizes: SizeModel | None = None,
+) -> Budget:
     """The budget of a target: in weights for a sparsity, else in bytes; see [size_budget][].
 
     Raises:
@@ -38,17 +44,22 @@ def make_budget(model: keras.Model, kernels: list[Kernel], target: Target, group
     if target.needs_channels:
         raise TargetError(
             f"Target({target.kind}={target.value}) cannot be met by zeros among groups of "
-            f"{group!r}. Expected decisions on whole channels: pass group='channel'."
+            f"{storage.group!r}. Expected decisions on whole channels: pass group='channel'."
         )
     _, elements = count_weights(model)
     if target.sparsity is not None:
-        sizes = [kernel.grouping(group).sizes for kernel in kernels]
-        return Budget(target.sparsity, elements, sizes)
-    return size_budget(model, kernels, target, group, elements)
+        weights = [storage.grouping(kernel).sizes for kernel in kernels]
+        return Budget(target.sparsity, elements, weights)
+    return size_budget(model, kernels, target, storage, elements, sizes)
 
 
 def size_budget(
-    model: keras.Model, kernels: Sequence[Kernel], target: Target, group: str, elements: int
+    model: keras.Model,
+    kernels: Sequence[Kernel],
+    target: Target,
+    storage: Storage,
+    elements: int,
+    sizes: SizeModel | None = None,
 ) -> SizeBudget:
     """The budget of a target in bytes.
 
@@ -56,16 +67,17 @@ def size_budget(
         model: The dense model.
         kernels: The kernels that are decided, in order.
         target: The target; its kind says whether the raw or the gzipped size counts.
-        group: Kind of groups.
+        storage: How the kernels are cut and stored.
         elements: All weights of rank >= 2.
+        sizes: The model's size model for such targets; by default it is made.
 
     Raises:
         TargetError: If the size cannot be reached.
         ExportError: If the model cannot be converted.
     """
     kind = target.kind
-    sizes = SizeModel(model, formats_for(target))
-    costs = [_costs(sizes, kernel, kernel.grouping(group), kind) for kernel in kernels]
+    sizes = sizes or SizeModel(model, formats_for(target))
+    costs = [kernel_costs(sizes, kernel, storage.of(kernel.path), kind) for kernel in kernels]
     values = {kernel.path: kernel.value() for kernel in kernels}
     fixed = _bytes(sizes.file_size(values, {}), kind) - sum(
         _bytes(sizes.kernel_size(kernel.path, values[kernel.path]), kind) for kernel in kernels
@@ -75,13 +87,23 @@ def size_budget(
         fixed,
         costs,
         elements,
-        [kernel.grouping(group).sizes for kernel in kernels],
+        [storage.grouping(kernel).sizes for kernel in kernels],
         f"Target({kind}={target.value:,.0f})".replace(",", "_"),
     )
 
 
-def _costs(sizes: SizeModel, kernel: Kernel, grouping: Grouping, kind: str) -> KernelCosts:
-    matrix = kernel.matrix()
+def kernel_costs(
+    sizes: SizeModel, kernel: Kernel, storage: KernelStorage, kind: str
+) -> KernelCosts:
+    """What a kernel costs at several densities, by its own weights.
+
+    Args:
+        sizes: The model of the size.
+        kernel: The kernel.
+        storage: How it is cut and stored.
+        kind: Kind of the target: whether the raw or the gzipped size counts.
+    """
+    matrix, grouping = kernel.matrix(), kernel.grouping(storage.group)
     lives: list[int] = []
     floats: list[float] = []
     integers: list[float] = []
@@ -93,9 +115,12 @@ def _costs(sizes: SizeModel, kernel: Kernel, grouping: Grouping, kind: str) -> K
         if lives and live <= lives[-1]:
             continue
         lives.append(live)
-        floats.append(_bytes(sizes.kernel_size(kernel.path, pruned), kind))
+        compressed = kind == "gzip_bytes"
+        size = sizes.kernel_size(kernel.path, pruned, compressed=compressed)
+        floats.append(_bytes(size, kind))
         if kernel.spec.exports_int8:
-            integers.append(_bytes(sizes.kernel_size(kernel.path, pruned, 8), kind))
+            size = sizes.kernel_size(kernel.path, pruned, storage.bits, compressed=compressed)
+            integers.append(_bytes(size, kind))
     return KernelCosts(
         np.array(lives, np.float64),
         np.maximum.accumulate(np.array(floats)),

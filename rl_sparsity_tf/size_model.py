@@ -8,6 +8,7 @@ layout and type that TFLite stores them in.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -158,7 +159,13 @@ class SizeModel:
             self._each_sparse[quantize] = rest.scaled(1 / count)
 
     def kernel_size(
-        self, path: str, value: np.ndarray, bits: int = 32, formats: str | None = None
+        self,
+        path: str,
+        value: np.ndarray,
+        bits: int = 32,
+        formats: str | None = None,
+        *,
+        compressed: bool = True,
     ) -> FileSize:
         """What a kernel adds to the file.
 
@@ -167,6 +174,8 @@ class SizeModel:
             value: Its values, as Keras has them; zeros count where they compress.
             bits: 32, 8 or 4.
             formats: Other formats than the size model's.
+            compressed: Whether the gzipped bytes are wanted, which takes nearly all of the time;
+                else they are NaN.
 
         Raises:
             ArgumentError: If the model has no such kernel.
@@ -189,19 +198,22 @@ class SizeModel:
         for part in parts:
             array = _stored(self._kernels[path], part, value, bits)
             tensor = dataclasses.replace(part.tensor, raw=array)
-            dense = FileSize(array.nbytes, len(zlib.compress(array.tobytes(), _LEVEL)))
-            total += dense
+            gzipped = len(zlib.compress(array.tobytes(), _LEVEL)) if compressed else math.nan
+            total += FileSize(array.nbytes, gzipped)
             if formats != "dense" and bits != 4:
-                total -= self._saved(flat, tensor, formats)
+                total -= self._saved(flat, tensor, formats, compressed)
         return total
 
-    def _saved(self, flat: FlatModel, tensor: FlatTensor, formats: str) -> FileSize:
+    def _saved(
+        self, flat: FlatModel, tensor: FlatTensor, formats: str, compressed: bool
+    ) -> FileSize:
         """What the format that the exporter would choose saves."""
         chosen = smallest_format(flat, [tensor], formats)
         if chosen == "dense":
             return FileSize(0, 0)
-        saved = (saved_bytes(flat, tensor, chosen, kind) for kind in ("raw", "gzip"))
-        return FileSize(*saved) - self._each_sparse[_is_integer(tensor)]
+        raw = saved_bytes(flat, tensor, chosen, "raw")
+        gzipped = saved_bytes(flat, tensor, chosen, "gzip") if compressed else math.nan
+        return FileSize(raw, gzipped) - self._each_sparse[_is_integer(tensor)]
 
     def plan_size(self, plan: CompressionPlan, model: keras.Model | None = None) -> FileSize:
         """The size of the file of a plan.

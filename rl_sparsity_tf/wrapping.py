@@ -31,6 +31,7 @@ def wrap(
     plan: CompressionPlan | None = None,
     *,
     group: str = "element",
+    groups: Mapping[str, str] | None = None,
     mask: str = "straight_through",
     train_masks: bool = False,
     operations: Collection[Operation] = tuple(Operation),
@@ -47,6 +48,7 @@ def wrap(
         plan: What to do. Without a plan every compressible layer is wrapped with everything kept
             and every operation open to `assign_operations`; with a plan, the layers it names.
         group: Kind of groups, where there is no plan.
+        groups: Other kinds by kernel path, where there is no plan.
         mask: Gradient of learnable masks, `"straight_through"` or `"hard_concrete"`.
         train_masks: Whether masks learn, with each kernel's sparsity held, instead of staying
             fixed (see [MaskTraining][rl_sparsity_tf.mask_training.MaskTraining]).
@@ -83,7 +85,7 @@ def wrap(
     settings: dict[int, dict[str, KernelSettings]] = {}
     for kernel in kernels:
         if entries is None:
-            chosen = _settings(kernel, group, operations)
+            chosen = _settings(kernel, (groups or {}).get(kernel.path, group), operations)
         elif kernel.path in entries:
             chosen = _settings_for(kernel, entries[kernel.path])
         else:

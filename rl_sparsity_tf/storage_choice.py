@@ -1,0 +1,167 @@
+"""Which groups and how many bits each kernel should have, where a target in bytes leaves it open.
+
+A sparse int8 weight takes two or three bytes with its index, one in a block of four a byte and a
+quarter, a dense int4 weight half a byte: which is best depends on the kernel, on what the others
+take, and on the size wanted. The knapsack of [dynamic_programming][] is given all of them; what it
+finds, and the plain ways to store everything alike, are compared by the networks they lead to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from rl_sparsity_tf.decisions import KernelDecisions
+from rl_sparsity_tf.dynamic_programming import affordable, propose_all
+from rl_sparsity_tf.export_modes import INTEGER_MODES
+from rl_sparsity_tf.kernels import Kernel
+from rl_sparsity_tf.knapsack import knapsack
+from rl_sparsity_tf.layer_database import FLOAT, KernelErrors, kernel_errors
+from rl_sparsity_tf.network import CompressedNetwork
+from rl_sparsity_tf.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.size_budget import KernelCosts, SizeBudget
+from rl_sparsity_tf.size_costs import kernel_costs
+from rl_sparsity_tf.size_model import SizeModel
+from rl_sparsity_tf.storage import KernelStorage, Storage
+
+GROUPS = ("element", "block4")
+"""The kinds of groups that are compared: blocks of 16 lost to both wherever they were tried."""
+
+# Of the layers' errors; as in the search, none is best for every network.
+_POWERS = (1.0, 0.5, 0.25)
+_LARGEST_ERROR = 1.0
+_UNITS = 8192
+
+Build = Callable[[KernelDecisions], CompressedNetwork]
+"""Makes a network."""
+
+
+def best_storage(network: CompressedNetwork, build: Build) -> CompressedNetwork:
+    """The network whose kernels are cut and stored best for a target in bytes.
+
+    Args:
+        network: The network with all kernels in single weights, at 8 bits.
+        build: Makes another of the same model.
+
+    Returns:
+        The network, with nothing decided, whose best plan by dynamic programming has the lowest
+        validation loss after recovery. All plans that were evaluated count as its evaluations.
+    """
+    decisions = network.decisions
+    sizes = decisions.sizes
+    assert sizes is not None
+    wanted = [Storage("block4"), *propose_storages(network, sizes)]
+    best, lowest = network, _loss(network)
+    seen = set(network.seen)
+    for number, storage in enumerate(wanted):
+        if storage in wanted[:number] or storage == network.storage:
+            continue
+        other = build(KernelDecisions(storage, decisions.shuffles, sizes))
+        loss = _loss(other)
+        seen |= other.seen
+        if loss < lowest:
+            best, lowest = other, loss
+    best.seen |= seen
+    return best
+
+
+def propose_storages(network: CompressedNetwork, sizes: SizeModel) -> list[Storage]:
+    """What the knapsack chooses when every kernel may be cut and stored in any way.
+
+    Args:
+        network: The network with all kernels in single weights, at 8 bits.
+        sizes: The model of the size.
+
+    Returns:
+        A storage for each of several powers of the layers' errors.
+    """
+    budget = network.budget
+    assert isinstance(budget, SizeBudget)
+    limit = budget.limit - budget.fixed
+    density = 1.0 - budget.goal
+    options = [_options(network, one, sizes, density, limit) for one in network.kernels]
+    costs = [np.concatenate([option.costs for option in one]) for one in options]
+    found = []
+    for power in _POWERS:
+        errors = [
+            np.concatenate([option.errors for option in one]).clip(0, _LARGEST_ERROR) ** power
+            for one in options
+        ]
+        entries = knapsack(errors, costs, limit, _UNITS)
+        if entries is None:
+            continue
+        named = {}
+        for kernel, one, entry in zip(network.kernels, options, entries, strict=True):
+            sizes_of = np.cumsum([len(option.costs) for option in one])
+            named[kernel.path] = one[int(np.searchsorted(sizes_of, entry, side="right"))].storage
+        found.append(Storage("element", named))
+    return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Option:
+    """One way to cut and store a kernel: errors and costs by how much of it lives."""
+
+    storage: KernelStorage
+    errors: np.ndarray
+    costs: np.ndarray
+
+
+def _options(
+    network: CompressedNetwork, kernel: Kernel, sizes: SizeModel, density: float, limit: float
+) -> list[_Option]:
+    kind = network.target.kind
+    fits = network.least_squares
+    problem = None if fits is None else fits.problems.get(kernel.path)
+    matrix = network.originals[kernel.path]
+    found = []
+    for group in GROUPS:
+        grouping = kernel.grouping(group)
+        costs = kernel_costs(sizes, kernel, KernelStorage(group), kind)
+        errors = kernel_errors(
+            matrix,
+            grouping,
+            kernel.spec,
+            None if problem is None else problem.regrouped(grouping),
+            bits=[FLOAT, 8] if kernel.spec.exports_int8 else [FLOAT],
+            density=density,
+            most=affordable(costs, limit),
+        )
+        for bits in errors.errors:
+            found.append(_option(errors, costs, KernelStorage(group), bits))
+    if _has_int4(kernel):
+        # There is no sparse form of 4 bits, so that zeros save nothing: only the whole kernel.
+        storage = KernelStorage("element", 4)
+        costs = kernel_costs(sizes, kernel, storage, kind)
+        errors = kernel_errors(
+            matrix,
+            kernel.grouping("element"),
+            kernel.spec,
+            problem,
+            bits=[4],
+            counts=[kernel.size],
+        )
+        found.append(_option(errors, costs, storage, 4))
+    return found
+
+
+def _option(errors: KernelErrors, costs: KernelCosts, storage: KernelStorage, bits: int) -> _Option:
+    prices = np.array([costs.cost(float(live), bits < FLOAT) for live in errors.live])
+    return _Option(storage, errors.errors[bits], prices)
+
+
+def _has_int4(kernel: Kernel) -> bool:
+    kind = kernel.spec.kind
+    if not kernel.spec.exports_int8:
+        return False
+    return not kind or INTEGER_MODES[kind]["plan4"].dtype == "int4"
+
+
+def _loss(network: CompressedNetwork) -> float:
+    """The lowest validation loss after recovery of what dynamic programming proposes."""
+    steps = network.recovery.steps
+    losses = [evaluate_plan(network, plan, steps).loss for plan in propose_all(network, _POWERS)]
+    network.reset()
+    return min(losses)

@@ -1,0 +1,291 @@
+"""Groups and bits by kernel: what a network makes of them, how they are chosen, and the file."""
+
+import numpy as np
+import pytest
+import tf_keras as keras
+from tiny_search import quick_autoencoder
+
+import rl_sparsity_tf as rls
+from rl_sparsity_tf import baselines
+from rl_sparsity_tf.comparison import compare
+from rl_sparsity_tf.data import evaluation_data, training_data
+from rl_sparsity_tf.decisions import KernelDecisions
+from rl_sparsity_tf.dynamic_programming import propose_all
+from rl_sparsity_tf.kernels import find_kernels
+from rl_sparsity_tf.network import CompressedNetwork
+from rl_sparsity_tf.operations import Operation
+from rl_sparsity_tf.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.size_costs import kernel_costs
+from rl_sparsity_tf.size_model import SizeModel
+from rl_sparsity_tf.storage import KernelStorage, Storage
+from rl_sparsity_tf.storage_choice import best_storage, propose_storages
+
+L = keras.layers
+
+
+def rows(count, seed):
+    """Classes that all inputs have a say in, so that zeros cost more than rounding."""
+    says = np.random.default_rng(9).normal(size=(64, 4))
+    x = np.random.default_rng(seed).normal(size=(count, 64)).astype("f")
+    return x, (x @ says).argmax(1)
+
+
+TRAIN, VALIDATION, TEST = rows(512, 0), rows(192, 1), rows(96, 2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    keras.utils.set_random_seed(4)
+    made = keras.Sequential(
+        [
+            L.Input((64,)),
+            L.Dense(96, activation="relu", name="wide"),
+            L.Dense(32, activation="relu", name="middle"),
+            L.Dense(4, activation="softmax", name="last"),
+        ]
+    )
+    made.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    made.fit(*TRAIN, epochs=20, verbose=0)
+    return made
+
+
+@pytest.fixture(scope="module")
+def limit(model):
+    """A little more than everything takes at 4 bits: some six tenths of the weights in int8."""
+    kernels = find_kernels(model)
+    bits = {kernel.path: 4 for kernel in kernels}
+    whole = SizeModel(model, "raw").file_size({k.path: k.value() for k in kernels}, bits)
+    return round(1.04 * whole.raw)
+
+
+def network_of(model, target, decisions, recovery="least_squares"):
+    with quick_autoencoder():
+        return CompressedNetwork(
+            model,
+            training_data(TRAIN, model, batch_size=32),
+            evaluation_data(VALIDATION, model, "validation_data"),
+            target=target,
+            decisions=decisions,
+            recovery=rls.Recovery(method=recovery),
+        )
+
+
+# ---------------------------------------------------------------------- a storage
+
+
+def test_kernels_that_are_not_named_are_alike():
+    storage = Storage("block4", {"wide/kernel": KernelStorage("element", 4)})
+    assert storage.of("wide/kernel") == KernelStorage("element", 4)
+    assert storage.of("last/kernel") == KernelStorage("block4", 8)
+    assert storage.bits(["wide/kernel", "last/kernel"]) == {"wide/kernel": 4, "last/kernel": 8}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [(("row", 8), "group='row'"), (("element", 5), "bits=5 cannot be used. Expected 8 or 4")],
+)
+def test_what_is_no_storage_is_refused(values, message):
+    with pytest.raises(rls.ArgumentError, match=message):
+        KernelStorage(*values)
+
+
+def test_plans_have_the_groups_and_bits_of_their_kernels(model):
+    storage = Storage("block4", {"wide/kernel": KernelStorage("element", 4)})
+    kernels = find_kernels(model)
+    live = [np.ones(storage.grouping(kernel).shape, bool) for kernel in kernels]
+    live[0][0] = False
+    plan = storage.plan_from_live(kernels, live)
+    found = {path: (entry.group, entry.bits) for path, entry in plan.kernels.items()}
+    assert found == {
+        "wide/kernel": ("element", 4),
+        "middle/kernel": ("block4", 8),
+        "last/kernel": ("block4", 8),
+    }
+    assert (plan.kernels["wide/kernel"].operations[0] == Operation.PRUNE).all()
+    at = storage.plan_at(kernels, live, {**storage.bits(found), "last/kernel": 32})
+    assert (at.kernels["last/kernel"].operations == Operation.KEEP).all()
+    assert (at.kernels["wide/kernel"].operations == plan.kernels["wide/kernel"].operations).all()
+
+
+# ---------------------------------------------------------------------- a network of it
+
+
+def levels_used(network, path):
+    """The most values that the weights of one output have."""
+    matrix = network.effective_matrix(path)
+    return max(len(np.unique(column)) for column in matrix.T)
+
+
+@pytest.mark.parametrize("recovery", ["least_squares", "finetune"])
+def test_a_network_quantizes_each_kernel_to_its_bits(model, recovery):
+    storage = Storage("element", {"wide/kernel": KernelStorage("block4", 4)})
+    decisions = KernelDecisions(storage)
+    network = network_of(model, rls.Target(sparsity=0.3), decisions, recovery)
+    assert network.groupings["wide/kernel"].shape == (16, 96)
+    assert network.groupings["middle/kernel"].shape == (96, 32)
+    everything = np.arange(network.groupings["wide/kernel"].count)
+    network.decide("wide/kernel", everything, Operation.QUANTIZE)
+    assert levels_used(network, "wide/kernel") <= 15
+    halfway = network.snapshot()
+    network.decide("wide/kernel", everything, Operation.PRUNE)
+    network.restore(halfway)
+    assert 4 < levels_used(network, "wide/kernel") <= 15
+    network.decide("middle/kernel", np.arange(96 * 32), Operation.QUANTIZE)
+    assert levels_used(network, "middle/kernel") > 15
+    assert {p: (e.group, e.bits) for p, e in network.plan.kernels.items()} == {
+        "wide/kernel": ("block4", 4),
+        "middle/kernel": ("element", 8),
+        "last/kernel": ("element", 32),  # all of it is kept as yet
+    }
+
+
+def test_recovery_fits_to_the_coarser_grid(model):
+    coarse = Storage("element", {f"{n}/kernel": KernelStorage("element", 4) for n in ("wide",)})
+    target = rls.Target(sparsity=0.1)
+    losses = []
+    for storage in (Storage(), coarse):
+        network = network_of(model, target, KernelDecisions(storage))
+        live = [np.ones(g.shape, bool) for g in network.groupings.values()]
+        plan = storage.plan_from_live(network.kernels, live)
+        evaluate_plan(network, plan)
+        weights = network.latent_weights()
+        wrapped = rls.wrap(model, plan)
+        layer = next(one for one in wrapped.layers if one.name == "wide")
+        layer.layer.set_weights(weights["wide"])
+        kernel = layer.effective_kernel("kernel").numpy()
+        # Fitted weights lie on the grid already: quantizing them changes nothing.
+        np.testing.assert_allclose(kernel, weights["wide"][0], atol=1e-6)
+        losses.append(len(np.unique(kernel[:, 0])))
+    assert losses[1] <= 15 < losses[0]
+
+
+# ---------------------------------------------------------------------- the choice
+
+
+@pytest.fixture(scope="module")
+def chosen(model, limit):
+    """The network that it began with, the one that was chosen, and those that were made."""
+    target = rls.Target(tflite_bytes=limit)
+    sizes = SizeModel(model, "raw")
+    plain = network_of(model, target, KernelDecisions("element", sizes=sizes))
+    made = []
+
+    def build(decisions):
+        made.append(network_of(model, target, decisions))
+        return made[-1]
+
+    return plain, best_storage(plain, build), made
+
+
+def test_proposals_keep_to_the_bytes(chosen, model):
+    plain, _, _ = chosen
+    sizes = plain.decisions.sizes
+    found = propose_storages(plain, sizes)
+    assert found
+    for storage in found:
+        network = network_of(model, plain.target, KernelDecisions(storage, sizes=sizes))
+        for plan in propose_all(network, (0.5,)):
+            assert sizes.plan_size(plan).raw <= plain.target.value
+
+
+def test_four_bits_are_chosen_where_they_save_what_zeros_would_cost(chosen):
+    """There int4 fits everything; sparse int8 would have to lose three weights in four."""
+    plain, best, _ = chosen
+    bits = best.storage.bits(best.groupings)
+    assert 4 in bits.values()
+    assert plain.storage == Storage("element")
+    (plan,) = propose_all(best, (0.5,))
+    wide = plan.kernels["wide/kernel"]
+    assert wide.exported_bits == 4
+    assert wide.sparsity < 0.1
+
+
+def test_the_chosen_network_is_the_one_of_least_loss_and_counts_all_evaluations(chosen):
+    plain, best, made = chosen
+    powers = (1.0, 0.5, 0.25)
+
+    def loss(network):
+        found = min(evaluate_plan(network, plan).loss for plan in propose_all(network, powers))
+        network.reset()
+        return found
+
+    assert loss(best) == min(loss(network) for network in (plain, *made))
+    storages = [network.storage for network in (plain, *made)]
+    assert all(storage not in storages[:n] for n, storage in enumerate(storages))
+    # Every network has evaluated plans of its own.
+    assert best.evaluations > max(len(propose_all(one, powers)) for one in made)
+    assert not any(decided.any() for decided in best.decided.values())
+
+
+def test_raw_bytes_alone_are_the_raw_bytes_of_both(model):
+    sizes = SizeModel(model, "raw")
+    kernel = find_kernels(model)[0]
+    value = np.where(np.abs(kernel.value()) > 0.1, kernel.value(), 0).astype("f")
+    for bits in (32, 8, 4):
+        both = sizes.kernel_size(kernel.path, value, bits)
+        raw = sizes.kernel_size(kernel.path, value, bits, compressed=False)
+        assert raw.raw == both.raw
+        assert np.isnan(raw.gzip)
+        assert not np.isnan(both.gzip)
+
+
+def test_four_bits_cost_the_same_at_every_density(model):
+    sizes = SizeModel(model, "raw")
+    costs = kernel_costs(sizes, find_kernels(model)[0], KernelStorage("element", 4), "tflite_bytes")
+    assert np.ptp(costs.integers) == 0
+    whole = kernel_costs(sizes, find_kernels(model)[0], KernelStorage(), "tflite_bytes")
+    extra = sizes.kernel_size("wide/kernel", find_kernels(model)[0].value(), 8).raw - 64 * 96
+    assert costs.integers[-1] == pytest.approx(64 * 96 / 2 + extra)
+    assert whole.integers[-1] == pytest.approx(64 * 96 + extra)
+
+
+def test_dynamic_programming_at_four_bits_leaves_dense_kernels_dense(model, limit):
+    """The least excess of the whole file over its parts used to cost every kernel its half."""
+    target = rls.Target(tflite_bytes=limit)
+    plan = baselines.dynamic_programming(model, TRAIN, target, bits=4)
+    wide = plan.kernels["wide/kernel"]
+    assert (wide.exported_bits, wide.sparsity) == (4, pytest.approx(0, abs=0.1))
+    assert SizeModel(model, "raw").plan_size(plan).raw <= target.value
+
+
+# ---------------------------------------------------------------------- searches
+
+
+def test_a_search_stores_every_kernel_as_the_bytes_want_it(model, limit, tmp_path):
+    def search(episodes=3):
+        with quick_autoencoder():
+            one = rls.Compressor(
+                model,
+                rls.Target(tflite_bytes=limit),
+                rls.DQN(hidden_layers=(8,), train_steps=2, batch_size=8),
+                group="auto",
+                buckets=3,
+                directory=tmp_path / "run",
+            )
+            result = one.search(
+                TRAIN, VALIDATION, TEST, episodes, finetune_epochs=1, finalists=1, verbose=0
+            )
+        return one, result
+
+    one, result = search()
+    path = tmp_path / "run" / "model.tflite"
+    assert path.stat().st_size <= limit
+    types = {tensor.dtype for tensor in rls.inspect_tflite(path).tensors}
+    assert "int4" in types
+    bits = {entry.exported_bits for entry in result.plan.kernels.values()}
+    assert 4 in bits
+    found = (rls.predict_tflite(path, TEST[0]).argmax(1) == TEST[1]).mean()
+    assert found == pytest.approx(result.metrics["compressed"]["tflite_accuracy"])
+    # Contenders decide on single weights at 8 bits, whatever the search chose.
+    (entry,) = compare(one, ["lamp"], 0)
+    assert entry["tflite_bytes"] <= limit
+    assert one.last.plain.storage == Storage("element")
+    assert one.last.network.storage != Storage("element")
+
+
+@pytest.mark.parametrize(
+    "target", [rls.Target(sparsity=0.5), rls.Target(max_accuracy_drop=0.1), rls.Target(macs=0.5)]
+)
+def test_auto_is_for_targets_in_bytes(model, target):
+    with pytest.raises(rls.ArgumentError, match=r"group='auto' does not go with Target\("):
+        rls.Compressor(model, target, group="auto")
