@@ -5,12 +5,12 @@ Networks are trained on images and compressed to shares of the bytes of their ow
 (`group="auto"`, and the other defaults), and by its contenders, with single weights at 8 bits and
 the same epochs and exporter; those that search evaluate as many plans as the search has episodes.
 The search fine-tunes three plans, of which validation data decides; contenders fine-tune one. What
-is "ours without agent" is the plan of dynamic programming for the storage that the search chose. Budgets below 1.3 times the smallest file within reach are left
-out. Test accuracy, bytes, gzipped bytes and milliseconds per call (left empty where the samples
-scatter too much) are of the files, the validation accuracy of compressed ones is of their models.
-Rows are kept in a CSV file, and not run again; `--report` prints what is there: a table per
-network, the search's accuracy minus that of each cell's best contender, and, where matplotlib is
-there, a plot of accuracy over bytes.
+is "ours without agent" is the plan of dynamic programming for the storage that the search chose.
+Budgets below 1.3 times the smallest file within reach are left out. Test accuracy, bytes, gzipped
+bytes and milliseconds per call (left empty where the samples scatter too much) are of the files,
+the validation accuracy of compressed ones is of their models. Rows are kept in a CSV file, and not
+run again; `--report` prints what is there: a table per network, the search's accuracy minus that of
+each cell's best contender, and, where matplotlib is there, a plot of accuracy over bytes.
 
     python benchmarks/quality.py --dataset fashion_mnist --seeds 3 --results quality.csv
 """
