@@ -2,8 +2,8 @@
 
 The best reward so far against the number of distinct plans evaluated, for DQN and PPO, with and
 without the demonstrations of heuristics and the hierarchy, beside random densities, hill climbing
-from LAMP's plan and the plans of least layer error, all on the same network, validation rows,
-recovery (least squares) and reward.
+from LAMP's plan, the plans of least layer error and hill climbing from the best of those, all on
+the same network, validation rows, recovery (least squares) and reward.
 
     python benchmarks/curves.py --networks lenet-300-100 lenet-5 --seeds 3
 
@@ -55,8 +55,7 @@ SEARCHES: dict[str, tuple[AgentConfig, dict[str, bool]]] = {
     "dqn, hierarchy, warm": (rls.DQN(), {"warm_start": True, "hierarchy": True}),
     "ppo, hierarchy, warm": (rls.PPO(), {"warm_start": True, "hierarchy": True}),
 }
-OTHERS = ("random densities", "hill climbing", "least layer error")
-_LONGEST = 6  # episodes per evaluation, where most repeat plans
+OTHERS = ("random densities", "hill climbing", "least layer error", "hill climbing from that")
 
 
 def network_of(options: argparse.Namespace, name: str, seed: int, data: Data) -> CompressedNetwork:
@@ -89,12 +88,15 @@ def curve(network: CompressedNetwork, name: str, evaluations: int, seed: int) ->
         return search_randomly(network, reward, evaluations, seed=seed).history
     if name == "hill climbing":
         return climb(network, reward, evaluations, seed=seed).history
-    if name == "least layer error":
-        values = [
-            bounded(reward, evaluate_plan(network, plan), None)
-            for plan in propose_all(network, (1.0, 0.5, 0.25))
-        ]
-        return list(np.maximum.accumulate(values))
+    if name in OTHERS:
+        plans = propose_all(network, (1.0, 0.5, 0.25))
+        values = [bounded(reward, evaluate_plan(network, plan), None) for plan in plans]
+        best = list(np.maximum.accumulate(values))
+        if name == "least layer error":
+            return best
+        left, start = evaluations - len(best), plans[int(np.argmax(values))]
+        climbed = climb(network, reward, left, seed=seed, start=start).history
+        return [*best, *np.maximum(climbed, best[-1])]
     agent, flags = SEARCHES[name]
     settings = LoopSettings(
         agent=agent,
@@ -103,17 +105,21 @@ def curve(network: CompressedNetwork, name: str, evaluations: int, seed: int) ->
         seed=seed,
         **flags,  # type: ignore[arg-type]
     )
-    best: dict[int, float] = {}
-    loop = SearchLoop(settings, network)
-    episodes = 0
-    while loop.evaluations < evaluations and episodes < _LONGEST * evaluations:
-        episodes += 1
-        loop.run(episodes, SearchProgress(episodes, "loss", 0))
-        assert loop.best is not None
-        best[loop.evaluations] = loop.best.value
-    counts = sorted(best)
-    # Plans of heuristics are evaluated together, before the first episode.
-    return [best[next((c for c in counts if c >= n), counts[-1])] for n in range(1, counts[-1] + 1)]
+    loop = _Recorded(settings, network)
+    loop.run(evaluations, SearchProgress(evaluations, "loss", 0))
+    return loop.best_after[:evaluations]
+
+
+class _Recorded(SearchLoop):
+    """A search that notes the best value after every evaluation."""
+
+    best_after: list[float]
+
+    def _consider(self, value: float, episode: int, proposed_by: str) -> None:
+        super()._consider(value, episode, proposed_by)
+        found = self.__dict__.setdefault("best_after", [])
+        best = max([value, *found[-1:]])
+        found.extend([best] * (self.evaluations - len(found)))
 
 
 def main() -> None:

@@ -11,6 +11,8 @@ from rl_sparsity_tf.masks import magnitude
 
 # Of the steps towards the edge: 1 would be a plain geometric row.
 _NARROWING = 1.5
+# Of the highest edge near a plan: its density over the plan's.
+_REACH = 2.0
 
 
 def saliency_of(matrix: np.ndarray, grouping: Grouping) -> np.ndarray:
@@ -53,8 +55,40 @@ def bucket_edges(groups: int, buckets: int, sparsity: float) -> np.ndarray:
     shares = 1.0 - density ** (1.0 - (1.0 - np.arange(below + 1) / below) ** _NARROWING)
     beyond = sparsity + density * np.arange(1, count - below + 1) / max(1, count - below)
     edges = np.round(groups * np.concatenate([shares, beyond])).astype(np.int64)
+    return _increasing(edges, groups)
+
+
+def near_edges(groups: int, buckets: int, sparsity: float) -> np.ndarray:
+    """Where the buckets of a kernel begin if a good plan is known, and others near it are wanted.
+
+    The edges divide the density that a plan leaves by powers of the same factor, five in eight of
+    them above it, the highest at twice the density; so the first and the last bucket are wide.
+
+    Args:
+        groups: Groups of the kernel.
+        buckets: Buckets wanted; a kernel with fewer groups gets one per group.
+        sparsity: The share of groups that the plan prunes.
+
+    Returns:
+        As [bucket_edges][] does.
+
+    Example:
+        >>> near_edges(1000, 8, 0.9)
+        array([   0,  800,  832,  859,  881,  900,  916,  929, 1000])
+    """
+    count = min(buckets, groups)
+    above = max(1, round(count * 5 / 8))
+    powers = 1.0 - np.arange(count - 1) / max(1, above - 1)
+    densities = np.minimum(1.0, (1.0 - sparsity) * _REACH**powers)
+    edges = np.round(groups * (1.0 - np.concatenate([[1.0], densities, [0.0]]))).astype(np.int64)
+    return _increasing(edges, groups)
+
+
+def _increasing(edges: np.ndarray, groups: int) -> np.ndarray:
+    """Moves edges as little as it takes for every bucket to hold at least one group."""
+    count = len(edges) - 1
     edges[count] = groups
-    for j in range(1, count):  # every bucket holds at least one group
+    for j in range(1, count):
         edges[j] = min(max(edges[j], edges[j - 1] + 1), groups - (count - j))
     return edges
 

@@ -268,6 +268,11 @@ def sample_rows(
     ]
 
 
+def count_rows(batches: list[Batch]) -> int:
+    """Rows of all batches together."""
+    return sum(len(tf.nest.flatten(batch[0])[0]) for batch in batches)
+
+
 def inputs_of(batches: list[Batch]) -> Any:
     """The inputs of all batches in one array, or in one structure of arrays."""
     xs = [batch[0] for batch in batches]

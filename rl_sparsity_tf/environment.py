@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from rl_sparsity_tf._tf_agents import array_spec, py_environment, types
 from rl_sparsity_tf._tf_agents import time_step as ts
-from rl_sparsity_tf.buckets import bucket_edges, split_buckets
+from rl_sparsity_tf.buckets import bucket_edges, near_edges, split_buckets
 from rl_sparsity_tf.cost_budget import CostBudget
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.network import CompressedNetwork
@@ -140,16 +141,18 @@ class LayerEnvironment(py_environment.PyEnvironment):
     def later(self, paths: list[str]) -> None:
         self._later = [self.network.index_of(path) for path in paths]
 
-    def centre(self, share: float | None) -> None:
+    def centre(self, share: float | None, near: bool = False) -> None:
         """Cuts the buckets around a share of the groups to prune, from the next reset on.
 
         Args:
             share: For instance that of the best plan known, so that the plan is among those that
                 can be decided on, and others close to it; None for the target's.
+            near: Whether only densities near that are looked for.
         """
         if share is None or not _LEAST_CENTRE <= share < 1.0:
             share = max(self.network.budget.pruned_share, self.network.decisions.least_share)
-        self._cut(share)
+            near = False
+        self._cut(share, near_edges if near else bucket_edges)
 
     def aim(self, goal: float) -> None:
         """Sets the goal of the episodes to come, and cuts their buckets so that an edge lies there.
@@ -164,8 +167,8 @@ class LayerEnvironment(py_environment.PyEnvironment):
         else:
             self.centre(None)
 
-    def _cut(self, share: float) -> None:
-        self._edges = bucket_edges(self.grouping.count, self._count, share)
+    def _cut(self, share: float, edges: Callable[..., np.ndarray] = bucket_edges) -> None:
+        self._edges = edges(self.grouping.count, self._count, share)
         self._first_buckets: list[np.ndarray] = []
 
     def forget(self) -> None:

@@ -98,10 +98,20 @@ class Episodes:
         self._demonstrated = False
         self._played = list(self.environments)
 
-    def centre(self, plan: CompressionPlan) -> None:
-        """Cuts the buckets of all kernels so that a plan's densities are among the choices."""
+    def centre(self, plan: CompressionPlan, near: bool = False) -> None:
+        """Cuts the buckets of all kernels so that a plan's densities are among the choices.
+
+        Args:
+            plan: The plan.
+            near: Whether the others are to be near that.
+        """
         for environment in self.environments:
-            environment.centre(plan.kernels[environment.kernel].sparsity)
+            environment.centre(plan.kernels[environment.kernel].sparsity, near)
+
+    def begin_anew(self) -> None:
+        """Lets decisions that were played be played again: they lead to other plans now."""
+        self.untried = Untried()
+        self._anchor.forget()
 
     def retarget(self, anew: bool = True) -> None:
         """Follows the network to another budget; what the agent has learned stays with it.
@@ -112,8 +122,7 @@ class Episodes:
         for environment in self.environments:
             environment.retarget()
         if anew:
-            self.untried = Untried()
-            self._anchor.forget()
+            self.begin_anew()
 
     @property
     def illegal_actions(self) -> int:

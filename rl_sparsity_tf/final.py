@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import tensorflow as tf
 
 from rl_sparsity_tf.candidates import Candidate
 from rl_sparsity_tf.channel_finishing import Task, finish_candidate
+from rl_sparsity_tf.data import count_rows
 from rl_sparsity_tf.errors import TargetError
 from rl_sparsity_tf.finalists import Finalists
 from rl_sparsity_tf.finishing import Finished
@@ -35,13 +37,13 @@ def play_final(
         seed: Of TensorFlow's global generator.
 
     Returns:
-        The finished model that is best on all of the validation data, by the metric and then the
-        loss, and the candidate it was made of. One that misses the target is out.
+        The finished model that is best on all of the validation data, and the candidate it was made
+        of: see [winner][]. One that misses the target is out.
 
     Raises:
         TargetError: If all of them miss the target: what was said of the first.
     """
-    found: tuple[Finished, Candidate] | None = None
+    found: list[tuple[Finished, Candidate]] = []
     missed: TargetError | None = None
     for number, candidate in enumerate(finalists):
         what = "the best plan" if number == 0 else "another plan"
@@ -52,16 +54,45 @@ def play_final(
         except TargetError as error:
             missed = missed or error
             continue
-        metric = task.figures.metric
-        if found is None or _better(finished.validation, found[0].validation, metric):
-            found = finished, finished.candidate or candidate
-    if found is None:
+        found.append((finished, finished.candidate or candidate))
+    if not found:
         assert missed is not None
         raise missed
-    return found
+    figures = task.figures
+    scores = [finished.validation for finished, _ in found]
+    return found[winner(scores, figures.metric, count_rows(figures.validation))]
 
 
-def _better(one: Score, other: Score, metric: Metric) -> bool:
-    if one.metric == other.metric:
-        return one.loss < other.loss
-    return metric.better(one.metric, other.metric)
+def winner(scores: Sequence[Score], metric: Metric, rows: int) -> int:
+    """Which of several scores on the same data is the best.
+
+    An accuracy is a count of rows: what lies within its standard error of the best,
+    sqrt(p (1 - p) / rows), is not told apart by it, and the loss, which says more of every row,
+    decides. Of other metrics, only equal values are left to the loss.
+
+    Args:
+        scores: Of every finished model.
+        metric: What is counted or measured.
+        rows: Rows of the data.
+
+    Returns:
+        The place of the best, the first of equals.
+
+    Example:
+        >>> winner([Score(0.91, 0.4), Score(0.90, 0.3)], Metric("accuracy", True), rows=1000)
+        1
+    """
+    best = math.nan
+    for score in scores:
+        if math.isnan(best) or metric.better(score.metric, best):
+            best = score.metric
+    margin = 0.0
+    if metric.is_accuracy and rows > 0 and 0.0 <= best <= 1.0:
+        margin = math.sqrt(best * (1.0 - best) / rows)
+    near = [n for n, one in enumerate(scores) if abs(one.metric - best) <= margin]
+    # None is near where every metric is NaN.
+    return min(near or range(len(scores)), key=lambda n: (_number(scores[n].loss), n))
+
+
+def _number(loss: float) -> float:
+    return math.inf if math.isnan(loss) else loss

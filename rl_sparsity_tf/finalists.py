@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Iterator
 
 from rl_sparsity_tf.candidates import Candidate, is_better
 from rl_sparsity_tf.reward import Outcome
+
+# Of the losses of one network that was computed in two ways.
+_EQUAL = 1e-7
 
 
 class Finalists:
@@ -59,9 +64,19 @@ class Finalists:
     def add(self, candidate: Candidate) -> None:
         """Takes a plan in, in place of its proposer's or of the worst, if there is no room."""
         rest = [one for one in self._kept if one.proposed_by != candidate.proposed_by]
-        # The same plan twice would be trained twice.
-        rest = [one for one in rest if one.plan != candidate.plan]
-        self._kept = _best_first([*rest, candidate])[: self._room]
+        # The same network twice would be trained twice: plans also differ in what makes no odds.
+        twins = [_alike(one, candidate) for one in rest]
+        best = _best_first([*itertools.compress(rest, twins), candidate])[0]
+        others = [one for one, twin in zip(rest, twins, strict=True) if not twin]
+        self._kept = _best_first([*others, best])[: self._room]
+
+
+def _alike(one: Candidate, other: Candidate) -> bool:
+    """Whether two plans lead to the same network, as far as its outcome tells."""
+    if one.plan == other.plan:
+        return True
+    same_metric = one.outcome.metric == other.outcome.metric
+    return same_metric and math.isclose(one.outcome.loss, other.outcome.loss, rel_tol=_EQUAL)
 
 
 def _best_first(candidates: list[Candidate]) -> list[Candidate]:

@@ -61,7 +61,7 @@ class HierarchicalEpisodes(Episodes):
         self._total = 0.0
         self._demonstration: Demonstration | None = None
 
-    def centre(self, plan: CompressionPlan) -> None:
+    def centre(self, plan: CompressionPlan, near: bool = False) -> None:
         """Nothing to do: buckets are cut at the goals, whatever the best plan known is."""
 
     def retarget(self, anew: bool = True) -> None:

@@ -39,6 +39,8 @@ POLICY = "policy"
 STARTING = "lamp"
 # Shown to the agent, the best last: what it has learned of the others must not hide that.
 _DEMONSTRATIONS = 3
+# A stage looks near its best plan from the middle on, if it is not too short for two halves.
+_LEAST_TO_NARROW = 8
 # Of the layers' errors; no power gives the best plan for every network.
 _POWERS = (1.0, 0.5, 0.25)
 
@@ -73,6 +75,7 @@ class SearchLoop:
         self.done = 0
         self._stage = Stage(start=0, end=0)
         self._previous: CompressionPlan | None = None
+        self._centre: CompressionPlan | None = None  # that the buckets are cut near, if any
         self._saved: list[str] = []
         if run is not None and run.resumed:
             self._resume(run)
@@ -140,7 +143,7 @@ class SearchLoop:
         anew = self.done == stage.start
         self._stage, self._previous = stage, previous
         if anew:
-            self.finalists = Finalists(self._settings.finalists)
+            self.finalists, self._centre = Finalists(self._settings.finalists), None
         if budget is not self._network.budget:
             self._network.retarget(budget)
         # A run that was cut off may go on under the budget that its network was made for.
@@ -150,6 +153,8 @@ class SearchLoop:
             self._apply_policy(progress)
         if stage.episodes:
             self._propose(max(1, stage.episodes // 3), progress)
+        if self._centre is not None:
+            self.episodes.centre(self._centre, near=True)
 
     def play(self, progress: SearchProgress) -> None:
         """Plays the episodes that are left of the stage."""
@@ -228,6 +233,8 @@ class SearchLoop:
         place = episode - self._stage.start
         shown = self._demonstrations[place : place + 1]
         demonstration = shown[0] if shown else None
+        if self._stage.episodes >= _LEAST_TO_NARROW and place == self._stage.episodes // 2:
+            demonstration = self._narrow()
         name = self._settings.agent.name
         proposed_by = name if demonstration is None else demonstration.name
         total = self.episodes.play(demonstration)
@@ -259,6 +266,21 @@ class SearchLoop:
         self._save(entry)
         return entry
 
+    def _narrow(self) -> Demonstration | None:
+        """Looks near the best plan from here on; returns what shows it to the agent.
+
+        Not where the order of the kernels is searched, where buckets follow goals, nor with a
+        policy, which knows the buckets it was taught with.
+        """
+        settings, best = self._settings, self.best
+        explores = settings.agent.name != "random"
+        if best is None or settings.hierarchy or settings.policy is not None or not explores:
+            return None
+        self._centre = best.plan
+        self.episodes.centre(best.plan, near=True)
+        self.episodes.begin_anew()
+        return Demonstration.of(best.proposed_by, best.plan)
+
     def _consider(self, value: float, episode: int, proposed_by: str) -> None:
         """Keeps the network's plan if it is good enough for the final."""
         if self.finalists.wants(value, self._network.outcome, proposed_by):
@@ -280,7 +302,8 @@ class SearchLoop:
         state["seen"] = np.array(sorted(self._network.seen), dtype="S64")
         state["episodes"] = np.array(self.done)
         state["finalists"] = np.array(names)
-        state["previous"] = np.array(self._previous.to_json() if self._previous else "")
+        for name, plan in (("previous", self._previous), ("centre", self._centre)):
+            state[name] = np.array(plan.to_json() if plan else "")
         # The pointer is written last: a run cut off before it redoes the episode.
         self._run.save_checkpoint("latest", state)
         self._run.drop_checkpoints(keep={"latest", TRIALS, *names})
@@ -302,7 +325,9 @@ class SearchLoop:
                     f"({name}). Pass overwrite=True to start the run again."
                 )
             self.finalists.add(Candidate.from_arrays(arrays))
-        previous = str(state["previous"])
-        self._previous = CompressionPlan.from_json(previous) if previous else None
+        self._previous, self._centre = (
+            CompressionPlan.from_json(str(state[name])) if str(state[name]) else None
+            for name in ("previous", "centre")
+        )
         self.episodes.set_state(state)
         self._network.seen = {bytes(key).decode() for key in state["seen"]}

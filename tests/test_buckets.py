@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_sparsity_tf.buckets import bucket_edges, saliency_of, split_buckets
+from rl_sparsity_tf.buckets import bucket_edges, near_edges, saliency_of, split_buckets
 from rl_sparsity_tf.grouping import GROUPS, Grouping
 
 modest = settings(max_examples=50, deadline=None)
@@ -28,6 +28,25 @@ def test_the_documented_edges():
     assert bucket_edges(1, 8, 0.9).tolist() == [0, 1]
     assert bucket_edges(2, 8, 0.9).tolist() == [0, 1, 2]
     assert bucket_edges(9, 1, 0.9).tolist() == [0, 9]
+
+
+@modest
+@given(st.integers(1, 5000), st.integers(1, 40), sparsities)
+def test_edges_near_a_plan_are_increasing_and_cover_everything(groups, buckets, sparsity):
+    edges = near_edges(groups, buckets, sparsity)
+    assert edges.dtype == np.int64
+    assert len(edges) == min(buckets, groups) + 1
+    assert (edges[0], edges[-1]) == (0, groups)
+    assert (np.diff(edges) >= 1).all()
+
+
+@pytest.mark.parametrize("sparsity", [0.6, 0.9, 0.99])
+def test_edges_near_a_plan_divide_its_density_by_equal_factors(sparsity):
+    edges = near_edges(1_000_000, 8, sparsity)
+    densities = 1 - edges[1:-1] / 1_000_000
+    np.testing.assert_allclose(densities[1:] / densities[:-1], 2**-0.25, rtol=1e-3)
+    assert densities[0] == pytest.approx(2 * (1 - sparsity))
+    assert 1 - sparsity == pytest.approx(densities[4])
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9, 0.97])

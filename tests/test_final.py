@@ -3,13 +3,16 @@
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from tiny_search import compressor, quick_autoencoder, search, trained
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_search import VALIDATION, compressor, quick_autoencoder, search, trained
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf import final
 from rl_sparsity_tf.errors import ArgumentError, TargetError
-from rl_sparsity_tf.final import play_final
+from rl_sparsity_tf.final import play_final, winner
 from rl_sparsity_tf.objective import Metric, Score
 from rl_sparsity_tf.progress import SearchProgress
 
@@ -26,7 +29,7 @@ def candidate(name):
     return SimpleNamespace(found_by=name)
 
 
-def played(monkeypatch, outcomes, higher=True):
+def played(monkeypatch, outcomes, higher=True, name="accuracy", rows=10_000):
     """Plays a final whose candidates come to given scores, or miss the target."""
     seen = []
 
@@ -38,9 +41,11 @@ def played(monkeypatch, outcomes, higher=True):
         return Ended(found)
 
     monkeypatch.setattr(final, "finish_candidate", finish)
-    task = SimpleNamespace(
-        figures=SimpleNamespace(metric=Metric(name="accuracy", higher_is_better=higher))
+    figures = SimpleNamespace(
+        metric=Metric(name=name, higher_is_better=higher),
+        validation=[((np.zeros((rows, 1)),), None)],
     )
+    task = SimpleNamespace(figures=figures)
     progress = SearchProgress(1, "accuracy", 0)
     finished, best = play_final(task, [candidate(n) for n in outcomes], [], progress, seed=0)
     assert seen == list(outcomes)
@@ -61,6 +66,38 @@ def test_the_best_on_validation_data_wins(monkeypatch):
 def test_the_loss_decides_between_equals_and_the_earlier_is_kept(monkeypatch):
     outcomes = {"first": score(0.8, 0.5), "second": score(0.8, 0.4), "third": score(0.8, 0.4)}
     assert played(monkeypatch, outcomes) == "second"
+
+
+def test_the_loss_decides_where_the_accuracy_cannot(monkeypatch):
+    """At 1,000 rows the standard error of 0.9 is 0.0095."""
+    outcomes = {"first": score(0.900, 0.5), "second": score(0.891, 0.4), "third": score(0.89, 0.3)}
+    assert played(monkeypatch, outcomes, rows=1000) == "second"
+    assert played(monkeypatch, outcomes, rows=100_000) == "first"
+    assert played(monkeypatch, outcomes, rows=100) == "third"
+    assert played(monkeypatch, outcomes, rows=1000, name="auc") == "first"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 5)), min_size=1, max_size=5),
+    st.integers(0, 10_000),
+    st.booleans(),
+)
+def test_the_winner_is_no_worse_than_chance_explains(pairs, rows, higher):
+    scores = [Score(*pair) for pair in pairs]
+    won = scores[winner(scores, Metric("accuracy", higher), rows)]
+    best = (max if higher else min)(one.metric for one in scores)
+    margin = np.sqrt(best * (1 - best) / rows) if rows else 0
+    assert abs(won.metric - best) <= margin
+    assert all(won.loss <= one.loss for one in scores if abs(one.metric - best) <= margin)
+
+
+def test_what_is_no_number_never_wins():
+    nan = float("nan")
+    metric = Metric("accuracy", True)
+    assert winner([score(0.5, nan), score(0.5, 2.0)], metric, 100) == 1
+    assert winner([score(nan, nan), score(nan, nan)], metric, 100) == 0
+    assert winner([score(nan, 0.1), score(0.5, 2.0)], metric, 100) == 1
 
 
 def test_who_misses_the_target_is_out(monkeypatch):
@@ -89,7 +126,7 @@ def test_a_search_finishes_the_best_plans_of_several_proposers(monkeypatch):
         result = search(one, finalists=3)
     names = [name for name, _ in seen]
     assert len(names) == len(set(names)) == 3
-    best = max(seen, key=lambda pair: (pair[1].metric, -pair[1].loss))
+    best = seen[winner([one for _, one in seen], Metric("accuracy", True), len(VALIDATION[0]))]
     assert result.metrics["compressed"]["proposed_by"] == best[0]
     assert result.metrics["compressed"]["validation_metric"] == best[1].metric
 

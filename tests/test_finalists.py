@@ -23,7 +23,8 @@ def outcome(loss=1.0):
     )
 
 
-def candidate(value, proposed_by, pruned=0, loss=1.0):
+def candidate(value, proposed_by, pruned=0, loss=None):
+    loss = 1.0 + pruned / 100 if loss is None else loss
     operations = np.full((6, 1), Operation.KEEP, np.uint8)
     operations[:pruned] = Operation.PRUNE
     plan = CompressionPlan([KernelPlan("dense/kernel", (6, 1), "io", "element", 8, operations)])
@@ -78,6 +79,15 @@ def test_at_equal_values_the_lower_loss_is_better():
 def test_the_same_plan_takes_one_place_whoever_proposes_it(room):
     found = offered(Finalists(room), candidate(0.5, "lamp", 2), candidate(0.5, "dqn", 2, loss=0.5))
     assert len(found) == 1
+
+
+def test_plans_that_lead_to_the_same_network_take_one_place():
+    """A last kernel of integers or floats can be all that two plans differ in."""
+    better, worse = candidate(0.5, "dqn", 2, loss=0.7), candidate(0.4, "lamp", 3, loss=0.7)
+    for order in ((better, worse), (worse, better)):
+        assert offered(Finalists(3), *order) == [("dqn", 0.5)]
+    apart = offered(Finalists(3), better, candidate(0.4, "lamp", 3, loss=0.7001))
+    assert apart == [("dqn", 0.5), ("lamp", 0.4)]
 
 
 def test_nothing_is_the_best_of_nothing():

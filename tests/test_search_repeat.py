@@ -39,7 +39,7 @@ def whole(tmp_path_factory) -> tuple[rls.Result, object]:
     return search(compressor(trained(), directory=folder)), folder
 
 
-def interrupt(folder, after: int, **options) -> None:
+def interrupt(folder, after: int, episodes: int = 4, **options) -> None:
     """Starts a search and raises in the middle of an episode."""
     taken = 0
     step = LayerEnvironment._step
@@ -54,7 +54,7 @@ def interrupt(folder, after: int, **options) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LayerEnvironment, "_step", stopping)
         with pytest.raises(StoppedError):
-            search(compressor(trained(), directory=folder, **options))
+            search(compressor(trained(), directory=folder, **options), episodes=episodes)
 
 
 def weights_of(result: rls.Result) -> list[bytes]:
@@ -91,6 +91,31 @@ def test_with_least_squares_it_ends_in_the_same_bits_too(tmp_path):
     assert weights_of(resumed) == weights_of(whole)
     assert resumed.metrics["search"]["evaluations"] == whole.metrics["search"]["evaluations"]
     assert resumed.candidate.found_by == whole.candidate.found_by
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [4, 6])
+def test_it_looks_near_the_same_plan_after_it_was_cut_off(after, tmp_path):
+    """From the fifth of nine episodes on buckets are cut near the best plan by then."""
+    options = {"recovery": "least_squares", "buckets": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        near = []
+        centre = LayerEnvironment.centre
+
+        def watched(self, share, near_by=False):
+            near.append((self.kernel, share, near_by))
+            return centre(self, share, near_by)
+
+        patch.setattr(LayerEnvironment, "centre", watched)
+        whole = search(compressor(trained(), directory=tmp_path / "whole", **options), episodes=9)
+        cut_near = [one for one in near if one[2]]
+        near.clear()
+        interrupt(tmp_path / "cut", after * STEPS_OF_AN_EPISODE + 2, episodes=9, **options)
+        resumed = search(compressor(trained(), directory=tmp_path / "cut", **options), episodes=9)
+    assert len(cut_near) == 2  # kernels
+    assert {one for one in near if one[2]} == set(cut_near)
+    assert figures_of(resumed.history) == figures_of(whole.history)
+    assert weights_of(resumed) == weights_of(whole)
 
 
 @pytest.mark.slow
