@@ -1,9 +1,10 @@
 """Do the agents beat searches that learn nothing, at equal evaluations?
 
 The best reward so far against the number of distinct plans evaluated, for DQN and PPO, with and
-without the demonstrations of heuristics and the hierarchy, beside random densities, hill climbing
-from LAMP's plan, the plans of least layer error and hill climbing from the best of those, all on
-the same network, validation rows, recovery (least squares) and reward.
+without the demonstrations of heuristics and the hierarchy (and DQN without Shuffle or Quantize
+among its operations), beside random densities, hill climbing from LAMP's plan, the plans of least
+layer error and hill climbing from the best of those, all on the same network, validation rows,
+recovery (least squares) and reward.
 
     python benchmarks/curves.py --networks lenet-300-100 lenet-5 --seeds 3
 
@@ -15,12 +16,15 @@ of the best reward after given numbers of evaluations, mean and range over the s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -34,6 +38,7 @@ from rl_sparsity_tf.agents import AgentConfig
 from rl_sparsity_tf.data import evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.datasets import Data, load_dataset
 from rl_sparsity_tf.dynamic_programming import propose_all
+from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.episodes import LoopSettings
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
@@ -54,6 +59,12 @@ SEARCHES: dict[str, tuple[AgentConfig, dict[str, bool]]] = {
     "ppo, hierarchy": (rls.PPO(), {"warm_start": False, "hierarchy": True}),
     "dqn, hierarchy, warm": (rls.DQN(), {"warm_start": True, "hierarchy": True}),
     "ppo, hierarchy, warm": (rls.PPO(), {"warm_start": True, "hierarchy": True}),
+    "dqn without Shuffle": (rls.DQN(), {"warm_start": False}),
+    "dqn without Quantize": (rls.DQN(), {"warm_start": False}),
+}
+WITHOUT = {
+    "dqn without Shuffle": rls.Operation.SHUFFLE,
+    "dqn without Quantize": rls.Operation.QUANTIZE,
 }
 OTHERS = ("random densities", "hill climbing", "least layer error", "hill climbing from that")
 
@@ -106,8 +117,28 @@ def curve(network: CompressedNetwork, name: str, evaluations: int, seed: int) ->
         **flags,  # type: ignore[arg-type]
     )
     loop = _Recorded(settings, network)
-    loop.run(evaluations, SearchProgress(evaluations, "loss", 0))
+    with forbidden(WITHOUT.get(name)):
+        loop.run(evaluations, SearchProgress(evaluations, "loss", 0))
+    if name in WITHOUT or name == "dqn":
+        assert loop.best is not None
+        done = {str(key): count for key, count in loop.best.plan.count_operations().items()}
+        print(name, seed, f"accuracy {loop.best.outcome.metric:.4f}", done, file=sys.stderr)
     return loop.best_after[:evaluations]
+
+
+@contextlib.contextmanager
+def forbidden(operation: rls.Operation | None) -> Iterator[None]:
+    """Takes an operation out of what agents may choose, where there is another."""
+    legal = LayerEnvironment._legal
+
+    def fewer(self: LayerEnvironment) -> np.ndarray:
+        found = legal(self)
+        if operation is not None and found.sum() > found[operation]:
+            found[operation] = 0
+        return found
+
+    with mock.patch.object(LayerEnvironment, "_legal", fewer):
+        yield
 
 
 class _Recorded(SearchLoop):

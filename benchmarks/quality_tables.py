@@ -100,20 +100,22 @@ def print_tables(networks: Sequence[str], rows: Rows) -> None:
             for share in (1.0,) if dense else shares:
                 found = where(rows, network=network, share=share, contender=title)
                 sizes = f"{mean(found, 'bytes')} / {mean(found, 'gzip_bytes')}"
-                times = f"{mean(found, 'latency_ms', '.3f')} ms"
+                times = mean(found, "latency_ms", ".3f")
+                times = "" if times == "-" else f"; {times} ms"
                 effort = "" if dense else f"; {mean(found, 'seconds')} s"
-                cells.append(f"{over(found, 'accuracy', 100)}; {sizes}; {times}{effort}")
+                cells.append(f"{over(found, 'accuracy', 100)}; {sizes}{times}{effort}")
                 if not found:
                     cells[-1] = "-"
             if any(text != "-" for text in cells):
                 print(f"| {title} | " + " | ".join(cells * (len(shares) if dense else 1)) + " |")
     print("\nThe search minus each cell's best contender by test accuracy, in points\n")
-    print("| network | share | seed | best contender | " + " | ".join(OURS) + " |")
-    print("|---" * (4 + len(OURS)) + "|")
-    gaps: dict[str, list[float]] = {name: [] for name in OURS}
+    ours = (*OURS, STORED)
+    print("| network | share | seed | best contender | " + " | ".join(ours) + " |")
+    print("|---" * (4 + len(ours)) + "|")
+    gaps: dict[str, list[float]] = {name: [] for name in ours}
     for network, share, seed, best in best_contenders(rows):
         cells = []
-        for name in OURS:
+        for name in ours:
             found = where(rows, network=network, share=share, seed=seed, contender=name)
             gap = None
             if found and found[0]["accuracy"]:
@@ -122,7 +124,11 @@ def print_tables(networks: Sequence[str], rows: Rows) -> None:
             cells.append("-" if gap is None else f"{gap:+.2f}")
         title = f"{best['contender']} {100 * float(best['accuracy']):.2f}"
         print(f"| {network} | {share} | {seed} | {title} | " + " | ".join(cells) + " |")
-    ends = [f"{np.mean(g):+.2f}, {sum(x > 0 for x in g)} of {len(g)}" for g in gaps.values() if g]
+    ends = [
+        f"{name} {np.mean(gap):+.2f}, {sum(one > 0 for one in gap)} of {len(gap)}"
+        for name, gap in gaps.items()
+        if gap
+    ]
     if ends:
         print("\nmean, cells ahead: " + "; ".join(ends))
 
@@ -133,7 +139,7 @@ def best_contenders(rows: Rows) -> Iterator[tuple[str, str, str, Row]]:
         (r["network"], r["share"], r["seed"]) for r in rows.rows if r["share"] != "1.0"
     ):
         found = where(rows, network=network, share=share, seed=seed)
-        found = [r for r in found if r["contender"] not in OURS and r["accuracy"]]
+        found = [r for r in found if r["contender"] not in (*OURS, STORED) and r["accuracy"]]
         if found:
             yield network, share, seed, max(found, key=lambda r: float(r["accuracy"]))
 

@@ -293,14 +293,14 @@ class LayerEnvironment(py_environment.PyEnvironment):
             return len(groups)
         return bisect.bisect_left(range(len(groups)), True, key=within)
 
-    def _room(self, position: int) -> int:
-        """Weights that can still be pruned if the buckets before a position stay as they are."""
+    def _room(self) -> int:
+        """Weights that can still be pruned, the buckets before this one staying as they are."""
         budget = self.network.budget
         if self.grouping.group == "element":
-            ahead = sum(len(groups) for groups in self._buckets[position:])
+            ahead = sum(len(groups) for groups in self._buckets[self._position :])
         else:
             sizes = self.grouping.sizes.reshape(-1)
-            ahead = sum(int(sizes[groups].sum()) for groups in self._buckets[position:])
+            ahead = sum(int(sizes[groups].sum()) for groups in self._buckets[self._position :])
         rest = int(budget.capacity[self.index] - budget.pruned[self.index])
         return min(ahead, rest) + budget.room(self._later)
 
@@ -345,7 +345,7 @@ class LayerEnvironment(py_environment.PyEnvironment):
         position = min(self._position, self.steps - 1)
         missing = self.network.budget.missing
         groups = self._buckets[position]
-        room = self._room(self._position)
+        room = self._room()
         bucket = BucketView(
             position=position,
             count=self.steps,

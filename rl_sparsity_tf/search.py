@@ -289,11 +289,12 @@ class Compressor:
             )
 
         network = plain = network_of(decisions)
-        if self.group == channel_search.AUTO:
-            network = best_storage(plain, network_of)
         if run is not None:
             run.start()
-        progress = SearchProgress(episodes, network.metric.name, verbose)
+        progress = SearchProgress(episodes, plain.metric.name, verbose)
+        if self.group == channel_search.AUTO:
+            progress.say("choosing groups and bits for every kernel")
+            network = best_storage(plain, network_of)
         settings = dataclasses.replace(self.loop_settings(), finalists=finalists)
         loop = SearchLoop(settings, network, run)
         figures = Figures(train=data, validation=validation, test=test, metric=network.metric)

@@ -72,6 +72,10 @@ COMMANDS = {
         compress(more="--group nope"),
         r"--group: invalid choice: 'nope' \(choose from .*ele",
     ),
+    "group by bytes without bytes": (
+        compress(more="--group auto"),
+        r"group='auto' does not go with Target\(sparsity=0\.9\): .* Expected Target\(tflite_bytes=",
+    ),
     "no episode": (compress(more="--episodes 0"), r"episodes=0 cannot be used\. Expected a whole"),
     "episodes in words": (compress(more="--episodes three"), r"invalid int value: 'three'"),
     "target": (
