@@ -21,7 +21,7 @@ from rl_sparsity_tf.channel_programming import propose_channels
 from rl_sparsity_tf.cost_budget import CostBudget
 from rl_sparsity_tf.data import training_data
 from rl_sparsity_tf.errors import DataError
-from rl_sparsity_tf.export_modes import INTEGER_MODES
+from rl_sparsity_tf.export_modes import has_int4
 from rl_sparsity_tf.kernels import Kernel, count_weights, find_kernels
 from rl_sparsity_tf.knapsack import (
     POWER,
@@ -296,8 +296,7 @@ def _within_bytes(
 
 def _without_int4(errors: KernelErrors, kernel: Kernel) -> KernelErrors:
     """Takes four bits out where the quantizer has no such form."""
-    kind = kernel.spec.kind
-    if 4 not in errors.errors or not kind or INTEGER_MODES[kind]["plan4"].dtype == "int4":
+    if 4 not in errors.errors or has_int4(kernel.spec.kind):
         return errors
     left = {bits: found for bits, found in errors.errors.items() if bits != 4}
     return dataclasses.replace(errors, errors=left)

@@ -64,3 +64,8 @@ INTEGER_MODES: Mapping[str, Mapping[str, StoredAs]] = {
     "recurrent_loop": _row("int8/channel", "int4/channel", "int8/channel", "crash"),
     "conv_lstm": _row("int8/channel", "int4/channel", "int8/channel", "crash", tensors=4),
 }
+
+
+def has_int4(kind: str | None) -> bool:
+    """Whether a kernel of some kind can be stored in 4 bits; yes for those of no known kind."""
+    return not kind or INTEGER_MODES[kind]["plan4"].dtype == "int4"

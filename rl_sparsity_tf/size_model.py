@@ -20,7 +20,7 @@ import tf_keras as keras
 from rl_sparsity_tf.dequantized import pack_integers
 from rl_sparsity_tf.errors import ArgumentError, check_choice
 from rl_sparsity_tf.export import convert_traced, file_batch_size
-from rl_sparsity_tf.export_modes import INTEGER_MODES
+from rl_sparsity_tf.export_modes import has_int4
 from rl_sparsity_tf.export_precision import in_float32
 from rl_sparsity_tf.files import gzip_size
 from rl_sparsity_tf.flat_model import FlatModel, FlatTensor
@@ -186,8 +186,7 @@ class SizeModel:
             )
         if path in self._shared:
             return FileSize(0, 0)
-        kind = self._kernels[path].spec.kind
-        if bits == 4 and kind and INTEGER_MODES[kind]["plan4"].dtype != "int4":
+        if bits == 4 and not has_int4(self._kernels[path].spec.kind):
             bits = 32  # the quantizer has no such form: the values stay floats on the grid
         total = self._extra[path] if bits < 32 else FileSize(0, 0)
         if bits == 32 and self._factors[path] is not None:

@@ -251,6 +251,7 @@ def test_dynamic_programming_at_four_bits_leaves_dense_kernels_dense(model, limi
 # ---------------------------------------------------------------------- searches
 
 
+@pytest.mark.slow
 def test_a_search_stores_every_kernel_as_the_bytes_want_it(model, limit, tmp_path):
     def search(episodes=3):
         with quick_autoencoder():
