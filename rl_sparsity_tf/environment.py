@@ -154,16 +154,17 @@ class LayerEnvironment(py_environment.PyEnvironment):
             near = False
         self._cut(share, near_edges if near else bucket_edges)
 
-    def aim(self, goal: float) -> None:
+    def aim(self, goal: float, near: bool = False) -> None:
         """Sets the goal of the episodes to come, and cuts their buckets so that an edge lies there.
 
         Args:
             goal: Share of the kernel's weights to prune; with 0 the buckets are cut around the
                 target's.
+            near: Whether only densities near the goal are looked for.
         """
         self.goal = goal
         if goal > 0:
-            self._cut(goal)
+            self._cut(goal, near_edges if near else bucket_edges)
         else:
             self.centre(None)
 

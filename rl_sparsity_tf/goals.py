@@ -1,4 +1,4 @@
-"""How much to take from a kernel: goals around what the rest of the budget asks for on average."""
+"""How much to take from a kernel: goals around what the rest of the budget, or a plan, asks for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from rl_sparsity_tf.cost_budget import CostBudget, KernelState
 from rl_sparsity_tf.network import CompressedNetwork
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""The goals' densities, as multiples of what the budget leaves on average; hardest first."""
+"""The goals' densities, as multiples of what the budget or a plan leaves; hardest first."""
+
+NEAR = (0.5, 0.8, 1.0, 1.25, 2.0)
+"""The same where a good plan is known, and others near it are wanted."""
 
 # Levels that clip to the same goal: the one nearest to the average speaks for them.
 _PREFERRED = sorted(range(len(FACTORS)), key=lambda level: abs(level - FACTORS.index(1.0)))
@@ -63,12 +66,40 @@ def mean_density(network: CompressedNetwork, undecided: Sequence[int]) -> float:
     return 1.0 - bisect.bisect_left(range(_SHARES), True, key=met) / _SHARES
 
 
+def density_of(
+    network: CompressedNetwork,
+    index: int,
+    undecided: Sequence[int],
+    mean: float,
+    reference: np.ndarray,
+) -> float:
+    """A kernel's share of what may live if the undecided kernels keep a plan's proportions.
+
+    Args:
+        network: The network.
+        index: The kernel.
+        undecided: All undecided kernels, this one included.
+        mean: What [mean_density][] says.
+        reference: The plan's densities, one per kernel of the network, each above 0.
+
+    Returns:
+        A number in [0, 1]; the plan's own density as long as all decisions were the plan's.
+    """
+    sizes = np.array([float(network.kernels[one].size) for one in undecided])
+    planned = float((sizes * reference[list(undecided)]).sum() / sizes.sum())
+    return float(min(1.0, reference[index] * mean / planned))
+
+
 def goals_of(
-    network: CompressedNetwork, index: int, undecided: Sequence[int], density: float
+    network: CompressedNetwork,
+    index: int,
+    undecided: Sequence[int],
+    density: float,
+    factors: Sequence[float] = FACTORS,
 ) -> Goals:
     """The goals of one undecided kernel.
 
-    A level's density is its factor times the mean, clipped to what the kernel can give and to
+    A level's density is its factor times the one given, clipped to what the kernel can give and to
     what is still missing. Levels after which the others could not meet the target are illegal;
     so are all but one of those that clip to the same goal. If none is left, the one that comes
     closest to the target is legal.
@@ -77,7 +108,8 @@ def goals_of(
         network: The network.
         index: The kernel.
         undecided: All undecided kernels, this one included.
-        density: What [mean_density][] says.
+        density: What [mean_density][] says, or [density_of][].
+        factors: As many as [FACTORS][].
 
     Example:
         >>> goals_of(network, 0, [0, 1], 0.1).amounts  # of 100 weights, 150 in both, 135 missing
@@ -85,7 +117,7 @@ def goals_of(
     """
     budget, size = network.budget, network.kernels[index].size
     most = min(int(budget.capacity[index]), _needed(network, index))
-    densities = np.minimum(1.0, np.array(FACTORS) * density)
+    densities = np.minimum(1.0, np.array(factors) * density)
     amounts = np.clip(np.round((1.0 - densities) * size).astype(np.int64), 0, most)
     short = np.array([_short_of(network, index, undecided, int(a)) for a in amounts])
     legal = np.zeros(len(FACTORS), np.int32)

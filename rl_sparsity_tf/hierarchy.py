@@ -58,11 +58,20 @@ class HierarchicalEpisodes(Episodes):
             seed=int(np.random.SeedSequence([settings.seed, 2]).generate_state(1)[0]),
         )
         self.misses: list[float] = []
+        self._near = False
         self._total = 0.0
         self._demonstration: Demonstration | None = None
 
     def centre(self, plan: CompressionPlan, near: bool = False) -> None:
-        """Nothing to do: buckets are cut at the goals, whatever the best plan known is."""
+        """Puts the goals around a plan's densities; the buckets are cut at the goals.
+
+        Args:
+            plan: The plan.
+            near: Whether only densities near those are looked for.
+        """
+        densities = {path: 1.0 - entry.sparsity for path, entry in plan.kernels.items()}
+        self.selection.centre(densities, near)
+        self._near = near
 
     def retarget(self, anew: bool = True) -> None:
         """Follows the network to another budget; what both agents have learned stays with them.
@@ -72,6 +81,7 @@ class HierarchicalEpisodes(Episodes):
         """
         super().retarget(anew)
         self.selection.retarget()
+        self._near = False
 
     @property
     def illegal_actions(self) -> int:
@@ -110,7 +120,7 @@ class HierarchicalEpisodes(Episodes):
         environment = self._environment_of(path)
         environment.later = self.selection.undecided
         environment.evaluate = not environment.later
-        environment.aim(goal)
+        environment.aim(goal, self._near)
         self._total += self._play_layer(environment, self._demonstration)
         self._played.append(environment)
         self.misses.append(abs(self._pruned_share(environment) - goal))

@@ -269,12 +269,10 @@ class SearchLoop:
     def _narrow(self) -> Demonstration | None:
         """Looks near the best plan from here on; returns what shows it to the agent.
 
-        Not where the order of the kernels is searched, where buckets follow goals, nor with a
-        policy, which knows the buckets it was taught with.
+        Not with a policy, which knows the buckets it was taught with, nor where nothing is learned.
         """
         settings, best = self._settings, self.best
-        explores = settings.agent.name != "random"
-        if best is None or settings.hierarchy or settings.policy is not None or not explores:
+        if best is None or settings.policy is not None or settings.agent.name == "random":
             return None
         self._centre = best.plan
         self.episodes.centre(best.plan, near=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from rl_sparsity_tf._tf_agents import array_spec, py_environment, types
 from rl_sparsity_tf._tf_agents import time_step as ts
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.errors import ArgumentError
-from rl_sparsity_tf.goals import FACTORS, Goals, goals_of, mean_density, pressure
+from rl_sparsity_tf.goals import FACTORS, NEAR, Goals, density_of, goals_of, mean_density, pressure
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.reward import Reward, RewardFunction, bounded
@@ -130,6 +130,27 @@ class LayerSelectionEnvironment(py_environment.PyEnvironment):
         self._portraits = [
             portrait(self.network, index) for index in range(len(self.network.kernels))
         ]
+        self.centre(None)
+
+    def centre(self, densities: Mapping[str, float] | None, near: bool = False) -> None:
+        """Puts the goals of every kernel around a plan's density, from the next reset on.
+
+        What was decided otherwise before is made up for by all that are left, in proportion.
+
+        Args:
+            densities: By kernel path; None for the same of all kernels.
+            near: Whether only densities near those are looked for.
+        """
+        self._factors = NEAR if near else FACTORS
+        self._reference: np.ndarray | None = None
+        if densities is not None:
+            kernels = self.network.kernels
+            self._reference = np.array([max(densities[k.path], 1.0 / k.size) for k in kernels])
+
+    def _density(self, index: int, mean: float) -> float:
+        if self._reference is None:
+            return mean
+        return density_of(self.network, index, self._undecided, mean, self._reference)
 
     @property
     def undecided(self) -> list[str]:
@@ -223,7 +244,10 @@ class LayerSelectionEnvironment(py_environment.PyEnvironment):
     def _observe(self) -> dict[str, np.ndarray]:
         network, undecided = self.network, self._undecided
         density = mean_density(network, undecided)
-        self._goals = [goals_of(network, i, undecided, density) for i in undecided[:SLOTS]]
+        self._goals = [
+            goals_of(network, index, undecided, self._density(index, density), self._factors)
+            for index in undecided[:SLOTS]
+        ]
         state = observe_selection(
             network, self._portraits, undecided, density, pressure(network, undecided)
         )

@@ -27,7 +27,7 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf.channel_search import decisions_for
 from rl_sparsity_tf.cli import main
 from rl_sparsity_tf.data import evaluation_data, training_data
-from rl_sparsity_tf.demonstrations import Demonstration
+from rl_sparsity_tf.demonstrations import Demonstration, heuristic_plan
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.episodes import Episodes, LoopSettings
 from rl_sparsity_tf.errors import FileExistsRLSparsityError
@@ -446,3 +446,18 @@ def test_the_command_line_passes_it_on(given, tmp_path, monkeypatch):
     command = ["compress", str(tmp_path / "model.keras"), "--dataset", "digits"]
     assert main([*command, "--output", str(tmp_path / "run"), *given]) == 2
     assert asked == [bool(given)]
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_a_plan_that_the_goals_lie_around_can_be_played(fitted, near):
+    """Its densities are among the choices of both levels, to a group of each kernel."""
+    episodes = episodes_on(fitted)
+    fitted.reset()
+    plan = heuristic_plan(fitted, "erk")
+    episodes.centre(plan, near)
+    episodes.play(Demonstration.of("erk", plan))
+    played = fitted.plan
+    for path, entry in plan.kernels.items():
+        groups = fitted.groupings[path].count
+        assert played.kernels[path].sparsity == pytest.approx(entry.sparsity, abs=2.5 / groups)
+    assert all(miss <= 2.5 / 24 for miss in episodes.misses)

@@ -21,7 +21,7 @@ from rl_sparsity_tf.cost_budget import CostBudget
 from rl_sparsity_tf.data import evaluation_data, training_data
 from rl_sparsity_tf.decisions import KernelDecisions
 from rl_sparsity_tf.errors import ArgumentError, TargetError
-from rl_sparsity_tf.goals import FACTORS, goals_of, mean_density
+from rl_sparsity_tf.goals import FACTORS, NEAR, density_of, goals_of, mean_density
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.selection_environment import ACTIONS, GOALS
 from rl_sparsity_tf.selection_state import (
@@ -248,6 +248,50 @@ def test_the_last_kernel_gets_what_is_missing():
     last = play(env, lambda step: legal_of(step)[0])[-2]
     env.reset()
     assert sum(last.observation["legal"]) == 1
+
+
+PLAN = (0.9, 0.3, 0.6, 0.5, 0.2, 0.8)
+
+
+@pytest.mark.parametrize(("near", "factors"), [(False, FACTORS), (True, NEAR)])
+def test_goals_lie_around_a_plan(near, factors):
+    wanted = sum(round((1 - d) * size) for d, size in zip(PLAN, SIZES, strict=True))
+    env = environment(sparsity=wanted / sum(SIZES))
+    env.centre(dict(zip(NAMES, PLAN, strict=True)), near)
+    middle = factors.index(1.0)
+
+    def choose(step):
+        slot = len(env.slots) - 1
+        index = network_of().index_of(env.slots[slot])
+        densities = 1 - np.array(env.goals(slot))
+        expected = np.minimum(1, PLAN[index] * np.array(factors))
+        # As long as all goals were the plan's; a weight more or less by rounding.
+        assert abs(densities[middle] - expected[middle]) <= 1.5 / SIZES[index]
+        legal = step.observation["legal"][slot * GOALS :][:GOALS]
+        for level in np.flatnonzero(legal):
+            if densities[level] < 1 - 1.5 / SIZES[index]:
+                clipped = network_of().budget.capacity[index] / SIZES[index]
+                lowest = max(expected[level], 1 - clipped)
+                assert densities[level] >= lowest - 2.5 / SIZES[index]
+        return slot * GOALS + middle
+
+    play(env, choose)
+    pruned = 1 - np.array(network_of().budget.pruned) / SIZES
+    np.testing.assert_allclose(pruned, PLAN, atol=2.5 / min(SIZES))
+    env.centre(None)
+    env.reset()
+    assert env.goals(0)[FACTORS.index(1.0)] == pytest.approx(wanted / sum(SIZES), abs=0.03)
+
+
+def test_kernels_make_up_for_others_in_the_proportions_of_a_plan():
+    network = network_of()
+    reference = np.array(PLAN)
+    sizes, undecided = np.array(SIZES, float), [1, 4, 5]
+    planned = (sizes * reference)[undecided].sum() / sizes[undecided].sum()
+    for mean in (planned, planned / 2, 0.01):
+        found = [density_of(network, index, undecided, mean, reference) for index in undecided]
+        np.testing.assert_allclose(found, reference[undecided] * mean / planned)
+    assert density_of(network, 5, undecided, 1.0, reference) == 1.0
 
 
 def test_where_no_goal_reaches_the_target_the_nearest_is_legal():
