@@ -32,7 +32,6 @@ from rl_sparsity_tf.candidates import Candidate
 from rl_sparsity_tf.channel_finishing import finish_candidate
 from rl_sparsity_tf.datasets import Data, load_dataset
 from rl_sparsity_tf.finished_search import FinishedSearch
-from rl_sparsity_tf.knapsack import plan_of
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
 from rl_sparsity_tf.plan_space import PlanSpace
@@ -93,7 +92,7 @@ def with_densities(search: FinishedSearch, plan: CompressionPlan) -> Compression
     ratios = np.array([1.0 - plan.kernels[k.path].sparsity for k in search.network.kernels])
     live = space.live(space.scores(ratios))
     bits = {kernel.path: 8 for kernel in search.network.kernels}
-    return plan_of(search.network.kernels, search.network.group, live, bits)
+    return search.network.storage.plan_at(search.network.kernels, live, bits)
 
 
 def accuracy(search: FinishedSearch, plan: CompressionPlan, seed: int) -> dict[str, float]:

@@ -77,9 +77,7 @@ def random_plans(network: CompressedNetwork, count: int, seed: int) -> list[Comp
             ratio = allocation.erk_ratio(kernel.shape) * np.exp(rng.normal(0.0, 1.0))
             scores.append(allocation.density_scores(saliency, grouping.sizes, ratio))
         live = allocation.Ranking(scores, sizes).live(network.budget.wanted)
-        plans.append(
-            allocation.plan_from_live(network.kernels, network.group, live, quantize=False)
-        )
+        plans.append(network.storage.plan_from_live(network.kernels, live, quantize=False))
     return plans
 
 

@@ -253,7 +253,12 @@ def random_plan(network: CompressedNetwork, sparsity: float, seed: int) -> rls.C
         flat[rng.permutation(flat.size)[: int(sparsity * flat.size)]] = Operation.PRUNE
         entries.append(
             rls.KernelPlan(
-                kernel.path, kernel.shape, "io", network.group, 8, operations.astype(np.uint8)
+                kernel.path,
+                kernel.shape,
+                "io",
+                network.decisions.group,
+                8,
+                operations.astype(np.uint8),
             )
         )
     return rls.CompressionPlan(entries)
