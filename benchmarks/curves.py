@@ -203,6 +203,9 @@ def goal_of(options: argparse.Namespace) -> str:
     return f"{options.bytes} bytes" if options.bytes else f"{options.sparsity:.0%} zeros"
 
 
+# Of the values drawn, below the best.
+_SHOWN = 0.1
+
 Rows = dict[tuple[str, str, str, str], list[float]]
 
 
@@ -251,16 +254,20 @@ def draw(options: argparse.Namespace, rows: Rows) -> None:
         1, len(options.networks), figsize=(7 * len(options.networks), 5), squeeze=False
     )
     for network, panel in zip(options.networks, panels[0], strict=True):
-        for search in [*SEARCHES, *OTHERS]:
+        names, best = [*SEARCHES, *OTHERS], -1.0
+        for search, colour in zip(names, pyplot.cm.tab20(range(len(names))), strict=True):
             curves = found(rows, network, goal_of(options), search)
             if not curves:
                 continue
             length = max(map(len, curves))
             full = [[*one, *[one[-1]] * (length - len(one))] for one in curves]
             style = "--" if search in OTHERS or search == "random policy" else "-"
-            panel.plot(range(1, length + 1), np.mean(full, axis=0), style, label=search)
+            means = np.mean(full, axis=0)
+            best = max(best, float(means[-1]))
+            panel.plot(range(1, length + 1), means, style, label=search, color=colour)
         panel.set(title=f"{network}, {goal_of(options)}", xlabel="plans evaluated")
         panel.set_ylabel("best reward so far, mean over seeds")
+        panel.set_ylim(best - _SHOWN, best + _SHOWN / 20)  # where they can be told apart
         panel.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(options.plot, dpi=120)
