@@ -257,7 +257,7 @@ def sample_rows(
     """
     if fixed is not None:
         rows, batch_size = max(fixed, rows - rows % fixed), fixed
-    total = sum(len(tf.nest.flatten(batch[0])[0]) for batch in batches)
+    total = count_rows(batches)
     if total <= rows:
         return batches
     chosen = np.sort(np.random.default_rng(seed).choice(total, rows, replace=False))

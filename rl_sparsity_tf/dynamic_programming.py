@@ -46,6 +46,9 @@ from rl_sparsity_tf.storage import Storage
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapping import wrap
 
+POWERS = (1.0, 0.5, 0.25)
+"""Of the layers' errors, see [propose_all][]: no power gives the best plan for every network."""
+
 _BATCH, _BATCHES = 64, 64
 # To choose entries whose sum the whole file keeps to, kernel by kernel being an estimate.
 _ATTEMPTS = 4

@@ -14,7 +14,7 @@ from rl_sparsity_tf.layer_database import KernelErrors
 _BETWEEN = 4
 _UNITS_PER_KERNEL, _LEAST_UNITS, _MOST_UNITS = 256, 4096, 16384
 # What a layer's output loses in the knapsack at most, so that one hopeless kernel does not decide.
-_LARGEST_ERROR = 1.0
+LARGEST_ERROR = 1.0
 POWER = 0.5
 """The power of the layers' errors that is summed."""
 
@@ -123,7 +123,7 @@ def cheapest(
     """
     entries = {path: _entries(one) for path, one in database.items()}
     errors = [
-        np.concatenate([database[path].error(live, b) for b in bits]).clip(0, _LARGEST_ERROR)
+        np.concatenate([database[path].error(live, b) for b in bits]).clip(0, LARGEST_ERROR)
         ** power
         for path, (live, bits) in entries.items()
     ]

@@ -18,7 +18,7 @@ from rl_sparsity_tf.demonstrations import (
     proposals,
     without_twins,
 )
-from rl_sparsity_tf.dynamic_programming import propose_all
+from rl_sparsity_tf.dynamic_programming import POWERS, propose_all
 from rl_sparsity_tf.episodes import LoopSettings
 from rl_sparsity_tf.errors import ArgumentError, RunError
 from rl_sparsity_tf.finalists import Finalists
@@ -41,8 +41,6 @@ STARTING = "lamp"
 _DEMONSTRATIONS = 3
 # A stage looks near its best plan from the middle on, if it is not too short for two halves.
 _LEAST_TO_NARROW = 8
-# Of the layers' errors; no power gives the best plan for every network.
-_POWERS = (1.0, 0.5, 0.25)
 
 
 class SearchLoop:
@@ -205,7 +203,7 @@ class SearchLoop:
             progress.say("evaluating the plans of known heuristics")
             plans += [one for one in proposals(network) if one[1] != further]
         if self._settings.warm_start and network.least_squares is not None:
-            exact = propose_all(network, _POWERS)
+            exact = propose_all(network, POWERS)
             plans += [(DYNAMIC, plan) for n, plan in enumerate(exact) if plan not in exact[:n]]
         applied = [(self.episodes.reference, one) for one in self.proposed]
         shown: list[tuple[float, Demonstration]] = []

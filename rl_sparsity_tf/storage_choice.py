@@ -15,10 +15,10 @@ from collections.abc import Callable
 import numpy as np
 
 from rl_sparsity_tf.decisions import KernelDecisions
-from rl_sparsity_tf.dynamic_programming import affordable, propose_all
+from rl_sparsity_tf.dynamic_programming import POWERS, affordable, propose_all
 from rl_sparsity_tf.export_modes import has_int4
 from rl_sparsity_tf.kernels import Kernel
-from rl_sparsity_tf.knapsack import knapsack
+from rl_sparsity_tf.knapsack import LARGEST_ERROR, knapsack
 from rl_sparsity_tf.layer_database import FLOAT, KernelErrors, kernel_errors
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
@@ -31,9 +31,6 @@ GROUPS = ("element", "block4")
 """The kinds of groups that are compared. Blocks of 16 were 1.6, 1.2 and 0.3 points behind those of
 4 (LeNet-300-100, Fashion-MNIST, one seed, 12, 20 and 40 % of the dense int8 file)."""
 
-# Of the layers' errors; as in the search, none is best for every network.
-_POWERS = (1.0, 0.5, 0.25)
-_LARGEST_ERROR = 1.0
 _UNITS = 8192
 
 Build = Callable[[KernelDecisions], CompressedNetwork]
@@ -86,9 +83,9 @@ def propose_storages(network: CompressedNetwork, sizes: SizeModel) -> list[Stora
     options = [_options(network, one, sizes, density, limit) for one in network.kernels]
     costs = [np.concatenate([option.costs for option in one]) for one in options]
     found = []
-    for power in _POWERS:
+    for power in POWERS:
         errors = [
-            np.concatenate([option.errors for option in one]).clip(0, _LARGEST_ERROR) ** power
+            np.concatenate([option.errors for option in one]).clip(0, LARGEST_ERROR) ** power
             for one in options
         ]
         entries = knapsack(errors, costs, limit, _UNITS)
@@ -157,6 +154,6 @@ def _option(errors: KernelErrors, costs: KernelCosts, storage: KernelStorage, bi
 def _loss(network: CompressedNetwork) -> float:
     """The lowest validation loss after recovery of what dynamic programming proposes."""
     steps = network.recovery.steps
-    losses = [evaluate_plan(network, plan, steps).loss for plan in propose_all(network, _POWERS)]
+    losses = [evaluate_plan(network, plan, steps).loss for plan in propose_all(network, POWERS)]
     network.reset()
     return min((loss for loss in losses if not math.isnan(loss)), default=math.inf)
