@@ -1,4 +1,4 @@
-"""Which groups of a network go first: scores, the selection by them, and plans of what lives.
+"""Which groups of a network go first: scores, and the selection by them.
 
 Every heuristic here is one ranking of all groups of the network. A sparsity prunes the beginning
 of it, so that one sorting answers for every sparsity.
@@ -15,7 +15,6 @@ from rl_sparsity_tf.errors import ArgumentError, TargetError, check_choice
 from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.kernels import Kernel
 from rl_sparsity_tf.operations import Operation
-from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
 
 HEURISTICS = ("uniform", "erk", "global_magnitude", "lamp", "first_order")
 """The names that [scores][] knows."""
@@ -268,42 +267,6 @@ def select(
         TargetError: If the kernels cannot give so many.
     """
     return Ranking(scores, sizes, capacity).live(weights_to_prune)
-
-
-def plan_from_live(
-    kernels: Sequence[Kernel],
-    group: str,
-    live: Sequence[np.ndarray],
-    quantize: bool = False,
-    bits: int = 8,
-) -> CompressionPlan:
-    """The plan in which some groups live and the others are pruned.
-
-    Args:
-        kernels: The kernels, in order.
-        group: Kind of groups.
-        live: For every kernel, which groups live.
-        quantize: Whether the living groups are quantized, where TFLite can store the kernel as
-            integers; elsewhere, and without it, they are kept.
-        bits: 8 or 4, the grid if they are.
-    """
-    chosen = [
-        np.where(alive, survivors(kernel, quantize), Operation.PRUNE)
-        for kernel, alive in zip(kernels, live, strict=True)
-    ]
-    return plan_of_operations(kernels, group, chosen, bits)
-
-
-def plan_of_operations(
-    kernels: Sequence[Kernel], group: str, operations: Sequence[np.ndarray], bits: int = 8
-) -> CompressionPlan:
-    """The plan of one operation per group, for every kernel in order."""
-    return CompressionPlan(
-        KernelPlan(
-            kernel.path, kernel.shape, kernel.spec.layout, group, bits, chosen.astype(np.uint8)
-        )
-        for kernel, chosen in zip(kernels, operations, strict=True)
-    )
 
 
 def survivors(kernel: Kernel, quantize: bool) -> Operation:

@@ -17,6 +17,7 @@ from rl_sparsity_tf.kernels import Kernel, count_weights, find_kernels
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.size_model import SizeModel
+from rl_sparsity_tf.storage import Storage
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapping import accepted, is_wrapped
 
@@ -119,9 +120,12 @@ class PlanRequest:
             live = ranking.live(Budget(self.target.sparsity, elements, sizes).wanted)
         else:
             live = self._within_bytes(ranking)
-        return allocation.plan_from_live(
-            self.kernels, self.group, live, quantize=self.quantize, bits=self.bits
-        )
+        return self.plan_from_live(live)
+
+    def plan_from_live(self, live: Sequence[np.ndarray]) -> CompressionPlan:
+        """The plan in which some groups live, quantized or kept as requested."""
+        storage = Storage(self.group, default_bits=self.bits)
+        return storage.plan_from_live(self.kernels, live, self.quantize)
 
     def _within_bytes(self, ranking: allocation.Ranking) -> list[np.ndarray]:
         kind, value = self.target.kind, self.target.value

@@ -42,8 +42,9 @@ class Storage:
     """How the kernels of a network are cut and stored.
 
     Attributes:
-        group: Kind of groups of the kernels that are not named; their integers have 8 bits.
+        group: Kind of groups of the kernels that are not named.
         named: The others, by path.
+        default_bits: 8 or 4, of the integers of the kernels that are not named.
 
     Example:
         >>> storage = Storage("element", {"dense/kernel": KernelStorage("block4", 8)})
@@ -53,10 +54,16 @@ class Storage:
 
     group: str = "element"
     named: Mapping[str, KernelStorage] = dataclasses.field(default_factory=dict)
+    default_bits: int = 8
 
     def of(self, path: str) -> KernelStorage:
         """How a kernel is cut and stored."""
-        return self.named.get(path, KernelStorage(self.group))
+        return self.named.get(path, KernelStorage(self.group, self.default_bits))
+
+    @property
+    def key(self) -> bytes:
+        """Bytes that equal storages share, whatever the order in which kernels were named."""
+        return repr((self.group, self.default_bits, sorted(self.named.items()))).encode()
 
     def bits(self, paths: Iterable[str]) -> dict[str, int]:
         """The bits of kernels' integers, by path."""

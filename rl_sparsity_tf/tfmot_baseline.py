@@ -194,10 +194,7 @@ def prune_with_tfmot(
     check_finite(trained)
     copy_compile_state(request.model, trained)
     live = [kernel.matrix() != 0 for kernel in find_kernels(trained)]
-    plan = allocation.plan_from_live(
-        request.kernels, "element", live, quantize=request.quantize, bits=request.bits
-    )
-    return TfmotResult(model=trained, plan=plan, pruned=pruned)
+    return TfmotResult(model=trained, plan=request.plan_from_live(live), pruned=pruned)
 
 
 def final_sparsity(sizes: Sequence[int], pruned: int) -> float:

@@ -18,6 +18,7 @@ from rl_sparsity_tf.kernels import count_weights, find_kernels, sparsity_of
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan_request import PlanRequest
+from rl_sparsity_tf.storage import Storage
 
 L = keras.layers
 NAMES = allocation.HEURISTICS
@@ -328,7 +329,7 @@ def test_what_lives_is_quantized_where_tflite_can_hold_integers():
     floating = dataclasses.replace(first.spec, exports_int8=False)
     kernels = [dataclasses.replace(first, spec=floating), last]
     live = [np.ones((6, 8), bool), np.ones((8, 3), bool)]
-    mixed = allocation.plan_from_live(kernels, "element", live, quantize=True)
+    mixed = Storage().plan_from_live(kernels, live)
     assert [entry.exported_bits for entry in mixed.kernels.values()] == [32, 8]
 
 

@@ -110,6 +110,11 @@ def test_plans_have_the_groups_and_bits_of_their_kernels(model):
 # ---------------------------------------------------------------------- a network of it
 
 
+def whole(network):
+    """Every group of every kernel lives."""
+    return [np.ones(grouping.shape, bool) for grouping in network.groupings.values()]
+
+
 def levels_used(network, path):
     """The most values that the weights of one output have."""
     matrix = network.effective_matrix(path)
@@ -139,14 +144,29 @@ def test_a_network_quantizes_each_kernel_to_its_bits(model, recovery):
     }
 
 
+def test_equal_operations_in_another_storage_are_another_evaluation(model):
+    coarse = {f"{name}/kernel": KernelStorage("element", 4) for name in ("wide", "middle")}
+    storages = [
+        Storage(),
+        Storage("element", coarse),
+        Storage("element", dict([*coarse.items()][::-1])),
+    ]
+    seen = []
+    for storage in storages:
+        network = network_of(model, rls.Target(sparsity=0.1), KernelDecisions(storage))
+        evaluate_plan(network, storage.plan_from_live(network.kernels, whole(network)))
+        seen.append(network.seen)
+    assert len(seen[0] | seen[1]) == 2
+    assert seen[1] == seen[2]
+
+
 def test_recovery_fits_to_the_coarser_grid(model):
     coarse = Storage("element", {f"{n}/kernel": KernelStorage("element", 4) for n in ("wide",)})
     target = rls.Target(sparsity=0.1)
     losses = []
     for storage in (Storage(), coarse):
         network = network_of(model, target, KernelDecisions(storage))
-        live = [np.ones(g.shape, bool) for g in network.groupings.values()]
-        plan = storage.plan_from_live(network.kernels, live)
+        plan = storage.plan_from_live(network.kernels, whole(network))
         evaluate_plan(network, plan)
         weights = network.latent_weights()
         wrapped = rls.wrap(model, plan)
