@@ -18,10 +18,10 @@ from tiny_search import (
     VALIDATION,
     WIDE_TRAIN,
     WIDE_VALIDATION,
-    StoppedError,
     compressor,
     episodes_of,
     figures_of,
+    interrupt,
     journal_of,
     quick_autoencoder,
     search,
@@ -538,29 +538,12 @@ def test_contenders_play_at_the_full_target_alone():
 # ---------------------------------------------------------------------------- going on
 
 
-def interrupt(folder, after: int, **options) -> None:
-    """Starts a search and raises in the middle of an episode."""
-    taken = 0
-    step = LayerEnvironment._step
-
-    def stopping(self, action):
-        nonlocal taken
-        taken += 1
-        if taken > after:
-            raise StoppedError
-        return step(self, action)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LayerEnvironment, "_step", stopping)
-        with pytest.raises(StoppedError):
-            search(compressor(trained(), directory=folder, **options, **STAGED), episodes=7)
-
-
 @pytest.mark.parametrize("played", [1, 3, 5], ids=["first stage", "between", "last stage"])
 def test_a_search_cut_off_in_any_stage_ends_in_the_same_bits(staged, played, tmp_path):
     one, result, _, folder = staged
     options = {"agent": one.agent, "hierarchy": one.hierarchy}
-    interrupt(tmp_path / "cut", after=6 * played + 3, **options)
+    cut = compressor(trained(), directory=tmp_path / "cut", **options, **STAGED)
+    interrupt(cut, after=6 * played + 3, episodes=7)
     assert len(journal_of(tmp_path / "cut")) == played
     again = search(
         compressor(trained(), directory=tmp_path / "cut", **options, **STAGED), episodes=7
@@ -577,7 +560,8 @@ def test_a_search_cut_off_in_any_stage_ends_in_the_same_bits(staged, played, tmp
 
 
 def test_another_curriculum_does_not_continue_a_run(tmp_path):
-    interrupt(tmp_path / "run", after=8, agent="random")
+    cut = compressor(trained(), "random", directory=tmp_path / "run", **STAGED)
+    interrupt(cut, after=8, episodes=7)
     with pytest.raises(rls.RLSparsityError, match=r"differs in curriculum \(\{'curriculum': 'sta"):
         search(
             compressor(trained(), "random", directory=tmp_path / "run", recovery="least_squares"),

@@ -13,10 +13,10 @@ from tiny_search import (
     SPARSITY,
     TRAIN,
     VALIDATION,
-    StoppedError,
     compressor,
     episodes_of,
     figures_of,
+    interrupt,
     journal_of,
     quick_autoencoder,
     search,
@@ -28,7 +28,6 @@ from rl_sparsity_tf.channel_search import decisions_for
 from rl_sparsity_tf.cli import main
 from rl_sparsity_tf.data import evaluation_data, training_data
 from rl_sparsity_tf.demonstrations import Demonstration, heuristic_plan
-from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.episodes import Episodes, LoopSettings
 from rl_sparsity_tf.errors import FileExistsRLSparsityError
 from rl_sparsity_tf.hierarchy import (
@@ -378,24 +377,6 @@ def test_nothing_is_traced_again(agent, fitted):
     assert counts[-1] == counts[1]  # from the second episode on the replay is large enough
 
 
-def interrupt(folder, after: int, **options) -> None:
-    """Starts a search and raises in the middle of an episode."""
-    taken = 0
-    step = LayerEnvironment._step
-
-    def stopping(self, action):
-        nonlocal taken
-        taken += 1
-        if taken > after:
-            raise StoppedError
-        return step(self, action)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LayerEnvironment, "_step", stopping)
-        with pytest.raises(StoppedError):
-            search(compressor(trained(), directory=folder, hierarchy=True, **options))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
@@ -404,7 +385,8 @@ def interrupt(folder, after: int, **options) -> None:
 )
 def test_a_search_cut_off_in_an_episode_ends_in_the_same_bits(options, tmp_path):
     whole = search(compressor(trained(), directory=tmp_path / "whole", hierarchy=True, **options))
-    interrupt(tmp_path / "cut", after=2 * STEPS_OF_AN_EPISODE + 3, **options)
+    cut = compressor(trained(), directory=tmp_path / "cut", hierarchy=True, **options)
+    interrupt(cut, after=2 * STEPS_OF_AN_EPISODE + 3)
     assert len(journal_of(tmp_path / "cut")) == 2
     with pytest.raises(
         FileExistsRLSparsityError, match=r"differs in hierarchy \(True, now False\)"

@@ -9,10 +9,10 @@ import pytest
 from tiny_search import (
     DQN,
     TRAIN,
-    StoppedError,
     compressor,
     episodes_of,
     figures_of,
+    interrupt,
     journal_of,
     quick_autoencoder,
     search,
@@ -39,24 +39,6 @@ def whole(tmp_path_factory) -> tuple[rls.Result, object]:
     return search(compressor(trained(), directory=folder)), folder
 
 
-def interrupt(folder, after: int, episodes: int = 4, **options) -> None:
-    """Starts a search and raises in the middle of an episode."""
-    taken = 0
-    step = LayerEnvironment._step
-
-    def stopping(self, action):
-        nonlocal taken
-        taken += 1
-        if taken > after:
-            raise StoppedError
-        return step(self, action)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LayerEnvironment, "_step", stopping)
-        with pytest.raises(StoppedError):
-            search(compressor(trained(), directory=folder, **options), episodes=episodes)
-
-
 def weights_of(result: rls.Result) -> list[bytes]:
     return [value.tobytes() for value in result.model.get_weights()]
 
@@ -65,7 +47,7 @@ def weights_of(result: rls.Result) -> list[bytes]:
 def test_a_search_cut_off_in_an_episode_ends_in_the_same_bits(whole, tmp_path):
     result, folder = whole
     cut = tmp_path / "cut"
-    interrupt(cut, after=2 * STEPS_OF_AN_EPISODE + 3)
+    interrupt(compressor(trained(), directory=cut), after=2 * STEPS_OF_AN_EPISODE + 3)
     assert [entry["episode"] for entry in journal_of(cut)] == [0, 1]
     assert not (cut / "metrics.json").exists()
     # A line that was being written when the power failed.
@@ -85,7 +67,8 @@ def test_a_search_cut_off_in_an_episode_ends_in_the_same_bits(whole, tmp_path):
 def test_with_least_squares_it_ends_in_the_same_bits_too(tmp_path):
     options = {"recovery": "least_squares", "agent": "ppo"}
     whole = search(compressor(trained(), directory=tmp_path / "whole", **options))
-    interrupt(tmp_path / "cut", after=2 * STEPS_OF_AN_EPISODE + 3, **options)
+    cut = compressor(trained(), directory=tmp_path / "cut", **options)
+    interrupt(cut, after=2 * STEPS_OF_AN_EPISODE + 3)
     resumed = search(compressor(trained(), directory=tmp_path / "cut", **options))
     assert figures_of(resumed.history) == figures_of(whole.history)
     assert weights_of(resumed) == weights_of(whole)
@@ -110,7 +93,8 @@ def test_it_looks_near_the_same_plan_after_it_was_cut_off(after, tmp_path):
         whole = search(compressor(trained(), directory=tmp_path / "whole", **options), episodes=9)
         cut_near = [one for one in near if one[2]]
         near.clear()
-        interrupt(tmp_path / "cut", after * STEPS_OF_AN_EPISODE + 2, episodes=9, **options)
+        cut = compressor(trained(), directory=tmp_path / "cut", **options)
+        interrupt(cut, after * STEPS_OF_AN_EPISODE + 2, episodes=9)
         resumed = search(compressor(trained(), directory=tmp_path / "cut", **options), episodes=9)
     assert len(cut_near) == 2  # kernels
     assert {one for one in near if one[2]} == set(cut_near)
@@ -133,7 +117,7 @@ def test_the_same_seed_repeats_and_another_differs(whole, tmp_path):
 
 def test_a_search_cut_off_before_its_first_episode_ended_starts_again(whole, tmp_path):
     _, folder = whole
-    interrupt(tmp_path / "run", after=2)
+    interrupt(compressor(trained(), directory=tmp_path / "run"), after=2)
     assert journal_of(tmp_path / "run") == []
     again = episodes_of(compressor(trained(), directory=tmp_path / "run"))
     assert figures_of(again) == figures_of(journal_of(folder))
@@ -159,7 +143,7 @@ def test_the_journal_has_a_line_per_episode_and_the_manifest_the_arguments(whole
 
 def test_other_arguments_do_not_continue_a_run(tmp_path):
     folder = tmp_path / "run"
-    interrupt(folder, after=STEPS_OF_AN_EPISODE + 1)
+    interrupt(compressor(trained(), directory=folder), after=STEPS_OF_AN_EPISODE + 1)
     before = (folder / "journal.jsonl").read_bytes()
 
     def refused(expected: str, model=None, options=(), **arguments) -> None:
@@ -183,7 +167,7 @@ def test_other_arguments_do_not_continue_a_run(tmp_path):
 
 def test_a_lost_checkpoint_is_named(tmp_path):
     folder = tmp_path / "run"
-    interrupt(folder, after=STEPS_OF_AN_EPISODE + 1)
+    interrupt(compressor(trained(), directory=folder), after=STEPS_OF_AN_EPISODE + 1)
     (lost,) = (folder / "checkpoints").glob("finalist-*.npz")
     lost.unlink()
     with pytest.raises(RunError, match=r"lacks .* one of its best plans \(finalist-"):

@@ -17,6 +17,7 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf import network as network_module
 from rl_sparsity_tf import search as search_module
 from rl_sparsity_tf.autoencoder import WeightAutoencoder
+from rl_sparsity_tf.environment import LayerEnvironment
 
 DQN = rls.DQN(hidden_layers=(8,), train_steps=4, batch_size=8)
 PPO = rls.PPO(hidden_layers=(8,), num_epochs=2)
@@ -114,6 +115,24 @@ def episodes_of(one: rls.Compressor, **options: Any) -> list[dict[str, Any]]:
         with pytest.raises(StoppedError):
             search(one, **options)
     return journal_of(Path(str(one.directory)))
+
+
+def interrupt(one: rls.Compressor, after: int, **options: Any) -> None:
+    """Starts a search and raises in the middle of an episode, after so many decisions."""
+    taken = 0
+    step = LayerEnvironment._step
+
+    def stopping(self: LayerEnvironment, action: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken > after:
+            raise StoppedError
+        return step(self, action)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerEnvironment, "_step", stopping)
+        with pytest.raises(StoppedError):
+            search(one, **options)
 
 
 def journal_of(folder: Path) -> list[dict[str, Any]]:
