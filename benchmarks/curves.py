@@ -1,10 +1,10 @@
 """Do the agents beat searches that learn nothing, at equal evaluations?
 
 The best reward so far against the number of distinct plans evaluated, for DQN and PPO, with and
-without the demonstrations of heuristics and the hierarchy (and DQN without Shuffle or Quantize
-among its operations), beside random densities, hill climbing from LAMP's plan, the plans of least
-layer error and hill climbing from the best of those, all on the same network, validation rows,
-recovery (least squares) and reward.
+without the demonstrations of heuristics and the hierarchy (and DQN under a curriculum, or without
+Shuffle or Quantize among its operations), beside random densities, hill climbing from LAMP's plan,
+the plans of least layer error and hill climbing from the best of those, all on the same network,
+validation rows, recovery (least squares) and reward.
 
     python benchmarks/curves.py --networks lenet-300-100 lenet-5 --seeds 3
 
@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -49,7 +50,7 @@ from rl_sparsity_tf.search_loop import SearchLoop
 
 import tf_keras as keras  # isort: skip
 
-SEARCHES: dict[str, tuple[AgentConfig, dict[str, bool]]] = {
+SEARCHES: dict[str, tuple[AgentConfig, dict[str, Any]]] = {
     "dqn": (rls.DQN(), {"warm_start": False}),
     "ppo": (rls.PPO(), {"warm_start": False}),
     "random policy": (rls.Random(), {"warm_start": False}),
@@ -59,6 +60,8 @@ SEARCHES: dict[str, tuple[AgentConfig, dict[str, bool]]] = {
     "ppo, hierarchy": (rls.PPO(), {"warm_start": False, "hierarchy": True}),
     "dqn, hierarchy, warm": (rls.DQN(), {"warm_start": True, "hierarchy": True}),
     "ppo, hierarchy, warm": (rls.PPO(), {"warm_start": True, "hierarchy": True}),
+    "dqn, linear curriculum": (rls.DQN(), {"warm_start": False, "curriculum": rls.Linear()}),
+    "dqn, staged curriculum": (rls.DQN(), {"warm_start": False, "curriculum": rls.Staged()}),
     "dqn without Shuffle": (rls.DQN(), {"warm_start": False}),
     "dqn without Quantize": (rls.DQN(), {"warm_start": False}),
 }
@@ -114,7 +117,7 @@ def curve(network: CompressedNetwork, name: str, evaluations: int, seed: int) ->
         reward=reward,
         buckets=8,
         seed=seed,
-        **flags,  # type: ignore[arg-type]
+        **flags,
     )
     loop = _Recorded(settings, network)
     with forbidden(WITHOUT.get(name)):
@@ -141,6 +144,10 @@ def forbidden(operation: rls.Operation | None) -> Iterator[None]:
         yield
 
 
+# The least that a plan can be worth.
+_NO_PLAN = -1.0
+
+
 class _Recorded(SearchLoop):
     """A search that notes the best value after every evaluation."""
 
@@ -148,6 +155,8 @@ class _Recorded(SearchLoop):
 
     def _consider(self, value: float, episode: int, proposed_by: str) -> None:
         super()._consider(value, episode, proposed_by)
+        if self._stage.share < 1.0:  # a plan for less than the target counts as none
+            value = _NO_PLAN
         found = self.__dict__.setdefault("best_after", [])
         best = max([value, *found[-1:]])
         found.extend([best] * (self.evaluations - len(found)))

@@ -36,11 +36,14 @@ from rl_sparsity_tf.size_trials import Requirement, Trial, next_limit
 ACCURACY = Metric("accuracy", higher_is_better=True)
 DATA = {"train": WIDE_TRAIN, "validation_data": WIDE_VALIDATION}
 DROP = 0.1
+TRIALS, EPISODES = 3, 4  # one episode in each of the first two, and two in the third
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick():
-    with quick_autoencoder():
+    """Three trials of the six: each of them fine-tunes and exports a model of its own."""
+    with quick_autoencoder(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accuracy_search, "MOST_TRIALS", TRIALS)
         yield
 
 
@@ -185,7 +188,7 @@ def found(tmp_path_factory):
     """A search with a run directory, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     one = searcher(agent=DQN, recovery="least_squares", directory=folder)
-    return one, run(one, episodes=7, finetune_epochs=2), folder
+    return one, run(one, episodes=EPISODES, finetune_epochs=2), folder
 
 
 def metric_of(content: bytes, folder) -> float:
@@ -211,7 +214,7 @@ def test_the_trials_are_recorded_and_the_smallest_that_held_is_returned(found):
     dense, *trials = metrics["search"]["trials"]
     assert dense["proposed_by"] == DENSE_INT8
     assert dense["limit"] == dense["tflite_bytes"] == metrics["dense_int8"]["tflite_bytes"]
-    assert 1 < len(trials) <= MOST_TRIALS
+    assert 1 < len(trials) <= TRIALS
     least = metrics["search"]["dense_validation_metric"] - DROP
     for one in (dense, *trials):
         if one["tflite_bytes"] is None:  # fine-tuning left no file within the limit
@@ -365,9 +368,8 @@ def stopped_after(patch: pytest.MonkeyPatch, owner, name: str, calls: int) -> No
 
 CUTS = {
     "in the first trial": (LayerEnvironment, "_step", 3),
-    "while the first is finished": (accuracy_search, "finish_candidate", 1),
-    "between an episode and the next": (LayerEnvironment, "_step", 6 * 2 + 2),
-    "while the third is finished": (accuracy_search, "finish_candidate", 3),
+    "while the second is finished": (accuracy_search, "finish_candidate", 2),
+    "between an episode and the next": (LayerEnvironment, "_step", 6 * 3 + 2),
 }
 
 
@@ -379,8 +381,8 @@ def test_a_search_cut_off_anywhere_ends_in_the_same_bits(found, cut, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         stopped_after(patch, *CUTS[cut])
         with pytest.raises(StoppedError):
-            run(searcher(**options), episodes=7, finetune_epochs=2)
-    again = run(searcher(**options), episodes=7, finetune_epochs=2)
+            run(searcher(**options), episodes=EPISODES, finetune_epochs=2)
+    again = run(searcher(**options), episodes=EPISODES, finetune_epochs=2)
     assert figures_of(again.history) == figures_of(result.history)
     assert again.metrics["compressed"] == result.metrics["compressed"]
     assert again.metrics["search"]["trials"] == result.metrics["search"]["trials"]

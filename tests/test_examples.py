@@ -21,6 +21,7 @@ from rl_sparsity_tf.state import FEATURES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BENCHMARKS = ROOT / "benchmarks"
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 SCRIPT = ROOT / "examples" / "quickstart.py"
 
@@ -197,14 +198,32 @@ def test_the_plan_of_the_readme_is_a_plan():
     assert plan.kernels["classes/kernel"].weights_under(rls.Operation.KEEP) == 64
 
 
-def test_the_links_of_the_readme_lead_somewhere():
-    headings = re.findall(r"^## (.+)$", README, re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
-    links = re.findall(r"\]\(([^)\s]+)\)", README)
+def anchors_of(text):
+    """What GitHub calls the headings of a document."""
+    headings = re.findall(r"^##+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+
+
+@pytest.mark.parametrize("document", ["README.md", "benchmarks/README.md"])
+def test_the_links_of_the_documents_lead_somewhere(document):
+    path = ROOT / document
+    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8"))
+    assert links
     for link in links:
-        if link.startswith("#"):
-            assert link[1:] in anchors
-        elif not link.startswith("https://"):
-            assert (ROOT / link).exists()
-    listed = [link[1:] for link in links if link.startswith("#")]
-    assert anchors - set(listed) == {"contents"}
+        if not link.startswith("https://"):
+            file, _, anchor = link.partition("#")
+            place = path.parent / file if file else path
+            assert place.exists(), link
+            assert not anchor or anchor in anchors_of(place.read_text(encoding="utf-8")), link
+
+
+def test_the_contents_list_all_chapters():
+    chapters = anchors_of("\n".join(re.findall(r"^## .+$", README, re.MULTILINE)))
+    contents = README.split("## Contents", 1)[1].split("## ", 1)[0]
+    assert chapters - set(re.findall(r"\]\(#([^)]+)\)", contents)) == {"contents"}
+
+
+def test_the_table_of_measurements_lists_every_benchmark():
+    listed = re.findall(r"^\| \[(\w+\.py)\]", (BENCHMARKS / "README.md").read_text(), re.MULTILINE)
+    runnable = [p for p in BENCHMARKS.glob("*.py") if "__main__" in p.read_text(encoding="utf-8")]
+    assert sorted(listed) == sorted(path.name for path in runnable)
