@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rl_sparsity_tf.timing import Timing
 
 _GROUPS = ("element", "block4", "block16", "channel", "auto")
-_SMALLEST = {"episodes": 1, "seed": 0, "batch_size": 1, "finetune_epochs": 0}
+_SMALLEST = {"episodes": 1, "seed": 0, "batch_size": 1, "finetune_epochs": 0, "finalists": 1}
 _QUANTIZATIONS = ("plan", "none", "dynamic", "int8", "float16")
 _RECOVERIES = ("least_squares", "finetune", "none")
 _DEFAULT_SPARSITY = 0.9
@@ -91,6 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
     compress.add_argument("--batch-size", type=int, default=128, help="rows in a training batch")
     compress.add_argument(
         "--finetune-epochs", type=int, help="epochs of the final fine-tuning (about 1,500 steps)"
+    )
+    compress.add_argument(
+        "--finalists", type=int, default=3, help="plans fine-tuned at the end (3)"
     )
     compress.add_argument(
         "--unroll", action="store_true", help="export recurrent layers without a loop"
@@ -325,6 +328,7 @@ def _compress(options: argparse.Namespace) -> None:
         finetune_epochs=options.finetune_epochs,
         quantization=options.quantization,
         unroll=options.unroll,
+        finalists=options.finalists,
         dataset=data.name,
         overwrite=options.overwrite,
         verbose=options.verbose,

@@ -265,7 +265,7 @@ def test_contenders_are_held_to_the_bytes_found():
 
 def test_a_tighter_drop_gives_a_file_that_is_not_smaller():
     sizes = [
-        run(searcher(drop), finetune_epochs=0).metrics["compressed"]["tflite_bytes"]
+        run(searcher(drop), episodes=2, finetune_epochs=0).metrics["compressed"]["tflite_bytes"]
         for drop in (0.4, 0.05)
     ]
     assert sizes[0] <= sizes[1]
@@ -431,7 +431,7 @@ def test_whole_channels_are_removed_for_it_too():
     from test_channel_search import searched, trained
 
     one = channels(rls.Target(max_accuracy_drop=0.2))
-    result = searched(one, episodes=3)
+    result = searched(one, episodes=2)
     trials = result.metrics["search"]["trials"]
     assert result.metrics["compressed"]["tflite_bytes"] == min(
         trial["tflite_bytes"] for trial in trials if trial["held"]

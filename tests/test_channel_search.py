@@ -91,7 +91,8 @@ def searched(one, **arguments):
             TRAIN,
             validation_data=VALIDATION,
             test_data=TEST,
-            **{"episodes": 3, "finetune_epochs": 2, "batch_size": 32, "verbose": 0, **arguments},
+            **{"episodes": 3, "finetune_epochs": 2, "batch_size": 32, "finalists": 1, "verbose": 0}
+            | arguments,
         )
 
 
@@ -514,6 +515,7 @@ def test_the_command_line_removes_channels(tmp_path, capsys):
     np.savez(tmp_path / "data.npz", **arrays)
     command = ["compress", str(tmp_path / "model.keras"), "--data", str(tmp_path / "data.npz")]
     command += ["--output", str(tmp_path / "run"), "--target-macs", "0.5", "--episodes", "1"]
+    command += ["--finalists", "1"]
     with quick_autoencoder():
         assert main([*command, "--finetune-epochs", "1", "--verbose", "1"]) == 0
     assert "of the multiplications" in capsys.readouterr().out

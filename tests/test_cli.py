@@ -63,7 +63,9 @@ def compress(folder: Path, *more: str, model="model.keras", data="data.npz", out
     ]
 
 
-QUICK = "--episodes 1 --finetune-epochs 1 --target-sparsity 0.5 --batch-size 32".split()
+QUICK = (
+    "--episodes 1 --finetune-epochs 1 --finalists 1 --target-sparsity 0.5 --batch-size 32".split()
+)
 
 
 # -- what works ----------------------------------------------------------------------------------
@@ -159,6 +161,7 @@ def test_the_program_keeps_standard_error_clean(files, tmp_path):
     assert done.stdout.startswith(
         "evaluating the plans of known heuristics\ndqn search: 1 episodes\nepisode 1/1  reward "
     )
+    assert done.stdout.count("fine-tuning") == 1  # of one finalist
 
 
 def test_the_callers_process_is_left_as_it_was(files, capsys):
@@ -246,6 +249,7 @@ def test_wrong_inputs_are_said_in_one_line(case, files, capsys):
         (["--seed", "-1"], "seed=-1 cannot be used"),
         (["--batch-size", "0"], "batch_size=0 cannot be used"),
         (["--finetune-epochs", "-1"], "finetune_epochs=-1 cannot be used"),
+        (["--finalists", "0"], "finalists=0 cannot be used"),
         (["--loss", "sparse_crossentropy"], "sparse_crossentropy"),
     ],
 )

@@ -492,7 +492,8 @@ def test_the_command_line_saves_policies_and_begins_with_them(path, tmp_path, ca
     arrays |= dict(zip(("x_validation", "y_validation"), VALIDATION, strict=True))
     np.savez(tmp_path / "data.npz", **arrays)
     command = ["compress", str(tmp_path / "model.keras"), "--data", str(tmp_path / "data.npz")]
-    command += "--finetune-epochs 1 --target-sparsity 0.5 --batch-size 32 --verbose 0".split()
+    command += "--finetune-epochs 1 --finalists 1 --target-sparsity 0.5".split()
+    command += "--batch-size 32 --verbose 0".split()
     saved = tmp_path / "learned.npz"
     first = ["--episodes", "1", "--output", str(tmp_path / "one"), "--policy", str(path)]
     assert main([*command, *first, "--save-policy", str(saved)]) == 0
