@@ -11,55 +11,24 @@ import dataclasses
 import importlib
 import itertools
 import math
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from rl_sparsity_tf._agent_base import Agent
-from rl_sparsity_tf.errors import (
-    ArgumentError,
-    MissingDependencyError,
-    check_choice,
-    did_you_mean,
-)
+from rl_sparsity_tf.errors import ArgumentError, MissingDependencyError, check_choice
+from rl_sparsity_tf.named_settings import NamedSettings
 
 __all__ = ["DQN", "PPO", "Agent", "AgentConfig", "Random", "build_agent", "config_from_dict"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AgentConfig:
-    """What the configurations share: conversion to and from plain dictionaries."""
+class AgentConfig(NamedSettings):
+    """What the configurations share."""
 
-    name: ClassVar[str] = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON-ready values, with the agent's name under `"agent"`."""
-        values = {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(self).items()
-        }
-        return {"agent": self.name, **values}
+    kind: ClassVar[str] = "agent"
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The configuration that `to_dict` described.
-
-        Raises:
-            ArgumentError: If the dictionary is for another agent or has an unknown key.
-        """
-        values = dict(values)
-        agent = values.pop("agent", cls.name)
-        if agent != cls.name:
-            raise ArgumentError(
-                f"{cls.__name__}.from_dict() received a configuration for agent={agent!r}, "
-                f"expected {cls.name!r}. Use config_from_dict(), which takes any agent."
-            )
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise ArgumentError(
-                    f"{cls.__name__} has no setting {key!r}. "
-                    + (_owner_of(key) or did_you_mean(key, known))
-                )
-        return cls(**values)
+    def _instead(cls, key: str, known: list[str]) -> str:
+        return _owner_of(key) or super()._instead(key, known)
 
     def policy_shapes(self, features: int, actions: int) -> list[tuple[int, ...]]:
         """Shapes of a policy's weights, in order; none for agents that do not learn.

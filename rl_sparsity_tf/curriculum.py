@@ -7,11 +7,12 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
-from rl_sparsity_tf.errors import ArgumentError, check_choice, did_you_mean
+from rl_sparsity_tf.errors import ArgumentError, check_choice
+from rl_sparsity_tf.named_settings import NamedSettings
 
 # Episodes of a step of a linear curriculum: one is a demonstration, two are the agent's own.
 _STEP = 3
@@ -40,10 +41,10 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Curriculum(abc.ABC):
-    """What the curricula share: conversion to and from plain dictionaries, and to stages."""
+class Curriculum(NamedSettings, abc.ABC):
+    """What the curricula share."""
 
-    name: ClassVar[str] = ""
+    kind: ClassVar[str] = "curriculum"
 
     @abc.abstractmethod
     def shares(self, episodes: int) -> list[tuple[float, int]]:
@@ -64,35 +65,6 @@ class Curriculum(abc.ABC):
             Stage(start=end - count, end=end, share=share, notes={"stage": share})
             for (share, count), end in zip(pairs, ends, strict=True)
         ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON-ready values, with the name under `"curriculum"`."""
-        values = dataclasses.asdict(self)
-        return {
-            "curriculum": self.name,
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The curriculum that `to_dict` described.
-
-        Raises:
-            ArgumentError: If the dictionary is of another curriculum or has an unknown key.
-        """
-        given = dict(values)
-        name = given.pop("curriculum", cls.name)
-        if name != cls.name:
-            raise ArgumentError(
-                f"{cls.__name__}.from_dict() received the settings of curriculum={name!r}. "
-                f"Expected those of {cls.name!r}: use the class of that name."
-            )
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in given:
-            if key not in known:
-                hint = did_you_mean(key, known) if known else "It has none: leave it out."
-                raise ArgumentError(f"{cls.__name__} has no setting {key!r}. {hint}")
-        return cls(**given)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
