@@ -321,7 +321,7 @@ class _Ring:
             if target.sparsity is not None or size_held(report, target) <= target.value:
                 return finished, attempt
             sizes.append(size_held(report, target))
-            share = share_to_keep(report, target)
+            share = share_to_keep(report, target, attempt)
             pruned = elements - int((elements - trained.pruned) * share)
         raise TargetError(
             f"Target({target.kind}={int(target.value)}) was missed by TFMOT: after its trainings "

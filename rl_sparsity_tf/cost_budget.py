@@ -32,7 +32,8 @@ class KernelState:
     @property
     def surviving(self) -> KernelState:
         """The state if nothing more is pruned, and all that can be is stored as integers."""
-        return dataclasses.replace(self, undecided=0, quantized=not self.kept)
+        integers = not self.kept and (self.quantized or self.undecided > 0)
+        return dataclasses.replace(self, undecided=0, quantized=integers)
 
     @classmethod
     def of(cls, sizes: np.ndarray, decided: np.ndarray, operations: np.ndarray) -> KernelState:

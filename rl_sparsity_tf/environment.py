@@ -255,17 +255,22 @@ class LayerEnvironment(py_environment.PyEnvironment):
             following = self._buckets[self._position + 1]
             self._buckets[self._position + 1] = np.concatenate([groups[count:], following])
         elif count < len(groups):
-            self.network.decide(self.kernel, groups[count:], self._like_the_others())
+            left = groups[count:]
+            self.network.decide(self.kernel, left, self._like_the_others(left))
         return self.network.decide(self.kernel, groups[:count], Operation.PRUNE)
 
-    def _like_the_others(self) -> Operation:
+    def _like_the_others(self, left: np.ndarray) -> Operation:
         """What to do with groups left over at the end: not what would make a kernel mixed."""
-        decided = self.network.decided[self.kernel]
-        operations = self.network.operations[self.kernel][decided]
-        if isinstance(self.network.budget, CostBudget) and not (operations == Operation.KEEP).any():
+        budget, decided = self.network.budget, self.network.decided[self.kernel]
+        operations = self.network.operations[self.kernel]
+        if isinstance(budget, CostBudget) and not (operations[decided] == Operation.KEEP).any():
+            lives = decided & (operations != Operation.PRUNE)
+            lives.reshape(-1)[left] = True
+            live = float(self.grouping.sizes[lives].sum())
             integers = self.network.kernels[self.index].spec.exports_int8
+            integers = integers and budget.integers_pay(self.index, live)
         else:
-            integers = stored_as_integers(operations)
+            integers = stored_as_integers(operations[decided])
         return Operation.QUANTIZE if integers else Operation.KEEP
 
     def _prunable(self, groups: np.ndarray) -> int:

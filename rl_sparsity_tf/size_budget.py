@@ -43,7 +43,7 @@ class SizeBudget(CostBudget):
     """A budget of bytes.
 
     The wall: a decision is legal only if the file can still be brought to its size, all undecided
-    groups being pruned as far as the floors allow and the living ones stored as integers; and
+    groups being pruned as far as the floors allow and those left stored in the smaller type; and
     nothing more is pruned once the file is small enough with all that lives as integers. Floors
     are those of the sparsity that the size implies when every kernel has the same density.
 
@@ -121,10 +121,11 @@ class SizeBudget(CostBudget):
         total = self.fixed
         for index, state in enumerate(states):
             room = max(0, int(self.capacity[index]) - state.pruned) if prune else 0
-            live = int(self.totals[index]) - state.pruned - min(state.undecided, room)
-            if state.undecided and not state.kept:
+            stays = state.undecided - min(state.undecided, room)
+            live = int(self.totals[index]) - state.pruned - state.undecided + stays
+            if stays and not state.kept:
                 total += self.costs[index].least(live, True)
-            else:
+            else:  # what lives has been decided, and with it the type
                 total += self.costs[index].cost(live, state.quantized and not state.kept)
         return total
 

@@ -20,7 +20,8 @@ from rl_sparsity_tf.size_costs import formats_for
 from rl_sparsity_tf.target import Target
 
 _ATTEMPTS = 6
-# How much further than the overshoot the next attempt goes.
+# How much further than the overshoot the second attempt goes; every one after it goes twice as far
+# as the one before, because what a sparse tensor needs beside its values does not shrink with them.
 _EXTRA = 0.02
 _LEAST = 0.1
 _LARGE_STEP = 0.7
@@ -67,7 +68,8 @@ def finish_within(
         reached.append(size)
         # A dense tensor gets no smaller by some zeros more: then larger steps are needed.
         stuck = len(reached) > 1 and size > 0.995 * reached[-2]
-        share = share_to_keep(report, target, _LARGE_STEP if stuck else 1.0)
+        most = _LARGE_STEP if stuck else 1.0
+        share = share_to_keep(report, target, len(reached), most)
         candidate = dataclasses.replace(
             candidate, plan=pruned_further(finished.model, finished.plan, share)
         )
@@ -83,7 +85,7 @@ def size_held(report: ExportReport, target: Target) -> int:
     return report.tflite_bytes if target.kind == "tflite_bytes" else report.gzip_bytes
 
 
-def share_to_keep(report: ExportReport, target: Target, most: float = 1.0) -> float:
+def share_to_keep(report: ExportReport, target: Target, attempts: int, most: float = 1.0) -> float:
     """The share of its living weights that a file which is too large may keep.
 
     Only the kernels can shrink; of the gzipped file they are taken to be the same share.
@@ -91,12 +93,14 @@ def share_to_keep(report: ExportReport, target: Target, most: float = 1.0) -> fl
     Args:
         report: The file's report.
         target: A target in bytes.
+        attempts: How many files were too large by now, this one among them.
         most: The share at most.
     """
     size = size_held(report, target)
     kernels = sum(tensor.bytes for tensor in report.tensors if tensor.kernel)
     reducible = size * kernels / report.tflite_bytes
-    return float(np.clip(1.0 - (size - target.value) / reducible - _EXTRA, _LEAST, most))
+    over = (size - target.value) / reducible
+    return float(np.clip(1.0 - over - _EXTRA * 2 ** (attempts - 1), _LEAST, most))
 
 
 def pruned_further(model: keras.Model, plan: CompressionPlan, share: float) -> CompressionPlan:

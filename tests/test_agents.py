@@ -107,7 +107,10 @@ def test_configurations_are_frozen_and_keyword_only() -> None:
         (lambda: DQN(double=1), r"double=1\): expected True or False"),
         (lambda: PPO(clip_ratio=0), r"clip_ratio=0\): expected a number above 0 and at most 1"),
         (lambda: PPO(episodes_per_update=0), r"expected an integer of at least 1, for instance"),
-        (lambda: DQN.from_dict({"agent": "ppo"}), r"agent='ppo'\. Expected those of 'dqn': use the"),
+        (
+            lambda: DQN.from_dict({"agent": "ppo"}),
+            r"agent='ppo'\. Expected those of 'dqn': use the",
+        ),
         (lambda: DQN.from_dict({"discont": 1}), "no setting 'discont'.*Did you mean 'discount'"),
         (lambda: config_from_dict({}), "agent=None is not known"),
     ],

@@ -21,6 +21,12 @@ def sparse_costs(weights):
     return KernelCosts(live, 5.0 * live, 2.0 * live)
 
 
+def scaled_costs(weights):
+    """Integers bring a scale for every output: with few weights left floats are smaller."""
+    live = np.array([0.0, weights])
+    return KernelCosts(live, 5.0 * live, 2.0 * live + 40)
+
+
 def float_costs(weights):
     live = np.array([0.0, weights])
     return KernelCosts(live, 5.0 * live, None)
@@ -90,11 +96,38 @@ def test_what_is_decided_costs_what_it_is_stored_as(state, expected):
 KERNELS = st.lists(
     st.tuples(
         st.integers(4, 60),
-        st.sampled_from([dense_costs, sparse_costs, float_costs]),
+        st.sampled_from([dense_costs, sparse_costs, scaled_costs, float_costs]),
     ),
     min_size=1,
     max_size=4,
 )
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        (KernelState(90, 10, False, False), 5),  # nothing lives as yet: both types are open
+        (KernelState(90, 5, False, True), 2 * 5 + 40),  # with the rest pruned it is integers
+        (KernelState(90, 5, False, False), 5 * 5),  # shuffled groups alone are floats
+        (KernelState(80, 10, True, True), 5 * 10),
+    ],
+)
+def test_what_lives_decides_the_type_if_the_rest_is_pruned(state, expected):
+    one = budget(145, [scaled_costs(100)], [100])  # nine weights as floats
+    assert one.least([state]) == pytest.approx(100 + expected)
+
+
+@pytest.mark.parametrize(
+    ("state", "quantized"),
+    [
+        (KernelState(2, 3, False, False), True),  # those behind can be stored as integers
+        (KernelState(2, 3, True, False), False),
+        (KernelState(2, 0, False, True), True),
+        (KernelState(2, 0, False, False), False),  # all that lives is shuffled
+    ],
+)
+def test_what_survives_is_integers_only_if_something_can_be(state, quantized):
+    assert state.surviving == KernelState(2, 0, state.kept, quantized)
 
 
 @settings(max_examples=200, deadline=None)
@@ -112,7 +145,7 @@ def test_an_action_that_keeps_the_size_in_reach_always_exists(kernels, tightness
         while states[index].undecided:
             count = min(states[index].undecided, random.randint(1, 9))
             choices = []
-            for operation in ("keep", "prune", "quantize"):
+            for operation in ("keep", "prune", "quantize", "shuffle"):
                 after = decide(one, states, index, count, operation)
                 if after is not None and one.least(after) <= one.limit + 1e-6:
                     choices.append(after)

@@ -5,12 +5,24 @@ import json
 import numpy as np
 import pytest
 import tf_keras as keras
-from tiny_search import WIDE_TRAIN, WIDE_VALIDATION, compressor, search, wide, wide_rows
+from tiny_search import (
+    WIDE_TRAIN,
+    WIDE_VALIDATION,
+    compressor,
+    quick_autoencoder,
+    search,
+    wide,
+    wide_rows,
+)
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf import size_enforcement
+from rl_sparsity_tf.data import evaluation_data, training_data
 from rl_sparsity_tf.environment import LayerEnvironment
+from rl_sparsity_tf.episodes import LoopSettings
+from rl_sparsity_tf.hierarchy import make_episodes
 from rl_sparsity_tf.kernels import find_kernels
+from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.size_enforcement import pruned_further
 
@@ -124,3 +136,38 @@ def test_pruning_further_takes_the_smallest_of_what_lives(model):
         matrix = np.abs(kernel.matrix())
         gone = (new.operations == Operation.PRUNE) & (old.operations != Operation.PRUNE)
         assert matrix[gone].max() <= matrix[new.operations != Operation.PRUNE].min() * 1.02
+
+
+def test_random_episodes_end_within_the_limit_where_integers_bring_many_scales():
+    """Each of 120 outputs has a scale as int8: with few weights left floats are smaller."""
+    keras.utils.set_random_seed(0)
+    stack = [keras.layers.Dense(120, activation="relu"), keras.layers.Dense(3)]
+    model = keras.Sequential([keras.layers.Input((60,)), *stack])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, metrics=["accuracy"])
+    validation = evaluation_data(VALIDATION, model, "validation_data")
+    train = training_data(TRAIN, model, batch_size=32)
+
+    with quick_autoencoder():
+        network = CompressedNetwork(
+            model,
+            train,
+            validation,
+            target=rls.Target(tflite_bytes=10**6),
+            recovery=rls.Recovery(method="none"),
+        )
+    generous = network.budget
+    assert not generous.integers_pay(0, 2.0)
+    settings = LoopSettings(
+        agent=rls.Random(), reward=rls.Reward(), buckets=4, seed=0, warm_start=False
+    )
+    stored = set()
+    for factor in (1.25, 1.4):
+        network.retarget(generous.limited(factor * generous.smallest))
+        episodes, budget = make_episodes(settings, network), network.budget
+        for _ in range(20):
+            episodes.play()
+            size = budget.fixed + budget.kernel_bytes(network.states())
+            assert size <= budget.limit + budget.slack
+            stored |= {entry.exported_bits for entry in network.plan.kernels.values()}
+    assert stored == {8, 32}
