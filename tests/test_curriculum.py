@@ -382,7 +382,6 @@ class Stages:
 RUNS = {
     "dqn": {"agent": DQN},
     "ppo": {"agent": PPO},
-    "random": {"agent": "random"},
     "two levels": {"agent": DQN, "hierarchy": True},
 }
 
@@ -538,7 +537,12 @@ def test_contenders_play_at_the_full_target_alone():
 # ---------------------------------------------------------------------------- going on
 
 
-@pytest.mark.parametrize("played", [1, 3, 5], ids=["first stage", "between", "last stage"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("staged", "played"),
+    [("dqn", 1), ("ppo", 3), ("two levels", 5)],  # in the first stage, between them, in the last
+    indirect=["staged"],
+)
 def test_a_search_cut_off_in_any_stage_ends_in_the_same_bits(staged, played, tmp_path):
     one, result, _, folder = staged
     options = {"agent": one.agent, "hierarchy": one.hierarchy}

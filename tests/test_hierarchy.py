@@ -378,12 +378,8 @@ def test_nothing_is_traced_again(agent, fitted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"recovery": "least_squares", "agent": PPO}],
-    ids=["dqn finetune", "ppo least squares"],
-)
-def test_a_search_cut_off_in_an_episode_ends_in_the_same_bits(options, tmp_path):
+def test_a_search_cut_off_in_an_episode_ends_in_the_same_bits(tmp_path):
+    options = {"recovery": "least_squares", "agent": PPO}
     whole = search(compressor(trained(), directory=tmp_path / "whole", hierarchy=True, **options))
     cut = compressor(trained(), directory=tmp_path / "cut", hierarchy=True, **options)
     interrupt(cut, after=2 * STEPS_OF_AN_EPISODE + 3)
