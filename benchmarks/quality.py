@@ -40,6 +40,7 @@ from quality_tables import (
     STORED,
     Rows,
     plot,
+    print_summary,
     print_tables,
     say,
 )
@@ -292,6 +293,7 @@ def main() -> None:
         options.results.parent.mkdir(parents=True, exist_ok=True)
         run(options, rows)
     print_tables(options.networks, rows)
+    print_summary(options.networks, rows)
     if options.plot:
         plot(options.plot, options.networks, rows)
 

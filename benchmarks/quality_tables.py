@@ -133,6 +133,30 @@ def print_tables(networks: Sequence[str], rows: Rows) -> None:
         print("\nmean, cells ahead: " + "; ".join(ends))
 
 
+def print_summary(networks: Sequence[str], rows: Rows) -> None:
+    """Prints one table: test accuracy in %, a line per network and budget."""
+    here = [row for row in rows.rows if row["network"] in networks and row["share"] != "1.0"]
+    names = [name for name in CONTENDERS if any(row["contender"] == name for row in here)]
+    print("\nTest accuracy in %: mean, range, [seeds]\n")
+    print(f"| network | budget | {INT8} | " + " | ".join(names) + " |")
+    print("|---" * (3 + len(names)) + "|")
+    for network in networks:
+        mine = [row for row in here if row["network"] == network]
+        for share in sorted({float(row["share"]) for row in mine}, reverse=True):
+            dense = where(rows, network=network, share=1.0, contender=INT8)
+            cells = [_short(where(rows, network=network, share=share, contender=n)) for n in names]
+            print(f"| {network} | {share:.0%} | {_short(dense)} | " + " | ".join(cells) + " |")
+
+
+def _short(found: list[Row]) -> str:
+    """Mean and range of the accuracy, and of how many seeds."""
+    numbers = [100 * float(row["accuracy"]) for row in found if row["accuracy"]]
+    if not numbers:
+        return "no file" if found else "-"
+    spread = f" ({min(numbers):.1f} to {max(numbers):.1f})" if len(numbers) > 1 else ""
+    return f"{np.mean(numbers):.1f}{spread} [{len(numbers)}]"
+
+
 def best_contenders(rows: Rows) -> Iterator[tuple[str, str, str, Row]]:
     """Every cell's network, share and seed, and its best contender's row."""
     for network, share, seed in dict.fromkeys(
