@@ -316,6 +316,7 @@ def test_the_dense_int8_file_is_returned_if_nothing_smaller_holds(monkeypatch, c
     assert judged.endswith(": not held")
 
 
+@pytest.mark.slow
 def test_a_drop_that_no_file_holds_is_said_with_the_best(monkeypatch, tmp_path):
     Fake(monkeypatch, lambda size: 0.3 if size < 6_500 else 0.2)
     one = searcher(directory=tmp_path / "run")
@@ -392,6 +393,7 @@ def test_a_search_cut_off_anywhere_ends_in_the_same_bits(found, cut, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_trials_that_are_lost_are_named(tmp_path):
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -406,6 +408,7 @@ def test_trials_that_are_lost_are_named(tmp_path):
 # ---------------------------------------------------------------------------- other models
 
 
+@pytest.mark.slow
 def test_a_model_without_an_accuracy_is_held_to_its_loss():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(128, 40)).astype(np.float32)

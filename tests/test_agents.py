@@ -378,6 +378,7 @@ def test_ppo_imitates_forced_actions() -> None:
 # -- learning ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "episodes"),
     [

@@ -200,6 +200,7 @@ def test_a_plan_evaluated_is_the_small_model_it_stands_for(macs_search):
     assert loss == pytest.approx(outcome.loss, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target",
     [rls.Target(sparsity=0.6), rls.Target(tflite_bytes=9_000), rls.Target(gzip_bytes=6_000)],
@@ -216,6 +217,7 @@ def test_other_targets_are_met_by_removing_channels(target):
         assert size_held(result.report, target) <= target.value
 
 
+@pytest.mark.slow
 def test_ppo_and_training_as_recovery_work_as_well():
     one = compressor(rls.Target(macs=0.5), agent=PPO, recovery="finetune")
     result = searched(one, episodes=2)
@@ -223,6 +225,7 @@ def test_ppo_and_training_as_recovery_work_as_well():
     assert one.last.network.least_squares is None
 
 
+@pytest.mark.slow
 def test_searches_repeat(macs_search):
     _, result = macs_search
     again = searched(compressor(rls.Target(macs=0.4)))
@@ -232,6 +235,7 @@ def test_searches_repeat(macs_search):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_contenders_remove_channels_too(macs_search):
     one, _ = macs_search
     names = ["uniform", "global_magnitude", "uniform_output_error", "dynamic_programming"]
@@ -250,6 +254,7 @@ def test_channels_without_batch_normalization_have_no_scales_to_rank_by(macs_sea
         compare(macs_search[0], ["global_gamma"], 0)
 
 
+@pytest.mark.slow
 def test_heuristics_for_channels_are_for_channels():
     from tiny_search import VALIDATION as VECTORS
     from tiny_search import trained as tiny
@@ -266,6 +271,7 @@ def test_tfmot_cannot_remove_channels(macs_search):
         compare(macs_search[0], ["tfmot"], 0)
 
 
+@pytest.mark.slow
 def test_models_whose_channels_all_stay_are_masked_and_the_log_says_so(caplog):
     inputs = layers.Input((6,))
     x = layers.Reshape((6, 1))(layers.Dense(6, activation="relu")(inputs))
@@ -334,6 +340,7 @@ def table_for(model, quantization="plan"):
     )
 
 
+@pytest.mark.slow
 def test_a_table_given_predicts_the_latency(tmp_path, monkeypatch):
     def timed(path, against, **_):
         """What this processor takes for so small a model says nothing: two fifths."""
@@ -472,6 +479,7 @@ def test_shrunk_results_are_the_wrapped_ones(macs_search):
 # Shuffle's second mode.
 
 
+@pytest.mark.slow
 def test_channels_are_permuted_before_a_search_of_blocks():
     one = rls.Compressor(
         trained(), rls.Target(sparsity=0.6), DQN, group="block16", shuffle="channels"
@@ -514,6 +522,7 @@ def test_baselines_for_kernels_refuse_targets_of_channels(name):
         call(trained(), TRAIN, rls.Target(macs=0.5))
 
 
+@pytest.mark.slow
 def test_the_command_line_removes_channels(tmp_path, capsys):
     trained().save(tmp_path / "model.keras")
     (x, y), (x_validation, y_validation) = TRAIN, VALIDATION

@@ -141,6 +141,7 @@ def test_tfmot_is_trained_by_itself_only(finished, monkeypatch):
 # ---------------------------------------------------------------------------- sizes in bytes
 
 
+@pytest.mark.slow
 def test_contenders_are_held_to_a_size(small):
     names = ("uniform", "dynamic_programming", "random_search", "tfmot")
     entries = rows_of(small, *names)
@@ -235,6 +236,7 @@ def test_a_named_contender_that_cannot_run_is_an_error(finished, monkeypatch):
 # ---------------------------------------------------------------------------- the command line
 
 
+@pytest.mark.slow
 def test_compress_compares_when_asked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(comparison, "ALL", ("uniform", "tfmot"))
     trained().save(tmp_path / "model.keras")

@@ -455,6 +455,7 @@ def test_a_plan_of_an_earlier_stage_never_wins_by_its_value():
     assert count(result.candidate.plan) == 44
 
 
+@pytest.mark.slow
 def test_nothing_is_traced_again_from_stage_to_stage():
     network = network_for()
     agent = rls.PPO(hidden_layers=(8,), num_epochs=2, relaxed_reward=1.0)
@@ -477,6 +478,7 @@ def test_nothing_is_traced_again_from_stage_to_stage():
     assert loop.episodes.illegal_actions == 0
 
 
+@pytest.mark.slow
 def test_sizes_rise_too_and_the_file_meets_the_last():
     target = rls.Target(tflite_bytes=4500)
     one = compressor(wide(), "random", target=target, curriculum="staged", recovery="none")

@@ -118,6 +118,7 @@ def test_one_level_is_the_default(fitted):
     assert type(found) is Episodes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", AGENTS)
 @pytest.mark.parametrize("recovery", ["fitted", "tuned"])
 def test_every_kernel_is_decided_once_and_the_target_met(agent, recovery, request):
@@ -340,6 +341,7 @@ def test_targets_of_cost_are_held_in_every_episode(target, group):
 # -- keeping, repeating, going on ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", AGENTS)
 def test_a_state_goes_on_in_the_same_bits(agent, fitted):
     def on(episodes, count):

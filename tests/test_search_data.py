@@ -205,6 +205,7 @@ def test_every_kind_of_task_can_be_searched(task, capfd):
     assert "rl_sparsity" not in captured.err
 
 
+@pytest.mark.slow
 def test_class_weights_reach_recovery_and_fine_tuning_but_no_score(monkeypatch):
     seen = []
     model, plain_fit = trained(), keras.Model.fit

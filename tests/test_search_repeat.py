@@ -114,6 +114,7 @@ def test_the_same_seed_repeats_and_another_differs(whole, tmp_path):
     assert figures_of(other)[2:] != figures_of(same)[2:]
 
 
+@pytest.mark.slow
 def test_a_search_cut_off_before_its_first_episode_ended_starts_again(whole, tmp_path):
     _, folder = whole
     interrupt(compressor(trained(), directory=tmp_path / "run"), after=2)
@@ -140,6 +141,7 @@ def test_the_journal_has_a_line_per_episode_and_the_manifest_the_arguments(whole
     assert kept == {"latest", f"finalist-{when}-{best.proposed_by}"}
 
 
+@pytest.mark.slow
 def test_other_arguments_do_not_continue_a_run(tmp_path):
     folder = tmp_path / "run"
     interrupt(compressor(trained(), directory=folder), after=STEPS_OF_AN_EPISODE + 1)
@@ -164,6 +166,7 @@ def test_other_arguments_do_not_continue_a_run(tmp_path):
     assert (folder / "journal.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_lost_checkpoint_is_named(tmp_path):
     folder = tmp_path / "run"
     interrupt(compressor(trained(), directory=folder), after=STEPS_OF_AN_EPISODE + 1)

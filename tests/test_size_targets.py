@@ -41,6 +41,7 @@ def run(model, target, directory=None, **options):
 
 
 # Dense, the file has 17.7 kB in float32 and 6.6 kB as int8.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target", [rls.Target(tflite_bytes=4500), rls.Target(gzip_bytes=3600)], ids=["raw", "gzip"]
 )
@@ -63,6 +64,7 @@ def test_the_real_file_is_within_the_target(model, target, tmp_path):
         assert environment.illegal_actions == 0
 
 
+@pytest.mark.slow
 def test_a_size_that_integers_meet_needs_no_zeros(model):
     _, result = run(model, rls.Target(tflite_bytes=7300), episodes=1)
     assert result.metrics["compressed"]["tflite_bytes"] <= 7300
@@ -91,6 +93,7 @@ def test_other_quantizations_do_not_go_with_a_size(model):
         run(model, rls.Target(tflite_bytes=5000), quantization="int8")
 
 
+@pytest.mark.slow
 def test_a_file_that_came_out_too_large_is_pruned_further(model, monkeypatch):
     """Pretends that every first file is larger than the model of it said."""
     monkeypatch.setattr("rl_sparsity_tf.size_costs.MARGINS", {"tflite_bytes": -0.2})
@@ -108,6 +111,7 @@ def test_a_file_that_came_out_too_large_is_pruned_further(model, monkeypatch):
     assert result.metrics["compressed"]["tflite_bytes"] == seen[-1]
 
 
+@pytest.mark.slow
 def test_a_size_that_is_missed_for_good_is_said(model, monkeypatch):
     monkeypatch.setattr(size_enforcement, "pruned_further", lambda _, plan, __: plan)
     monkeypatch.setattr("rl_sparsity_tf.size_costs.MARGINS", {"tflite_bytes": -0.2})
