@@ -87,8 +87,8 @@ class Constant(Curriculum):
 class Linear(Curriculum):
     """Raises the target in equal steps, one every three episodes.
 
-    The last third of the episodes, rounded up, has the full target; what does not fill a step
-    goes to it as well.
+    The last third of the episodes, rounded up and no fewer than a step, has the full target; what
+    does not fill a step goes to it as well.
 
     Raises:
         ArgumentError: If `start` is no number above 0 and below 1.
@@ -115,7 +115,8 @@ class Linear(Curriculum):
 
     def shares(self, episodes: int) -> list[tuple[float, int]]:
         """Steps of three episodes, and the rest at the full target."""
-        steps = (episodes - math.ceil(episodes / 3)) // _STEP
+        # No step may have more episodes than the full target.
+        steps = max(0, episodes - max(_STEP, math.ceil(episodes / 3))) // _STEP
         rising = [self.start + (1.0 - self.start) * step / steps for step in range(steps)]
         return [*((share, _STEP) for share in rising), (1.0, episodes - _STEP * steps)]
 

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_size_budget import budget as bytes_budget
 from test_size_budget import dense_costs, sparse_costs
@@ -62,8 +62,8 @@ def _quick():
         (Constant(), 24, [(1.0, 24)]),
         (Linear(), 9, [(0.5, 3), (0.75, 3), (1.0, 3)]),
         (Linear(start=0.2), 24, [*((0.2 + 0.16 * i, 3) for i in range(5)), (1.0, 9)]),
-        (Linear(), 5, [(0.5, 3), (1.0, 2)]),
-        (Linear(), 4, [(1.0, 4)]),  # no room for a step
+        (Linear(), 6, [(0.5, 3), (1.0, 3)]),
+        (Linear(), 5, [(1.0, 5)]),  # no room for a step and as many with the full target
         (Staged(), 24, [(0.5, 8), (0.75, 8), (1.0, 8)]),
         (Staged(), 8, [(0.5, 2), (0.75, 2), (1.0, 4)]),
         (Staged(), 2, [(1.0, 2)]),
@@ -78,6 +78,7 @@ def test_the_shares_of_a_curriculum_are_those_computed_by_hand(curriculum, episo
 
 
 @given(st.sampled_from(CURRICULA), st.integers(1, 200))
+@example(Linear(), 5)
 def test_stages_follow_on_one_another_and_the_last_is_the_full_target(curriculum, episodes):
     stages = curriculum.schedule(episodes)
     assert [stage.start for stage in stages] == [0, *(stage.end for stage in stages[:-1])]
