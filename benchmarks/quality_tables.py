@@ -180,8 +180,9 @@ def plot(path: Path, networks: Sequence[str], rows: Rows) -> None:
 
     count = len(networks)
     figure, panels = pyplot.subplots(1, count, figsize=(5 * count, 4), squeeze=False)
+    lines: dict[str, Any] = {}
     for panel, network in zip(panels[0], networks, strict=True):
-        for title in (INT8, *CONTENDERS):
+        for number, title in enumerate((INT8, *CONTENDERS)):
             found = where(rows, network=network, contender=title)
             points = []
             for share in {r["share"] for r in found if r["accuracy"]}:
@@ -191,9 +192,11 @@ def plot(path: Path, networks: Sequence[str], rows: Rows) -> None:
                 )
             if points:
                 marker = "o-" if title in OURS else "x--"
-                panel.plot(*zip(*sorted(points), strict=True), marker, label=title)
+                style = {"label": title, "color": f"C{number}"}
+                (line,) = panel.plot(*zip(*sorted(points), strict=True), marker, **style)
+                lines.setdefault(title, line)
         panel.set(title=network, xlabel="bytes of the .tflite file", xscale="log")
     panels[0][0].set_ylabel("test accuracy")
-    panels[0][-1].legend(fontsize="small")
+    panels[0][-1].legend(lines.values(), lines, fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
