@@ -150,11 +150,8 @@ def print_summary(networks: Sequence[str], rows: Rows) -> None:
 
 def _short(found: list[Row]) -> str:
     """Mean and range of the accuracy, and of how many seeds."""
-    numbers = [100 * float(row["accuracy"]) for row in found if row["accuracy"]]
-    if not numbers:
-        return "no file" if found else "-"
-    spread = f" ({min(numbers):.1f} to {max(numbers):.1f})" if len(numbers) > 1 else ""
-    return f"{np.mean(numbers):.1f}{spread} [{len(numbers)}]"
+    text, count = over(found, "accuracy", 100, ".1f"), sum(bool(row["accuracy"]) for row in found)
+    return f"{text} [{count}]" if count else text
 
 
 def best_contenders(rows: Rows) -> Iterator[tuple[str, str, str, Row]]:
