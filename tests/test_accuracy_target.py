@@ -252,10 +252,26 @@ def test_a_smaller_trial_begins_with_the_plan_of_the_next_larger(found):
     assert [entry["proposed_by"] == PREVIOUS for entry in first.values()] == begun
 
 
-def test_contenders_are_held_to_the_bytes_found():
-    one = searcher(0.02, recovery="least_squares")  # a file that heuristics can come down to, too
-    result = run(one, finetune_epochs=2)
-    size = result.metrics["compressed"]["tflite_bytes"]
+class Fake:
+    """Stands in for the score of a file: by its size, as a closed form says."""
+
+    def __init__(self, patch, metric_of_size):
+        self.sizes = []
+
+        def score(path, *_):
+            size = path.stat().st_size
+            self.sizes.append(size)
+            return Score(metric=metric_of_size(size), loss=0.0)
+
+        patch.setattr(accuracy_search, "score_tflite", score)
+
+
+def test_contenders_are_held_to_the_bytes_found(monkeypatch):
+    # A file that heuristics, which store integers alone, can come down to, too.
+    Fake(monkeypatch, lambda size: 1.0 if size > 4_500 else 0.0)
+    one = searcher(recovery="least_squares")
+    size = run(one, finetune_epochs=2).metrics["compressed"]["tflite_bytes"]
+    assert 4_500 < size < 6_600
     assert one.last.target == rls.Target(tflite_bytes=size)
     entries = compare(one, ["dynamic_programming", "lamp"], verbose=0)
     assert len(entries) == 2
@@ -270,20 +286,6 @@ def test_a_tighter_drop_gives_a_file_that_is_not_smaller():
     ]
     assert sizes[0] <= sizes[1]
     assert sizes[0] < 6_600
-
-
-class Fake:
-    """Stands in for the score of a file: by its size, as a closed form says."""
-
-    def __init__(self, patch, metric_of_size):
-        self.sizes = []
-
-        def score(path, *_):
-            size = path.stat().st_size
-            self.sizes.append(size)
-            return Score(metric=metric_of_size(size), loss=0.0)
-
-        patch.setattr(accuracy_search, "score_tflite", score)
 
 
 def test_with_fewer_episodes_than_trials_each_has_one(monkeypatch):
