@@ -248,7 +248,8 @@ def report(options: argparse.Namespace, rows: Rows) -> None:
             cells = []
             for count in counts:
                 values = [one[min(count, len(one)) - 1] for one in curves]
-                cells.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+                spread = f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+                cells.append("-" if min(values) == _NO_PLAN else spread)
             print(f"| {search} | " + " | ".join(cells) + " |")
 
 
@@ -263,7 +264,7 @@ def draw(options: argparse.Namespace, rows: Rows) -> None:
         1, len(options.networks), figsize=(7 * len(options.networks), 5), squeeze=False
     )
     for network, panel in zip(options.networks, panels[0], strict=True):
-        names, best = [*SEARCHES, *OTHERS], -1.0
+        names, best = [*SEARCHES, *OTHERS], _NO_PLAN
         for search, colour in zip(names, pyplot.cm.tab20(range(len(names))), strict=True):
             curves = found(rows, network, goal_of(options), search)
             if not curves:

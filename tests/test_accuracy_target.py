@@ -279,15 +279,6 @@ def test_contenders_are_held_to_the_bytes_found(monkeypatch):
         assert entry["tflite_bytes"] <= size
 
 
-def test_a_tighter_drop_gives_a_file_that_is_not_smaller():
-    sizes = [
-        run(searcher(drop), episodes=2, finetune_epochs=0).metrics["compressed"]["tflite_bytes"]
-        for drop in (0.4, 0.05)
-    ]
-    assert sizes[0] <= sizes[1]
-    assert sizes[0] < 6_600
-
-
 def test_with_fewer_episodes_than_trials_each_has_one(monkeypatch):
     fake = Fake(monkeypatch, lambda size: 0.0 if size < 5_000 else 1.0)
     result = run(searcher(), episodes=2, finetune_epochs=0)
@@ -370,7 +361,6 @@ def stopped_after(patch: pytest.MonkeyPatch, owner, name: str, calls: int) -> No
 
 
 CUTS = {
-    "in the first trial": (LayerEnvironment, "_step", 3),
     "while the second is finished": (accuracy_search, "finish_candidate", 2),
     "between an episode and the next": (LayerEnvironment, "_step", 6 * 3 + 2),
 }
@@ -436,7 +426,7 @@ def test_whole_channels_are_removed_for_it_too():
     from test_channel_search import searched, trained
 
     one = channels(rls.Target(max_accuracy_drop=0.2))
-    result = searched(one, episodes=2)
+    result = searched(one, episodes=1)
     trials = result.metrics["search"]["trials"]
     assert result.metrics["compressed"]["tflite_bytes"] == min(
         trial["tflite_bytes"] for trial in trials if trial["held"]

@@ -203,7 +203,7 @@ def test_a_plan_evaluated_is_the_small_model_it_stands_for(macs_search):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "target",
-    [rls.Target(sparsity=0.6), rls.Target(tflite_bytes=9_000), rls.Target(gzip_bytes=6_000)],
+    [rls.Target(sparsity=0.6), rls.Target(tflite_bytes=9_000)],
     ids=lambda target: target.kind,
 )
 def test_other_targets_are_met_by_removing_channels(target):

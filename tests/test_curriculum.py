@@ -12,7 +12,6 @@ from test_size_budget import budget as bytes_budget
 from test_size_budget import dense_costs, sparse_costs
 from tiny_search import (
     DQN,
-    PPO,
     SPARSITY,
     TRAIN,
     VALIDATION,
@@ -382,7 +381,6 @@ class Stages:
 
 RUNS = {
     "dqn": {"agent": DQN},
-    "ppo": {"agent": PPO},
     "two levels": {"agent": DQN, "hierarchy": True},
 }
 
@@ -496,14 +494,11 @@ def test_sizes_rise_too_and_the_file_meets_the_last():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "target", [rls.Target(macs=0.4), rls.Target(sparsity=0.5)], ids=["macs", "sparsity"]
-)
-def test_channels_go_stage_by_stage(target):
+def test_channels_go_stage_by_stage():
     from test_channel_search import compressor as channels
     from test_channel_search import searched
 
-    one = channels(target, curriculum=Staged(stages=(0.5, 1.0)))
+    one = channels(rls.Target(macs=0.4), curriculum=Staged(stages=(0.5, 1.0)))
     with pytest.MonkeyPatch.context() as patch:
         stages = Stages(patch)
         result = searched(one, episodes=4)
@@ -511,11 +506,7 @@ def test_channels_go_stage_by_stage(target):
     assert_nested(first.plan, stages.proposed[1][PREVIOUS])
     assert first.outcome.target_sparsity == pytest.approx(last.outcome.target_sparsity / 2)
     assert result.history[2]["proposed_by"] == PREVIOUS
-    if target.kind == "macs":
-        assert result.channels.macs <= 0.4
-    else:
-        assert result.metrics["compressed"]["sparsity"] >= 0.5
-        assert result.model.count_params() < one.model.count_params()
+    assert result.channels.macs <= 0.4
 
 
 def test_the_display_says_where_the_target_stands(capsys):
@@ -543,7 +534,7 @@ def test_contenders_play_at_the_full_target_alone():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("staged", "played"),
-    [("dqn", 1), ("ppo", 3), ("two levels", 5)],  # in the first stage, between them, in the last
+    [("dqn", 3), ("two levels", 5)],  # between the stages, in the last
     indirect=["staged"],
 )
 def test_a_search_cut_off_in_any_stage_ends_in_the_same_bits(staged, played, tmp_path):
