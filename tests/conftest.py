@@ -1,5 +1,6 @@
 """Settings that must be in place before TensorFlow is imported."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -7,9 +8,20 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A process per core leaves nothing for threads to do but to wait for each other.
+    for _name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(_name, "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import rl_sparsity_tf  # noqa: F401  (asks for Keras 2 before anything touches tf.keras)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections():
+    """What is alive before a file of tests, TensorFlow above all, is not looked through again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -361,7 +361,6 @@ def stopped_after(patch: pytest.MonkeyPatch, owner, name: str, calls: int) -> No
 
 
 CUTS = {
-    "while the second is finished": (accuracy_search, "finish_candidate", 2),
     "between an episode and the next": (LayerEnvironment, "_step", 6 * 3 + 2),
 }
 

@@ -118,9 +118,7 @@ def seen(time_step) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("group", "method"),
     [
-        ("element", "none"),
         ("block4", "none"),
-        ("channel", "none"),
         ("element", "least_squares"),
         ("element", "finetune"),
     ],
@@ -321,7 +319,7 @@ def test_every_legal_goal_leaves_the_target_in_reach(seed, sparsity):
         step = env.step(np.int32(rng.choice(legal_of(step))))
 
 
-@pytest.mark.parametrize("group", ["element", "block4", "channel"])
+@pytest.mark.parametrize("group", ["block4", "channel"])
 @settings(max_examples=16, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32 - 1), sparsity=st.floats(0.02, 0.9))
 def test_any_legal_policy_meets_the_target_at_the_smallest_count(group, seed, sparsity):

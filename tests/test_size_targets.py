@@ -114,6 +114,7 @@ def test_a_file_that_came_out_too_large_is_pruned_further(model, monkeypatch):
 @pytest.mark.slow
 def test_a_size_that_is_missed_for_good_is_said(model, monkeypatch):
     monkeypatch.setattr(size_enforcement, "pruned_further", lambda _, plan, __: plan)
+    monkeypatch.setattr(size_enforcement, "_ATTEMPTS", 2)
     monkeypatch.setattr("rl_sparsity_tf.size_costs.MARGINS", {"tflite_bytes": -0.2})
     with pytest.raises(rls.TargetError, match=r"Target\(tflite_bytes=4500\) was missed.*then"):
         run(model, rls.Target(tflite_bytes=4500), episodes=1)
