@@ -431,9 +431,8 @@ def play(agent: Any, relaxation: Relaxation, episodes: int) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("updates", [2])
-def test_saved_agent_goes_on_as_if_never_stopped(tmp_path: Path, updates: int) -> None:
-    config = dataclasses.replace(SMALL, episodes_per_update=updates)
+def test_saved_agent_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, episodes_per_update=2)
 
     def built(seed: int) -> tuple[Any, Relaxation]:
         env = LayerEnvironment(half_dead(), FIRST)
