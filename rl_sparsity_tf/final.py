@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import tensorflow as tf
 
@@ -11,7 +11,6 @@ from rl_sparsity_tf.candidates import Candidate
 from rl_sparsity_tf.channel_finishing import Task, finish_candidate
 from rl_sparsity_tf.data import count_rows
 from rl_sparsity_tf.errors import TargetError
-from rl_sparsity_tf.finalists import Finalists
 from rl_sparsity_tf.finishing import Finished
 from rl_sparsity_tf.objective import Metric, Score
 from rl_sparsity_tf.plan import CompressionPlan
@@ -20,7 +19,7 @@ from rl_sparsity_tf.progress import SearchProgress
 
 def play_final(
     task: Task,
-    finalists: Finalists,
+    finalists: Iterable[Candidate],
     others: Sequence[tuple[str, CompressionPlan]],
     progress: SearchProgress,
     *,
@@ -30,7 +29,7 @@ def play_final(
 
     Args:
         task: What they are finished for.
-        finalists: The candidates.
+        finalists: The candidates, the best first.
         others: Plans to fall back on, see
             [finish_candidate][rl_sparsity_tf.channel_finishing.finish_candidate].
         progress: Where to say what is done.

@@ -44,7 +44,7 @@ from rl_sparsity_tf.scoring import score_model as score
 from rl_sparsity_tf.search_checks import check_search
 from rl_sparsity_tf.size_costs import formats_for
 from rl_sparsity_tf.size_trials import check_alone
-from rl_sparsity_tf.storage_choice import best_storage
+from rl_sparsity_tf.storage_choice import StorageChoice, choose_storage
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapping import accepted, is_wrapped
 
@@ -210,8 +210,9 @@ class Compressor:
                 with the number of time steps, which has to be fixed.
             finalists: How many plans are fine-tuned at the end, the best of every proposer: what
                 is best after a fit in closed form is not always best after the fine-tuning, so
-                the validation data decides among them. With a limit on the accuracy's drop it is
-                always one.
+                the validation data decides among them; with `group="auto"` and two or more, the
+                best plan of single weights at 8 bits is one more. With a limit on the accuracy's
+                drop it is always one.
             dataset: Name of the data, for metrics.json.
             overwrite: Whether a run in `directory` may be replaced.
             verbose: 0 silent, 1 a progress display, 2 a line per episode.
@@ -288,13 +289,15 @@ class Compressor:
                 seed=self.seed,
             )
 
-        network = plain = network_of(decisions)
+        plain = network_of(decisions)
         if run is not None:
             run.start()
         progress = SearchProgress(episodes, plain.metric.name, verbose)
+        choice = StorageChoice(plain)
         if self.group == channel_search.AUTO:
             progress.say("choosing groups and bits for every kernel")
-            network = best_storage(plain, network_of)
+            choice = choose_storage(plain, network_of, self.reward)
+        network, others = choice.network, choice.others if finalists > 1 else ()
         settings = dataclasses.replace(self.loop_settings(), finalists=finalists)
         loop = SearchLoop(settings, network, run)
         figures = Figures(train=data, validation=validation, test=test, metric=network.metric)
@@ -310,7 +313,7 @@ class Compressor:
         if self.target.max_accuracy_drop is None:
             loop.run(episodes, progress)
             finished, best = play_final(
-                task, loop.finalists, loop.proposed, progress, seed=self.seed
+                task, [*loop.finalists, *others], loop.proposed, progress, seed=self.seed
             )
         else:
             found = AccuracySearch(task, settings, loop, run).run(episodes, progress)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from rl_sparsity_tf.candidates import PROPOSED, Candidate
 from rl_sparsity_tf.decisions import KernelDecisions
 from rl_sparsity_tf.dynamic_programming import POWERS, affordable, propose_all
 from rl_sparsity_tf.export_modes import has_int4
@@ -22,6 +23,7 @@ from rl_sparsity_tf.knapsack import LARGEST_ERROR, knapsack
 from rl_sparsity_tf.layer_database import FLOAT, KernelErrors, kernel_errors
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.reward import RewardFunction, bounded
 from rl_sparsity_tf.size_budget import KernelCosts, SizeBudget
 from rl_sparsity_tf.size_costs import kernel_costs
 from rl_sparsity_tf.size_model import SizeModel
@@ -33,37 +35,55 @@ GROUPS = ("element", "block4")
 
 _UNITS = 8192
 
+SINGLE_WEIGHTS = "dynamic_programming_element"
+"""Who proposed the plan of a [StorageChoice][]."""
+
 Build = Callable[[KernelDecisions], CompressedNetwork]
 """Makes a network."""
 
 
-def best_storage(network: CompressedNetwork, build: Build) -> CompressedNetwork:
-    """The network whose kernels are cut and stored best for a target in bytes.
+@dataclasses.dataclass(frozen=True)
+class StorageChoice:
+    """What to search, and what the choice is held against in the end.
+
+    Attributes:
+        network: The network whose best plan by dynamic programming has the lowest validation loss
+            after recovery, with nothing decided. All plans that were evaluated count as its
+            evaluations.
+        others: The best plan of single weights at 8 bits, where another storage was chosen: what
+            is behind after a recovery in closed form may be ahead after the fine-tuning.
+    """
+
+    network: CompressedNetwork
+    others: Sequence[Candidate] = ()
+
+
+def choose_storage(
+    network: CompressedNetwork, build: Build, reward: RewardFunction
+) -> StorageChoice:
+    """Compares how kernels can be cut and stored for a target in bytes.
 
     Args:
         network: The network with all kernels in single weights, at 8 bits.
         build: Makes another of the same model.
-
-    Returns:
-        The network, with nothing decided, whose best plan by dynamic programming has the lowest
-        validation loss after recovery. All plans that were evaluated count as its evaluations.
+        reward: What a plan's outcome is worth.
     """
     decisions = network.decisions
     sizes = decisions.sizes
     assert sizes is not None
     wanted = [Storage("block4"), *propose_storages(network, sizes)]
-    best, lowest = network, _loss(network)
+    best, (lowest, plain) = network, _best_plan(network, reward)
     seen = set(network.seen)
     for number, storage in enumerate(wanted):
         if storage in wanted[:number] or storage == network.storage:
             continue
         other = build(KernelDecisions(storage, decisions.shuffles, sizes))
-        loss = _loss(other)
+        loss, _ = _best_plan(other, reward)
         seen |= other.seen
         if loss < lowest:
             best, lowest = other, loss
     best.seen |= seen
-    return best
+    return StorageChoice(best, () if best is network or plain is None else (plain,))
 
 
 def propose_storages(network: CompressedNetwork, sizes: SizeModel) -> list[Storage]:
@@ -151,9 +171,15 @@ def _option(errors: KernelErrors, costs: KernelCosts, storage: KernelStorage, bi
     return _Option(storage, errors.errors[bits], prices)
 
 
-def _loss(network: CompressedNetwork) -> float:
-    """The lowest validation loss after recovery of what dynamic programming proposes."""
-    steps = network.recovery.steps
-    losses = [evaluate_plan(network, plan, steps).loss for plan in propose_all(network, POWERS)]
+def _best_plan(
+    network: CompressedNetwork, reward: RewardFunction
+) -> tuple[float, Candidate | None]:
+    """What dynamic programming proposes with the lowest validation loss after recovery."""
+    lowest, best = math.inf, None
+    for plan in propose_all(network, POWERS):
+        outcome = evaluate_plan(network, plan, network.recovery.steps)
+        if outcome.loss < lowest:
+            value = bounded(reward, outcome, None)
+            lowest, best = outcome.loss, Candidate.of(network, value, PROPOSED, SINGLE_WEIGHTS)
     network.reset()
-    return min((loss for loss in losses if not math.isnan(loss)), default=math.inf)
+    return lowest, best

@@ -1,24 +1,27 @@
 """Groups and bits by kernel: what a network makes of them, how they are chosen, and the file."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tf_keras as keras
 from tiny_search import quick_autoencoder
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf import baselines
+from rl_sparsity_tf import baselines, final
 from rl_sparsity_tf.comparison import compare
 from rl_sparsity_tf.data import evaluation_data, training_data
 from rl_sparsity_tf.decisions import KernelDecisions
 from rl_sparsity_tf.dynamic_programming import propose_all
 from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.network import CompressedNetwork
+from rl_sparsity_tf.objective import Score
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
 from rl_sparsity_tf.size_costs import kernel_costs
 from rl_sparsity_tf.size_model import SizeModel
 from rl_sparsity_tf.storage import KernelStorage, Storage
-from rl_sparsity_tf.storage_choice import best_storage, propose_storages
+from rl_sparsity_tf.storage_choice import choose_storage, propose_storages
 
 L = keras.layers
 
@@ -184,7 +187,7 @@ def test_recovery_fits_to_the_coarser_grid(model):
 
 @pytest.fixture(scope="module")
 def chosen(model, limit):
-    """The network that it began with, the one that was chosen, and those that were made."""
+    """The network that it began with, what was chosen, and the networks that were made."""
     target = rls.Target(tflite_bytes=limit)
     sizes = SizeModel(model, "raw")
     plain = network_of(model, target, KernelDecisions("element", sizes=sizes))
@@ -194,7 +197,7 @@ def chosen(model, limit):
         made.append(network_of(model, target, decisions))
         return made[-1]
 
-    return plain, best_storage(plain, build), made
+    return plain, choose_storage(plain, build, rls.Reward()), made
 
 
 def test_proposals_keep_to_the_bytes(chosen, model):
@@ -210,7 +213,7 @@ def test_proposals_keep_to_the_bytes(chosen, model):
 
 def test_four_bits_are_chosen_where_they_save_what_zeros_would_cost(chosen):
     """There int4 fits everything; sparse int8 would have to lose three weights in four."""
-    plain, best, _ = chosen
+    plain, best = chosen[0], chosen[1].network
     bits = best.storage.bits(best.groupings)
     assert 4 in bits.values()
     assert plain.storage == Storage("element")
@@ -221,7 +224,7 @@ def test_four_bits_are_chosen_where_they_save_what_zeros_would_cost(chosen):
 
 
 def test_the_chosen_network_is_the_one_of_least_loss_and_counts_all_evaluations(chosen):
-    plain, best, made = chosen
+    plain, best, made = chosen[0], chosen[1].network, chosen[2]
     powers = (1.0, 0.5, 0.25)
 
     def loss(network):
@@ -235,6 +238,29 @@ def test_the_chosen_network_is_the_one_of_least_loss_and_counts_all_evaluations(
     # Every network has evaluated plans of its own.
     assert best.evaluations > max(len(propose_all(one, powers)) for one in made)
     assert not any(decided.any() for decided in best.decided.values())
+
+
+def test_the_best_plan_of_single_weights_is_held_against_the_choice(chosen):
+    plain, choice, _ = chosen
+    (other,) = choice.others
+    assert {entry.group for entry in other.plan.kernels.values()} == {"element"}
+    assert {entry.bits for entry in other.plan.kernels.values()} <= {8, 32}
+    losses = [evaluate_plan(plain, plan).loss for plan in propose_all(plain, (1.0, 0.5, 0.25))]
+    assert other.outcome.loss == min(losses)
+    # Its weights are those that it was evaluated with.
+    evaluate_plan(plain, other.plan)
+    for path, weights in plain.latent_weights().items():
+        for one, kept in zip(weights, other.weights[path], strict=True):
+            np.testing.assert_array_equal(one, kept)
+    plain.reset()
+
+
+def test_nothing_is_held_against_single_weights_that_were_chosen(chosen):
+    """Every network made is the same as that of the start, so that none is better."""
+    plain = chosen[0]
+    choice = choose_storage(plain, lambda decisions: plain, rls.Reward())
+    assert choice.network is plain
+    assert choice.others == ()
 
 
 def test_raw_bytes_alone_are_the_raw_bytes_of_both(model):
@@ -269,6 +295,39 @@ def test_dynamic_programming_at_four_bits_leaves_dense_kernels_dense(model, limi
 
 
 # ---------------------------------------------------------------------- searches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("finalists", [1, 2])
+def test_single_weights_win_where_they_are_better_in_the_end(model, limit, finalists, monkeypatch):
+    """The chosen storage leads to less loss before the fine-tuning; here it is ruined by it."""
+    real, seen = final.finish_candidate, []
+
+    def ruined(task, one, others):
+        seen.append(one.proposed_by)
+        finished = real(task, one, others)
+        if one.proposed_by == "dynamic_programming_element":
+            return finished
+        return dataclasses.replace(finished, validation=Score(metric=0.0, loss=9.0))
+
+    monkeypatch.setattr(final, "finish_candidate", ruined)
+    with quick_autoencoder():
+        one = rls.Compressor(
+            model,
+            rls.Target(tflite_bytes=limit),
+            rls.DQN(hidden_layers=(8,), train_steps=2, batch_size=8),
+            group="auto",
+            buckets=3,
+        )
+        options = {"episodes": 1, "finetune_epochs": 1, "verbose": 0}
+        result = one.search(TRAIN, VALIDATION, TEST, finalists=finalists, **options)
+    assert seen.count("dynamic_programming_element") == (finalists > 1)
+    assert seen[0] != "dynamic_programming_element"
+    won = result.metrics["compressed"]["proposed_by"] == "dynamic_programming_element"
+    assert won == (finalists > 1)
+    groups = {(entry.group, entry.exported_bits) for entry in result.plan.kernels.values()}
+    assert (groups <= {("element", 8), ("element", 32)}) == won
+    assert result.metrics["compressed"]["tflite_bytes"] <= limit
 
 
 @pytest.mark.slow
