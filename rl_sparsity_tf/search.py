@@ -211,8 +211,8 @@ class Compressor:
             finalists: How many plans are fine-tuned at the end, the best of every proposer: what
                 is best after a fit in closed form is not always best after the fine-tuning, so
                 the validation data decides among them; with `group="auto"` and two or more, the
-                best plan of single weights at 8 bits is one more. With a limit on the accuracy's
-                drop it is always one.
+                plan of dynamic programming for single weights is one more. With a limit on the
+                accuracy's drop it is always one.
             dataset: Name of the data, for metrics.json.
             overwrite: Whether a run in `directory` may be replaced.
             verbose: 0 silent, 1 a progress display, 2 a line per episode.

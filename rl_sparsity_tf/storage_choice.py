@@ -16,7 +16,7 @@ import numpy as np
 
 from rl_sparsity_tf.candidates import PROPOSED, Candidate
 from rl_sparsity_tf.decisions import KernelDecisions
-from rl_sparsity_tf.dynamic_programming import POWERS, affordable, propose_all
+from rl_sparsity_tf.dynamic_programming import POWERS, affordable, propose, propose_all
 from rl_sparsity_tf.export_modes import has_int4
 from rl_sparsity_tf.kernels import Kernel
 from rl_sparsity_tf.knapsack import LARGEST_ERROR, knapsack
@@ -50,8 +50,9 @@ class StorageChoice:
         network: The network whose best plan by dynamic programming has the lowest validation loss
             after recovery, with nothing decided. All plans that were evaluated count as its
             evaluations.
-        others: The best plan of single weights at 8 bits, where another storage was chosen: what
-            is behind after a recovery in closed form may be ahead after the fine-tuning.
+        others: Where another storage was chosen, the plan of dynamic programming for single
+            weights at 8 bits: what is behind after a recovery in closed form may be ahead after
+            the fine-tuning.
     """
 
     network: CompressedNetwork
@@ -72,18 +73,18 @@ def choose_storage(
     sizes = decisions.sizes
     assert sizes is not None
     wanted = [Storage("block4"), *propose_storages(network, sizes)]
-    best, (lowest, plain) = network, _best_plan(network, reward)
+    best, lowest = network, _loss(network)
     seen = set(network.seen)
     for number, storage in enumerate(wanted):
         if storage in wanted[:number] or storage == network.storage:
             continue
         other = build(KernelDecisions(storage, decisions.shuffles, sizes))
-        loss, _ = _best_plan(other, reward)
+        loss = _loss(other)
         seen |= other.seen
         if loss < lowest:
             best, lowest = other, loss
     best.seen |= seen
-    return StorageChoice(best, () if best is network or plain is None else (plain,))
+    return StorageChoice(best, () if best is network else (_baseline(network, reward),))
 
 
 def propose_storages(network: CompressedNetwork, sizes: SizeModel) -> list[Storage]:
@@ -171,15 +172,17 @@ def _option(errors: KernelErrors, costs: KernelCosts, storage: KernelStorage, bi
     return _Option(storage, errors.errors[bits], prices)
 
 
-def _best_plan(
-    network: CompressedNetwork, reward: RewardFunction
-) -> tuple[float, Candidate | None]:
-    """What dynamic programming proposes with the lowest validation loss after recovery."""
-    lowest, best = math.inf, None
-    for plan in propose_all(network, POWERS):
-        outcome = evaluate_plan(network, plan, network.recovery.steps)
-        if outcome.loss < lowest:
-            value = bounded(reward, outcome, None)
-            lowest, best = outcome.loss, Candidate.of(network, value, PROPOSED, SINGLE_WEIGHTS)
+def _loss(network: CompressedNetwork) -> float:
+    """The lowest validation loss after recovery of what dynamic programming proposes."""
+    steps = network.recovery.steps
+    losses = [evaluate_plan(network, plan, steps).loss for plan in propose_all(network, POWERS)]
     network.reset()
-    return lowest, best
+    return min((loss for loss in losses if not math.isnan(loss)), default=math.inf)
+
+
+def _baseline(network: CompressedNetwork, reward: RewardFunction) -> Candidate:
+    """What the contender of that name is given, evaluated on the network."""
+    outcome = evaluate_plan(network, propose(network), network.recovery.steps)
+    found = Candidate.of(network, bounded(reward, outcome, None), PROPOSED, SINGLE_WEIGHTS)
+    network.reset()
+    return found
