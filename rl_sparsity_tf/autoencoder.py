@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 import tf_keras as keras
 
 CHUNK = 32
-_CODE = 12
-_HIDDEN = 48
+_WIDTHS = (CHUNK, 48, 12, 48, CHUNK)
+
+
+@functools.lru_cache(maxsize=1)
+def _network(strategy: tf.distribute.Strategy) -> tuple[keras.Model, list[np.ndarray]]:
+    """The network that all autoencoders are trained in, one after the other, and Adam's start.
+
+    Its training is traced once in a process: that takes longer than a training does.
+    """
+    with strategy.scope():
+        layers = [
+            keras.layers.Dense(units, activation, dtype="float32", name=f"layer_{number}")
+            for number, (units, activation) in enumerate(
+                zip(_WIDTHS[1:], ("tanh", None, "tanh", None), strict=True)
+            )
+        ]
+        given = keras.layers.Input((CHUNK,), name="chunks")
+        model = keras.Sequential([given, *layers], name="autoencoder")
+        model.compile(keras.optimizers.Adam(3e-3), "mse")
+        model.optimizer.build(model.trainable_variables)
+    return model, [variable.numpy() for variable in model.optimizer.variables]
 
 
 class WeightAutoencoder:
@@ -66,20 +88,14 @@ class WeightAutoencoder:
         return np.pad(flat, (0, -flat.size % CHUNK)).reshape(-1, CHUNK)
 
     def _train(self, chunks: np.ndarray, rng: np.random.Generator, epochs: int) -> list[np.ndarray]:
-        def layer(units: int, activation: str | None) -> keras.layers.Dense:
+        model, untrained = _network(tf.distribute.get_strategy())
+        weights = []
+        for inputs, units in itertools.pairwise(_WIDTHS):
             initializer = keras.initializers.GlorotUniform(seed=int(rng.integers(2**31)))
-            return keras.layers.Dense(units, activation, kernel_initializer=initializer)
-
-        model = keras.Sequential(
-            [
-                keras.layers.Input((CHUNK,)),
-                layer(_HIDDEN, "tanh"),
-                layer(_CODE, None),
-                layer(_HIDDEN, "tanh"),
-                layer(CHUNK, None),
-            ]
-        )
-        model.compile(keras.optimizers.Adam(3e-3), "mse")
+            weights += [initializer((inputs, units)).numpy(), np.zeros(units, np.float32)]
+        model.set_weights(weights)
+        for variable, value in zip(model.optimizer.variables, untrained, strict=True):
+            variable.assign(value)
         repeated = np.tile(chunks, (-(-1024 // len(chunks)), 1))
         for _ in range(epochs):
             order = rng.permutation(len(repeated))

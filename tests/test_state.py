@@ -4,11 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tensorflow as tf
+import tf_keras as keras
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from zoo import ZOO, inputs_for
 
 import rl_sparsity_tf as rls
+from rl_sparsity_tf import autoencoder as autoencoder_module
 from rl_sparsity_tf.autoencoder import WeightAutoencoder
 from rl_sparsity_tf.data import evaluation_data, training_data
 from rl_sparsity_tf.network import CompressedNetwork
@@ -278,9 +281,37 @@ def test_error_is_bounded_for_any_weights(autoencoder):
 
 
 def test_the_autoencoder_repeats_itself():
+    """Whatever was trained before in the same process, and at the cost of one tracing for all."""
     kernels = originals(3)
-    errors = []
-    for seed in (5, 5, 6):
+    errors, traced = [], []
+    for seed in (5, 6, 5):
         network = WeightAutoencoder(kernels, seed=seed, epochs=1, max_chunks=20)
         errors.append(network.error("noise", kernels["noise"] * 1.5))
-    assert errors[0] == errors[1] != errors[2]
+        traced.append(keras_function().experimental_get_tracing_count())
+    assert errors[0] == errors[2] != errors[1]
+    assert traced[0] == traced[1] == traced[2]
+
+
+def keras_function():
+    """The training step that all autoencoders of the process share."""
+    model, _ = autoencoder_module._network(tf.distribute.get_strategy())
+    return model.train_tf_function
+
+
+@pytest.mark.parametrize("change", ["mixed precision", "strategy"])
+def test_the_autoencoder_is_the_same_under_other_settings(change):
+    kernels = originals(3)
+    plain = WeightAutoencoder(kernels, epochs=1)
+    try:
+        if change == "strategy":
+            with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+                other = WeightAutoencoder(kernels, epochs=1)
+        else:
+            keras.mixed_precision.set_global_policy("mixed_float16")
+            autoencoder_module._network.cache_clear()
+            other = WeightAutoencoder(kernels, epochs=1)
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+        autoencoder_module._network.cache_clear()
+    for one, same in zip(plain._layers, other._layers, strict=True):
+        np.testing.assert_array_equal(one, same)
