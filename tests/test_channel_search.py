@@ -201,20 +201,10 @@ def test_a_plan_evaluated_is_the_small_model_it_stands_for(macs_search):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "target",
-    [rls.Target(sparsity=0.6), rls.Target(tflite_bytes=9_000)],
-    ids=lambda target: target.kind,
-)
-def test_other_targets_are_met_by_removing_channels(target):
-    one = compressor(target)
-    result = searched(one, episodes=2)
-    if target.kind == "sparsity":
-        assert result.metrics["compressed"]["sparsity"] >= 0.6
-        left = sum(np.size(w) for w in result.model.get_weights())
-        assert left < 0.6 * sum(np.size(w) for w in trained().get_weights())
-    else:
-        assert size_held(result.report, target) <= target.value
+def test_a_size_is_met_by_removing_channels():
+    target = rls.Target(tflite_bytes=9_000)
+    result = searched(compressor(target), episodes=2)
+    assert size_held(result.report, target) <= target.value
 
 
 @pytest.mark.slow
@@ -259,7 +249,7 @@ def test_heuristics_for_channels_are_for_channels():
     from tiny_search import VALIDATION as VECTORS
     from tiny_search import trained as tiny
 
-    one = rls.Compressor(tiny(), rls.Target(sparsity=0.5), DQN)
+    one = rls.Compressor(tiny(), rls.Target(sparsity=0.5), "random")
     with quick_autoencoder():
         one.search(VECTORS, VECTORS, episodes=1, finetune_epochs=0, verbose=0)
     with pytest.raises(ArgumentError, match=r"uniform_gamma ranks whole channels, .*'element'"):
@@ -277,7 +267,7 @@ def test_models_whose_channels_all_stay_are_masked_and_the_log_says_so(caplog):
     x = layers.Reshape((6, 1))(layers.Dense(6, activation="relu")(inputs))
     model = keras.Model(inputs, layers.Dense(3, activation="softmax")(layers.Flatten()(x)))
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
-    one = rls.Compressor(model, rls.Target(sparsity=0.2), DQN, group="channel")
+    one = rls.Compressor(model, rls.Target(sparsity=0.2), "random", group="channel")
     x, y = np.random.default_rng(0).normal(size=(64, 6)).astype("float32"), np.arange(64) % 3
     with quick_autoencoder():
         result = one.search((x, y), (x, y), episodes=1, finetune_epochs=1, verbose=0)

@@ -147,9 +147,10 @@ def test_hard_kernels_are_those_of_the_wrapper(name: str) -> None:
     groups = ("element", "block4", "block16", "channel")
     group = groups[len(name) % 4]
     rng = np.random.default_rng(1)
+    wrapped = rls.wrap(model, group=group)
     # A mixed kernel, and two that are stored as integers because nothing is kept.
     for plan in ([KEEP, PRUNE, QUANTIZE, SHUFFLE], [SHUFFLE, PRUNE, QUANTIZE], [QUANTIZE, PRUNE]):
-        for kernel in find_kernels(rls.wrap(model, group=group)):
+        for kernel in find_kernels(wrapped):
             grouping, attribute = kernel.grouping(group), kernel.spec.attribute
             operations = np.resize(np.array(plan, np.uint8), grouping.count)
             operations = rng.permutation(operations).reshape(grouping.shape)
