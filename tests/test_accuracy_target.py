@@ -17,7 +17,7 @@ from tiny_search import (
     StoppedError,
     compressor,
     figures_of,
-    quick_autoencoder,
+    quick_search,
     search,
     wide,
 )
@@ -42,7 +42,7 @@ TRIALS, EPISODES = 3, 4  # one episode in each of the first two, and two in the 
 @pytest.fixture(scope="module", autouse=True)
 def _quick():
     """Three trials of the six: each of them fine-tunes and exports a model of its own."""
-    with quick_autoencoder(), pytest.MonkeyPatch.context() as patch:
+    with quick_search(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(accuracy_search, "MOST_TRIALS", TRIALS)
         yield
 

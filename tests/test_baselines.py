@@ -7,7 +7,7 @@ import pytest
 import tf_keras as keras
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_search import TRAIN, VALIDATION, quick_autoencoder, trained, untrained
+from tiny_search import TRAIN, VALIDATION, quick_search, trained, untrained
 from zoo import ZOO
 
 import rl_sparsity_tf as rls
@@ -452,7 +452,7 @@ def test_scores_by_an_unknown_heuristic_or_without_gradients_are_refused():
 
 
 def compressed(model, target, group="element"):
-    with quick_autoencoder():
+    with quick_search():
         return CompressedNetwork(
             model,
             training_data(TRAIN, model, batch_size=32),

@@ -9,7 +9,7 @@ import tf_keras as keras
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shrink import assert_same
-from tiny_search import DQN, PPO, quick_autoencoder
+from tiny_search import DQN, PPO, quick_search
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.channel_elimination import eliminate
@@ -87,7 +87,7 @@ def compressor(target, **arguments):
 
 
 def searched(one, **arguments):
-    with quick_autoencoder():
+    with quick_search():
         return one.search(
             TRAIN,
             validation_data=VALIDATION,
@@ -250,7 +250,7 @@ def test_heuristics_for_channels_are_for_channels():
     from tiny_search import trained as tiny
 
     one = rls.Compressor(tiny(), rls.Target(sparsity=0.5), "random")
-    with quick_autoencoder():
+    with quick_search():
         one.search(VECTORS, VECTORS, episodes=1, finetune_epochs=0, verbose=0)
     with pytest.raises(ArgumentError, match=r"uniform_gamma ranks whole channels, .*'element'"):
         compare(one, ["uniform_gamma"], 0)
@@ -269,7 +269,7 @@ def test_models_whose_channels_all_stay_are_masked_and_the_log_says_so(caplog):
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     one = rls.Compressor(model, rls.Target(sparsity=0.2), "random", group="channel")
     x, y = np.random.default_rng(0).normal(size=(64, 6)).astype("float32"), np.arange(64) % 3
-    with quick_autoencoder():
+    with quick_search():
         result = one.search((x, y), (x, y), episodes=1, finetune_epochs=1, verbose=0)
     assert "become zero, and stay in the file" in caplog.text
     assert result.channels is None
@@ -526,7 +526,7 @@ def test_the_command_line_removes_channels(tmp_path, capsys):
     command = ["compress", str(tmp_path / "model.keras"), "--data", str(tmp_path / "data.npz")]
     command += ["--output", str(tmp_path / "run"), "--target-macs", "0.5", "--episodes", "1"]
     command += ["--finalists", "1"]
-    with quick_autoencoder():
+    with quick_search():
         assert main([*command, "--finetune-epochs", "1", "--verbose", "1"]) == 0
     assert "of the multiplications" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tf_keras as keras
-from tiny_search import TEST, TRAIN, VALIDATION, quick_autoencoder, trained
+from tiny_search import TEST, TRAIN, VALIDATION, quick_search, trained
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf import cli
@@ -24,7 +24,7 @@ RESULTS = {"model.keras", "model.tflite", "plan.json", "metrics.json", "history.
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick():
-    with quick_autoencoder():
+    with quick_search():
         yield
 
 

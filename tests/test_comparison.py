@@ -13,7 +13,7 @@ from tiny_search import (
     TRAIN,
     VALIDATION,
     compressor,
-    quick_autoencoder,
+    quick_search,
     search,
     stop,
     trained,
@@ -36,7 +36,7 @@ ROW = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick():
-    with quick_autoencoder():
+    with quick_search():
         yield
 
 

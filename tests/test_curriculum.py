@@ -22,7 +22,7 @@ from tiny_search import (
     figures_of,
     interrupt,
     journal_of,
-    quick_autoencoder,
+    quick_search,
     search,
     trained,
     wide,
@@ -48,7 +48,7 @@ WEIGHTS = 72
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick():
-    with quick_autoencoder():
+    with quick_search():
         yield
 
 

@@ -7,7 +7,7 @@ import pytest
 import tf_keras as keras
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_search import TRAIN, VALIDATION, quick_autoencoder, trained
+from tiny_search import TRAIN, VALIDATION, quick_search, trained
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf import allocation, baselines, dynamic_programming
@@ -26,7 +26,7 @@ DENSE = KernelSpec.of_kind("kernel", "io", "fully_connected")
 
 
 def compressed(model, target, group="element", recovery="least_squares", **data):
-    with quick_autoencoder():
+    with quick_search():
         return CompressedNetwork(
             model,
             training_data(data.get("train", TRAIN), model, batch_size=32),

@@ -31,7 +31,7 @@ BUCKETS = 3
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_autoencoder():
+def _quick_search():
     """The autoencoder's quality is not the subject here; one pass instead of twelve."""
     with pytest.MonkeyPatch.context() as patch:
         quick = functools.partial(WeightAutoencoder, epochs=1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_search import VALIDATION, compressor, quick_autoencoder, search, trained
+from tiny_search import VALIDATION, compressor, quick_search, search, trained
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf import final
@@ -121,7 +121,7 @@ def test_a_search_finishes_the_best_plans_of_several_proposers(monkeypatch):
         return finished
 
     monkeypatch.setattr(final, "finish_candidate", watched)
-    with quick_autoencoder():
+    with quick_search():
         one = compressor(trained())
         result = search(one, finalists=3)
     names = [name for name, _ in seen]

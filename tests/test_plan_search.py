@@ -5,7 +5,7 @@ import pytest
 import tf_keras as keras
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_search import TRAIN, VALIDATION, quick_autoencoder, trained
+from tiny_search import TRAIN, VALIDATION, quick_search, trained
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf import baselines, dynamic_programming
@@ -21,7 +21,7 @@ REWARD = rls.Reward()
 
 
 def compressed(model, target, group="element", recovery="least_squares"):
-    with quick_autoencoder():
+    with quick_search():
         return CompressedNetwork(
             model,
             training_data(TRAIN, model, batch_size=32),
@@ -211,7 +211,7 @@ def test_users_get_a_plan_that_meets_the_target(name):
     model = trained()
     before = [weight.copy() for weight in model.get_weights()]
     options = {"sparsity": 0.5, "validation_data": VALIDATION, "evaluations": 3, "seed": 2}
-    with quick_autoencoder():
+    with quick_search():
         plan = getattr(baselines, name)(model, TRAIN, group="block4", **options)
         again = plan
         if name == "random_search":
@@ -229,7 +229,7 @@ def test_users_get_a_plan_that_meets_the_target(name):
 def test_users_may_begin_anywhere_with_another_reward_and_recovery():
     model = trained()
     start = baselines.uniform(model, sparsity=0.5)
-    with quick_autoencoder():
+    with quick_search():
         plan = baselines.hill_climbing(
             model,
             TRAIN,
@@ -265,7 +265,7 @@ def test_users_may_begin_anywhere_with_another_reward_and_recovery():
 )
 def test_wrong_arguments_are_refused(name, options, error, text):
     arguments = {"data": TRAIN, "sparsity": 0.5, "validation_data": VALIDATION, **options}
-    with pytest.raises(error, match=text) as caught, quick_autoencoder():
+    with pytest.raises(error, match=text) as caught, quick_search():
         getattr(baselines, name)(trained(), **arguments)
     if error is rls.DataError:
         assert str(caught.value).startswith(name)

@@ -36,7 +36,7 @@ SMALL = PPO(hidden_layers=(8,), num_epochs=2, relaxed_reward=1.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_autoencoder():
+def _quick_search():
     """The autoencoder's error has no part in the relaxed reward."""
     with pytest.MonkeyPatch.context() as patch:
         quick = functools.partial(WeightAutoencoder, epochs=1)

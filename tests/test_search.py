@@ -23,7 +23,7 @@ from tiny_search import (
     TRAIN,
     VALIDATION,
     compressor,
-    quick_autoencoder,
+    quick_search,
     search,
     trained,
 )
@@ -73,7 +73,7 @@ _SEARCH_OPTIONS = ("test_data", "dataset", "quantization", "episodes")
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick():
-    with quick_autoencoder():
+    with quick_search():
         yield
 
 

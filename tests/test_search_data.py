@@ -11,7 +11,7 @@ from tiny_search import (
     VALIDATION,
     compressor,
     episodes_of,
-    quick_autoencoder,
+    quick_search,
     rows,
     search,
     trained,
@@ -26,7 +26,7 @@ layers = keras.layers
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick():
-    with quick_autoencoder():
+    with quick_search():
         yield
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras as keras
-from tiny_search import compressor, episodes_of, figures_of, quick_autoencoder, search
+from tiny_search import compressor, episodes_of, figures_of, quick_search, search
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.kernels import find_kernels, sparsity_of
@@ -26,7 +26,7 @@ TRAIN, VALIDATION, TEST = signals(96), signals(60, 1), signals(40, 2)
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick():
-    with quick_autoencoder():
+    with quick_search():
         yield
 
 
@@ -73,11 +73,11 @@ class Encoder(keras.Model):
 @pytest.mark.parametrize(
     ("make", "batch_size"),
     [
-        (lambda: sequences(L.LSTM(6, dropout=0.2, recurrent_dropout=0.2)), 1),
+        (lambda: sequences(L.SimpleRNN(6, dropout=0.2, recurrent_dropout=0.2)), 1),
         (lambda: sequences(L.TimeDistributed(L.Dense(4)), L.Flatten()), None),
         (lambda: classifier(Encoder()), None),
     ],
-    ids=["lstm", "time_distributed", "subclassed"],
+    ids=["recurrent", "time_distributed", "subclassed"],
 )
 def test_a_search_ends_with_a_verified_file(make, batch_size):
     model = make()

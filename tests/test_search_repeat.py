@@ -14,7 +14,7 @@ from tiny_search import (
     figures_of,
     interrupt,
     journal_of,
-    quick_autoencoder,
+    quick_search,
     search,
     trained,
 )
@@ -28,7 +28,7 @@ STEPS_OF_AN_EPISODE = 6  # two kernels, three buckets each
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick():
-    with quick_autoencoder():
+    with quick_search():
         yield
 
 
@@ -101,15 +101,6 @@ def test_the_same_seed_repeats_and_another_differs(whole, tmp_path):
     assert figures_of(same) == figures_of(journal_of(folder)) == figures_of(result.history)
     other = episodes_of(compressor(trained(), directory=tmp_path / "other", seed=1))
     assert figures_of(other)[2:] != figures_of(same)[2:]
-
-
-@pytest.mark.slow
-def test_a_search_cut_off_before_its_first_episode_ended_starts_again(whole, tmp_path):
-    _, folder = whole
-    interrupt(compressor(trained(), directory=tmp_path / "run"), after=2)
-    assert journal_of(tmp_path / "run") == []
-    again = episodes_of(compressor(trained(), directory=tmp_path / "run"))
-    assert figures_of(again) == figures_of(journal_of(folder))
 
 
 def test_the_journal_has_a_line_per_episode_and_the_manifest_the_arguments(whole):

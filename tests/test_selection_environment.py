@@ -12,7 +12,7 @@ import tf_keras as keras
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tf_agents.environments import utils as environment_utils
-from tiny_search import quick_autoencoder
+from tiny_search import quick_search
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.agents import build_agent
@@ -41,7 +41,7 @@ NAMES = [f"dense_{number}/kernel" for number in range(len(UNITS))]
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick():
-    with quick_autoencoder():
+    with quick_search():
         yield
     network_of.cache_clear()
 

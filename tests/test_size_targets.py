@@ -9,7 +9,7 @@ from tiny_search import (
     WIDE_TRAIN,
     WIDE_VALIDATION,
     compressor,
-    quick_autoencoder,
+    quick_search,
     search,
     wide,
     wide_rows,
@@ -153,7 +153,7 @@ def test_random_episodes_end_within_the_limit_where_integers_bring_many_scales()
     validation = evaluation_data(VALIDATION, model, "validation_data")
     train = training_data(TRAIN, model, batch_size=32)
 
-    with quick_autoencoder():
+    with quick_search():
         network = CompressedNetwork(
             model,
             train,

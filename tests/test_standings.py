@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_search import SPARSITY, TRAIN, VALIDATION, quick_autoencoder, trained
+from tiny_search import SPARSITY, TRAIN, VALIDATION, quick_search, trained
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.data import evaluation_data, training_data
@@ -17,7 +17,7 @@ from rl_sparsity_tf.standings import NAMES, Ranks, output_prices, threshold
 @pytest.fixture(scope="module")
 def network():
     model = trained()
-    with quick_autoencoder():
+    with quick_search():
         return CompressedNetwork(
             model,
             training_data(TRAIN, model, batch_size=32),
@@ -158,7 +158,7 @@ def test_prices_are_what_weights_add_to_the_outputs_by_hand(network):
 
 def test_without_least_squares_prices_are_shares_of_the_weights_energy():
     model = trained()
-    with quick_autoencoder():
+    with quick_search():
         network = CompressedNetwork(
             model,
             training_data(TRAIN, model, batch_size=32),

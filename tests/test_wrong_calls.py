@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tf_keras as keras
-from tiny_search import quick_autoencoder, untrained
+from tiny_search import quick_search, untrained
 from wrong_calls import (
     IMAGES,
     LABELS,
@@ -791,7 +791,7 @@ RIGHT: dict[str, Call] = {
 def test_calls_without_the_mistake_get_to_work(case, shared, tmp_path):
     found = Files(shared, tmp_path)
     tiny()
-    with quick_autoencoder(), nothing_runs(SearchLoop), pytest.raises(StartedError):
+    with quick_search(), nothing_runs(SearchLoop), pytest.raises(StartedError):
         RIGHT[case](found)
 
 

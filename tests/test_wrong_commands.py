@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from tiny_search import quick_autoencoder
+from tiny_search import quick_search
 from wrong_calls import Files, StartedError, nothing_runs, tiny
 
 from rl_sparsity_tf import demo
@@ -173,5 +173,5 @@ RIGHT = {"compress": (compress(), SearchLoop), "demo": ("demo --output {place}/r
 def test_commands_without_the_mistake_get_to_work(case, shared, tmp_path):
     command, owner = RIGHT[case]
     tiny()
-    with quick_autoencoder(), nothing_runs(owner), pytest.raises(StartedError):
+    with quick_search(), nothing_runs(owner), pytest.raises(StartedError):
         main(arguments_of(command, Files(shared, tmp_path)))

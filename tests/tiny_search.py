@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tf_keras as keras
 
 import rl_sparsity_tf as rls
@@ -18,6 +19,8 @@ from rl_sparsity_tf import network as network_module
 from rl_sparsity_tf import search as search_module
 from rl_sparsity_tf.autoencoder import WeightAutoencoder
 from rl_sparsity_tf.environment import LayerEnvironment
+from rl_sparsity_tf.files import sha256_of
+from rl_sparsity_tf.finishing import Figures
 
 DQN = rls.DQN(hidden_layers=(8,), train_steps=4, batch_size=8)
 PPO = rls.PPO(hidden_layers=(8,), num_epochs=2)
@@ -25,12 +28,41 @@ SPARSITY = 0.6
 
 
 @contextlib.contextmanager
-def quick_autoencoder() -> Iterator[None]:
-    """One pass of training instead of twelve; everything else is what users run."""
+def quick_search() -> Iterator[None]:
+    """The autoencoder is trained for one pass instead of twelve, and a dense model exported once.
+
+    Everything else is what users run.
+    """
     with pytest.MonkeyPatch.context() as patch:
         quick = functools.partial(WeightAutoencoder, epochs=1)
         patch.setattr(network_module, "WeightAutoencoder", quick)
+        for name in ("export_and_score", "export_dense_int8"):
+            patch.setattr(search_module, name, once_per_model(getattr(search_module, name)))
         yield
+
+
+_EXPORTED: dict[str, Any] = {}
+
+
+def once_per_model(export: Callable[..., Any]) -> Callable[..., Any]:
+    """What a search says of the dense model, kept for searches of the same model and data."""
+    if hasattr(export, "real"):
+        return export
+
+    def kept(model: keras.Model, *arguments: Any) -> Any:
+        (figures,) = [one for one in arguments if isinstance(one, Figures)]
+        data = tf.nest.flatten([figures.test, figures.representative(model)])
+        arrays = [np.asarray(one) for one in (*model.get_weights(), *data) if one is not None]
+        others = [one for one in arguments if one is not figures]
+        words = (export.__name__, model.to_json(), str(figures.metric), str(others))
+        texts = [word.encode() for word in (*words, str([one.shape for one in arrays]))]
+        key = sha256_of(*texts, *(np.ascontiguousarray(one).tobytes() for one in arrays))
+        if key not in _EXPORTED:
+            _EXPORTED[key] = export(model, *arguments)
+        return _EXPORTED[key]
+
+    kept.real = export  # type: ignore[attr-defined]
+    return kept
 
 
 class StoppedError(Exception):
@@ -80,7 +112,8 @@ def untrained() -> keras.Model:
 def trained() -> keras.Model:
     """The same trained model every time, its optimizer having taken a step."""
     model = untrained()
-    model.train_on_batch(*TRAIN)
+    # By hand: Keras's own step is traced, which takes longer than many a test.
+    model.optimizer.apply_gradients((tf.ones_like(w), w) for w in model.trainable_weights)
     model.set_weights(_weights())
     return model
 

@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_model_optimization as tfmot
 import tf_keras as keras
-from tiny_search import TRAIN, VALIDATION, quick_autoencoder, trained, untrained
+from tiny_search import TRAIN, VALIDATION, quick_search, trained, untrained
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf import demo
@@ -352,7 +352,7 @@ def make_files(folder: Path) -> Path:
     (folder / "truncated.npz").write_bytes((folder / "data.npz").read_bytes()[:1000])
     (folder / "foreign").mkdir()
     (folder / "foreign" / "thesis.txt").write_text("years of work")
-    with quick_autoencoder(), nothing_runs(SearchLoop), contextlib.suppress(StartedError):
+    with quick_search(), nothing_runs(SearchLoop), contextlib.suppress(StartedError):
         in_folder("unfinished")(Files(folder, folder))
     for name in ("finished", "damaged"):
         (folder / name).mkdir()
