@@ -197,6 +197,7 @@ def metric_of(content: bytes, folder) -> float:
     return float((np.asarray(outputs).argmax(axis=1) == WIDE_VALIDATION[1]).mean())
 
 
+@pytest.mark.slow
 def test_the_file_holds_the_drop_on_the_validation_data(found, tmp_path):
     _, result, folder = found
     dense = wide().evaluate(*WIDE_VALIDATION, verbose=0, return_dict=True)["accuracy"]
@@ -206,6 +207,7 @@ def test_the_file_holds_the_drop_on_the_validation_data(found, tmp_path):
     assert len(content) < 6_600  # smaller than as int8 alone
 
 
+@pytest.mark.slow
 def test_the_trials_are_recorded_and_the_smallest_that_held_is_returned(found):
     _, result, folder = found
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -227,6 +229,7 @@ def test_the_trials_are_recorded_and_the_smallest_that_held_is_returned(found):
     assert (folder / "model.tflite").stat().st_size == smallest
 
 
+@pytest.mark.slow
 def test_the_episodes_are_shared_and_say_which_trial_they_are_of(found):
     one, result, _ = found
     limits = [trial["limit"] for trial in result.metrics["search"]["trials"][1:]]
@@ -241,6 +244,7 @@ def test_the_episodes_are_shared_and_say_which_trial_they_are_of(found):
     assert one.last.loop.episodes.illegal_actions == 0
 
 
+@pytest.mark.slow
 def test_a_smaller_trial_begins_with_the_plan_of_the_next_larger(found):
     _, result, _ = found
     first: dict[int, dict] = {}
@@ -266,6 +270,7 @@ class Fake:
         patch.setattr(accuracy_search, "score_tflite", score)
 
 
+@pytest.mark.slow
 def test_contenders_are_held_to_the_bytes_found(monkeypatch):
     # A file that heuristics, which store integers alone, can come down to, too.
     Fake(monkeypatch, lambda size: 1.0 if size > 4_500 else 0.0)
@@ -279,6 +284,7 @@ def test_contenders_are_held_to_the_bytes_found(monkeypatch):
         assert entry["tflite_bytes"] <= size
 
 
+@pytest.mark.slow
 def test_with_fewer_episodes_than_trials_each_has_one(monkeypatch):
     fake = Fake(monkeypatch, lambda size: 0.0 if size < 5_000 else 1.0)
     result = run(searcher(), episodes=2, finetune_epochs=0)
@@ -290,6 +296,7 @@ def test_with_fewer_episodes_than_trials_each_has_one(monkeypatch):
     assert result.metrics["search"]["trials"][1]["held"] is False
 
 
+@pytest.mark.slow
 def test_the_dense_int8_file_is_returned_if_nothing_smaller_holds(monkeypatch, capsys):
     Fake(monkeypatch, lambda size: 1.0 if size > 6_500 else 0.0)
     result = run(searcher(), episodes=1, finetune_epochs=1, verbose=2)

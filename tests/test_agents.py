@@ -216,6 +216,7 @@ def test_global_generators_are_left_alone() -> None:
 # -- acting --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [*SMALL.values(), dataclasses.replace(SMALL["dqn"], exploration="boltzmann")],
@@ -231,6 +232,7 @@ def test_no_illegal_action_in_a_thousand_steps(config: Any) -> None:
     assert env.illegal_actions == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(SMALL))
 def test_same_seed_same_actions(name: str) -> None:
     runs = []
@@ -596,6 +598,7 @@ def test_unusable_time_steps_are_explained() -> None:
 # -- keeping -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [*SMALL.values(), dataclasses.replace(SMALL["ppo"], episodes_per_update=2)],

@@ -284,6 +284,7 @@ def test_the_least_pruned_is_found_exactly_in_small_networks():
 # ---------------------------------------------------------------------- plans
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plan_is_wrapped_trained_and_stripped(name):
     model = trained()

@@ -123,6 +123,7 @@ def test_a_pruned_channel_is_masked_where_it_is_made_and_where_it_is_read():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [residual, joined])
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 999))

@@ -67,6 +67,7 @@ def rows_of(one, *names):
 # ---------------------------------------------------------------------------- all of them
 
 
+@pytest.mark.slow
 def test_all_contenders_have_complete_rows(finished):
     assert [entry["name"] for entry in finished.entries] == [CONTENDERS[name] for name in ALL]
     assert len(ALL) == 10
@@ -152,6 +153,7 @@ def test_contenders_are_held_to_a_size(small):
         assert 0 < entry["sparsity"] < 1
 
 
+@pytest.mark.slow
 def test_tfmot_prunes_more_where_its_file_is_too_large(small, monkeypatch):
     original = comparison.prune_with_tfmot
     asked = []
@@ -211,6 +213,7 @@ def test_unknown_contenders_are_refused(contenders, message):
         compare(compressor(trained()), contenders)
 
 
+@pytest.mark.slow
 def test_a_named_contender_that_cannot_run_is_an_error(finished, monkeypatch):
     one = finished.compressor
 

@@ -520,6 +520,7 @@ def test_the_display_says_where_the_target_stands(capsys):
     assert lines[3] == "1 of the way to the target"
 
 
+@pytest.mark.slow
 def test_contenders_play_at_the_full_target_alone():
     from rl_sparsity_tf.comparison import compare
 
@@ -565,6 +566,7 @@ def test_another_curriculum_does_not_continue_a_run(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_constant_curriculum_is_what_searches_have_always_done(tmp_path):
     runs = [
         episodes_of(compressor(trained(), "random", directory=tmp_path / str(index), **options))

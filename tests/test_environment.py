@@ -141,6 +141,7 @@ def fingerprint(network: CompressedNetwork) -> bytes:
 # -- the contract --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_kernel_of_every_group_kind_passes_both_checks(group):
     for env in environments(network_of(group), 0.5):
@@ -212,6 +213,7 @@ STYLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 @settings(max_examples=16, deadline=None, derandomize=True)
 @given(

@@ -93,6 +93,7 @@ def zoo_like(*recurrent):
     return keras.Sequential([layers.Input((5, 3)), *recurrent, layers.Dense(3)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "unroll"),
     [
@@ -414,6 +415,7 @@ MEASURED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEASURED)
 def test_kernels_are_stored_as_the_table_says(name, tmp_path):
     kind, unroll, make, modes = MEASURED[name]

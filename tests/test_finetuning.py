@@ -124,6 +124,7 @@ DISTANCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DISTANCES)
 def test_the_loss_is_shared_between_labels_and_teacher(case):
     loss, activation, y, by_hand = DISTANCES[case]
@@ -280,6 +281,7 @@ def images(seed=0):
     return network("mse", seed=seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("build", "shape", "batch"), [(recurrent, (3, 6), 8), (images, (6,), 9)])
 def test_the_teacher_is_not_changed_and_the_step_is_traced_no_more(build, shape, batch):
     teacher = build()

@@ -266,6 +266,7 @@ def test_the_nearest_legal_goal_is_shown(density, fitted):
     assert abs(goals[action] - (1 - density)) == np.abs(goals - (1 - density)).min()
 
 
+@pytest.mark.slow
 def test_a_warm_start_shows_a_third(fitted):
     loop = SearchLoop(settings_of(warm_start=True), fitted)
     below = watched(loop.episodes.agent)
@@ -313,6 +314,7 @@ def wide() -> keras.Model:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "group"),
     [(rls.Target(tflite_bytes=5600), "element"), (rls.Target(macs=0.4), "channel")],
@@ -368,6 +370,7 @@ def test_the_levels_draw_from_different_streams(fitted):
     assert episodes.agent._generator.random() != episodes.selector._generator.random()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", ["dqn", "ppo"])
 def test_nothing_is_traced_again(agent, fitted):
     episodes, counts = episodes_on(fitted, AGENTS[agent]), []

@@ -260,6 +260,7 @@ def test_the_plan_is_read_back(case):
     assert plan_of(case.wrapped) == case.plan
 
 
+@pytest.mark.slow
 def test_the_wrapped_model_is_saved_and_loaded(case, tmp_path):
     case.wrapped.save(tmp_path / "wrapped.keras")
     loaded = keras.models.load_model(tmp_path / "wrapped.keras")
@@ -267,6 +268,7 @@ def test_the_wrapped_model_is_saved_and_loaded(case, tmp_path):
     assert plan_of(loaded) == case.plan
 
 
+@pytest.mark.slow
 def test_pruned_weights_stay_zero_in_training(case):
     wrapped = rls.wrap(case.model, case.plan)
     wrapped.run_eagerly = case.name not in TRAINED_IN_A_GRAPH

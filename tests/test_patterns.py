@@ -270,6 +270,7 @@ def test_gates_start_by_the_distance_from_their_own_block():
     np.testing.assert_allclose(logits[:4] * 10, logits[4:], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
 def test_training_ends_in_the_pattern(mask):
     model = ZOO["residual"]()

@@ -49,6 +49,7 @@ PUBLIC = pytest.mark.parametrize("name", ["random_search", "hill_climbing"])
 # ---------------------------------------------------------------------- searches
 
 
+@pytest.mark.slow
 @SEARCHES
 def test_the_best_of_so_many_plans_is_found(network, search):
     seen = []
@@ -101,6 +102,7 @@ def test_searches_end_when_there_is_nothing_new(search):
     assert pruned_weights(found.plan) == 9
 
 
+@pytest.mark.slow
 @SEARCHES
 def test_other_recoveries_are_trained(search):
     network = compressed(trained(), rls.Target(sparsity=0.7), recovery="finetune")
@@ -206,6 +208,7 @@ def test_kernels_are_integers_where_that_is_smaller(sized):
 # ---------------------------------------------------------------------- for users
 
 
+@pytest.mark.slow
 @PUBLIC
 def test_users_get_a_plan_that_meets_the_target(name):
     model = trained()

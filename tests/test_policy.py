@@ -123,6 +123,7 @@ def greedy_actions(agent, network: CompressedNetwork) -> list[int]:
 # -- files that are fine -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [DQN, PPO, rls.DQN(hidden_layers=(5, 3, 4), double=False)])
 def test_a_saved_policy_takes_the_same_actions_when_it_is_loaded(config, tmp_path):
     network = fitted()
@@ -418,6 +419,7 @@ def test_values_are_learned_relative_to_what_the_policys_plan_is_worth():
         assert given == {"worth": pytest.approx(expected)}
 
 
+@pytest.mark.slow
 def test_no_search_at_all_gives_a_finished_model(path, tmp_path):
     options = {"policy": path, "directory": tmp_path / "run", "recovery": "least_squares"}
     result = search(compressor(trained(), agent=None, **options), episodes=0, test_data=TEST)

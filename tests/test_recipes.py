@@ -74,6 +74,7 @@ EXACT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "bits", "unroll"), EXACT)
 def test_integers_stand_for_the_fine_tuned_weights_bit_for_bit(name, bits, unroll, tmp_path):
     keras.backend.clear_session()  # names, and so paths, start from the beginning

@@ -141,6 +141,7 @@ def test_gradient_of_a_choice_is_finite_where_it_was_all_but_impossible() -> Non
 # -- the kernels ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*zoo.ZOO, *zoo.RECURRENT_ETC])
 def test_hard_kernels_are_those_of_the_wrapper(name: str) -> None:
     model = {**zoo.ZOO, **zoo.RECURRENT_ETC}[name]()
@@ -432,6 +433,7 @@ def play(agent: Any, relaxation: Relaxation, episodes: int) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 def test_saved_agent_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, episodes_per_update=2)
 

@@ -406,6 +406,7 @@ def network() -> CompressedNetwork:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", [DQN, PPO], ids=["dqn", "ppo"])
 def test_nothing_is_traced_again_and_nothing_illegal_is_chosen(network, agent):
     settings = LoopSettings(agent=agent, reward=rls.Reward(), buckets=6, seed=3, warm_start=True)
@@ -422,6 +423,7 @@ def test_nothing_is_traced_again_and_nothing_illegal_is_chosen(network, agent):
     assert len(loop.history) == 6
 
 
+@pytest.mark.slow
 def test_with_least_squares_the_best_plan_of_all_is_returned_and_rewards_add_up_to_its_value():
     model = trained()
     network = CompressedNetwork(

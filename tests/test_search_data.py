@@ -201,6 +201,7 @@ def test_class_weights_reach_recovery_and_fine_tuning_but_no_score(monkeypatch):
     assert all(weights is None for _, _, weights in one.last.figures.validation)
 
 
+@pytest.mark.slow
 def test_a_run_continues_only_with_the_same_class_weights(tmp_path):
     options = {"directory": tmp_path / "run", "recovery": rls.Recovery(method="none")}
     weights = {0: 1.0, 1: 2.0, 2: 3.0}
@@ -216,6 +217,7 @@ def test_a_run_continues_only_with_the_same_class_weights(tmp_path):
     assert journal == first
 
 
+@pytest.mark.slow
 def test_a_function_replaces_the_reward():
     seen = []
 
@@ -282,6 +284,7 @@ WRONG_OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WRONG_OPTIONS)
 def test_wrong_options_of_the_compressor_are_refused(case):
     options, message = WRONG_OPTIONS[case]
@@ -400,6 +403,7 @@ def test_an_impossible_directory_is_refused_before_training(place, tmp_path, unt
         search(compressor(untouchable, directory=tmp_path / place))
 
 
+@pytest.mark.slow
 def test_plans_are_evaluated_on_a_sample_and_the_result_on_everything():
     one = compressor(trained(), agent="random", recovery=rls.Recovery(method="none"))
     result = search(one, episodes=1, finetune_epochs=0, validation_rows=7)

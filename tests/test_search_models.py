@@ -70,6 +70,7 @@ class Encoder(keras.Model):
         return self.head(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "batch_size"),
     [
@@ -94,6 +95,7 @@ def test_a_search_ends_with_a_verified_file(make, batch_size):
         np.testing.assert_array_equal(now, then)
 
 
+@pytest.mark.slow
 def test_an_unrolled_search_stores_the_kernels_of_an_lstm_as_integers(monkeypatch):
     model = sequences(L.LSTM(6))
     result = run(model, unroll=True)
@@ -126,6 +128,7 @@ class TwoHeads(keras.Model):
         return {"digit": self.digit(x), "level": self.level(x)}
 
 
+@pytest.mark.slow
 def test_the_file_of_a_model_with_dicts_is_scored_by_all_its_outputs():
     def rows(data):
         x, y = data
@@ -142,6 +145,7 @@ def test_the_file_of_a_model_with_dicts_is_scored_by_all_its_outputs():
     assert figures["metric"] == pytest.approx(np.ravel(expected)[0], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_autoencoder_from_a_dataset_is_judged_by_its_loss():
     def pairs(data):
         x = data[0].reshape(len(data[0]), 15)
@@ -157,6 +161,7 @@ def test_an_autoencoder_from_a_dataset_is_judged_by_its_loss():
     assert figures["metric"] < 10
 
 
+@pytest.mark.slow
 def test_mixed_precision_is_searched_as_it_is_and_exported_in_float32():
     kept = keras.mixed_precision.Policy("mixed_float16")
     model = sequences(L.Flatten(), L.Dense(8, activation="relu", dtype=kept))
@@ -168,6 +173,7 @@ def test_mixed_precision_is_searched_as_it_is_and_exported_in_float32():
     assert any("computes in float32" in note for note in result.report.notes)
 
 
+@pytest.mark.slow
 def test_the_recovery_of_a_recurrent_network_is_deterministic(tmp_path):
     model = sequences(L.SimpleRNN(6, dropout=0.5, recurrent_dropout=0.5))
     recovery = rls.Recovery(method="finetune", steps=1)

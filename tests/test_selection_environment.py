@@ -115,6 +115,7 @@ def seen(time_step) -> dict[str, float]:
 # -- the contract --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "method"),
     [
@@ -302,6 +303,7 @@ def test_where_no_goal_reaches_the_target_the_nearest_is_legal():
     assert goals.amounts[goals.legal.argmax()] == goals.amounts.max() == 20
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32 - 1), sparsity=st.floats(0.02, 0.92))
 def test_every_legal_goal_leaves_the_target_in_reach(seed, sparsity):
@@ -319,6 +321,7 @@ def test_every_legal_goal_leaves_the_target_in_reach(seed, sparsity):
         step = env.step(np.int32(rng.choice(legal_of(step))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", ["block4", "channel"])
 @settings(max_examples=16, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32 - 1), sparsity=st.floats(0.02, 0.9))
@@ -396,6 +399,7 @@ class ByteDecisions(KernelDecisions):
         return ByteBudget(self.limit, sum(SIZES), sizes)
 
 
+@pytest.mark.slow
 def test_a_cost_is_shared_alike_and_kept_in_reach():
     network = build(decisions=ByteDecisions(100.0), target=rls.Target(tflite_bytes=10_000))
     env = environment(network)

@@ -130,6 +130,7 @@ def network_of(recipe):
 quick = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
+@pytest.mark.slow
 @settings(quick, max_examples=20)
 @given(recipes(), st.integers(0, 1000), st.sampled_from([0.3, 0.6]))
 def test_masked_networks_compute_the_same(recipe, seed, share):
@@ -144,6 +145,7 @@ def test_masked_networks_compute_the_same(recipe, seed, share):
     assert shrink_with_report(small)[1].removed == 0
 
 
+@pytest.mark.slow
 @settings(quick, max_examples=20)
 @given(recipes(), st.integers(0, 1000))
 def test_networks_with_zeros_anywhere_compute_the_same(recipe, seed):

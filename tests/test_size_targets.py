@@ -143,6 +143,7 @@ def test_pruning_further_takes_the_smallest_of_what_lives(model):
         assert matrix[gone].max() <= matrix[new.operations != Operation.PRUNE].min() * 1.02
 
 
+@pytest.mark.slow
 def test_random_episodes_end_within_the_limit_where_integers_bring_many_scales():
     """Each of 120 outputs has a scale as int8: with few weights left floats are smaller."""
     keras.utils.set_random_seed(0)

@@ -238,6 +238,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_condition_names_its_layer_and_the_rewrite(tmp_path, case):
     build, expected = CASES[case]
@@ -328,6 +329,7 @@ def chain(*middle, padding="valid", zeros=0.85):
 
 # In LiteRT 2.3 on emulated aarch64, with the 1x1 convolutions stored sparse, those that are said to
 # be broken were off by a quarter of the output's range and more, the others equal.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "broken"),
     [

@@ -147,6 +147,7 @@ def test_a_network_quantizes_each_kernel_to_its_bits(model, recovery):
     }
 
 
+@pytest.mark.slow
 def test_equal_operations_in_another_storage_are_another_evaluation(model):
     coarse = {f"{name}/kernel": KernelStorage("element", 4) for name in ("wide", "middle")}
     storages = [
@@ -200,6 +201,7 @@ def chosen(model, limit):
     return plain, choose_storage(plain, build, rls.Reward()), made
 
 
+@pytest.mark.slow
 def test_proposals_keep_to_the_bytes(chosen, model):
     plain, _, _ = chosen
     sizes = plain.decisions.sizes

@@ -116,6 +116,7 @@ def test_kernels_are_found_through_the_attributes(name):
     assert found == [f"{path}/kernel" for path in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_copies_are_of_the_same_class_and_share_nothing(name):
     model = made(name)

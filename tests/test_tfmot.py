@@ -71,6 +71,7 @@ def wrapper_classes(model):
 # ---------------------------------------------------------------------------- pruned by TFMOT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_models_pruned_by_tfmot_are_taken_with_their_zeros(name, caplog):
     make, paths = MODELS[name]

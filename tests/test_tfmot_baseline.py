@@ -45,6 +45,7 @@ def several_outputs():
 # ---------------------------------------------------------------------------- what it does
 
 
+@pytest.mark.slow
 def test_the_masks_are_those_of_tfmot_by_hand():
     x, y = TRAIN
     batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)  # 12 steps, in this order
@@ -66,6 +67,7 @@ def test_the_masks_are_those_of_tfmot_by_hand():
     assert any((mask != uniform[path]).any() for path, mask in pruned(plan).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.2, 0.55, 0.9])
 def test_the_plan_has_the_targets_sparsity(sparsity):
     plan = tfmot(trained(), TRAIN, sparsity=sparsity, **QUICK)
@@ -77,6 +79,7 @@ def test_the_plan_has_the_targets_sparsity(sparsity):
     assert sparsity_of(stripped) >= sparsity
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_training(monkeypatch):
     results = []
 
@@ -93,6 +96,7 @@ def test_the_same_seed_gives_the_same_training(monkeypatch):
     assert any((one != another).any() for one, another in zip(first, other, strict=True))
 
 
+@pytest.mark.slow
 def test_survivors_are_quantized_for_bytes_or_when_asked():
     model = trained()
     data = rows(32)

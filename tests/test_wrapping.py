@@ -90,6 +90,7 @@ def test_plan_is_read_back_from_the_wrapped_model(name):
     assert twice == again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_pruned_weights_are_zero_and_stay_zero_in_training(name):
     model = ZOO[name]()
@@ -122,6 +123,7 @@ def test_stripped_models_load_without_this_package(tmp_path):
     assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["keras", "h5"])
 @pytest.mark.parametrize("train_masks", [False, True])
 def test_wrapped_models_can_be_saved_and_loaded(tmp_path, suffix, train_masks):

@@ -787,6 +787,7 @@ RIGHT: dict[str, Call] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RIGHT)
 def test_calls_without_the_mistake_get_to_work(case, shared, tmp_path):
     found = Files(shared, tmp_path)

@@ -149,6 +149,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", COMMANDS)
 def test_a_wrong_command_is_refused_in_one_line(case, files, capfd):
     command, pattern = COMMANDS[case]

@@ -242,6 +242,7 @@ DATA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DATA)
 def test_wrong_data_is_refused_before_any_work(case, files):
     call, pattern = DATA[case]
