@@ -4,7 +4,7 @@ Networks are trained on images and compressed to shares of the bytes of their ow
 (`Target(tflite_bytes=...)`): by the search with each agent, in one configuration for all of them
 (`group="auto"`, and the other defaults), and by its contenders, with single weights at 8 bits and
 the same epochs and exporter; those that search evaluate as many plans as the search has episodes.
-The search fine-tunes three plans, of which validation data decides; contenders fine-tune one. What
+The search fine-tunes three or four plans, and validation data decides; contenders one. What
 is "ours without agent" is the plan of dynamic programming for the storage that the search chose.
 Budgets below 1.3 times the smallest file within reach are left out. Test accuracy, bytes, gzipped
 bytes and milliseconds per call (left empty where the samples scatter too much) are of the files,
