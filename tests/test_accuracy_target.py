@@ -335,6 +335,7 @@ def test_a_drop_that_no_file_holds_is_said_with_the_best(monkeypatch, tmp_path):
         run(searcher(directory=tmp_path / "run"), episodes=1, finetune_epochs=0)
 
 
+@pytest.mark.slow
 def test_a_size_that_fine_tuning_misses_does_not_hold(monkeypatch, capsys):
     real = accuracy_search.finish_candidate
 

@@ -346,6 +346,7 @@ def sized():
 
 
 # Dense, the file has 17.7 kB in float32 and 6.6 kB as int8.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "target", "quantize"),
     [
@@ -388,6 +389,7 @@ def test_a_size_out_of_reach_is_refused_with_one_that_is_not(sized, quantize, st
 # ---------------------------------------------------------------------- wrong calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
@@ -505,6 +507,7 @@ def test_a_network_without_gradients_is_not_ranked_by_them():
     assert "first_order" not in dict(demonstrations.proposals(network))
 
 
+@pytest.mark.slow
 def test_proposals_for_a_size_fit_it():
     keras.utils.set_random_seed(1)
     model = keras.Sequential([L.Input((6,)), L.Dense(300, activation="relu"), L.Dense(3)])

@@ -73,6 +73,7 @@ def test_models_compute_the_same(name, group):
     check(ZOO[name](), group)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     widths=st.tuples(st.integers(2, 9), st.integers(2, 9), st.integers(2, 9)),

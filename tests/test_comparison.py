@@ -173,6 +173,7 @@ def test_tfmot_prunes_more_where_its_file_is_too_large(small, monkeypatch):
         rows_of(small, "tfmot")
 
 
+@pytest.mark.slow
 def test_who_cannot_reach_the_target_is_left_out_or_refused(small, monkeypatch, caplog):
     def out_of_reach(_):
         raise rls.TargetError("That is too small.")

@@ -440,6 +440,7 @@ def test_the_agent_goes_on_with_what_it_has_learned(staged):
     assert len(one.last.loop.episodes.untried.to_array()) == 4 * decisions  # of the last stage
 
 
+@pytest.mark.slow
 def test_a_plan_of_an_earlier_stage_never_wins_by_its_value():
     """To a reward that is against sparsity, every plan of the first stage is worth more."""
 
@@ -511,6 +512,7 @@ def test_channels_go_stage_by_stage():
     assert left < 0.6 * sum(np.size(w) for w in trained().get_weights())
 
 
+@pytest.mark.slow
 def test_the_display_says_where_the_target_stands(capsys):
     one = compressor(trained(), "random", **STAGED)
     search(one, episodes=2, verbose=2)

@@ -303,6 +303,7 @@ def rows():
 
 
 # Dense, the file has 17.7 kB in float32 and 6.6 kB as int8.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "options", "bits"),
     [

@@ -491,6 +491,7 @@ def pruned_episode(env: rls.LayerEnvironment, operation: int) -> list:
     return steps
 
 
+@pytest.mark.slow
 def test_only_the_last_step_evaluates_and_the_others_are_estimates(fitted):
     fitted.seen.clear()
     envs = environments(fitted)

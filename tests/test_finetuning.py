@@ -429,6 +429,7 @@ def test_training_on_the_grid_beats_rounding_afterwards_at_4_bits():
 # ---------------------------------------------------------------------------- finish
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["straight_through", "hard_concrete"])
 def test_finish_with_either_mask_holds_the_plan_and_learns_from_the_model(mask, monkeypatch):
     loss = losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -282,6 +282,7 @@ def test_a_warm_start_shows_a_third(fitted):
 # -- the gradient through the masks --------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_relaxed_reward_follows_the_order_of_play(fitted):
     config = rls.PPO(hidden_layers=(8,), num_epochs=1, relaxed_reward=1.0)
     episodes = episodes_on(fitted, config)

@@ -333,6 +333,7 @@ def test_a_sparse_cluster_is_recognised(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

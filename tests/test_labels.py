@@ -371,6 +371,7 @@ def by_row(batches):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["arrays", "weighted arrays", "dataset", "weighted generator"])
 @pytest.mark.parametrize("case", WEIGHTED)
 def test_class_weights_become_sample_weights(case, form):

@@ -197,6 +197,7 @@ def case(request):
 # ---------------------------------------------------------------------------- what is found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOUND)
 def test_kernels_are_listed_with_their_views(name):
     model = {**ZOO, **RECURRENT_ETC}[name]()
@@ -285,6 +286,7 @@ def test_pruned_weights_stay_zero_in_training(case):
     assert_same_bits(wrapped, stripped)
 
 
+@pytest.mark.slow
 def test_the_callers_model_is_as_it_was(case):
     again = RECURRENT_ETC[case.name]()
     for one, other in zip(case.model.get_weights(), again.get_weights(), strict=True):
@@ -323,6 +325,7 @@ def masked_model(after):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "after",
     [

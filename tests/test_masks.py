@@ -176,6 +176,7 @@ class Watch(keras.callbacks.Callback):
         self.pruned.append(pruned_weights(self.model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask", "group", "name"),
     [
@@ -380,6 +381,7 @@ def test_frozen_hard_concrete_masks_are_not_sampled_any_more():
     np.testing.assert_array_equal(frozen, wrapper.effective_kernel("kernel", training=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_plan_after_learning_gives_the_same_zeros_when_applied_again(mask, group):

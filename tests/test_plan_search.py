@@ -175,6 +175,7 @@ def sized():
     return compressed(model, rls.Target(tflite_bytes=4000))
 
 
+@pytest.mark.slow
 @SEARCHES
 def test_sizes_are_met_and_used(sized, search):
     found = search(sized, REWARD, 4)

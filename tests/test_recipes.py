@@ -424,6 +424,7 @@ def sparse_model():
     return rls.strip(rls.wrap(wide(), plan)), plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quantization", "compute"), MODES)
 def test_sparse_formats_never_make_a_file_larger(quantization, compute, sparse_model, tmp_path):
     model, plan = sparse_model

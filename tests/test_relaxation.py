@@ -314,6 +314,7 @@ def test_the_loss_is_that_of_the_network_as_the_episode_left_it() -> None:
 # -- repeating -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_same_seed_same_figures() -> None:
     logits, legal = zeros()
 

@@ -70,6 +70,7 @@ def test_a_size_that_integers_meet_needs_no_zeros(model):
     assert result.metrics["compressed"]["tflite_bytes"] <= 7300
 
 
+@pytest.mark.slow
 def test_the_wall_leaves_no_choice_when_the_size_is_tight(model):
     one = compressor(model, "random", target=rls.Target(tflite_bytes=3400), buckets=4)
     search(one, train=TRAIN, validation_data=VALIDATION, episodes=1, finetune_epochs=0)

@@ -116,6 +116,7 @@ def as_dict(state):
     return dict(zip([feature.name for feature in FEATURES], state.tolist(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_dense_network_looks_dense(network):
     for index, kernel in enumerate(network.kernels):
         state = observe(network, kernel.path, view(network, kernel.path))

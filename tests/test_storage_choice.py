@@ -124,6 +124,7 @@ def levels_used(network, path):
     return max(len(np.unique(column)) for column in matrix.T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recovery", ["least_squares", "finetune"])
 def test_a_network_quantizes_each_kernel_to_its_bits(model, recovery):
     storage = Storage("element", {"wide/kernel": KernelStorage("block4", 4)})
@@ -164,6 +165,7 @@ def test_equal_operations_in_another_storage_are_another_evaluation(model):
     assert seen[1] == seen[2]
 
 
+@pytest.mark.slow
 def test_recovery_fits_to_the_coarser_grid(model):
     coarse = Storage("element", {f"{n}/kernel": KernelStorage("element", 4) for n in ("wide",)})
     target = rls.Target(sparsity=0.1)

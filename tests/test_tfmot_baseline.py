@@ -125,6 +125,7 @@ def test_other_layers_make_up_for_those_that_tfmot_leaves_alone():
         np.testing.assert_array_equal(value, old)
 
 
+@pytest.mark.slow
 def test_kernels_of_recurrent_layers_are_pruned_as_tfmot_does():
     model = keras.Sequential([L.Input((4, 3)), L.LSTM(4, name="lstm"), L.Dense(2, name="last")])
     model.compile("sgd", "mse")

@@ -39,6 +39,7 @@ def assert_same_bits(one, other):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_all_keep_plan_is_bit_equal_to_the_original(name):
     model = ZOO[name]()
@@ -60,6 +61,7 @@ def test_strip_is_bit_equal_to_the_wrapped_model(name, group):
     assert_same_bits(wrapped, rls.strip(wrapped))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "residual", "separable"])
 def test_the_callers_model_is_not_modified(name):
     model = ZOO[name]()
