@@ -11,11 +11,10 @@ import tf_keras as keras
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tf_agents.environments import utils as environment_utils
+from tiny_search import quick_search
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf import network as network_module
 from rl_sparsity_tf import registry
-from rl_sparsity_tf.autoencoder import WeightAutoencoder
 from rl_sparsity_tf.budget import Budget
 from rl_sparsity_tf.data import evaluation_data, training_data
 from rl_sparsity_tf.errors import ArgumentError, TargetError
@@ -31,11 +30,9 @@ BUCKETS = 3
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_search():
-    """The autoencoder's quality is not the subject here; one pass instead of twelve."""
-    with pytest.MonkeyPatch.context() as patch:
-        quick = functools.partial(WeightAutoencoder, epochs=1)
-        patch.setattr(network_module, "WeightAutoencoder", quick)
+def _quick():
+    """The autoencoder's quality is not the subject here."""
+    with quick_search():
         yield
     network_of.cache_clear()
 

@@ -14,12 +14,11 @@ import tensorflow as tf
 import tf_keras as keras
 import toy_environments as toy
 import zoo
+from tiny_search import quick_search
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf import network as network_module
 from rl_sparsity_tf import relaxation as relaxation_module
 from rl_sparsity_tf.agents import DQN, PPO, build_agent
-from rl_sparsity_tf.autoencoder import WeightAutoencoder
 from rl_sparsity_tf.data import evaluation_data, training_data
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.errors import AgentStateError, ArgumentError
@@ -36,11 +35,9 @@ SMALL = PPO(hidden_layers=(8,), num_epochs=2, relaxed_reward=1.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_search():
+def _quick():
     """The autoencoder's error has no part in the relaxed reward."""
-    with pytest.MonkeyPatch.context() as patch:
-        quick = functools.partial(WeightAutoencoder, epochs=1)
-        patch.setattr(network_module, "WeightAutoencoder", quick)
+    with quick_search():
         yield
     half_dead.cache_clear()
 

@@ -300,6 +300,16 @@ def test_dynamic_programming_at_four_bits_leaves_dense_kernels_dense(model, limi
 # ---------------------------------------------------------------------- searches
 
 
+def search(model, limit, finalists, episodes, **options):
+    """A search of groups and bits; the compressor and its result."""
+    agent = rls.DQN(hidden_layers=(8,), train_steps=2, batch_size=8)
+    target = rls.Target(tflite_bytes=limit)
+    one = rls.Compressor(model, target, agent, group="auto", buckets=3, **options)
+    arguments = {"finetune_epochs": 1, "finalists": finalists, "verbose": 0}
+    with quick_search():
+        return one, one.search(TRAIN, VALIDATION, TEST, episodes, **arguments)
+
+
 @pytest.mark.slow
 def test_single_weights_win_where_they_are_better_in_the_end(model, limit, monkeypatch):
     """The chosen storage leads to less loss before the fine-tuning; here it is ruined by it."""
@@ -313,16 +323,7 @@ def test_single_weights_win_where_they_are_better_in_the_end(model, limit, monke
         return dataclasses.replace(finished, validation=Score(metric=0.0, loss=9.0))
 
     monkeypatch.setattr(final, "finish_candidate", ruined)
-    with quick_search():
-        one = rls.Compressor(
-            model,
-            rls.Target(tflite_bytes=limit),
-            rls.DQN(hidden_layers=(8,), train_steps=2, batch_size=8),
-            group="auto",
-            buckets=3,
-        )
-        options = {"episodes": 1, "finetune_epochs": 1, "verbose": 0}
-        result = one.search(TRAIN, VALIDATION, TEST, finalists=2, **options)
+    _, result = search(model, limit, finalists=2, episodes=1)
     assert seen.count("dynamic_programming_element") == 1
     assert seen[0] != "dynamic_programming_element"
     assert result.metrics["compressed"]["proposed_by"] == "dynamic_programming_element"
@@ -333,22 +334,7 @@ def test_single_weights_win_where_they_are_better_in_the_end(model, limit, monke
 
 @pytest.mark.slow
 def test_a_search_stores_every_kernel_as_the_bytes_want_it(model, limit, tmp_path):
-    def search(episodes=3):
-        with quick_search():
-            one = rls.Compressor(
-                model,
-                rls.Target(tflite_bytes=limit),
-                rls.DQN(hidden_layers=(8,), train_steps=2, batch_size=8),
-                group="auto",
-                buckets=3,
-                directory=tmp_path / "run",
-            )
-            result = one.search(
-                TRAIN, VALIDATION, TEST, episodes, finetune_epochs=1, finalists=1, verbose=0
-            )
-        return one, result
-
-    one, result = search()
+    one, result = search(model, limit, finalists=1, episodes=3, directory=tmp_path / "run")
     path = tmp_path / "run" / "model.tflite"
     assert path.stat().st_size <= limit
     types = {tensor.dtype for tensor in rls.inspect_tflite(path).tensors}
