@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from rl_sparsity_tf.candidates import PROPOSED, Candidate
 from rl_sparsity_tf.decisions import KernelDecisions
-from rl_sparsity_tf.dynamic_programming import POWERS, affordable, propose, propose_all
+from rl_sparsity_tf.dynamic_programming import POWERS, affordable, propose_all
 from rl_sparsity_tf.export_modes import has_int4
 from rl_sparsity_tf.kernels import Kernel
-from rl_sparsity_tf.knapsack import LARGEST_ERROR, knapsack
+from rl_sparsity_tf.knapsack import LARGEST_ERROR, POWER, knapsack
 from rl_sparsity_tf.layer_database import FLOAT, KernelErrors, kernel_errors
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
@@ -73,18 +73,20 @@ def choose_storage(
     sizes = decisions.sizes
     assert sizes is not None
     wanted = [Storage("block4"), *propose_storages(network, sizes)]
-    best, lowest = network, _loss(network)
+    single_weights = _evaluated(network, reward)
+    best, lowest = network, _lowest_loss(single_weights.values())
     seen = set(network.seen)
     for number, storage in enumerate(wanted):
         if storage in wanted[:number] or storage == network.storage:
             continue
         other = build(KernelDecisions(storage, decisions.shuffles, sizes))
-        loss = _loss(other)
+        loss = _lowest_loss(_evaluated(other, reward).values())
         seen |= other.seen
         if loss < lowest:
             best, lowest = other, loss
     best.seen |= seen
-    return StorageChoice(best, () if best is network else (_baseline(network, reward),))
+    # What the contender of that name is given.
+    return StorageChoice(best, () if best is network else (single_weights[POWER],))
 
 
 def propose_storages(network: CompressedNetwork, sizes: SizeModel) -> list[Storage]:
@@ -172,17 +174,17 @@ def _option(errors: KernelErrors, costs: KernelCosts, storage: KernelStorage, bi
     return _Option(storage, errors.errors[bits], prices)
 
 
-def _loss(network: CompressedNetwork) -> float:
-    """The lowest validation loss after recovery of what dynamic programming proposes."""
-    steps = network.recovery.steps
-    losses = [evaluate_plan(network, plan, steps).loss for plan in propose_all(network, POWERS)]
-    network.reset()
-    return min((loss for loss in losses if not math.isnan(loss)), default=math.inf)
-
-
-def _baseline(network: CompressedNetwork, reward: RewardFunction) -> Candidate:
-    """What the contender of that name is given, evaluated on the network."""
-    outcome = evaluate_plan(network, propose(network), network.recovery.steps)
-    found = Candidate.of(network, bounded(reward, outcome, None), PROPOSED, SINGLE_WEIGHTS)
+def _evaluated(network: CompressedNetwork, reward: RewardFunction) -> dict[float, Candidate]:
+    """What dynamic programming proposes at each power of the layers' errors, evaluated."""
+    found = {}
+    for power, plan in zip(POWERS, propose_all(network, POWERS), strict=True):
+        outcome = evaluate_plan(network, plan, network.recovery.steps)
+        value = bounded(reward, outcome, None)
+        found[power] = Candidate.of(network, value, PROPOSED, SINGLE_WEIGHTS)
     network.reset()
     return found
+
+
+def _lowest_loss(candidates: Iterable[Candidate]) -> float:
+    losses = (candidate.outcome.loss for candidate in candidates)
+    return min((loss for loss in losses if not math.isnan(loss)), default=math.inf)
