@@ -9,7 +9,8 @@ is "ours without agent" is the plan of dynamic programming for the storage that 
 Budgets below 1.3 times the smallest file within reach are left out. Test accuracy, bytes, gzipped
 bytes and milliseconds per call (left empty where the samples scatter too much) are of the files,
 the validation accuracy of compressed ones is of their models. Rows are kept in a CSV file, and not
-run again; `--report` prints what is there: a table per network, the search's accuracy minus that of
+run again; a line says so where this machine trains another dense network with the same seed than
+theirs. `--report` prints what is there: a table per network, the search's accuracy minus that of
 each cell's best contender, and, where matplotlib is there, a plot of accuracy over bytes.
 
     python benchmarks/quality.py --dataset fashion_mnist --seeds 3 --results quality.csv
@@ -104,15 +105,17 @@ def dense_rows(
             path = Path(folder) / "dense.tflite"
             example = data.x_train[:512]
             report = rls.export_tflite(dense, path, mode, plan=chosen, representative_data=example)
-            if not rows.has(name, seed, 1.0, title):
-                parts = ((data.x_test, data.y_test), (data.x_validation, data.y_validation))
-                accuracy, validation = (
-                    float((rls.predict_tflite(path, x).argmax(1) == y).mean()) for x, y in parts
-                )
-                sizes = {"bytes": report.tflite_bytes, "gzip_bytes": report.gzip_bytes}
-                scores = {"accuracy": accuracy, "validation_accuracy": validation}
-                key = (name, seed, 1.0, title)
-                rows.add(*key, **scores, **sizes, **latency(path, options.latency))
+            parts = ((data.x_test, data.y_test), (data.x_validation, data.y_validation))
+            accuracy, validation = (
+                float((rls.predict_tflite(path, x).argmax(1) == y).mean()) for x, y in parts
+            )
+            key = (name, seed, 1.0, title)
+            if rows.has(*key):
+                rows.compare(*key, accuracy=accuracy, validation_accuracy=validation)
+                continue
+            sizes = {"bytes": report.tflite_bytes, "gzip_bytes": report.gzip_bytes}
+            scores = {"accuracy": accuracy, "validation_accuracy": validation}
+            rows.add(*key, **scores, **sizes, **latency(path, options.latency))
     return int(report.tflite_bytes)
 
 

@@ -50,6 +50,13 @@ class Rows:
         self.rows.append(row)
         say(*row.values())
 
+    def compare(self, *key: object, **values: Any) -> None:
+        """Says where a row has other figures: the same seed need not train the same network."""
+        (row,) = where(self, **dict(zip(KEY, key, strict=True)))
+        for name, value in values.items():
+            if (here := _text(value, whole=False)) != row[name]:
+                say(f"{key}: {name} is {here} here, and {row[name]} in the rows kept")
+
 
 def _text(value: Any, whole: bool) -> str:
     """A cell; figures are rounded."""
