@@ -5,13 +5,15 @@ Networks are trained on images and compressed to shares of the bytes of their ow
 (`group="auto"`, and the other defaults), and by its contenders, with single weights at 8 bits and
 the same epochs and exporter; those that search evaluate as many plans as the search has episodes.
 The search fine-tunes three or four plans, and validation data decides; contenders one. What
-is "ours without agent" is the plan of dynamic programming for the storage that the search chose.
+is "ours without agent" is the plan of dynamic programming for the storage that the search chose;
+"ours-dqn fast" is a search with `int4="fast"`, whose files are to be as fast as the dense one.
 Budgets below 1.3 times the smallest file within reach are left out. Test accuracy, bytes, gzipped
 bytes and milliseconds per call (left empty where the samples scatter too much) are of the files,
 the validation accuracy of compressed ones is of their models. Rows are kept in a CSV file, and not
 run again; a line says so where this machine trains another dense network with the same seed than
-theirs. `--report` prints what is there: a table per network, the search's accuracy minus that of
-each cell's best contender, and, where matplotlib is there, a plot of accuracy over bytes.
+theirs. `--files` keeps the files, to be timed when the machine is idle. `--report` prints what is
+there: a table per network, the search's accuracy minus that of each cell's best contender, and,
+where matplotlib is there, a plot of accuracy over bytes.
 
     python benchmarks/quality.py --dataset fashion_mnist --seeds 3 --results quality.csv
 """
@@ -34,6 +36,7 @@ from networks import NETWORKS, train
 from quality_tables import (
     COMPARED,
     CONTENDERS,
+    FAST,
     FLOAT,
     INT8,
     OURS,
@@ -110,6 +113,7 @@ def dense_rows(
                 float((rls.predict_tflite(path, x).argmax(1) == y).mean()) for x, y in parts
             )
             key = (name, seed, 1.0, title)
+            keep(options, key[:3], title, path.read_bytes())
             if rows.has(*key):
                 rows.compare(*key, accuracy=accuracy, validation_accuracy=validation)
                 continue
@@ -129,10 +133,11 @@ def search(
     group: str,
     episodes: int | None = None,
     epochs: int | None = None,
+    int4: str = "all",
 ) -> tuple[rls.Compressor, Any]:
     """A search, in the one configuration that all networks and budgets get."""
     target = rls.Target(tflite_bytes=budget)
-    compressor = rls.Compressor(model, target, agent, group, seed=seed)
+    compressor = rls.Compressor(model, target, agent, group, seed=seed, int4=int4)
     result = compressor.search(
         (data.x_train, data.y_train),
         validation_data=(data.x_validation, data.y_validation),
@@ -200,20 +205,33 @@ def searched(
     budget: int,
     agent: str,
     group: str,
-) -> dict[str, Any]:
-    """What the row of a search says."""
-    _, result = search(options, model, data, seed, budget, agent, group)
+    int4: str = "all",
+) -> tuple[dict[str, Any], bytes]:
+    """What the row of a search says, and the file."""
+    _, result = search(options, model, data, seed, budget, agent, group, int4=int4)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.tflite"
         result.export_tflite(path)
         content = path.read_bytes()
     found, effort = result.metrics["compressed"], result.metrics["search"]
-    return {
+    row = {
         **figures(options, found, content),
         "seconds": effort["seconds"],
         "evaluations": effort["evaluations"],
         "detail": f"plan of {found['proposed_by']}",
     }
+    return row, content
+
+
+def keep(
+    options: argparse.Namespace, key: tuple[str, int, float], name: str, content: bytes
+) -> None:
+    """Keeps a file, if that is wanted."""
+    if options.files:
+        network, seed, share = key
+        options.files.mkdir(parents=True, exist_ok=True)
+        stem = f"{network}-{seed}-{share:g}-{name.replace(' ', '-')}"
+        (options.files / f"{stem}.tflite").write_bytes(content)
 
 
 def cell(
@@ -227,11 +245,13 @@ def cell(
     """All rows of a network, seed and share."""
     missing = [name for name in options.contenders if not rows.has(*key, name)]
     seed, model = key[1], keras.models.load_model(place)
-    agents = {name: (agent, "auto") for name, agent in OURS.items()}
-    agents[RANDOM] = ("random", "element")
+    agents = {name: (agent, "auto", "all") for name, agent in OURS.items()}
+    agents[FAST] = ("dqn", "auto", "fast")
+    agents[RANDOM] = ("random", "element", "all")
     for name in [name for name in missing if name in agents]:
         try:
-            row = searched(options, model, data, seed, budget, *agents[name])
+            row, content = searched(options, model, data, seed, budget, *agents[name])
+            keep(options, key, name, content)
         except rls.RLSparsityError as error:
             row = {"detail": str(error)[:200]}
         rows.add(*key, name, budget=budget, **row)
@@ -249,6 +269,7 @@ def cell(
             seconds = time.monotonic() - started
             row = {"seconds": seconds, "evaluations": entry["evaluations"]}
             row |= figures(options, entry, content)
+            keep(options, key, name, content)
         except rls.RLSparsityError as error:
             row = {"seconds": time.monotonic() - started, "detail": str(error)[:200]}
         rows.add(*key, name, budget=budget, **row)
@@ -288,6 +309,7 @@ def main() -> None:
     add("--episodes", type=int, default=32)
     add("--no-latency", dest="latency", action="store_false", help="leaves the times empty")
     add("--results", type=Path, default=Path("quality.csv"))
+    add("--files", type=Path, help="folder that keeps every .tflite file")
     add("--report", action="store_true", help="only prints and draws what is there")
     add("--plot", type=Path, help="a .png file")
     options = parser.parse_args()

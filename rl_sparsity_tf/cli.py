@@ -78,6 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
         default="neighbours",
         help="swap groups, or permute channels before the search (blocks only)",
     )
+    compress.add_argument(
+        "--int4",
+        choices=("all", "fast", "none"),
+        default="all",
+        help="kernels that --group auto may store in 4 bits (fast: no convolutions)",
+    )
     compress.add_argument("--latency-table", help="JSON of layers' times (else measured)")
     compress.add_argument("--hierarchy", action="store_true", help="let an agent order the layers")
     compress.add_argument(
@@ -308,6 +314,7 @@ def _compress(options: argparse.Namespace) -> None:
         recovery=options.recovery,
         latency_table=options.latency_table,
         shuffle=options.shuffle,
+        int4=options.int4,
         curriculum=options.curriculum,
         policy=options.policy,
         hierarchy=options.hierarchy,

@@ -66,6 +66,10 @@ INTEGER_MODES: Mapping[str, Mapping[str, StoredAs]] = {
 }
 
 
+INT4_AS_FAST = ("fully_connected", "gather")
+"""The kinds of kernels with which LiteRT is as fast in 4 bits as in 8 (`benchmarks/int4.py`)."""
+
+
 def has_int4(kind: str | None) -> bool:
     """Whether a kernel of some kind can be stored in 4 bits; yes for those of no known kind."""
     return not kind or INTEGER_MODES[kind]["plan4"].dtype == "int4"

@@ -120,6 +120,23 @@ class Reward:
         return dataclasses.asdict(self)
 
 
+def resolve_reward(reward: RewardFunction | None) -> RewardFunction:
+    """The reward function that was given, or the default.
+
+    Raises:
+        ArgumentError: If it cannot be called, or is a class.
+    """
+    if reward is None:
+        return Reward()
+    if isinstance(reward, type) or not callable(reward):
+        wrong = "is a class" if isinstance(reward, type) else "cannot be called"
+        raise ArgumentError(
+            f"reward={reward!r} {wrong}. Expected rls.Reward(...) or a function "
+            "(outcome, previous) -> float."
+        )
+    return reward
+
+
 def bounded(reward: RewardFunction, outcome: Outcome, previous: Outcome | None) -> float:
     """Calls a reward function and keeps what it gives finite and in [-1, 1].
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf import channel_search
+from rl_sparsity_tf import decision_choice
 from rl_sparsity_tf.accuracy_search import AccuracySearch, first_target
 from rl_sparsity_tf.agents import AgentConfig, Random
 from rl_sparsity_tf.argument_checks import check_count, check_flag, check_share, check_type
@@ -23,7 +23,7 @@ from rl_sparsity_tf.curriculum import Curriculum, resolve_curriculum
 from rl_sparsity_tf.data import TrainingData, evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data_forms import as_rows
 from rl_sparsity_tf.decisions import KernelDecisions
-from rl_sparsity_tf.errors import ArgumentError, ModelError
+from rl_sparsity_tf.errors import ModelError
 from rl_sparsity_tf.final import play_final
 from rl_sparsity_tf.fingerprints import fingerprints_of, name_of
 from rl_sparsity_tf.finished_search import FinishedSearch
@@ -38,7 +38,7 @@ from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.recovery import Recovery, as_recovery
 from rl_sparsity_tf.recurrent import unrolled_copy
 from rl_sparsity_tf.result import Result
-from rl_sparsity_tf.reward import Reward, RewardFunction
+from rl_sparsity_tf.reward import Reward, RewardFunction, resolve_reward
 from rl_sparsity_tf.run_directory import RunDirectory, check_directory
 from rl_sparsity_tf.scoring import score_model as score
 from rl_sparsity_tf.search_checks import check_search
@@ -94,6 +94,9 @@ class Compressor:
             channels are permuted so that blocks keep more
             ([permute_channels][rl_sparsity_tf.permute_channels]), which changes nothing but
             rounding, and Shuffle is no operation then.
+        int4: Which kernels `group="auto"` may store in 4 bits: `"all"` for the smallest file;
+            `"fast"`, where LiteRT is as fast as with 8 bits (Dense layers and Embeddings, but not
+            convolutions, which XNNPACK leaves alone); or `"none"`.
         policy: `"pretrained"`, or what [save_policy][rl_sparsity_tf.Result.save_policy] wrote: what
             an agent has learned on other networks. Its plan is evaluated first, whatever
             `warm_start` says; the agent goes on from it, explores less, and learns how much better
@@ -127,6 +130,7 @@ class Compressor:
         curriculum: str | Curriculum = "constant",
         latency_table: LatencyTable | str | os.PathLike[str] | None = None,
         shuffle: str = "neighbours",
+        int4: str = "all",
         policy: SavedPolicy | str | os.PathLike[str] | None = None,
         hierarchy: bool = False,
     ):
@@ -138,18 +142,13 @@ class Compressor:
         self.target = Target(sparsity=0.9) if target is None else target
         check_type("target", self.target, Target, "rls.Target(sparsity=0.9)")
         self.policy, self.agent = resolve_policy(policy, agent, hierarchy=bool(hierarchy))
-        self.group = channel_search.group_for(self.model, self.target, group)
-        self.latency_table = channel_search.table_for(self.target, latency_table)
-        self.shuffle = channel_search.check_shuffle(shuffle, self.group)
+        self.group = decision_choice.group_for(self.model, self.target, group)
+        self.latency_table = decision_choice.table_for(self.target, latency_table)
+        self.shuffle = decision_choice.check_shuffle(shuffle, self.group)
+        self.int4 = decision_choice.check_int4(int4, self.group)
         self.directory = None if directory is None else check_directory(directory)
         self.seed = check_count("seed", seed, 0)
-        self.reward: RewardFunction = Reward() if reward is None else reward
-        if isinstance(reward, type) or not callable(self.reward):
-            wrong = "is a class" if isinstance(reward, type) else "cannot be called"
-            raise ArgumentError(
-                f"reward={reward!r} {wrong}. Expected rls.Reward(...) or a function "
-                "(outcome, previous) -> float."
-            )
+        self.reward = resolve_reward(reward)
         self.recovery = as_recovery(recovery)
         self.metric = metric
         self.buckets = check_count("buckets", buckets, 1)
@@ -273,7 +272,7 @@ class Compressor:
         run = self._open_run(model, train, data, validation, test, arguments, overwrite)
         start_worker()  # its imports overlap the search
         sample = sample_rows(validation, validation_rows, seed=self.seed, fixed=fixed_batch(model))
-        decisions = channel_search.decisions_for(
+        decisions = decision_choice.decisions_for(
             model, self.target, self.group, self.latency_table, quantization, self.shuffle
         )
 
@@ -294,9 +293,9 @@ class Compressor:
             run.start()
         progress = SearchProgress(episodes, plain.metric.name, verbose)
         choice = StorageChoice(plain)
-        if self.group == channel_search.AUTO:
+        if self.group == decision_choice.AUTO:
             progress.say("choosing groups and bits for every kernel")
-            choice = choose_storage(plain, network_of, self.reward)
+            choice = choose_storage(plain, network_of, self.reward, self.int4)
         network, others = choice.network, choice.others if finalists > 1 else ()
         settings = dataclasses.replace(self.loop_settings(), finalists=finalists)
         loop = SearchLoop(settings, network, run)
@@ -385,6 +384,7 @@ class Compressor:
             "agent": self.agent.to_dict(),
             "group": self.group,
             "shuffle": self.shuffle,
+            "int4": self.int4,
             "seed": self.seed,
             "reward": described,
             "recovery": self.recovery.to_dict(),

@@ -4,26 +4,29 @@ A sparse int8 weight takes two or three bytes with its index, one in a block of 
 quarter, a dense int4 weight half a byte: which is best depends on the kernel, on what the others
 take, and on the size wanted. The knapsack of [dynamic_programming][] is given all of them; what it
 finds, and the plain ways to store everything alike, are compared by the networks they lead to.
+
+Bytes are not time: XNNPACK restores int8 constants when LiteRT loads a file, but no int4 ones, and
+computes convolutions with constant kernels only. Those in 4 bits are left to slower kernels.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from rl_sparsity_tf.candidates import PROPOSED, Candidate
 from rl_sparsity_tf.decisions import KernelDecisions
 from rl_sparsity_tf.dynamic_programming import POWERS, affordable, propose_all
-from rl_sparsity_tf.export_modes import has_int4
+from rl_sparsity_tf.export_modes import INT4_AS_FAST, has_int4
 from rl_sparsity_tf.kernels import Kernel
 from rl_sparsity_tf.knapsack import LARGEST_ERROR, POWER, knapsack
 from rl_sparsity_tf.layer_database import FLOAT, KernelErrors, kernel_errors
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
-from rl_sparsity_tf.reward import RewardFunction, bounded
+from rl_sparsity_tf.reward import Outcome, RewardFunction, bounded
 from rl_sparsity_tf.size_budget import KernelCosts, SizeBudget
 from rl_sparsity_tf.size_costs import kernel_costs
 from rl_sparsity_tf.size_model import SizeModel
@@ -32,6 +35,10 @@ from rl_sparsity_tf.storage import KernelStorage, Storage
 GROUPS = ("element", "block4")
 """The kinds of groups that are compared. Blocks of 16 were 1.6, 1.2 and 0.3 points behind those of
 4 (LeNet-300-100, Fashion-MNIST, one seed, 12, 20 and 40 % of the dense int8 file)."""
+
+INT4 = ("all", "fast", "none")
+"""Which kernels may have 4 bits, where TFLite has them: any, those with which LiteRT is as fast as
+in 8 bits ([INT4_AS_FAST][rl_sparsity_tf.export_modes.INT4_AS_FAST]), or none."""
 
 _UNITS = 8192
 
@@ -60,7 +67,7 @@ class StorageChoice:
 
 
 def choose_storage(
-    network: CompressedNetwork, build: Build, reward: RewardFunction
+    network: CompressedNetwork, build: Build, reward: RewardFunction, int4: str = "all"
 ) -> StorageChoice:
     """Compares how kernels can be cut and stored for a target in bytes.
 
@@ -68,33 +75,43 @@ def choose_storage(
         network: The network with all kernels in single weights, at 8 bits.
         build: Makes another of the same model.
         reward: What a plan's outcome is worth.
+        int4: Which kernels may have 4 bits, one of [INT4][].
     """
     decisions = network.decisions
     sizes = decisions.sizes
     assert sizes is not None
-    wanted = [Storage("block4"), *propose_storages(network, sizes)]
-    single_weights = _evaluated(network, reward)
-    best, lowest = network, _lowest_loss(single_weights.values())
+    wanted = [Storage("block4"), *propose_storages(network, sizes, int4)]
+    single_weights = []
+    best, lowest = network, math.inf
+    for power, outcome in _evaluated(network):
+        lowest = _lower(lowest, outcome)
+        if power == POWER:  # what the contender of that name is given
+            value = bounded(reward, outcome, None)
+            single_weights.append(Candidate.of(network, value, PROPOSED, SINGLE_WEIGHTS))
     seen = set(network.seen)
     for number, storage in enumerate(wanted):
         if storage in wanted[:number] or storage == network.storage:
             continue
         other = build(KernelDecisions(storage, decisions.shuffles, sizes))
-        loss = _lowest_loss(_evaluated(other, reward).values())
+        loss = math.inf
+        for _, outcome in _evaluated(other):
+            loss = _lower(loss, outcome)
         seen |= other.seen
         if loss < lowest:
             best, lowest = other, loss
     best.seen |= seen
-    # What the contender of that name is given.
-    return StorageChoice(best, () if best is network else (single_weights[POWER],))
+    return StorageChoice(best, () if best is network else single_weights)
 
 
-def propose_storages(network: CompressedNetwork, sizes: SizeModel) -> list[Storage]:
+def propose_storages(
+    network: CompressedNetwork, sizes: SizeModel, int4: str = "all"
+) -> list[Storage]:
     """What the knapsack chooses when every kernel may be cut and stored in any way.
 
     Args:
         network: The network with all kernels in single weights, at 8 bits.
         sizes: The model of the size.
+        int4: Which kernels may have 4 bits, one of [INT4][].
 
     Returns:
         A storage for each of several powers of the layers' errors.
@@ -103,7 +120,10 @@ def propose_storages(network: CompressedNetwork, sizes: SizeModel) -> list[Stora
     assert isinstance(budget, SizeBudget)
     limit = budget.limit - budget.fixed
     density = 1.0 - budget.goal
-    options = [_options(network, one, sizes, density, limit) for one in network.kernels]
+    options = [
+        _options(network, one, sizes, density, limit, _may_have_int4(one, int4))
+        for one in network.kernels
+    ]
     costs = [np.concatenate([option.costs for option in one]) for one in options]
     found = []
     for power in POWERS:
@@ -122,6 +142,13 @@ def propose_storages(network: CompressedNetwork, sizes: SizeModel) -> list[Stora
     return found
 
 
+def _may_have_int4(kernel: Kernel, int4: str) -> bool:
+    """Whether a kernel can, and may, be stored in 4 bits."""
+    kind = kernel.spec.kind
+    allowed = int4 == "all" or (int4 == "fast" and kind in INT4_AS_FAST)
+    return allowed and kernel.spec.exports_int8 and has_int4(kind)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Option:
     """One way to cut and store a kernel: errors and costs by how much of it lives."""
@@ -132,7 +159,12 @@ class _Option:
 
 
 def _options(
-    network: CompressedNetwork, kernel: Kernel, sizes: SizeModel, density: float, limit: float
+    network: CompressedNetwork,
+    kernel: Kernel,
+    sizes: SizeModel,
+    density: float,
+    limit: float,
+    int4: bool,
 ) -> list[_Option]:
     kind = network.target.kind
     fits = network.least_squares
@@ -153,7 +185,7 @@ def _options(
         )
         for bits in errors.errors:
             found.append(_option(errors, costs, KernelStorage(group), bits))
-    if kernel.spec.exports_int8 and has_int4(kernel.spec.kind):
+    if int4:
         # There is no sparse form of 4 bits, so that zeros save nothing: only the whole kernel.
         storage = KernelStorage("element", 4)
         costs = kernel_costs(sizes, kernel, storage, kind)
@@ -174,17 +206,15 @@ def _option(errors: KernelErrors, costs: KernelCosts, storage: KernelStorage, bi
     return _Option(storage, errors.errors[bits], prices)
 
 
-def _evaluated(network: CompressedNetwork, reward: RewardFunction) -> dict[float, Candidate]:
-    """What dynamic programming proposes at each power of the layers' errors, evaluated."""
-    found = {}
+def _evaluated(network: CompressedNetwork) -> Iterator[tuple[float, Outcome]]:
+    """The outcome of what dynamic programming proposes at each power of the layers' errors.
+
+    While one is looked at, the network is as it was evaluated; afterwards nothing is decided.
+    """
     for power, plan in zip(POWERS, propose_all(network, POWERS), strict=True):
-        outcome = evaluate_plan(network, plan, network.recovery.steps)
-        value = bounded(reward, outcome, None)
-        found[power] = Candidate.of(network, value, PROPOSED, SINGLE_WEIGHTS)
+        yield power, evaluate_plan(network, plan, network.recovery.steps)
     network.reset()
-    return found
 
 
-def _lowest_loss(candidates: Iterable[Candidate]) -> float:
-    losses = (candidate.outcome.loss for candidate in candidates)
-    return min((loss for loss in losses if not math.isnan(loss)), default=math.inf)
+def _lower(loss: float, outcome: Outcome) -> float:
+    return loss if math.isnan(outcome.loss) else min(loss, outcome.loss)

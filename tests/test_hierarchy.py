@@ -24,9 +24,9 @@ from tiny_search import (
 )
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.channel_search import decisions_for
 from rl_sparsity_tf.cli import main
 from rl_sparsity_tf.data import evaluation_data, training_data
+from rl_sparsity_tf.decision_choice import decisions_for
 from rl_sparsity_tf.demonstrations import Demonstration, heuristic_plan
 from rl_sparsity_tf.episodes import Episodes, LoopSettings
 from rl_sparsity_tf.errors import FileExistsRLSparsityError

@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 import tf_keras as keras
 from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.interpreter import Interpreter
 from tflite_files import QUANTIZED, SPARSE, convert, pack, tables, with_zeros
 
 import rl_sparsity_tf as rls
@@ -192,6 +193,24 @@ def test_weight_only_integers_are_dequantized(tmp_path):
     report = rls.export_tflite(rls.strip(rls.wrap(model, plan)), path, plan=plan)
     assert {tensor.format for tensor in report.tensors} == {"dense"}
     assert largest(path).exploited.startswith("int8 weights dequantized before a float kernel")
+
+
+@pytest.mark.parametrize("layer", [keras.layers.Conv2D(8, 3), keras.layers.DepthwiseConv2D(3)])
+def test_xnnpack_leaves_convolutions_in_4_bits_alone(layer, tmp_path):
+    model, path = keras.Sequential([keras.layers.Input((6, 6, 4)), layer]), tmp_path / "m.tflite"
+    said = {}
+    for bits in (8, 4):
+        plan = rls.CompressionPlan([KernelRule("*", 0.0, quantize=True, bits=bits)])
+        rls.export_tflite(rls.wrap(model, plan), path, overwrite=True)
+        said[bits] = largest(path).exploited
+        interpreter = Interpreter(str(path))
+        interpreter.allocate_tensors()
+        # What LiteRT does with the file, which the sentence tells: XNNPACK's part is a DELEGATE.
+        names = [one["op_name"] for one in interpreter._get_ops_details()]
+        assert ("DELEGATE" in names) == (bits == 8)
+    start, end = "int{} weights dequantized before a float kernel", ": zeros are multiplied"
+    assert said[8].startswith(start.format(8) + end)
+    assert said[4].startswith(start.format(4) + " slower than XNNPACK's" + end)
 
 
 def test_sparse_weights_behind_densify(tmp_path):

@@ -1,6 +1,7 @@
 """Groups and bits by kernel: what a network makes of them, how they are chosen, and the file."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -266,6 +267,65 @@ def test_nothing_is_held_against_single_weights_that_were_chosen(chosen):
     assert choice.others == ()
 
 
+@pytest.fixture(scope="module")
+def convolutional():
+    """A network of a convolution and two dense layers that are all too large for 8 bits."""
+    keras.utils.set_random_seed(4)
+    made = keras.Sequential(
+        [
+            L.Input((64,)),
+            L.Reshape((8, 8, 1)),
+            L.Conv2D(12, 5, activation="relu", name="conv"),
+            L.Conv2D(24, 3, activation="relu", name="convs"),
+            L.Flatten(),
+            L.Dense(32, activation="relu", name="middle"),
+            L.Dense(4, activation="softmax", name="last"),
+        ]
+    )
+    made.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    made.fit(*TRAIN, epochs=10, verbose=0)
+    kernels = find_kernels(made)
+    sizes = SizeModel(made, "raw")
+    whole = sizes.file_size({k.path: k.value() for k in kernels}, {k.path: 4 for k in kernels})
+    target = rls.Target(tflite_bytes=round(1.1 * whole.raw))
+    return network_of(made, target, KernelDecisions("element", sizes=sizes))
+
+
+def kernels_in_4_bits(network, storages):
+    paths = list(network.groupings)
+    return {path for one in storages for path, bits in one.bits(paths).items() if bits == 4}
+
+
+@pytest.mark.parametrize(
+    ("int4", "expected"),
+    [
+        ("all", {"convs/kernel", "middle/kernel"}),
+        ("fast", {"middle/kernel"}),
+        ("none", set()),
+    ],
+)
+def test_only_kernels_that_may_have_4_bits_are_proposed_in_4(convolutional, int4, expected):
+    found = propose_storages(convolutional, convolutional.decisions.sizes, int4)
+    assert found
+    in_4 = kernels_in_4_bits(convolutional, found)
+    assert expected <= in_4
+    if int4 != "all":
+        assert not any(path.startswith("conv") for path in in_4)
+    if int4 == "none":
+        assert not in_4
+
+
+def test_the_choice_keeps_to_what_may_have_4_bits(chosen, model, limit):
+    plain, with_4 = chosen[0], chosen[1].network
+
+    def build(decisions):
+        return network_of(model, rls.Target(tflite_bytes=limit), decisions)
+
+    without = choose_storage(plain, build, rls.Reward(), "none").network
+    assert kernels_in_4_bits(with_4, [with_4.storage])
+    assert not kernels_in_4_bits(without, [without.storage])
+
+
 def test_raw_bytes_alone_are_the_raw_bytes_of_both(model):
     sizes = SizeModel(model, "raw")
     kernel = find_kernels(model)[0]
@@ -350,6 +410,32 @@ def test_a_search_stores_every_kernel_as_the_bytes_want_it(model, limit, tmp_pat
     assert entry["tflite_bytes"] <= limit
     assert one.last.plain.storage == Storage("element")
     assert one.last.network.storage != Storage("element")
+
+
+@pytest.mark.slow
+def test_a_search_without_4_bits_stores_none(model, limit, tmp_path):
+    options = {"int4": "none", "directory": tmp_path / "run"}
+    _, result = search(model, limit, finalists=1, episodes=1, **options)
+    path = tmp_path / "run" / "model.tflite"
+    assert path.stat().st_size <= limit
+    assert "int4" not in {tensor.dtype for tensor in rls.inspect_tflite(path).tensors}
+    assert {entry.exported_bits for entry in result.plan.kernels.values()} <= {8, 32}
+    # A run is continued with the arguments that it was begun with.
+    assert (
+        json.loads((tmp_path / "run" / "manifest.json").read_text())["arguments"]["int4"] == "none"
+    )
+
+
+@pytest.mark.parametrize("int4", ["fast", "none"])
+def test_where_all_kernels_have_8_bits_int4_is_refused(model, int4):
+    target = rls.Target(sparsity=0.5)
+    with pytest.raises(rls.ArgumentError, match=rf"int4='{int4}' does not go with group='element'"):
+        rls.Compressor(model, target, int4=int4)
+
+
+def test_an_unknown_int4_is_refused(model):
+    with pytest.raises(rls.ArgumentError, match=r"int4='nome' is not known.*'none'"):
+        rls.Compressor(model, rls.Target(tflite_bytes=9_999), group="auto", int4="nome")
 
 
 @pytest.mark.parametrize(

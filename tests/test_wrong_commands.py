@@ -76,6 +76,14 @@ COMMANDS = {
         compress(more="--group auto"),
         r"group='auto' does not go with Target\(sparsity=0\.9\): .* Expected Target\(tflite_bytes=",
     ),
+    "bits where all are 8": (
+        compress(more="--int4 none"),
+        r"int4='none' does not go with group='element', where every kernel has 8 bits\. Pass",
+    ),
+    "kernels in 4 bits": (
+        compress(more="--int4 some"),
+        r"--int4: invalid choice: 'some' \(choose from .*fast",
+    ),
     "no episode": (compress(more="--episodes 0"), r"episodes=0 cannot be used\. Expected a whole"),
     "episodes in words": (compress(more="--episodes three"), r"invalid int value: 'three'"),
     "target": (

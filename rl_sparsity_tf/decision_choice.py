@@ -1,4 +1,4 @@
-"""What a search has to prepare when whole channels are decided."""
+"""What a search decides on, as its target and the arguments about groups say."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rl_sparsity_tf.latency_measurement import measure_latency
 from rl_sparsity_tf.latency_table import LatencyTable
 from rl_sparsity_tf.size_costs import formats_for
 from rl_sparsity_tf.size_model import SizeModel
+from rl_sparsity_tf.storage_choice import INT4
 from rl_sparsity_tf.target import Target
 
 AUTO = "auto"
@@ -102,6 +103,21 @@ def check_shuffle(shuffle: str, group: str) -> str:
             "matters to blocks. Pass group='block4' or group='block16', or leave shuffle out."
         )
     return shuffle
+
+
+def check_int4(int4: str, group: str) -> str:
+    """Which kernels may be stored in 4 bits, if the kind of groups leaves that open.
+
+    Raises:
+        ArgumentError: If it does not.
+    """
+    check_choice("int4", int4, INT4)
+    if int4 != "all" and group != AUTO:
+        raise ArgumentError(
+            f"int4={int4!r} does not go with group={group!r}, where every kernel has 8 bits. Pass "
+            "group='auto', which chooses the bits, or leave int4 out."
+        )
+    return int4
 
 
 def decisions_for(
