@@ -188,7 +188,7 @@ def test_the_readme_names_every_option_of_the_command_line():
         if option.startswith("--") and option != "--help"
     }
     assert {option for option in options if option not in section} == set()
-    mentioned = set(re.findall(r"--[a-z][a-z-]+", section))
+    mentioned = set(re.findall(r"--[a-z][a-z0-9-]+", section))
     assert mentioned - options == set()
 
 
