@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,21 +15,22 @@ import tf_keras as keras
 
 from rl_sparsity_tf.candidates import PROPOSED, Candidate
 from rl_sparsity_tf.channel_finishing import Task, finish_candidate
-from rl_sparsity_tf.cost_budget import CostBudget
 from rl_sparsity_tf.curriculum import Stage
 from rl_sparsity_tf.errors import RunError, TargetError
 from rl_sparsity_tf.finishing import Finished
 from rl_sparsity_tf.kernels import walk
 from rl_sparsity_tf.mask_training import FineTuning
+from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
 from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.reward import bounded
 from rl_sparsity_tf.run_directory import TRIALS, RunDirectory
 from rl_sparsity_tf.scoring import score_model, score_tflite
-from rl_sparsity_tf.size_costs import MARGINS
 from rl_sparsity_tf.size_trials import Requirement, Trial, next_limit
+from rl_sparsity_tf.storage_choice import StorageChooser
 from rl_sparsity_tf.target import Target
+from rl_sparsity_tf.trial_networks import TrialNetworks, is_stored_as
 
 if TYPE_CHECKING:
     from rl_sparsity_tf.episodes import LoopSettings
@@ -72,30 +72,33 @@ class AccuracySearch:
 
     Six trials at most, or as many as there are episodes, share the episodes. Each searches at a
     size of its own, as `Target(tflite_bytes=...)` does; the agent keeps what it has learned, and
-    the best plan of the next larger size is evaluated first, pruned further. The trial's best plan
-    is fine-tuned and exported, and the file is run on all of the validation data. A trial that
-    holds is followed by a smaller size, another by a larger one, up to the dense int8 file, which
-    is tried as it is.
+    the best plan of the next larger size is evaluated first, pruned further, if its kernels are
+    stored in the same way. The trial's best plan is fine-tuned and exported, and the file is run on
+    all of the validation data. A trial that holds is followed by a smaller size, another by a
+    larger one, up to the dense int8 file, which is tried as it is.
 
     Args:
         task: The model, the searched network, data and training; its target is the drop.
         settings: What the episodes depend on.
         loop: The episodes.
         run: Where to keep what the trials came to, if anywhere.
+        chooser: What chooses how kernels are cut and stored, if that is left open.
 
     Attributes:
         trials: The trials so far, the dense int8 file not among them.
     """
 
     def __init__(
-        self, task: Task, settings: LoopSettings, loop: SearchLoop, run: RunDirectory | None = None
+        self,
+        task: Task,
+        settings: LoopSettings,
+        loop: SearchLoop,
+        run: RunDirectory | None = None,
+        chooser: StorageChooser | None = None,
     ):
         self._task, self._settings, self._loop, self._run = task, settings, loop, run
-        self._network, self._figures = task.network, task.figures
-        budget = self._network.budget
-        assert isinstance(budget, CostBudget)
-        self._budget = budget
-        self._smallest = math.ceil(budget.smallest / (1.0 - MARGINS["tflite_bytes"]))
+        self._networks, self._figures = TrialNetworks(task.network, chooser), task.figures
+        self._plain = task.network
         dense = score_model(task.model, self._figures.validation, self._figures.metric).metric
         self._wanted = Requirement(
             metric=self._figures.metric, dense=dense, drop=task.target.max_accuracy_drop or 0.0
@@ -125,14 +128,15 @@ class AccuracySearch:
         assert dense.tflite_bytes is not None
         with progress.running(f"{self._settings.agent.name} search"):
             for number in range(len(self.trials), count):
-                limit = next_limit(self._smallest, dense.tflite_bytes, self.trials)
+                limit = next_limit(self._networks.smallest, dense.tflite_bytes, self.trials)
                 if limit is None:
                     break
                 start, end = edges[number : number + 2]
                 notes = {"trial": number + 1, "limit": limit}
                 stage = Stage(start=start, end=end, notes=notes)
                 progress.say(f"trial {number + 1} of {count}: at most {limit:,} bytes")
-                self._loop.begin(stage, self._limited(limit), self._larger(limit), progress)
+                network = self._move_to(limit)
+                self._loop.begin(stage, network.budget, self._larger(limit), progress)
                 self._loop.play(progress)
                 self._try(limit, progress)
         if self._best is None and dense.held:
@@ -142,15 +146,18 @@ class AccuracySearch:
         if self._finished is None:  # held before the run was cut off
             limit = next(one.limit for one in reversed(self.trials) if one.held)
             progress.say("fine-tuning the plan that held, and exporting it")
+            self._move_to(limit)
             self._finished = self._finish(self._best, limit, self._others)
         return self._found(dense, self._finished, self._best)
 
     def _found(self, dense: Trial, finished: Finished, candidate: Candidate) -> SmallestFile:
         size = finished.exported.report.tflite_bytes
         # Contenders meet the same size, as far as the budget's floor lets them.
-        self._network.retarget(self._limited(max(size, self._smallest)))
+        self._networks.limit(self._plain, max(size, self._networks.smallest))
         return SmallestFile(
-            task=dataclasses.replace(self._task, target=Target(tflite_bytes=size)),
+            task=dataclasses.replace(
+                self._task, network=self._loop.network, target=Target(tflite_bytes=size)
+            ),
             finished=finished,
             best=finished.candidate or candidate,
             metrics={
@@ -162,20 +169,23 @@ class AccuracySearch:
 
     # ------------------------------------------------------------------ one trial
 
-    def _limited(self, limit: int) -> CostBudget:
-        share = 1.0 - MARGINS["tflite_bytes"]
-        return self._budget.limited(limit * share, f"Target(tflite_bytes={limit})")
+    def _move_to(self, limit: int) -> CompressedNetwork:
+        """Goes on with the network for a limit."""
+        self._plain.seen |= self._loop.network.seen
+        self._loop.move_to(self._networks.at(limit))
+        return self._loop.network
 
     def _larger(self, limit: int) -> CompressionPlan | None:
-        """The plan of the smallest trial that was larger."""
+        """The plan of the smallest trial that was larger, if kernels were stored as they are."""
         larger = [trial for trial in self.trials if trial.limit > limit]
         if not larger:
             return None
-        return CompressionPlan.from_json(min(larger, key=lambda one: one.limit).plan)
+        plan = CompressionPlan.from_json(min(larger, key=lambda one: one.limit).plan)
+        return plan if is_stored_as(self._loop.network, plan) else None
 
     def _dense_int8(self, progress: SearchProgress) -> tuple[Trial, Candidate, Finished]:
         """The file with nothing pruned, all that can be as int8, and the trained weights."""
-        network = self._network
+        network = self._plain
         network.reset()
         weights = {path: layer.get_weights() for path, layer in walk(self._task.model)}
         whole = [np.ones(network.groupings[kernel.path].shape, bool) for kernel in network.kernels]
@@ -224,7 +234,8 @@ class AccuracySearch:
         others: Sequence[tuple[str, CompressionPlan]] = (),
     ) -> Finished:
         tf.random.set_seed(self._settings.seed)
-        task = dataclasses.replace(self._task, target=Target(tflite_bytes=limit))
+        network = self._loop.network
+        task = dataclasses.replace(self._task, network=network, target=Target(tflite_bytes=limit))
         return finish_candidate(task, candidate, others)
 
     def _judged(
@@ -276,7 +287,7 @@ class AccuracySearch:
         arrays = {
             "trials": np.array(json.dumps([dataclasses.asdict(trial) for trial in self.trials])),
             "others": np.array(json.dumps([(n, plan.to_json()) for n, plan in self._others])),
-            "seen": np.array(sorted(self._network.seen), dtype="S64"),
+            "seen": np.array(sorted(self._loop.network.seen), dtype="S64"),
         }
         if self._best is not None:
             held = self._best.to_arrays()
@@ -291,7 +302,7 @@ class AccuracySearch:
         if arrays is not None:
             found = json.loads(str(arrays["trials"]))
             self.trials = [Trial(**values) for values in found]
-            self._network.seen |= {bytes(key).decode() for key in arrays["seen"]}
+            self._plain.seen |= {bytes(key).decode() for key in arrays["seen"]}
             others = json.loads(str(arrays["others"]))
             self._others = [(name, CompressionPlan.from_json(text)) for name, text in others]
             held = {

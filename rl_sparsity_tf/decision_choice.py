@@ -42,11 +42,11 @@ def group_for(model: keras.Model, target: Target, group: str | None) -> str:
     if group is None:
         group = "channel" if target.needs_channels else "element"
     check_choice("group", group, (*GROUPS, AUTO))
-    if group == AUTO and target.kind not in ("tflite_bytes", "gzip_bytes"):
+    if group == AUTO and not target.in_bytes:
         raise ArgumentError(
             f"group='auto' does not go with Target({target.kind}={target.value:g}): it weighs ways "
-            "to store kernels by the bytes that they take. Expected Target(tflite_bytes=...) or "
-            "Target(gzip_bytes=...), or one of the other groups."
+            "to store kernels by the bytes that they take. Expected Target(tflite_bytes=...), "
+            "Target(gzip_bytes=...) or Target(max_accuracy_drop=...), or one of the other groups."
         )
     if not target.needs_channels:
         return group

@@ -67,8 +67,8 @@ INTEGER_MODES: Mapping[str, Mapping[str, StoredAs]] = {
 
 
 INT4_AS_FAST = ("fully_connected", "gather")
-"""The kinds of kernels with which LiteRT is about as fast in 4 bits as in 8, where they are restored
-to floats (`benchmarks/int4.py`)."""
+"""The kinds of kernels with which LiteRT is about as fast in 4 bits as in 8, if floats are made of
+them when the file is loaded (`benchmarks/int4.py`)."""
 
 
 def has_int4(kind: str | None) -> bool:

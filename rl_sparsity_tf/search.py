@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,6 @@ from rl_sparsity_tf.conversion import start_worker
 from rl_sparsity_tf.curriculum import Curriculum, resolve_curriculum
 from rl_sparsity_tf.data import TrainingData, evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data_forms import as_rows
-from rl_sparsity_tf.decisions import KernelDecisions
 from rl_sparsity_tf.errors import ModelError
 from rl_sparsity_tf.final import play_final
 from rl_sparsity_tf.fingerprints import fingerprints_of, name_of
@@ -44,7 +44,7 @@ from rl_sparsity_tf.scoring import score_model as score
 from rl_sparsity_tf.search_checks import check_search
 from rl_sparsity_tf.size_costs import formats_for
 from rl_sparsity_tf.size_trials import check_alone
-from rl_sparsity_tf.storage_choice import StorageChoice, choose_storage
+from rl_sparsity_tf.storage_choice import StorageChoice, StorageChooser
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapping import accepted, is_wrapped
 
@@ -275,27 +275,24 @@ class Compressor:
         decisions = decision_choice.decisions_for(
             model, self.target, self.group, self.latency_table, quantization, self.shuffle
         )
-
-        def network_of(decisions: KernelDecisions) -> CompressedNetwork:
-            return CompressedNetwork(
-                model,
-                data,
-                sample,
-                target=first_target(model, self.target),
-                decisions=decisions,
-                recovery=self.recovery,
-                metric=self.metric,
-                seed=self.seed,
-            )
-
-        plain = network_of(decisions)
+        build = functools.partial(
+            CompressedNetwork,
+            *(model, data, sample),
+            target=first_target(model, self.target),
+            recovery=self.recovery,
+            metric=self.metric,
+            seed=self.seed,
+        )
+        plain = build(decisions=decisions)
         if run is not None:
             run.start()
         progress = SearchProgress(episodes, plain.metric.name, verbose)
-        choice = StorageChoice(plain)
+        choice, chooser = StorageChoice(plain), None
         if self.group == decision_choice.AUTO:
+            chooser = StorageChooser(build=build, reward=self.reward, int4=self.int4)
+        if chooser and self.target.max_accuracy_drop is None:
             progress.say("choosing groups and bits for every kernel")
-            choice = choose_storage(plain, network_of, self.reward, self.int4)
+            choice = chooser.choose(plain)
         network, others = choice.network, choice.others if finalists > 1 else ()
         settings = dataclasses.replace(self.loop_settings(), finalists=finalists)
         loop = SearchLoop(settings, network, run)
@@ -315,7 +312,8 @@ class Compressor:
                 task, [*loop.finalists, *others], loop.proposed, progress, seed=self.seed
             )
         else:
-            found = AccuracySearch(task, settings, loop, run).run(episodes, progress)
+            sizes = AccuracySearch(task, settings, loop, run, chooser)
+            found = sizes.run(episodes, progress)
             task, finished, best, trials = found.task, found.finished, found.best, found.metrics
         metrics = build_metrics(
             model=model,

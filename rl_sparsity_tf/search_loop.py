@@ -119,6 +119,25 @@ class SearchLoop:
         assert self.best is not None
         return self.best
 
+    @property
+    def network(self) -> CompressedNetwork:
+        """The network that is searched."""
+        return self._network
+
+    def move_to(self, network: CompressedNetwork) -> None:
+        """Goes on with another network of the same model; agent and evaluations stay.
+
+        Args:
+            network: Of the same kernels, however they are cut and stored.
+        """
+        if network is self._network:
+            return
+        state = self.episodes.get_state()
+        network.seen |= self._network.seen
+        self._network = network
+        self.episodes = make_episodes(self._settings, network)
+        self.episodes.set_state(state)
+
     def begin(
         self,
         stage: Stage,

@@ -20,6 +20,7 @@ import numpy as np
 from rl_sparsity_tf.candidates import PROPOSED, Candidate
 from rl_sparsity_tf.decisions import KernelDecisions
 from rl_sparsity_tf.dynamic_programming import POWERS, affordable, propose_all
+from rl_sparsity_tf.errors import TargetError
 from rl_sparsity_tf.export_modes import INT4_AS_FAST, has_int4
 from rl_sparsity_tf.kernels import Kernel
 from rl_sparsity_tf.knapsack import LARGEST_ERROR, POWER, knapsack
@@ -45,8 +46,8 @@ _UNITS = 8192
 SINGLE_WEIGHTS = "dynamic_programming_element"
 """Who proposed the plan of a [StorageChoice][]."""
 
-Build = Callable[[KernelDecisions], CompressedNetwork]
-"""Makes a network."""
+Build = Callable[..., CompressedNetwork]
+"""Makes a network of `decisions=KernelDecisions(...)`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,25 @@ class StorageChoice:
 
     network: CompressedNetwork
     others: Sequence[Candidate] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StorageChooser:
+    """What [choose_storage][] needs beside a network.
+
+    Attributes:
+        build: Makes another network of the same model.
+        reward: What a plan's outcome is worth.
+        int4: Which kernels may have 4 bits, one of [INT4][].
+    """
+
+    build: Build
+    reward: RewardFunction
+    int4: str = "all"
+
+    def choose(self, network: CompressedNetwork) -> StorageChoice:
+        """The best storage for a network's budget."""
+        return choose_storage(network, self.build, self.reward, self.int4)
 
 
 def choose_storage(
@@ -92,7 +112,10 @@ def choose_storage(
     for number, storage in enumerate(wanted):
         if storage in wanted[:number] or storage == network.storage:
             continue
-        other = build(KernelDecisions(storage, decisions.shuffles, sizes))
+        try:
+            other = build(decisions=KernelDecisions(storage, decisions.shuffles, sizes))
+        except TargetError:  # the last block of every kernel takes more than a last single weight
+            continue
         loss = math.inf
         for _, outcome in _evaluated(other):
             loss = _lower(loss, outcome)

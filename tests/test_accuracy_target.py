@@ -30,8 +30,11 @@ from rl_sparsity_tf.comparison import compare
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.errors import RunError
 from rl_sparsity_tf.objective import Metric, Score
+from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.search_loop import PREVIOUS
 from rl_sparsity_tf.size_trials import Requirement, Trial, next_limit
+from rl_sparsity_tf.storage import Storage
+from rl_sparsity_tf.trial_networks import TrialNetworks, is_stored_as
 
 ACCURACY = Metric("accuracy", higher_is_better=True)
 DATA = {"train": WIDE_TRAIN, "validation_data": WIDE_VALIDATION}
@@ -396,6 +399,78 @@ def test_trials_that_are_lost_are_named(tmp_path):
     (folder / "checkpoints" / "trials.npz").unlink()
     with pytest.raises(RunError, match=r"lacks the checkpoint of its finished trials\. Pass over"):
         run(searcher(directory=folder))
+
+
+# ---------------------------------------------------------------------------- groups and bits
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory):
+    """A search that chooses groups and bits at every size; the storages, and its folder."""
+    folder, storages = tmp_path_factory.mktemp("runs") / "run", []
+    real = TrialNetworks.at
+
+    def noting(self, limit):
+        storages.append((limit, real(self, limit)))
+        return storages[-1][1]
+
+    options = {"agent": DQN, "recovery": "least_squares", "group": "auto", "directory": folder}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrialNetworks, "at", noting)
+        one = searcher(**options)
+        return one, run(one, episodes=EPISODES), storages, folder
+
+
+@pytest.mark.slow
+def test_every_size_is_searched_in_the_storage_that_it_wants(chosen):
+    one, result, networks, _ = chosen
+    trials = result.metrics["search"]["trials"][1:]
+    assert [limit for limit, _ in networks] == [trial["limit"] for trial in trials]
+    assert any(network.storage != Storage("element") for _, network in networks)
+    plans = [CompressionPlan.from_json(trial.plan) for trial in one_trials(one)]
+    for (limit, network), plan in zip(networks, plans, strict=True):
+        assert is_stored_as(network, plan)
+        assert network.budget.limit == pytest.approx(0.99 * limit)
+    # One agent learns in all of them, and every plan counts.
+    assert one.last.loop.episodes.agent.episodes == len(result.history) == EPISODES
+    assert one.last.loop.network is networks[-1][1]
+    assert result.metrics["search"]["evaluations"] == one.last.loop.network.evaluations
+    assert all(one.last.loop.network.seen >= network.seen for _, network in networks)
+
+
+def one_trials(one):
+    """The trials as the run directory keeps them, with their plans."""
+    with np.load(one.directory / "checkpoints" / "trials.npz") as arrays:
+        return [Trial(**values) for values in json.loads(str(arrays["trials"]))]
+
+
+@pytest.mark.slow
+def test_the_file_of_chosen_groups_and_bits_holds_too(chosen, tmp_path):
+    one, result, _, folder = chosen
+    dense = wide().evaluate(*WIDE_VALIDATION, verbose=0, return_dict=True)["accuracy"]
+    content = (folder / "model.tflite").read_bytes()
+    assert metric_of(content, tmp_path) >= dense - DROP - 1e-6
+    assert len(content) == result.metrics["compressed"]["tflite_bytes"] < 6_600
+    # Contenders are held to it with single weights at 8 bits, which are all that they know.
+    assert one.last.plain.storage == Storage("element")
+    assert one.last.plain.budget.limit == pytest.approx(0.99 * len(content))
+
+
+@pytest.mark.slow
+def test_a_search_of_storages_that_was_cut_off_ends_in_the_same_bits(chosen, tmp_path):
+    _, result, _, folder = chosen
+    options = {"agent": DQN, "recovery": "least_squares", "group": "auto"}
+    options["directory"] = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_after(patch, LayerEnvironment, "_step", 6 * 3 + 2)
+        with pytest.raises(StoppedError):
+            run(searcher(**options), episodes=EPISODES)
+    again = run(searcher(**options), episodes=EPISODES)
+    assert figures_of(again.history) == figures_of(result.history)
+    assert again.metrics["search"]["trials"] == result.metrics["search"]["trials"]
+    assert again.metrics["search"]["evaluations"] == result.metrics["search"]["evaluations"]
+    files = [place / "model.tflite" for place in (folder, tmp_path / "run")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 # ---------------------------------------------------------------------------- other models

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -326,6 +327,21 @@ def test_the_choice_keeps_to_what_may_have_4_bits(chosen, model, limit):
     assert not kernels_in_4_bits(without, [without.storage])
 
 
+def test_storages_that_cannot_reach_a_size_are_passed_over(convolutional):
+    """A convolution's last block of four takes more than its last single weight."""
+    made, sizes = rls.strip(convolutional.model), convolutional.decisions.sizes
+    made.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    target = rls.Target(tflite_bytes=math.ceil(convolutional.budget.smallest / 0.99) + 1)
+
+    def build(decisions):
+        return network_of(made, target, decisions)
+
+    plain = build(KernelDecisions("element", sizes=sizes))
+    with pytest.raises(rls.TargetError, match="cannot be reached"):
+        build(KernelDecisions("block4", sizes=sizes))
+    assert choose_storage(plain, build, rls.Reward()).network.target == target
+
+
 def test_raw_bytes_alone_are_the_raw_bytes_of_both(model):
     sizes = SizeModel(model, "raw")
     kernel = find_kernels(model)[0]
@@ -439,7 +455,7 @@ def test_an_unknown_int4_is_refused(model):
 
 
 @pytest.mark.parametrize(
-    "target", [rls.Target(sparsity=0.5), rls.Target(max_accuracy_drop=0.1), rls.Target(macs=0.5)]
+    "target", [rls.Target(sparsity=0.5), rls.Target(latency=0.5), rls.Target(macs=0.5)]
 )
 def test_auto_is_for_targets_in_bytes(model, target):
     with pytest.raises(rls.ArgumentError, match=r"group='auto' does not go with Target\("):
