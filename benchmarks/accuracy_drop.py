@@ -66,7 +66,7 @@ def searched(options: argparse.Namespace, name: str, seed: int, groups: str) -> 
         "share": found["tflite_bytes"] / dense["tflite_bytes"],
         "validation_lost": metrics["search"]["dense_validation_metric"]
         - smallest["validation_metric"],
-        "test_lost": metrics["dense"]["test_metric"] - found["tflite_accuracy"],
+        "test_lost": metrics["dense"]["metric"] - found["tflite_accuracy"],
         "proposed_by": found["proposed_by"],
         "seconds": metrics["search"]["seconds"],
     }
