@@ -69,8 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     compress.add_argument(
         "--group",
         choices=_GROUPS,
-        help="unit of decision (element; channel for targets of macs and latency); auto also "
-        "chooses 8 or 4 bits, for targets in bytes",
+        help="unit of decision (element; channel for targets of macs and latency; auto, which also "
+        "chooses 8 or 4 bits, for --target-bytes)",
     )
     compress.add_argument(
         "--shuffle",
@@ -81,7 +81,6 @@ def build_parser() -> argparse.ArgumentParser:
     compress.add_argument(
         "--int4",
         choices=("all", "fast", "none"),
-        default="all",
         help="kernels that --group auto may store in 4 bits (fast: no convolutions)",
     )
     compress.add_argument("--latency-table", help="JSON of layers' times (else measured)")

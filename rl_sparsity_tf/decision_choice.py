@@ -40,7 +40,8 @@ def group_for(model: keras.Model, target: Target, group: str | None) -> str:
         TargetError: If the target needs channels to be removed, and none can be.
     """
     if group is None:
-        group = "channel" if target.needs_channels else "element"
+        by_kernel = AUTO if target.tflite_bytes is not None else "element"
+        group = "channel" if target.needs_channels else by_kernel
     check_choice("group", group, (*GROUPS, AUTO))
     if group == AUTO and not target.in_bytes:
         raise ArgumentError(
@@ -105,14 +106,20 @@ def check_shuffle(shuffle: str, group: str) -> str:
     return shuffle
 
 
-def check_int4(int4: str, group: str) -> str:
+def check_int4(int4: str | None, group: str) -> str:
     """Which kernels may be stored in 4 bits, if the kind of groups leaves that open.
+
+    Args:
+        int4: What was asked for, if anything.
+        group: The kind of groups.
 
     Raises:
         ArgumentError: If it does not.
     """
+    if int4 is None:
+        return "fast" if group == AUTO else "none"
     check_choice("int4", int4, INT4)
-    if int4 != "all" and group != AUTO:
+    if group != AUTO:
         raise ArgumentError(
             f"int4={int4!r} does not go with group={group!r}, where every kernel has 8 bits. Pass "
             "group='auto', which chooses the bits, or leave int4 out."

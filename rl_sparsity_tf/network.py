@@ -54,6 +54,8 @@ class CompressedNetwork:
         recovery: How to recover after a decision.
         metric: The metric's name, or its name and direction; by default the model's first.
         seed: Seed of the autoencoder.
+        like: Another network of the same model, data and seed: what it has measured of the dense
+            network is taken over.
 
     Raises:
         ModelError: If nothing can be compressed, the model is not compiled or holds NaN.
@@ -72,6 +74,7 @@ class CompressedNetwork:
         recovery: Recovery | None = None,
         metric: str | tuple[str, str] | None = None,
         seed: int = 0,
+        like: CompressedNetwork | None = None,
     ):
         recovery = recovery or Recovery()
         arguments = search_arguments(model, recovery.learning_rate)
@@ -100,14 +103,12 @@ class CompressedNetwork:
         self._collector = StatisticsCollector(self.model)
         if self.recovery.method == "finetune":
             self.model.optimizer.build(self.model.trainable_variables)
-        self._train_function = tf.function(
-            lambda x, y, weights: self.model.train_step((x, y, weights))
-        )
+        self._train_function = tf.function(lambda *batch: self.model.train_step(batch))
         self.originals = {kernel.path: kernel.matrix().copy() for kernel in self.kernels}
-        self.autoencoder = WeightAutoencoder(self.originals, seed=seed)
-        self.original_moments = {
-            path: WeightMoments.of(matrix) for path, matrix in self.originals.items()
-        }
+        self.autoencoder: WeightAutoencoder = (
+            like.autoencoder if like else WeightAutoencoder(self.originals, seed=seed)
+        )
+        self.original_moments = {p: WeightMoments.of(m) for p, m in self.originals.items()}
         self._first_order: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.clock = 0  # training steps taken
         shapes = {path: grouping.shape for path, grouping in self.groupings.items()}
@@ -117,11 +118,12 @@ class CompressedNetwork:
         self.output_errors = dict.fromkeys(self.groupings, 0.0)
         self.seen: set[str] = set()  # digests of the plans that were evaluated
         self._known: dict[str, Outcome] = {}
-        self.dense: Score = self._evaluator(validation)
-        self.statistics: dict[str, KernelStatistics] = self._collected(
-            [train.batch(index) for index in range(min(_STATISTICS_BATCHES, len(train.pool)))]
+        self.dense: Score = like.dense if like else self._evaluator(validation)
+        batches = [train.batch(one) for one in range(min(_STATISTICS_BATCHES, len(train.pool)))]
+        self.dense_statistics: dict[str, KernelStatistics] = (
+            like.dense_statistics if like else self.decisions.statistics(self._collector(batches))
         )
-        self.dense_statistics = self.statistics
+        self.statistics = self.dense_statistics
         self.least_squares: LeastSquares | None = None
         if self.recovery.method == "least_squares":
             groupings = self.decisions.part_storage.groupings(self.parts)
@@ -275,9 +277,8 @@ class CompressedNetwork:
 
     def index_of(self, path: str) -> int:
         """A kernel's place in the network."""
-        for index, kernel in enumerate(self.kernels):
-            if kernel.path == path:
-                return index
+        if path in self.groupings:
+            return list(self.groupings).index(path)
         raise ArgumentError(
             f"The network has no kernel {path!r}. Expected one of {list(self.groupings)}."
         )
@@ -319,18 +320,15 @@ class CompressedNetwork:
             )
         return self._first_order[path]
 
-    def _collected(self, batches: list[Batch]) -> dict[str, KernelStatistics]:
-        return self.decisions.statistics(self._collector(batches))
-
     def measure(self) -> None:
         """Refreshes the activation and gradient statistics, on one training batch.
 
-        With least squares, where nothing is trained on the way, they stay those of the dense
-        network.
+        With least squares nothing is trained on the way: they stay those of the dense network.
         """
         if self.least_squares is None:
             self._forget()
-            self.statistics = self._collected([self.train.batch(self.clock)])
+            batch = self.train.batch(self.clock)
+            self.statistics = self.decisions.statistics(self._collector([batch]))
 
     @property
     def plan(self) -> CompressionPlan:

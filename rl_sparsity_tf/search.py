@@ -61,11 +61,12 @@ class Compressor:
         target: What to reach.
         agent: `"dqn"` (the default), `"ppo"`, `"random"` (a baseline), or a configuration such as
             `rls.DQN(learning_rate=1e-3)`. With a policy the default is its own agent.
-        group: The smallest unit one operation applies to: `"element"` (the default), `"block4"`,
-            `"block16"`, or `"channel"` (the default for targets of macs and latency): whole
-            channels with all that is tied to them, which the result does not have any more. For
-            a target in bytes `"auto"` chooses single weights, blocks of 4, or 4 bits for every
-            kernel before the search (see [storage_choice][rl_sparsity_tf.storage_choice]).
+        group: The smallest unit one operation applies to: `"element"`, the default but for some
+            targets, `"block4"`, `"block16"`, or `"channel"` (for macs and latency): whole channels
+            with all that is tied to them, which the result does not have any more. `"auto"` (for
+            `tflite_bytes`; other sizes and an accuracy's drop may have it) chooses single weights,
+            blocks of 4, or 4 bits for every kernel before the search (see
+            [storage_choice][rl_sparsity_tf.storage_choice]).
         directory: Folder for manifest, journal, checkpoints and the result. The same call
             continues a run that was cut off; other folders that are not empty are refused.
         seed: Everything random follows from it. TF-Agents and dropout draw from TensorFlow's
@@ -94,9 +95,9 @@ class Compressor:
             channels are permuted so that blocks keep more
             ([permute_channels][rl_sparsity_tf.permute_channels]), which changes nothing but
             rounding, and Shuffle is no operation then.
-        int4: Which kernels `group="auto"` may store in 4 bits: `"all"` for the smallest file;
-            `"fast"`, where LiteRT is as fast as with 8 bits (Dense layers and Embeddings, but not
-            convolutions, which XNNPACK leaves alone); or `"none"`.
+        int4: Which kernels `group="auto"` may store in 4 bits: `"fast"` (the default), where LiteRT
+            is as fast as with 8 bits (Dense layers and Embeddings, but not convolutions, which
+            XNNPACK then leaves alone); `"all"` for the smallest file; or `"none"`.
         policy: `"pretrained"`, or what [save_policy][rl_sparsity_tf.Result.save_policy] wrote: what
             an agent has learned on other networks. Its plan is evaluated first, whatever
             `warm_start` says; the agent goes on from it, explores less, and learns how much better
@@ -130,7 +131,7 @@ class Compressor:
         curriculum: str | Curriculum = "constant",
         latency_table: LatencyTable | str | os.PathLike[str] | None = None,
         shuffle: str = "neighbours",
-        int4: str = "all",
+        int4: str | None = None,
         policy: SavedPolicy | str | os.PathLike[str] | None = None,
         hierarchy: bool = False,
     ):
@@ -289,6 +290,7 @@ class Compressor:
         progress = SearchProgress(episodes, plain.metric.name, verbose)
         choice, chooser = StorageChoice(plain), None
         if self.group == decision_choice.AUTO:
+            build = functools.partial(build, like=plain)
             chooser = StorageChooser(build=build, reward=self.reward, int4=self.int4)
         if chooser and self.target.max_accuracy_drop is None:
             progress.say("choosing groups and bits for every kernel")

@@ -63,7 +63,7 @@ def limit(model):
     return round(1.04 * whole.raw)
 
 
-def network_of(model, target, decisions, recovery="least_squares"):
+def network_of(model, target, decisions, recovery="least_squares", like=None):
     with quick_search():
         return CompressedNetwork(
             model,
@@ -72,6 +72,7 @@ def network_of(model, target, decisions, recovery="least_squares"):
             target=target,
             decisions=decisions,
             recovery=rls.Recovery(method=recovery),
+            like=like,
         )
 
 
@@ -260,6 +261,22 @@ def test_the_baseline_of_single_weights_is_held_against_the_choice(chosen):
     plain.reset()
 
 
+def test_a_network_like_another_does_not_measure_the_dense_one_again(chosen, model, monkeypatch):
+    plain, decisions = chosen[0], KernelDecisions("block4", sizes=chosen[0].decisions.sizes)
+    measured = network_of(model, plain.target, decisions)
+    for name in ("WeightAutoencoder", "StatisticsCollector.__call__"):
+        monkeypatch.setattr(f"rl_sparsity_tf.network.{name}", None)  # fails if it is called
+    taken_over = network_of(model, plain.target, decisions, like=plain)
+    assert taken_over.dense == measured.dense
+    (plan,) = propose_all(measured, (0.5,))
+    assert propose_all(taken_over, (0.5,)) == [plan]
+    assert evaluate_plan(taken_over, plan) == evaluate_plan(measured, plan)
+    for path, found in measured.dense_statistics.items():
+        np.testing.assert_allclose(
+            taken_over.dense_statistics[path].gradient, found.gradient, rtol=1e-4, atol=1e-6
+        )
+
+
 def test_nothing_is_held_against_single_weights_that_were_chosen(chosen):
     """Every network made is the same as that of the start, so that none is better."""
     plain = chosen[0]
@@ -442,11 +459,26 @@ def test_a_search_without_4_bits_stores_none(model, limit, tmp_path):
     )
 
 
-@pytest.mark.parametrize("int4", ["fast", "none"])
+@pytest.mark.parametrize("int4", ["all", "fast", "none"])
 def test_where_all_kernels_have_8_bits_int4_is_refused(model, int4):
     target = rls.Target(sparsity=0.5)
     with pytest.raises(rls.ArgumentError, match=rf"int4='{int4}' does not go with group='element'"):
         rls.Compressor(model, target, int4=int4)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (rls.Target(tflite_bytes=9_999), ("auto", "fast")),
+        (rls.Target(gzip_bytes=9_999), ("element", "none")),
+        (rls.Target(max_accuracy_drop=0.1), ("element", "none")),
+        (rls.Target(sparsity=0.5), ("element", "none")),
+        (rls.Target(macs=0.5), ("channel", "none")),
+    ],
+)
+def test_raw_bytes_have_groups_and_bits_chosen(model, target, expected):
+    one = rls.Compressor(model, target)
+    assert (one.group, one.int4) == expected
 
 
 def test_an_unknown_int4_is_refused(model):

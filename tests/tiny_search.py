@@ -123,6 +123,8 @@ def compressor(model: keras.Model, agent: Any = DQN, **options: Any) -> rls.Comp
     options.setdefault("target", rls.Target(sparsity=SPARSITY))
     options.setdefault("recovery", rls.Recovery(method="finetune", steps=1))
     options.setdefault("buckets", 3)
+    if options["target"].tflite_bytes:  # the choice of a storage takes several networks
+        options.setdefault("group", "element")
     return rls.Compressor(model, agent=agent, **options)
 
 
