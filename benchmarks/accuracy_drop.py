@@ -33,7 +33,7 @@ import tf_keras as keras  # isort: skip
 
 GROUPS: dict[str, dict[str, str]] = {
     "element": {"group": "element"},
-    "auto": {"group": "auto"},
+    "auto": {"group": "auto", "int4": "all"},
     "auto, fast": {"group": "auto", "int4": "fast"},
 }
 

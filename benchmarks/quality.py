@@ -2,11 +2,11 @@
 
 Networks are trained on images and compressed to shares of the bytes of their own dense int8 file
 (`Target(tflite_bytes=...)`): by the search with each agent, in one configuration for all of them
-(`group="auto"`, and the other defaults), and by its contenders, with single weights at 8 bits and
+(`int4="all"`, and the defaults), and by its contenders, with single weights at 8 bits and
 the same epochs and exporter; those that search evaluate as many plans as the search has episodes.
 The search fine-tunes three or four plans, and validation data decides; contenders one. What
 is "ours without agent" is the plan of dynamic programming for the storage that the search chose;
-"ours-dqn fast" is a search with `int4="fast"`, whose files are to be as fast as the dense one.
+"ours-dqn fast" is a search with `int4="fast"`, the default, for files as fast as the dense one.
 Budgets below 1.3 times the smallest file within reach are left out. Test accuracy, bytes, gzipped
 bytes and milliseconds per call (left empty where the samples scatter too much) are of the files,
 the validation accuracy of compressed ones is of their models. Rows are kept in a CSV file, and not
@@ -137,7 +137,8 @@ def search(
 ) -> tuple[rls.Compressor, Any]:
     """A search, in the one configuration that all networks and budgets get."""
     target = rls.Target(tflite_bytes=budget)
-    compressor = rls.Compressor(model, target, agent, group, seed=seed, int4=int4)
+    bits = int4 if group == "auto" else None
+    compressor = rls.Compressor(model, target, agent, group, seed=seed, int4=bits)
     result = compressor.search(
         (data.x_train, data.y_train),
         validation_data=(data.x_validation, data.y_validation),
