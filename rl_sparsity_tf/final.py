@@ -29,7 +29,7 @@ def play_final(
 
     Args:
         task: What they are finished for.
-        finalists: The candidates, the best first.
+        finalists: The candidates, the best first; of equal plans the first counts.
         others: Plans to fall back on, see
             [finish_candidate][rl_sparsity_tf.channel_finishing.finish_candidate].
         progress: Where to say what is done.
@@ -44,8 +44,12 @@ def play_final(
     """
     found: list[tuple[Finished, Candidate]] = []
     missed: TargetError | None = None
-    for number, candidate in enumerate(finalists):
-        what = "the best plan" if number == 0 else "another plan"
+    plans: list[CompressionPlan] = []
+    for candidate in finalists:
+        if candidate.plan in plans:
+            continue
+        plans.append(candidate.plan)
+        what = "the best plan" if len(plans) == 1 else "another plan"
         progress.say(f"fine-tuning {what} ({candidate.found_by}) and exporting it")
         tf.random.set_seed(seed)
         try:

@@ -58,9 +58,8 @@ class StorageChoice:
         network: The network whose best plan by dynamic programming has the lowest validation loss
             after recovery, with nothing decided. All plans that were evaluated count as its
             evaluations.
-        others: Where another storage was chosen, the plan of dynamic programming for single
-            weights at 8 bits: what is behind after a recovery in closed form may be ahead after
-            the fine-tuning.
+        others: The plan of dynamic programming for single weights at 8 bits: what is behind after a
+            recovery in closed form may be ahead after the fine-tuning.
     """
 
     network: CompressedNetwork
@@ -123,7 +122,7 @@ def choose_storage(
         if loss < lowest:
             best, lowest = other, loss
     best.seen |= seen
-    return StorageChoice(best, () if best is network else single_weights)
+    return StorageChoice(best, single_weights)
 
 
 def propose_storages(

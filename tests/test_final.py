@@ -25,8 +25,8 @@ class Ended:
     candidate: object = None
 
 
-def candidate(name):
-    return SimpleNamespace(found_by=name)
+def candidate(name, plan=None):
+    return SimpleNamespace(found_by=name, plan=plan or name)
 
 
 def played(monkeypatch, outcomes, higher=True, name="accuracy", rows=10_000):
@@ -51,6 +51,23 @@ def played(monkeypatch, outcomes, higher=True, name="accuracy", rows=10_000):
     assert seen == list(outcomes)
     assert finished.validation is outcomes[best.found_by]
     return best.found_by
+
+
+def test_equal_plans_are_fine_tuned_once(monkeypatch):
+    seen = []
+
+    def finish(task, one, others):
+        seen.append(one.found_by)
+        return Ended(Score(metric=0.5, loss=1.0))
+
+    monkeypatch.setattr(final, "finish_candidate", finish)
+    data = [((np.zeros((1, 1)),), None)]
+    figures = SimpleNamespace(metric=Metric("accuracy", True), validation=data)
+    one, other, twin = candidate("a"), candidate("b"), candidate("c", plan="a")
+    task, progress = SimpleNamespace(figures=figures), SearchProgress(1, "accuracy", 0)
+    _, best = play_final(task, [one, other, twin], [], progress, seed=0)
+    assert seen == ["a", "b"]
+    assert best is one
 
 
 def score(metric, loss=1.0):

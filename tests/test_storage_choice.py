@@ -277,12 +277,13 @@ def test_a_network_like_another_does_not_measure_the_dense_one_again(chosen, mod
         )
 
 
-def test_nothing_is_held_against_single_weights_that_were_chosen(chosen):
+def test_single_weights_that_were_chosen_have_their_baseline_beside_them_too(chosen):
     """Every network made is the same as that of the start, so that none is better."""
     plain = chosen[0]
     choice = choose_storage(plain, lambda decisions: plain, rls.Reward())
     assert choice.network is plain
-    assert choice.others == ()
+    (other,) = choice.others
+    assert other.plan == propose(plain)
 
 
 @pytest.fixture(scope="module")
