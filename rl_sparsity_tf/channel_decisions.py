@@ -97,7 +97,8 @@ class ChannelDecisions(KernelDecisions):
         whole = np.ones(len(self.units))
         count: Callable[[np.ndarray], np.ndarray]
         if target.kind in MARGINS:
-            total = costs.bytes(SizeModel(model), target.kind)
+            sizes = SizeModel(model, compressed=target.gzip_bytes is not None)
+            total = costs.bytes(sizes, target.kind)
             return ChannelCost(total, integers=True), target.value * (1.0 - MARGINS[target.kind])
         if target.kind == "sparsity":
             count, share = costs.weights, 1.0 - target.value

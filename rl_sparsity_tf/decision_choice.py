@@ -13,8 +13,7 @@ from rl_sparsity_tf.errors import ArgumentError, TargetError, check_choice
 from rl_sparsity_tf.grouping import GROUPS
 from rl_sparsity_tf.latency_measurement import measure_latency
 from rl_sparsity_tf.latency_table import LatencyTable
-from rl_sparsity_tf.size_costs import formats_for
-from rl_sparsity_tf.size_model import SizeModel
+from rl_sparsity_tf.size_costs import size_model_for
 from rl_sparsity_tf.storage_choice import INT4
 from rl_sparsity_tf.target import Target
 
@@ -153,7 +152,7 @@ def decisions_for(
     """
     if group != "channel":
         if group == AUTO:  # several networks will need the sizes
-            return KernelDecisions("element", sizes=SizeModel(model, formats_for(target)))
+            return KernelDecisions("element", sizes=size_model_for(model, target))
         return KernelDecisions(group, shuffles=shuffle == "neighbours")
     if not removable_channels(model):
         _log.warning(

@@ -41,7 +41,6 @@ from rl_sparsity_tf.plan_request import PlanRequest
 from rl_sparsity_tf.preparation import prepare_for_short_recovery
 from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.size_budget import KernelCosts, SizeBudget
-from rl_sparsity_tf.size_model import SizeModel
 from rl_sparsity_tf.storage import Storage
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapping import wrap
@@ -216,7 +215,7 @@ class _File:
 
     def __init__(self, request: PlanRequest):
         self._request = request
-        self._sizes = SizeModel(request.model, size_costs.formats_for(request.target))
+        self._sizes = size_costs.size_model_for(request.model, request.target)
         kind = request.target.kind
         self._field = "raw" if kind == "tflite_bytes" else "gzip"
         self.limit = request.target.value * (1.0 - size_costs.MARGINS[kind])

@@ -16,7 +16,6 @@ from rl_sparsity_tf.grouping import GROUPS, Grouping
 from rl_sparsity_tf.kernels import Kernel, count_weights, find_kernels
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan
-from rl_sparsity_tf.size_model import SizeModel
 from rl_sparsity_tf.storage import Storage
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapping import accepted, is_wrapped
@@ -148,7 +147,7 @@ class _FileBytes:
 
     def __init__(self, request: PlanRequest):
         self._request = request
-        self._sizes = SizeModel(request.model, size_costs.formats_for(request.target))
+        self._sizes = size_costs.size_model_for(request.model, request.target)
         self._field = "raw" if request.target.kind == "tflite_bytes" else "gzip"
         self._bits = {
             kernel.path: request.bits

@@ -29,6 +29,11 @@ def formats_for(target: Target) -> str:
     return "raw" if raw else "gzip" if target.kind == "gzip_bytes" else "dense"
 
 
+def size_model_for(model: keras.Model, target: Target) -> SizeModel:
+    """The size model that a target in bytes needs."""
+    return SizeModel(model, formats_for(target), compressed=target.gzip_bytes is not None)
+
+
 def make_budget(
     model: keras.Model,
     kernels: list[Kernel],
@@ -76,7 +81,7 @@ def size_budget(
         ExportError: If the model cannot be converted.
     """
     kind = target.kind
-    sizes = sizes or SizeModel(model, formats_for(target))
+    sizes = sizes or size_model_for(model, target)
     costs = [kernel_costs(sizes, kernel, storage.of(kernel.path), kind) for kernel in kernels]
     values = {kernel.path: kernel.value() for kernel in kernels}
     fixed = _bytes(sizes.file_size(values, {}), kind) - sum(

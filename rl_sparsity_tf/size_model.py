@@ -71,6 +71,8 @@ class SizeModel:
         model: The dense model, built.
         formats: How tensors may be stored: `"dense"`, or sparse where that makes the file
             (`"raw"`) or the gzipped file (`"gzip"`) smaller, as `export_tflite` has it.
+        compressed: Whether gzipped bytes are wanted, which take nearly all of the time; else all
+            of them are NaN.
 
     Raises:
         ArgumentError: If the formats are not known.
@@ -82,8 +84,8 @@ class SizeModel:
         >>> sizes.file_size({}, bits={"dense/kernel": 8}).raw
     """
 
-    def __init__(self, model: keras.Model, formats: str = "dense"):
-        self._model = model
+    def __init__(self, model: keras.Model, formats: str = "dense", *, compressed: bool = True):
+        self._model, self._compressed = model, compressed
         self._formats = check_choice("formats", formats, FORMATS)
         self._kernels = {kernel.path: kernel for kernel in find_kernels(model)}
         # Measured with some weights pruned, as they will be: what is compressed beside dense
@@ -104,7 +106,7 @@ class SizeModel:
             }
             self._each_more = FileSize(0, 0)
             self._each_sparse = {False: FileSize(0, 0), True: FileSize(0, 0)}
-            self._base = _size_of(plain)
+            self._base = self._size_of(plain)
             self._extra = dict.fromkeys(self._kernels, FileSize(0, 0))
             self._base -= sum(
                 (self.kernel_size(path, value, 32, "dense") for path, value in values.items()),
@@ -135,7 +137,7 @@ class SizeModel:
         for path, parts in match_kernels(values, flat.tensors).items():
             if path in paths:
                 self._places.setdefault((path, True), (flat, parts))
-        return _size_of(file) - self.file_size(values, bits, "dense")
+        return self._size_of(file) - self.file_size(values, bits, "dense")
 
     def _adjust_sparse(self, model: keras.Model, quantize: bool) -> None:
         """Converts the network with most weights pruned, to learn what a sparse tensor costs."""
@@ -154,9 +156,13 @@ class SizeModel:
                 return
             tensors = read_flat_model(sparse).tensors
             count = sum(tensor.sparse and _is_integer(tensor) == quantize for tensor in tensors)
-            rest = _size_of(sparse) - self.file_size(values, bits)
+            rest = self._size_of(sparse) - self.file_size(values, bits)
         if count:
             self._each_sparse[quantize] = rest.scaled(1 / count)
+
+    def _size_of(self, file: Path) -> FileSize:
+        content = file.read_bytes()
+        return FileSize(len(content), gzip_size(content) if self._compressed else math.nan)
 
     def kernel_size(
         self,
@@ -174,8 +180,8 @@ class SizeModel:
             value: Its values, as Keras has them; zeros count where they compress.
             bits: 32, 8 or 4.
             formats: Other formats than the size model's.
-            compressed: Whether the gzipped bytes are wanted, which takes nearly all of the time;
-                else they are NaN.
+            compressed: Whether the gzipped bytes are wanted; else they are NaN, as they are where
+                the size model knows none.
 
         Raises:
             ArgumentError: If the model has no such kernel.
@@ -188,6 +194,7 @@ class SizeModel:
             return FileSize(0, 0)
         if bits == 4 and not has_int4(self._kernels[path].spec.kind):
             bits = 32  # the quantizer has no such form: the values stay floats on the grid
+        compressed = compressed and self._compressed
         total = self._extra[path] if bits < 32 else FileSize(0, 0)
         if bits == 32 and self._factors[path] is not None:
             value = value * self._factors[path]
@@ -272,11 +279,6 @@ def _laid_out(part: MatchedTensor, value: np.ndarray) -> np.ndarray:
 
 def _is_integer(tensor: FlatTensor) -> bool:
     return tensor.dtype == "int8"
-
-
-def _size_of(file: Path) -> FileSize:
-    content = file.read_bytes()
-    return FileSize(len(content), gzip_size(content))
 
 
 def _folded_factors(

@@ -164,3 +164,14 @@ def test_the_size_of_a_plan_and_of_the_model_that_came_of_it():
     assert predicted.gzip == pytest.approx(compressed, rel=0.05)
     assert sizes.plan_size(rules, rls.strip(rls.wrap(model, rules))) == predicted
     assert sizes.plan_size(rules, model).gzip > 2 * predicted.gzip  # without its zeros
+
+
+def test_without_gzipped_bytes_the_raw_ones_are_the_same(monkeypatch):
+    model = convolutional()
+    plan = CompressionPlan([KernelRule("*", 0.8, quantize=True)])
+    both = SizeModel(model, "raw").plan_size(plan)
+    for name in ("gzip_size", "zlib"):
+        monkeypatch.setattr(f"rl_sparsity_tf.size_model.{name}", None)  # fails if it is used
+    raw = SizeModel(model, "raw", compressed=False).plan_size(plan)
+    assert raw.raw == both.raw
+    assert np.isnan(raw.gzip)
