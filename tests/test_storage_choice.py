@@ -334,6 +334,7 @@ def test_only_kernels_that_may_have_4_bits_are_proposed_in_4(convolutional, int4
         assert not in_4
 
 
+@pytest.mark.slow
 def test_the_choice_keeps_to_what_may_have_4_bits(chosen, model, limit):
     plain, with_4 = chosen[0], chosen[1].network
 
@@ -345,6 +346,7 @@ def test_the_choice_keeps_to_what_may_have_4_bits(chosen, model, limit):
     assert not kernels_in_4_bits(without, [without.storage])
 
 
+@pytest.mark.slow
 def test_storages_that_cannot_reach_a_size_are_passed_over(convolutional):
     """A convolution's last block of four takes more than its last single weight."""
     made, sizes = rls.strip(convolutional.model), convolutional.decisions.sizes
