@@ -288,7 +288,7 @@ def test_single_weights_that_were_chosen_have_their_baseline_beside_them_too(cho
 
 @pytest.fixture(scope="module")
 def convolutional():
-    """A network of a convolution and two dense layers that are all too large for 8 bits."""
+    """Convolutions and dense layers under a limit that all of them meet in 4 bits."""
     keras.utils.set_random_seed(4)
     made = keras.Sequential(
         [
