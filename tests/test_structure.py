@@ -18,7 +18,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 # The environments and the agents are written for TF-Agents; nobody else knows it.
 TF_AGENTS_MODULES = {"_tf_agents", "_agent_tf", "_dqn", "_ppo"}
 RL_MODULES = {"environment", "environment_check", "selection_environment", *TF_AGENTS_MODULES}
-LONGEST = 400
+LONGEST = 600
 
 
 def imported_names(nodes):
