@@ -292,7 +292,7 @@ def _model_ports(
 def _notes(flat: FlatModel, inputs: Sequence[MicroPort], report: ExportReport) -> list[str]:
     # What an interpreter of LiteRT calls its state has another name here.
     notes = [note for note in report.notes if "reset_all_variables" not in note]
-    if any(tensor.variable for tensor in flat.tensors):
+    if kept_states(flat):
         notes.append(
             "recurrent layers keep their state between calls: call interpreter.Reset() before "
             "every sequence"
