@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -12,9 +13,8 @@ import tf_keras as keras
 
 from rl_sparsity_tf.copying import plain_attributes
 from rl_sparsity_tf.errors import ModelError, one_line
-from rl_sparsity_tf.kernels import walk
+from rl_sparsity_tf.kernels import weight_pairs
 from rl_sparsity_tf.quiet import quiet_tensorflow
-from rl_sparsity_tf.wrapper import unwrapped
 
 _Schedule = keras.optimizers.schedules.LearningRateSchedule
 # What is state, or names variables of the model that an optimizer trains.
@@ -55,11 +55,10 @@ def compile_arguments(
     arguments = dict(config.config)
     arguments["optimizer"] = fresh_optimizer(model, copied)
     memo = _memo(model, copied)
-    for name in ("loss", "metrics", "weighted_metrics"):
-        arguments[name] = tf.nest.map_structure(
-            lambda part, kind=name.rpartition("_")[2].rstrip("s"): _own(part, kind, memo),
-            arguments.get(name),
-        )
+    kinds = {"loss": "loss", "metrics": "metric", "weighted_metrics": "metric"}
+    for name, kind in kinds.items():
+        own = functools.partial(_own, kind=kind, memo=memo)
+        arguments[name] = tf.nest.map_structure(own, arguments.get(name))
     return arguments
 
 
@@ -190,7 +189,6 @@ def _entries(value: Any) -> Iterator[Any]:
 
 
 def _cannot_be_copied(part: Any, kind: str, error: Exception) -> ModelError:
-    kind = kind.replace("_", " ")
     return ModelError(
         f"The {kind} {getattr(part, 'name', None) or type(part).__name__!r} of class "
         f"{type(part).__name__} cannot be copied ({one_line(error)}), and a copy of the model "
@@ -237,7 +235,7 @@ def _fresh(optimizer: Any, model: keras.Model, copied: keras.Model | None) -> An
     if copied is not None and hasattr(optimizer, "_exclude_from_weight_decay"):
         fresh._exclude_from_weight_decay = [
             fresh._var_key(ours)
-            for theirs, ours in _weight_pairs(model, copied)
+            for theirs, ours in weight_pairs(model, copied)
             if not optimizer._use_weight_decay(theirs)
         ]
     return fresh
@@ -259,13 +257,3 @@ def _config(optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         }
         vars(shell)["_hyper"] = {**hyper, **dict.fromkeys(functions, 0.0)}
     return shell.get_config(), functions
-
-
-def _weight_pairs(
-    model: keras.Model, copied: keras.Model
-) -> Iterator[tuple[tf.Variable, tf.Variable]]:
-    """The weights of a model's layers, each with the one that a copy has in its place."""
-    for (_, theirs), (_, ours) in zip(walk(model), walk(copied), strict=False):
-        yield from zip(unwrapped(theirs).weights, unwrapped(ours).weights, strict=False)
-    for name in ("_trainable_weights", "_non_trainable_weights"):
-        yield from zip(getattr(model, name), getattr(copied, name), strict=False)

@@ -15,6 +15,7 @@ from rl_sparsity_tf.channel_groups import check_plain, no_graph
 from rl_sparsity_tf.channel_plans import masks, only_pruned, tie_channels
 from rl_sparsity_tf.channel_steps import Depthwise, Mix
 from rl_sparsity_tf.compile_state import copy_compile_state
+from rl_sparsity_tf.copy_checks import check_copy
 from rl_sparsity_tf.copying import copy_layer, copy_weights, freeze_alike
 from rl_sparsity_tf.errors import RLSparsityError, one_line
 from rl_sparsity_tf.kernels import find_kernels, walk
@@ -289,6 +290,7 @@ def _rebuilt(
         else:
             copy_weights(old, new)
     freeze_alike(model, small)
+    check_copy(model, small, folded=True)
     copy_compile_state(model, small)
     return small
 
