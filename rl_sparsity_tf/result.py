@@ -18,7 +18,7 @@ from rl_sparsity_tf.candidates import Candidate
 from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError
 from rl_sparsity_tf.export import check_path, export_tflite
 from rl_sparsity_tf.export_report import ExportReport, TensorReport
-from rl_sparsity_tf.files import replacing, write_text
+from rl_sparsity_tf.files import replacing, write_text, writing
 from rl_sparsity_tf.finishing import Figures, Finished, RemovedChannels
 from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.operations import Operation
@@ -111,7 +111,11 @@ class Result:
             The file's report.
         """
         same = quantization in (None, self.report.quantization) and compute == "weight_only"
-        same = same and formats in (None, self.formats) and not (unroll or stateful or sparse_inference)
+        same = (
+            same
+            and formats in (None, self.formats)
+            and not (unroll or stateful or sparse_inference)
+        )
         if same and batch_size in (None, self.report.batch_size):
             target = check_path(path, overwrite)
             check_recipe_path(target, overwrite)
@@ -153,7 +157,8 @@ class Result:
                 f"The folder {str(folder)!r} already holds {present}. Choose another folder, or "
                 "pass overwrite=True."
             )
-        folder.mkdir(exist_ok=True)
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
         self.write_files(folder)
 
     def save_policy(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

@@ -158,9 +158,7 @@ def verify_calls(
     size = batch_size or 1
     first, second = ([part[:size] for part in inputs], [part[-size:] for part in inputs])
     for xnnpack in (True, False):
-        alone = [
-            worker.run(path, one, batch_size=size, xnnpack=xnnpack) for one in (first, second)
-        ]
+        alone = [worker.run(path, one, batch_size=size, xnnpack=xnnpack) for one in (first, second)]
         rows = [np.concatenate([a, b, a, b]) for a, b in zip(first, second, strict=True)]
         outputs = worker.run(path, rows, batch_size=size, xnnpack=xnnpack, reset=False)
         for index, found in enumerate(outputs):
