@@ -24,8 +24,10 @@ _VERSION = 2  # of BROADCAST_TO, the first that has int8
 
 
 def kept_states(flat: FlatModel) -> list[FlatTensor]:
-    """The variable tensors that keep their values from one call to the next: nothing writes them
-    but the operators that read them."""
+    """The variable tensors that keep their values from one call to the next.
+
+    Only the operators that read them write them.
+    """
     written = {
         (operator.subgraph, index)
         for operator in flat.operators

@@ -100,7 +100,7 @@ class Result:
             overwrite: Whether an existing file may be replaced.
             batch_size: Fixes the batch size of the file, as `export_tflite` does.
             unroll: Writes recurrent layers without a loop, as `export_tflite` does.
-            stateful: Lets fused LSTM layers keep their state between calls, as `export_tflite` does.
+            stateful: Lets LSTM layers keep their state between calls, as `export_tflite` does.
             compute: How the plan's integers compute, as in `export_tflite`.
             formats: Whether tensors may be stored sparse, as in `export_tflite`; by default as the
                 target of the search wants it.
