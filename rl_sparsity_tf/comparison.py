@@ -226,6 +226,7 @@ class _Ring:
             self.search.target,
             group=group or self.search.network.decisions.group,
             quantize=quantize,
+            include=self.compressor.selection.paths,
         )
 
     def _ranked(self, name: str) -> CompressionPlan:
