@@ -322,7 +322,7 @@ class _Ring:
             if target.sparsity is not None or size_held(report, target) <= target.value:
                 return finished, attempt
             sizes.append(size_held(report, target))
-            share = share_to_keep(report, target, attempt)
+            share = share_to_keep(report, target, attempt, kernels=trained.plan.kernels)
             pruned = elements - int((elements - trained.pruned) * share)
         raise TargetError(
             f"Target({target.kind}={int(target.value)}) was missed by TFMOT: after its trainings "

@@ -40,7 +40,7 @@ L = keras.layers
 
 
 def transfer(frozen=True):
-    """A pretrained base inside the model, and a head: 54 + 288 weights in it, 128 + 24 before."""
+    """A pretrained base of 54 + 432 weights inside the model, and a head of 256 + 96."""
     keras.utils.set_random_seed(2)
     base = keras.Sequential(
         [
@@ -55,7 +55,7 @@ def transfer(frozen=True):
     )
     base.trainable = not frozen
     x = inputs = L.Input((6, 6, 1))
-    x = L.Dense(16, activation="relu", name="hidden")(base(x))
+    x = L.Dense(32, activation="relu", name="hidden")(base(x))
     model = keras.Model(inputs, L.Dense(3, activation="softmax", name="head")(x), name="transfer")
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     for weight in model.get_layer("base").get_layer("norm").weights:
@@ -225,7 +225,7 @@ def test_nothing_left_is_refused():
 
 
 def test_a_sparsity_that_frozen_layers_put_out_of_reach_is_refused_before_any_work():
-    """616 of 958 weights are in the head."""
+    """352 of 838 weights are in the head."""
     model = transfer()
     for call in (
         lambda: rls.Compressor(model, rls.Target(sparsity=0.9)),
@@ -237,7 +237,7 @@ def test_a_sparsity_that_frozen_layers_put_out_of_reach_is_refused_before_any_wo
         assert "include=" in str(caught.value)
     # Only the group that every kernel keeps puts this one out of reach.
     with pytest.raises(TargetError, match=r"takes no part: 2 kernels are frozen"):
-        rls.baselines.lamp(model, sparsity=0.55, group="channel")
+        rls.baselines.lamp(model, sparsity=0.4, group="channel")
 
 
 def test_a_size_that_excluded_layers_put_out_of_reach_names_them():
@@ -443,13 +443,13 @@ def test_a_target_in_bytes_leaves_what_is_excluded_in_float(tmp_path):
     size = dense.metrics["dense"]["tflite_bytes"]
     one = compressor(
         model,
-        target=rls.Target(tflite_bytes=size - 1200),
+        target=rls.Target(tflite_bytes=size - 900),
         include=["base", "hidden"],
         exclude="stem",
     )
     assert one.group == "auto"
     result = search(one, finetune_epochs=0)
-    assert result.metrics["compressed"]["tflite_bytes"] <= size - 1200
+    assert result.metrics["compressed"]["tflite_bytes"] <= size - 900
     assert set(result.plan.kernels) == {"base/deep/kernel", "hidden/kernel"}
     stored = {tensor.kernel: tensor.dtype for tensor in result.report.tensors}
     assert (stored["base/stem/kernel"], stored["head/kernel"]) == ("float32", "float32")
