@@ -176,8 +176,8 @@ def _fault(part: Any, details: dict[str, Any], root: str) -> str | None:
         known = owner in _TENSOR_CLASSES and method in _TENSOR_MAKERS
         return None if known else f"calls tf.{owner}.{method}"
     if issubclass(part, InstanceProperty):
-        name = details.get("attr_name")
-        return None if name in _TENSOR_ATTRIBUTES else f"asks a tensor for its {name!r}"
+        wanted = details.get("attr_name")
+        return None if wanted in _TENSOR_ATTRIBUTES else f"asks a tensor for its {wanted!r}"
     ours = root == "tensorflow_model_optimization" and part.__module__.startswith(root)
     return None if ours or issubclass(part, _PARTS) else ""
 

@@ -36,7 +36,7 @@ from rl_sparsity_tf.claims import (
     check_members,
 )
 from rl_sparsity_tf.errors import ModelError, one_line
-from rl_sparsity_tf.files import as_path
+from rl_sparsity_tf.files import as_file
 from rl_sparsity_tf.foreign_parts import class_names, foreign_parts
 from rl_sparsity_tf.graph_operations import forbidden_nodes
 
@@ -81,7 +81,7 @@ def load_model(path: str | os.PathLike[str], *, trusted: bool = False) -> keras.
         >>> model.save("model.keras")
         >>> model = load_model("model.keras")
     """
-    path = as_path("path", path, _FORMATS)
+    path = as_file("path", path, _FORMATS)
     try:
         stored = 0 if trusted else _check_claims(path)
     except ClaimError as error:

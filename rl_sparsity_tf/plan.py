@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rl_sparsity_tf.errors import ArgumentError, PlanError, did_you_mean
-from rl_sparsity_tf.files import as_path, check_new_file, write_text
+from rl_sparsity_tf.files import as_file, check_new_file, write_text
 from rl_sparsity_tf.grouping import KINDS, Grouping
 from rl_sparsity_tf.kernel_rule import KernelRule
 from rl_sparsity_tf.kernel_spec import KernelSpec
@@ -311,10 +311,11 @@ class CompressionPlan:
         groups = 0
         for entry in entries:
             if isinstance(entry, dict) and not {"sparsity", "pattern"} & set(entry):
-                kernels.append(KernelPlan.from_dict(entry))
-                groups += kernels[-1].operations.size
+                kernel = KernelPlan.from_dict(entry)
+                kernels.append(kernel)
+                groups += kernel.operations.size
                 if groups > _MOST_GROUPS:
-                    raise _too_many(kernels[-1].path, groups)
+                    raise _too_many(kernel.path, groups)
             else:
                 kernels.append(KernelRule.from_dict(entry))
         return cls(kernels)
@@ -350,7 +351,7 @@ class CompressionPlan:
             ArgumentError: If `path` is no path.
             PlanError: If the file is missing, unreadable or no plan.
         """
-        path = as_path("path", path, "the path of a JSON file written by plan.save")
+        path = as_file("path", path, "the path of a JSON file written by plan.save")
         return cls.from_json(read_text(path))
 
 
