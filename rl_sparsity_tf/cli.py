@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rl_sparsity_tf.errors import ArgumentError, RLSparsityError
+from rl_sparsity_tf.errors import ArgumentError, RLSparsityError, printable
 from rl_sparsity_tf.silence import quiet_libraries
 from rl_sparsity_tf.version import __version__
 
@@ -30,7 +30,7 @@ _DEFAULT_SPARSITY = 0.9
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         """One line instead of the usage and a line."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -357,7 +357,7 @@ def _compress(options: argparse.Namespace) -> None:
     if options.verbose:
         result.summary()
         comparison_table(result.metrics)
-        print(f"files in {options.output}")
+        print(printable(f"files in {options.output}"))
 
 
 def _inspect(options: argparse.Namespace) -> None:

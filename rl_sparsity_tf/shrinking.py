@@ -21,7 +21,7 @@ from rl_sparsity_tf.errors import RLSparsityError, one_line
 from rl_sparsity_tf.kernels import find_kernels, walk
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.signature import is_graph
-from rl_sparsity_tf.tables import table_lines
+from rl_sparsity_tf.tables import printing, table_lines
 from rl_sparsity_tf.wrapping import accepted, strip, wrap
 
 _WIDTH = 120
@@ -71,6 +71,7 @@ class ShrinkReport:
         Args:
             print_fn: Called with every line.
         """
+        print_fn = printing(print_fn)
         table = Table(title="Channels", title_justify="left")
         table.add_column("layer", overflow="fold")
         table.add_column("before", justify="right")

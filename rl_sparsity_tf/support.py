@@ -21,7 +21,7 @@ from rl_sparsity_tf.kernel_spec import KernelSpec
 from rl_sparsity_tf.kernels import Kernel, check_model, find_kernels, rank_of, walk
 from rl_sparsity_tf.registry import registered_base, wrong_registrations
 from rl_sparsity_tf.sublayers import unreachable_sublayers
-from rl_sparsity_tf.tables import table_lines
+from rl_sparsity_tf.tables import printing, table_lines
 from rl_sparsity_tf.wrapper import unwrapped
 
 MODES = ("plan", "dynamic", "int8", "float16")
@@ -196,6 +196,7 @@ def describe_support(
     Example:
         >>> rls.describe_support(model, exclude="stem")
     """
+    print_fn = printing(print_fn)
     table = Table(title="Layers", title_justify="left")
     for title in ("kernel or layer", "class"):
         table.add_column(title, overflow="fold")
