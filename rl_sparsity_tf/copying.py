@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.errors import ModelError, RLSparsityError, one_line
+from rl_sparsity_tf.files import scratch_folder
 from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.signature import input_specs, is_graph, pack_inputs
 from rl_sparsity_tf.sublayers import direct_sublayers, recurrent_layers, unreachable_sublayers
@@ -61,9 +61,9 @@ def _copy_vocabulary(source: keras.layers.Layer, destination: keras.layers.Layer
     """Passes on what `adapt` has learnt, which is neither in the config nor in the weights."""
     words = getattr(source, "get_vocabulary", None)
     if words is not None and words(include_special_tokens=False):
-        with tempfile.TemporaryDirectory() as folder:
-            source.save_assets(folder)
-            destination.load_assets(folder)
+        with scratch_folder() as folder:
+            source.save_assets(str(folder))
+            destination.load_assets(str(folder))
 
 
 @contextlib.contextmanager
