@@ -140,13 +140,8 @@ def _fresh_metric(metric: keras.metrics.Metric, memo: dict[int, Any]) -> keras.m
     Not by its config, which says nothing of what its class forgets to describe; Python's own copy
     of a Keras metric is made of the config, too.
     """
-    layers = [layer for layer in metric._flatten_layers() if layer is not metric]
-    memo = dict(memo)
     try:
-        for layer in reversed(layers):  # metrics inside a metric
-            if isinstance(layer, keras.metrics.Metric):
-                memo[id(layer)] = _copied_metric(layer, memo)
-        fresh = _copied_metric(metric, memo)
+        fresh = _copied_metric(metric, dict(memo))
         with quiet_tensorflow():
             fresh.reset_state()
     except Exception as error:
@@ -165,6 +160,8 @@ def _copied_metric(metric: keras.metrics.Metric, memo: dict[int, Any]) -> keras.
     for one in inside:
         if isinstance(one, tf.Variable):
             memo[id(one)] = _like(one)
+        elif isinstance(one, keras.metrics.Metric) and id(one) not in memo:
+            memo[id(one)] = _copied_metric(one, memo)
         elif tf.is_symbolic_tensor(one):
             memo[id(one)] = None  # left behind by a graph
     fresh.__setstate__({**copy.deepcopy(state, memo), **bound})
