@@ -127,7 +127,9 @@ def _batches(path: str, inputs: str, batch_size: int) -> list[dict[str, np.ndarr
     return [{name: array[start : start + size] for name, array in rows.items()} for start in whole]
 
 
-def run(path: str, inputs: str, outputs: str, batch_size: int, xnnpack: bool) -> dict[str, Any]:
+def run(
+    path: str, inputs: str, outputs: str, batch_size: int, xnnpack: bool, reset: bool = True
+) -> dict[str, Any]:
     """Runs a file over all rows of its inputs.
 
     Args:
@@ -137,6 +139,7 @@ def run(path: str, inputs: str, outputs: str, batch_size: int, xnnpack: bool) ->
             number (or by name), in real values.
         batch_size: Rows at a time; a file with a fixed batch size uses its own.
         xnnpack: Whether the default delegate (XNNPACK) may be used.
+        reset: Whether what the file keeps from call to call is reset before each of them.
     """
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
@@ -172,9 +175,9 @@ def run(path: str, inputs: str, outputs: str, batch_size: int, xnnpack: bool) ->
             if fixed and count < batch:
                 part = np.concatenate([part, np.repeat(part[-1:], batch - count, axis=0)])
             fed[name] = _to_stored(part, into[name])
-        if fixed:
-            # Fused recurrent operators, which fix the batch size, keep their state between calls;
-            # Keras starts every call afresh.
+        if fixed and reset:
+            # Fused recurrent operators, which fix the batch size, may keep their state between
+            # calls; Keras starts every call afresh.
             try:
                 interpreter.reset_all_variables()
             except RuntimeError:

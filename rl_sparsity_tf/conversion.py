@@ -140,8 +140,12 @@ class ConversionWorker:
         *,
         batch_size: int,
         xnnpack: bool = True,
+        reset: bool = True,
     ) -> list[np.ndarray]:
-        """Runs a .tflite file over all rows; returns its outputs in Keras's order."""
+        """Runs a .tflite file over all rows; returns its outputs in Keras's order.
+
+        Without `reset` a file that keeps its state starts a call from where the last one ended.
+        """
         with scratch_folder() as folder:
             rows, results = os.path.join(folder, "in.npz"), os.path.join(folder, "out.npz")
             save_inputs(rows, inputs)
@@ -152,6 +156,7 @@ class ConversionWorker:
                 outputs=results,
                 batch_size=batch_size,
                 xnnpack=xnnpack,
+                reset=reset,
             )
             with np.load(results, allow_pickle=False) as arrays:
                 return [arrays[f"output_{index}"] for index in range(len(arrays.files))]
