@@ -137,8 +137,12 @@ class ConversionWorker:
         *,
         batch_size: int,
         xnnpack: bool = True,
+        names: Sequence[str] | None = None,
     ) -> list[np.ndarray]:
-        """Runs a .tflite file over all rows; returns its outputs in Keras's order."""
+        """Runs a .tflite file over all rows; returns its outputs in Keras's order.
+
+        The arrays are in the order of the file's inputs, or for those with the names given.
+        """
         with tempfile.TemporaryDirectory(prefix="rl_sparsity_") as folder:
             rows, results = os.path.join(folder, "in.npz"), os.path.join(folder, "out.npz")
             save_inputs(rows, inputs)
@@ -149,6 +153,7 @@ class ConversionWorker:
                 outputs=results,
                 batch_size=batch_size,
                 xnnpack=xnnpack,
+                given=None if names is None else list(names),
             )
             with np.load(results, allow_pickle=False) as arrays:
                 return [arrays[f"output_{index}"] for index in range(len(arrays.files))]

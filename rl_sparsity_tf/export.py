@@ -33,6 +33,7 @@ from rl_sparsity_tf.export_checks import (
 from rl_sparsity_tf.export_errors import conversion_error
 from rl_sparsity_tf.export_precision import in_float32
 from rl_sparsity_tf.export_report import ExportReport, TensorReport, tensor_reports
+from rl_sparsity_tf.file_ports import name_ports
 from rl_sparsity_tf.files import as_path, gzip_size
 from rl_sparsity_tf.flatbuffer import read_flat_model
 from rl_sparsity_tf.matching import match_kernels
@@ -41,6 +42,7 @@ from rl_sparsity_tf.recipes import Recipe, check_recipe_path, replacing_with_rec
 from rl_sparsity_tf.recurrent import stateless, unrolled
 from rl_sparsity_tf.saved_model import reference_outputs, write_saved_model
 from rl_sparsity_tf.scoring import compare_scores
+from rl_sparsity_tf.signature import input_specs
 from rl_sparsity_tf.sparse_inference import check_sparse_inference, store_for_sparse_inference
 from rl_sparsity_tf.stored_weights import FORMATS, broken_chain, make_sparse, store_weights
 from rl_sparsity_tf.verification import Tolerance, tolerance_for, verify_outputs, verify_zeros
@@ -77,7 +79,10 @@ def export_tflite(
 
     The file is converted and run in a process of its own, in LiteRT with and without XNNPACK, one
     row and many at a time, and compared with the Keras model; every weight that is zero in Keras is
-    looked up in the file. Only a file that passes appears at `path`. With `"plan"` the recipe with
+    looked up in the file. Only a file that passes appears at `path`. Its inputs and outputs are in
+    Keras's order, and its signature has Keras's names: those of the input and output layers, the
+    keys where the model takes or returns a dict, and `input_1`, ..., `output_1`, ... for a
+    subclassed model without them. With `"plan"` the recipe with
     which LiteRT's quantizer makes the same integers appears beside it, `model.recipe.json`.
 
     Args:
@@ -92,9 +97,10 @@ def export_tflite(
         plan: For `"plan"`: an object whose `kernels` maps paths to entries with `path`, `shape` and
             `exported_bits` (32, 8 or 4). By default the model's own.
         representative_data: Inputs like those the model will see: an array, a tuple with one array
-            per input, or an iterable of batches (with or without targets). Needed for `"int8"` and
-            `compute="static"`, which calibrate on up to 512 rows; the first 64 are used to check
-            any file. Without it a file is checked on random inputs in [-1, 1].
+            per input, a dict of arrays by name, an iterable of batches (with or without targets),
+            or a function that yields batches, such as TFLite's `representative_dataset`. Needed for
+            `"int8"` and `compute="static"`, which calibrate on up to 512 rows; the first 64 are
+            used to check any file. Without it a file is checked on random inputs in [-1, 1].
         test_data: Data as `evaluate` takes it, `(x, y)`: the file's metric on it is reported beside
             the Keras model's, which must be compiled, and an accuracy that falls by more than the
             mode allows (1 point in float, 2 for `"plan"`, 10 for `"int8"`) is refused.
@@ -229,13 +235,14 @@ def convert_traced(
     Raises:
         ExportError: If the model cannot be converted.
     """
-    write_saved_model(model, folder / "saved_model", batch_size)
+    outputs = write_saved_model(model, folder / "saved_model", batch_size)
     file = folder / "model.tflite"
     mode = "none" if quantization == "plan" else quantization
     try:
         shared_worker().convert(folder / "saved_model", file, mode, calibration)
     except WorkerError as error:
         raise conversion_error(model, quantization, error) from error
+    name_ports(file, [spec.name for spec in input_specs(model)], outputs)
     return file
 
 
@@ -250,8 +257,9 @@ def predict_tflite(
 
     Args:
         path: A file written by [export_tflite][].
-        inputs: An array of shape (rows, ...), or a list or tuple with one per input in Keras's
-            order, in real values: quantized inputs and outputs are converted.
+        inputs: An array of shape (rows, ...), a list or tuple with one per input in Keras's order,
+            or a dict `{name: rows}` with Keras's names, which are the signature's; in real values:
+            quantized inputs and outputs are converted.
         batch_size: Rows at a time; a file with a fixed batch size uses its own.
         xnnpack: Whether LiteRT may use its XNNPACK delegate, as it does by default.
 
