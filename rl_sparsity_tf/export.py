@@ -40,6 +40,7 @@ from rl_sparsity_tf.matching import match_kernels
 from rl_sparsity_tf.prediction import run_rows
 from rl_sparsity_tf.recipes import Recipe, check_recipe_path, replacing_with_recipe
 from rl_sparsity_tf.recurrent import stateless, unrolled
+from rl_sparsity_tf.repeatability import check_repeatable
 from rl_sparsity_tf.saved_model import reference_outputs, write_saved_model
 from rl_sparsity_tf.scoring import compare_scores
 from rl_sparsity_tf.signature import input_specs
@@ -130,7 +131,8 @@ def export_tflite(
 
     Raises:
         ArgumentError: If an argument cannot be used.
-        ModelError: If the model is not a built Sequential or functional `tf_keras` model.
+        ModelError: If the model is not a built `tf_keras` model, is random at inference, or has
+            layers that no .tflite file can compute.
         PlanError: If the plan does not fit the model.
         DataError: If the representative data does not fit the model.
         FileExistsRLSparsityError: If the file exists and `overwrite` is false.
@@ -167,6 +169,7 @@ def export_tflite(
         traced, changes = stack.enter_context(in_float32(plain))
         notes += [*changes, *stack.enter_context(stateless(traced))]
         inputs, calibration = sample_rows(traced, representative_data)
+        check_repeatable(traced, inputs, batch_size)
         calibrates = quantization == "int8" or compute == "static"
         if calibrates and batch_size is not None and calibration is not None:
             check_calibration(calibration, batch_size)
