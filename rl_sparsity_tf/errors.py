@@ -19,6 +19,13 @@ class ArgumentError(RLSparsityError, ValueError):
     """An argument has a value that cannot be used."""
 
 
+class FileError(ArgumentError, OSError):
+    """The system does not let a file or folder be read or written: no right to, no room, no name.
+
+    `errno` is the system's number of the reason.
+    """
+
+
 class ModelError(RLSparsityError, ValueError):
     """The model given cannot be compressed or read."""
 

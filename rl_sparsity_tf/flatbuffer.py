@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import struct
-from pathlib import Path
 from typing import Any
 
 import flatbuffers
@@ -17,6 +16,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from rl_sparsity_tf.errors import ArgumentError, ExportError
+from rl_sparsity_tf.files import as_file
 from rl_sparsity_tf.flat_model import FlatGraph, FlatModel, FlatOperator, FlatTensor
 from rl_sparsity_tf.sparse_format import decode_sparse
 
@@ -74,16 +74,10 @@ def read_tensors(path: str | os.PathLike[str]) -> list[FlatTensor]:
 
 def read_flat_model(path: str | os.PathLike[str]) -> FlatModel:
     """Reads the tensors and operators of all subgraphs; raises as [read_tensors][] does."""
-    path = Path(path)
+    path = as_file("path", path, "a .tflite file")
     if not path.is_file():
         raise ArgumentError(f"There is no file {str(path)!r}. Give the path of a .tflite file.")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ArgumentError(
-            f"{path} cannot be read: {error.strerror or error}. Give a .tflite file that this "
-            "user may read."
-        ) from error
+    content = path.read_bytes()
     model = _parse(content, str(path))
     tensors: list[FlatTensor] = []
     operators: list[FlatOperator] = []

@@ -16,7 +16,7 @@ import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.errors import ArgumentError, check_choice, did_you_mean
-from rl_sparsity_tf.files import as_path, check_new_file, write_text
+from rl_sparsity_tf.files import as_file, check_new_file, write_text
 from rl_sparsity_tf.layer_widths import LayerWidths, Width
 
 FORMAT_VERSION = 1
@@ -281,7 +281,7 @@ class LatencyTable:
             >>> table = LatencyTable.load("phone.json")
             >>> table.check(model)
         """
-        file: Path = as_path("path", path, "the path of a latency table's JSON file")
+        file: Path = as_file("path", path, "the path of a latency table's JSON file")
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:

@@ -27,7 +27,7 @@ from tf_keras.protobuf import saved_metadata_pb2
 # Importing it registers the wrapper, so that wrapped models can be read back.
 import rl_sparsity_tf.wrapper  # noqa: F401
 from rl_sparsity_tf.errors import ModelError, one_line
-from rl_sparsity_tf.files import as_path
+from rl_sparsity_tf.files import as_file
 
 _CLASS_ROOTS = (
     "keras",
@@ -90,7 +90,7 @@ def load_model(path: str | os.PathLike[str], *, trusted: bool = False) -> keras.
         >>> model.save("model.keras")
         >>> model = load_model("model.keras")
     """
-    path = as_path("path", path, _FORMATS)
+    path = as_file("path", path, _FORMATS)
     configs = _read_configs(path)
     if not trusted:
         reason = next(iter(_foreign(configs)), None) or _foreign_op(path)

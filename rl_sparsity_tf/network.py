@@ -11,6 +11,7 @@ import tf_keras as keras
 from rl_sparsity_tf.autoencoder import WeightAutoencoder
 from rl_sparsity_tf.batch_checks import fixed_batch
 from rl_sparsity_tf.budget import Budget
+from rl_sparsity_tf.copy_checks import check_figures
 from rl_sparsity_tf.cost_budget import KernelState
 from rl_sparsity_tf.data import Batch, TrainingData
 from rl_sparsity_tf.decisions import KernelDecisions
@@ -77,14 +78,14 @@ class CompressedNetwork:
         like: CompressedNetwork | None = None,
     ):
         recovery = recovery or Recovery()
-        arguments = search_arguments(model, recovery.learning_rate)
+        search_arguments(model, recovery.learning_rate)  # says in words what is missing
         check_finite(model)
         self.target = target
         self.decisions = decisions or KernelDecisions(group)
         self.storage = self.decisions.storage
         self.model = self.decisions.wrap(model)
         prepare_for_short_recovery(self.model)
-        self.model.compile(**arguments)
+        self.model.compile(**search_arguments(self.model, recovery.learning_rate))
         self.train, self.validation = train, validation
         self.parts: list[Kernel] = find_kernels(self.model)
         if not self.parts:
@@ -98,6 +99,8 @@ class CompressedNetwork:
         self.groupings: dict[str, Grouping] = self.storage.groupings(self.kernels)
         self.budget: Budget = self.decisions.budget(model, self.kernels, target)
         self.metric: Metric = choose_metric(self.model, validation[0], metric)
+        if like is None:
+            check_figures(model, self.model, validation[0])
         self._effective = EffectiveKernels(self.parts)
         self._evaluator = Evaluator(self.model, self.metric)
         self._collector = StatisticsCollector(self.model)

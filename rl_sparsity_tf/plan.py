@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rl_sparsity_tf.errors import ArgumentError, PlanError, did_you_mean
-from rl_sparsity_tf.files import as_path, check_new_file, write_text
+from rl_sparsity_tf.files import as_file, check_new_file, write_text
 from rl_sparsity_tf.grouping import KINDS, Grouping
 from rl_sparsity_tf.kernel_rule import KernelRule
 from rl_sparsity_tf.kernel_spec import KernelSpec
@@ -340,7 +340,7 @@ class CompressionPlan:
             ArgumentError: If `path` is no path.
             PlanError: If the file is missing, unreadable or no plan.
         """
-        path = as_path("path", path, "the path of a JSON file written by plan.save")
+        path = as_file("path", path, "the path of a JSON file written by plan.save")
         return cls.from_json(read_text(path))
 
 

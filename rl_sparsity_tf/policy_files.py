@@ -17,7 +17,7 @@ import numpy as np
 from rl_sparsity_tf._agent_base import Agent
 from rl_sparsity_tf.agents import AgentConfig, Random, config_from_dict, resolve_config
 from rl_sparsity_tf.errors import ArgumentError, PolicyFileError, RLSparsityError, one_line
-from rl_sparsity_tf.files import as_path, check_new_file, replacing, sha256_of
+from rl_sparsity_tf.files import as_file, check_new_file, replacing, sha256_of
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.state import FEATURES
 
@@ -116,7 +116,7 @@ class SavedPolicy:
             PolicyFileError: If the file is damaged or foreign, or made for other features.
         """
         shipped = path == PRETRAINED
-        path = _shipped(agent) if shipped else as_path("policy", path, _EXPECTED)
+        path = _shipped(agent) if shipped else as_file("policy", path, _EXPECTED)
         if not path.is_file():
             found = "is a folder" if path.is_dir() else "does not exist"
             raise ArgumentError(f"policy={str(path)!r} {found}. Expected {_EXPECTED}.")

@@ -18,7 +18,7 @@ from rl_sparsity_tf.candidates import Candidate
 from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError
 from rl_sparsity_tf.export import check_path, export_tflite
 from rl_sparsity_tf.export_report import ExportReport, TensorReport
-from rl_sparsity_tf.files import replacing, write_text
+from rl_sparsity_tf.files import replacing, write_text, writing
 from rl_sparsity_tf.finishing import Figures, Finished, RemovedChannels
 from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.operations import Operation
@@ -150,7 +150,8 @@ class Result:
                 f"The folder {str(folder)!r} already holds {present}. Choose another folder, or "
                 "pass overwrite=True."
             )
-        folder.mkdir(exist_ok=True)
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
         self.write_files(folder)
 
     def save_policy(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

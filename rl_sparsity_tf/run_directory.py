@@ -15,8 +15,16 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError, RunError
-from rl_sparsity_tf.files import as_path, replacing, sha256_of, write_text
+from rl_sparsity_tf.errors import FileExistsRLSparsityError, RunError
+from rl_sparsity_tf.files import (
+    LEAST_ROOM,
+    check_folder,
+    check_room,
+    replacing,
+    sha256_of,
+    write_text,
+    writing,
+)
 from rl_sparsity_tf.kernels import walk
 
 FORMAT_VERSION = 1
@@ -40,6 +48,12 @@ def model_fingerprint(model: keras.Model) -> str:
         for value in layer.get_weights():
             chunks += [f"{value.shape} {value.dtype}".encode(), value.tobytes()]
     return sha256_of(*chunks)
+
+
+def bytes_of(model: keras.Model) -> int:
+    """Bytes of a model's weights: what its run will write at least."""
+    weights = model.weights if model.built else []
+    return sum(weight.shape.num_elements() * weight.dtype.size for weight in weights)
 
 
 def data_fingerprint(batches: Iterable[Any]) -> str:
@@ -129,8 +143,14 @@ class RunDirectory:
 
     def start(self) -> None:
         """Makes the folder ready for writing; a run that is continued keeps what it has."""
-        if self.resumed:
-            return
+        with writing(self.path):
+            if not self.resumed:
+                self._clear()
+            # Before an episode is paid for that could not be written down.
+            with open(self._journal, "a", encoding="utf-8"):
+                check_room(self._checkpoints)
+
+    def _clear(self) -> None:
         self.path.mkdir(exist_ok=True)
         for old in (*RESULT_FILES, *OPTIONAL_FILES, "journal.jsonl"):
             (self.path / old).unlink(missing_ok=True)
@@ -145,7 +165,7 @@ class RunDirectory:
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Adds a line to the journal; it is on the disk when this returns."""
-        with open(self._journal, "a", encoding="utf-8") as file:
+        with writing(self._journal), open(self._journal, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -204,7 +224,8 @@ class RunDirectory:
         """Removes all checkpoints but some."""
         for path in self._checkpoints.glob("*.npz"):
             if path.stem not in keep:
-                path.unlink()
+                with writing(path):
+                    path.unlink()
 
 
 TRIALS = "trials"
@@ -215,17 +236,9 @@ OPTIONAL_FILES = ("model.recipe.json", "channels.json")
 """What it adds if there is such a thing."""
 
 
-def check_directory(path: str | os.PathLike[str]) -> Path:
-    """Raises unless a folder exists or can be made at `path`."""
-    path = as_path("directory", path, "the path of a folder to write to")
-    if path.exists() and not path.is_dir():
-        raise ArgumentError(f"{str(path)!r} is a file. Expected a folder to write to.")
-    if not path.absolute().parent.is_dir():
-        raise ArgumentError(
-            f"The folder {str(path.absolute().parent)!r} does not exist. Create it first, or "
-            f"choose another place for {path.name!r}."
-        )
-    return path
+def check_directory(path: str | os.PathLike[str], room: int = LEAST_ROOM) -> Path:
+    """Raises unless a folder exists or can be made at `path`, with room for so many bytes."""
+    return check_folder(path, room)
 
 
 def check_unfinished(path: str | os.PathLike[str]) -> None:

@@ -40,7 +40,7 @@ from rl_sparsity_tf.recurrent import unrolled_copy
 from rl_sparsity_tf.repeatability import check_repeatable
 from rl_sparsity_tf.result import Result
 from rl_sparsity_tf.reward import Reward, RewardFunction, resolve_reward
-from rl_sparsity_tf.run_directory import RunDirectory, check_directory
+from rl_sparsity_tf.run_directory import RunDirectory, bytes_of, check_directory
 from rl_sparsity_tf.scoring import score_model as score
 from rl_sparsity_tf.search_checks import check_search
 from rl_sparsity_tf.size_costs import formats_for
@@ -150,7 +150,9 @@ class Compressor:
         self.latency_table = decision_choice.table_for(self.target, latency_table)
         self.shuffle = decision_choice.check_shuffle(shuffle, self.group)
         self.int4 = decision_choice.check_int4(int4, self.group)
-        self.directory = None if directory is None else check_directory(directory)
+        self.directory = (
+            None if directory is None else check_directory(directory, bytes_of(self.model))
+        )
         self.seed = check_count("seed", seed, 0)
         self.reward = resolve_reward(reward)
         self.recovery = as_recovery(recovery)

@@ -15,7 +15,8 @@ from rl_sparsity_tf.channel_groups import check_plain, no_graph
 from rl_sparsity_tf.channel_plans import masks, only_pruned, tie_channels
 from rl_sparsity_tf.channel_steps import Depthwise, Mix
 from rl_sparsity_tf.compile_state import copy_compile_state
-from rl_sparsity_tf.copying import copy_layer, copy_weights
+from rl_sparsity_tf.copy_checks import check_copy
+from rl_sparsity_tf.copying import copy_layer, copy_weights, freeze_alike
 from rl_sparsity_tf.errors import RLSparsityError, one_line
 from rl_sparsity_tf.kernels import find_kernels, walk
 from rl_sparsity_tf.plan import CompressionPlan
@@ -270,6 +271,7 @@ def _rebuilt(
                 numbers = graph.nested_inputs.get(id(layer), [])
                 counts = [int(keep[graph.channels[number]].sum()) for number in numbers]
                 converted[id(layer)] = _cloned(layer, counts, visit)
+                freeze_alike(layer, converted[id(layer)])
             else:
                 converted[id(layer)] = _resized(layer, sizes.get(id(layer)))
         return converted[id(layer)]
@@ -284,11 +286,11 @@ def _rebuilt(
         if weights.get(id(old)):
             names = {id(getattr(old, name)): value for name, value in weights[id(old)].items()}
             new.set_weights([names.get(id(w), np.asarray(w)) for w in old.weights])
-            new._trainable = old._trainable
+            freeze_alike(old, new)
         else:
             copy_weights(old, new)
-    if not model.trainable:  # setting it to True would thaw layers that are frozen one by one
-        small.trainable = False
+    freeze_alike(model, small)
+    check_copy(model, small, folded=True)
     copy_compile_state(model, small)
     return small
 

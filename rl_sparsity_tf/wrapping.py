@@ -9,6 +9,7 @@ import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.compile_state import copy_compile_state
+from rl_sparsity_tf.copy_checks import check_copy
 from rl_sparsity_tf.copying import copy_layer, copy_own_weights, copy_weights, rebuild
 from rl_sparsity_tf.errors import ModelError, PlanError, check_choice, did_you_mean
 from rl_sparsity_tf.grouping import KINDS
@@ -103,6 +104,7 @@ def wrap(
 
     wrapped = rebuild(model, convert)
     _copy_weights(model, wrapped)
+    check_copy(model, wrapped)
     if entries is not None:
         apply_plan(wrapped, entries)
     copy_compile_state(model, wrapped)
@@ -126,6 +128,7 @@ def strip(model: keras.Model) -> keras.Model:
 
     stripped = rebuild(model, lambda layer: copy_layer(unwrapped(layer)))
     _copy_weights(model, stripped)
+    check_copy(model, stripped)
     copy_compile_state(model, stripped)
     return stripped
 
