@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,9 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf._generators import python_and_numpy_random_kept
+from rl_sparsity_tf.copy_checks import as_it_was
 from rl_sparsity_tf.errors import ModelError
 from rl_sparsity_tf.quiet import quiet_tensorflow
-from rl_sparsity_tf.recurrent import stateless
 from rl_sparsity_tf.saved_model import flat_call, reference_outputs
 from rl_sparsity_tf.signature import flat_inputs, input_specs
 from rl_sparsity_tf.sublayers import all_layers
@@ -39,12 +38,13 @@ def check_repeatable(model: keras.Model, x: Any, batch_size: int | None = None) 
     """
     fixed = batch_size or next((spec.batch for spec in input_specs(model) if spec.batch), None)
     rows = [np.asarray(array)[: fixed or _ROWS] for array in flat_inputs(model, x)]
-    with quiet_tensorflow(), python_and_numpy_random_kept(), _kept(model):
-        first, second = (reference_outputs(model, rows, fixed) for _ in range(2))
+    with quiet_tensorflow(), python_and_numpy_random_kept():
+        first, second = (_called(model, rows, fixed) for _ in range(2))
         differs = max(map(_difference, first, second), default=0.0)
         if differs <= _LIMIT_IF_DRAWN:
             return
-        layers = _random_layers(model, rows, fixed)
+        with as_it_was(model):
+            layers = _random_layers(model, rows, fixed)
     if differs <= _LIMIT and not layers:
         return
     named = [f"{layer.name!r} ({type(layer).__name__})" for layer in layers]
@@ -68,21 +68,11 @@ def _difference(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.abs(one - other).max() / (np.abs(one).max() or 1.0))
 
 
-@contextlib.contextmanager
-def _kept(model: keras.Model) -> Iterator[None]:
-    """Puts back what a call may assign, such as the statistics of layers that think they train."""
-    values = [(variable, variable.numpy()) for variable in _assignable(model)]
-    try:
-        with stateless(model):
-            yield
-    finally:
-        for variable, value in values:
-            if not np.array_equal(variable.numpy(), value):
-                variable.assign(value)
-
-
-def _assignable(model: keras.Model) -> list[Any]:
-    return [v for v in model.non_trainable_variables if isinstance(v, tf.Variable)]
+def _called(
+    model: keras.Model, rows: Sequence[np.ndarray], batch_size: int | None
+) -> list[np.ndarray]:
+    with as_it_was(model):  # states and counts begin alike at both calls
+        return reference_outputs(model, rows, batch_size)
 
 
 def _random_layers(

@@ -21,7 +21,7 @@ from rl_sparsity_tf.errors import RLSparsityError, one_line
 from rl_sparsity_tf.kernels import find_kernels, walk
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.signature import is_graph
-from rl_sparsity_tf.tables import table_lines
+from rl_sparsity_tf.tables import printing, table_lines
 from rl_sparsity_tf.wrapping import accepted, strip, wrap
 
 _WIDTH = 120
@@ -71,6 +71,7 @@ class ShrinkReport:
         Args:
             print_fn: Called with every line.
         """
+        print_fn = printing(print_fn)
         table = Table(title="Channels", title_justify="left")
         table.add_column("layer", overflow="fold")
         table.add_column("before", justify="right")
@@ -124,11 +125,14 @@ def shrink(
     return small
 
 
-def shrink_with_report(model: keras.Model) -> tuple[keras.Model, ShrinkReport]:
+def shrink_with_report(
+    model: keras.Model, held: Mapping[str, str] | None = None
+) -> tuple[keras.Model, ShrinkReport]:
     """[shrink][], and what it did.
 
     Args:
         model: A built, plain `tf_keras` model.
+        held: Paths of kernels that keep all their channels, and why.
 
     Returns:
         The model without its dead channels, and the report.
@@ -137,7 +141,7 @@ def shrink_with_report(model: keras.Model) -> tuple[keras.Model, ShrinkReport]:
     model = accepted(model)
     if not has_graph(model):
         return strip(model), _unchanged(model, (), f"{model.name}: {no_graph(model)}.")
-    graph = ChannelGraph(model)
+    graph = ChannelGraph(model, held)
     values = graph.constants()
     keep = _to_keep(graph, values)
     notes = tuple(f"{path}: {reason}" for path, reason in graph.opaque.items())
