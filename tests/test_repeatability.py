@@ -42,6 +42,24 @@ class NumpyNoise(layers.Layer):
         return x + self.size * np.random.normal(size=(6,)).astype(np.float32)  # noqa: NPY002
 
 
+class OwnGenerator(layers.Layer):
+    def build(self, shape):
+        self.generator = tf.random.Generator.from_seed(1)
+        super().build(shape)
+
+    def call(self, x):
+        return x + self.generator.normal(tf.shape(x))
+
+
+class Counting(layers.Layer):
+    def build(self, shape):
+        self.calls = self.add_weight("calls", (), trainable=False, initializer="zeros")
+        super().build(shape)
+
+    def call(self, x):
+        return x + self.calls.assign_add(1.0)
+
+
 class DrawsForNothing(layers.Layer):
     def call(self, x):
         return x + 0.0 * tf.random.normal(tf.shape(x))
@@ -86,6 +104,16 @@ RANDOM = {
     ),
     "subclassed": (subclassed, r"its layer 'shaking' \(AlwaysNoisy\) draws"),
     "NumPy": (lambda: model_of(NumpyNoise()), r"something in it is random, and two calls"),
+    "a generator of its own": (
+        lambda: model_of(OwnGenerator(name="own")),
+        r"its layer 'own' \(OwnGenerator\) draws",
+    ),
+    "a generator of Keras's": (
+        lambda: model_of(
+            lambda h: layers.Dropout(0.5, rng_type="stateful", name="kept")(h, training=True)
+        ),
+        r"its layer 'kept' \(Dropout\) draws",
+    ),
     "recurrent": (
         lambda: model_of(
             layers.Reshape((3, 2)),
@@ -139,6 +167,7 @@ def test_what_only_looks_random_passes():
         (model_of(layers.Dropout(0.5), layers.GaussianNoise(1.0)), X),
         (model_of(DrawsForNothing()), X),
         (rounding, X),
+        (model_of(Counting()), X),
         (training_norm, X),
         (stateful, rows),
     ):
