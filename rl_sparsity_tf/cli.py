@@ -114,6 +114,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--loss", help="loss to compile the model with, if it is saved uncompiled"
     )
     compress.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import this module, from the current folder too, for the model's classes; repeatable",
+    )
+    compress.add_argument(
         "--trusted", action="store_true", help="open files that contain code of their own"
     )
     compress.add_argument(
@@ -231,7 +239,9 @@ def _in_options(message: str, options: argparse.Namespace) -> str:
             message = message.replace(f"{name}=True", f"--{name}")
         else:
             message = re.sub(rf",? or pass {name}=True[^.]*", "", message)
-    return message
+    registering = r"import what registers (yours|them) \(@[\w.]+\)( before loading)?"
+    message = re.sub(registering, r"pass --import MODULE, the module that has \1", message)
+    return message.replace("import it before loading", "pass --import MODULE")
 
 
 def _check_loss(name: str) -> None:
@@ -289,6 +299,13 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _compress(options: argparse.Namespace) -> None:
+    from rl_sparsity_tf.user_modules import user_modules
+
+    with user_modules(options.imports):
+        _compress_known(options)
+
+
+def _compress_known(options: argparse.Namespace) -> None:
     from rl_sparsity_tf.comparison import compare, comparison_table
     from rl_sparsity_tf.datasets import load_dataset, load_npz
     from rl_sparsity_tf.errors import ModelError

@@ -202,7 +202,7 @@ def _blank(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 
 def _computed(model: keras.Model, rows: Any) -> Computed:
-    with _as_it_was(model):
+    with as_it_was(model):
         outputs = tf.nest.flatten(model(rows, training=False), expand_composites=True)
         return [_array(one) for one in outputs], [_array(one) for one in model.losses]
 
@@ -261,7 +261,7 @@ def _share(model: keras.Model) -> float:
 
 
 def _figures(model: keras.Model, batch: Batch) -> dict[str, np.ndarray]:
-    with _as_it_was(model), _metrics_as_they_were(model):
+    with as_it_was(model), _metrics_as_they_were(model):
         logs = model.test_step(batch)
         return {name: _array(value) for name, value in logs.items()}
 
@@ -303,7 +303,7 @@ def _metrics_as_they_were(model: keras.Model) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_it_was(model: keras.Model) -> Iterator[None]:
+def as_it_was(model: keras.Model) -> Iterator[None]:
     """Lets a model be called from zero states, and puts back after it what a call changes."""
     layers = [layer for layer in recurrent_layers(model) if layer.stateful]
     states = [

@@ -39,6 +39,7 @@ from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.recovery import Recovery, as_recovery
 from rl_sparsity_tf.recurrent import unrolled_copy
+from rl_sparsity_tf.repeatability import check_repeatable
 from rl_sparsity_tf.result import Result
 from rl_sparsity_tf.reward import Reward, RewardFunction, resolve_reward
 from rl_sparsity_tf.run_directory import RunDirectory, bytes_of, check_directory
@@ -47,6 +48,7 @@ from rl_sparsity_tf.search_checks import check_search
 from rl_sparsity_tf.size_costs import formats_for
 from rl_sparsity_tf.size_trials import check_alone
 from rl_sparsity_tf.storage_choice import StorageChoice, StorageChooser
+from rl_sparsity_tf.support import check_exportable
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapping import accepted, is_wrapped
 
@@ -149,6 +151,7 @@ class Compressor:
         exclude: Patterns | None = None,
     ):
         self.model = accepted(model)
+        check_exportable(self.model)
         if is_wrapped(self.model):
             raise ModelError(
                 f"Model {model.name!r} is wrapped already. Call rl_sparsity_tf.strip(model) first."
@@ -282,6 +285,7 @@ class Compressor:
         data = training_data(
             train, model, batch_size=batch_size, seed=self.seed, class_weight=table
         )
+        check_repeatable(model, data.pool[0][0])
         validation = evaluation_data(validation_data, model, "validation_data")
         test = None if test_data is None else evaluation_data(test_data, model, "test_data")
         epochs = default_epochs(data) if finetune_epochs is None else finetune_epochs
