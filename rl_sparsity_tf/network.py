@@ -16,6 +16,7 @@ from rl_sparsity_tf.data import Batch, TrainingData
 from rl_sparsity_tf.decisions import KernelDecisions
 from rl_sparsity_tf.effective_kernels import EffectiveKernels
 from rl_sparsity_tf.errors import ArgumentError, ModelError
+from rl_sparsity_tf.extremes import check_loss, check_training, check_weights
 from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.kernels import Kernel, find_kernels, walk
@@ -25,7 +26,7 @@ from rl_sparsity_tf.objective import search_compile_arguments as search_argument
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.outcomes import outcome_of, retargeted
 from rl_sparsity_tf.plan import CompressionPlan
-from rl_sparsity_tf.preparation import check_finite, prepare_for_short_recovery
+from rl_sparsity_tf.preparation import prepare_for_short_recovery
 from rl_sparsity_tf.recovery import Recovery
 from rl_sparsity_tf.reward import Outcome
 from rl_sparsity_tf.snapshot import Snapshot
@@ -59,6 +60,7 @@ class CompressedNetwork:
 
     Raises:
         ModelError: If nothing can be compressed, the model is not compiled or holds NaN.
+        DataError: If the data is so large that the loss or its gradients leave float32.
         TargetError: If the target is out of reach.
     """
 
@@ -78,7 +80,7 @@ class CompressedNetwork:
     ):
         recovery = recovery or Recovery()
         arguments = search_arguments(model, recovery.learning_rate)
-        check_finite(model)
+        check_weights(model)
         self.target = target
         self.decisions = decisions or KernelDecisions(group)
         self.storage = self.decisions.storage
@@ -100,6 +102,11 @@ class CompressedNetwork:
         self.metric: Metric = choose_metric(self.model, validation[0], metric)
         self._effective = EffectiveKernels(self.parts)
         self._evaluator = Evaluator(self.model, self.metric)
+        self.dense: Score = like.dense if like else self._evaluator(validation)
+        if like is None:
+            name = "validation_data"
+            check_loss(self.dense.loss, validation, name, self._evaluator, self.model)
+            check_training(self.model, train.large, fixed_batch(model))
         self._collector = StatisticsCollector(self.model)
         if self.recovery.method == "finetune":
             self.model.optimizer.build(self.model.trainable_variables)
@@ -118,7 +125,6 @@ class CompressedNetwork:
         self.output_errors = dict.fromkeys(self.groupings, 0.0)
         self.seen: set[str] = set()  # digests of the plans that were evaluated
         self._known: dict[str, Outcome] = {}
-        self.dense: Score = like.dense if like else self._evaluator(validation)
         batches = [train.batch(one) for one in range(min(_STATISTICS_BATCHES, len(train.pool)))]
         self.dense_statistics: dict[str, KernelStatistics] = (
             like.dense_statistics if like else self.decisions.statistics(self._collector(batches))

@@ -12,6 +12,7 @@ import tf_keras as keras
 from rl_sparsity_tf import allocation, size_costs
 from rl_sparsity_tf.budget import Budget
 from rl_sparsity_tf.errors import ArgumentError, ModelError, TargetError, check_choice
+from rl_sparsity_tf.extremes import check_weights
 from rl_sparsity_tf.grouping import GROUPS, Grouping
 from rl_sparsity_tf.kernels import Kernel, count_weights, find_kernels
 from rl_sparsity_tf.operations import Operation
@@ -81,13 +82,7 @@ class PlanRequest:
                 "layer of a registered class; rl_sparsity_tf.describe_support(model) lists why "
                 "each is skipped, and register_layer adds a class."
             )
-        for kernel in kernels:
-            if not np.isfinite(kernel.value()).all():
-                raise ModelError(
-                    f"The kernel {kernel.path!r} of model {model.name!r} holds NaN or infinite "
-                    "values. Expected a trained model: train it again, with a smaller learning "
-                    "rate if the loss became NaN, or load a checkpoint from before."
-                )
+        check_weights(model)
         return cls(
             model=model,
             kernels=kernels,
