@@ -268,6 +268,7 @@ def predict_tflite(
     if not file.is_file():
         raise ArgumentError(f"There is no file {str(path)!r}. Give the path of a .tflite file.")
     check_positive("batch_size", batch_size)
+    read_flat_model(file)  # LiteRT believes what a file claims
     outputs = run_rows(file, inputs, batch_size=batch_size, xnnpack=xnnpack)
     return outputs[0] if len(outputs) == 1 else outputs
 

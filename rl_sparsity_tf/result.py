@@ -26,7 +26,7 @@ from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.policy_files import SavedPolicy
 from rl_sparsity_tf.recipes import check_recipe_path, replacing_with_recipe
 from rl_sparsity_tf.run_directory import RESULT_FILES, check_directory
-from rl_sparsity_tf.tables import table_lines
+from rl_sparsity_tf.tables import printing, table_lines
 
 
 class Result:
@@ -220,6 +220,7 @@ class Result:
         Args:
             print_fn: Called with every line.
         """
+        print_fn = printing(print_fn)
         stored: dict[str, list[TensorReport]] = {}
         for tensor in self.report.tensors:
             if tensor.kernel:  # several tensors may hold one: the gates of an LSTM
@@ -255,6 +256,8 @@ class Result:
         )
         if self.channels is not None:
             print_fn(self._channel_line())
+        for reason, paths in self.metrics["search"].get("left_alone", {}).items():
+            print_fn(f"left alone ({reason}): {', '.join(paths)}")
         print_fn(f"plan proposed by {self.candidate.found_by}")
         name = self.metrics["metric"]["name"]
         print_fn(f"validation {name} {compressed['validation_metric']:.4f}")
