@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rl_sparsity_tf._generators import pack_generator, spin, unpack_generator
 from rl_sparsity_tf._transitions import FIRST, LAST, Transition
 from rl_sparsity_tf.errors import AgentStateError, ArgumentError
-from rl_sparsity_tf.files import replacing
+from rl_sparsity_tf.files import as_file, reading, replacing
 
 _FORMAT_VERSION = 1
 
@@ -330,8 +330,11 @@ class Agent(abc.ABC):
 
         Raises:
             AgentStateError: If the file is of another agent, configuration or specs.
+            FileError: If the file cannot be read.
         """
-        with np.load(path, allow_pickle=False) as file:
+        expected = "a file that the agent's save wrote"
+        path = as_file("path", path, expected)
+        with reading(path, expected), np.load(path, allow_pickle=False) as file:
             self.set_state({key: file[key] for key in file.files})
 
     # -- helpers ---------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import difflib
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rl_sparsity_tf.errors import ArgumentError, RLSparsityError, printable
+from rl_sparsity_tf.errors import ArgumentError, RLSparsityError, one_line, printable
 from rl_sparsity_tf.silence import quiet_libraries
 from rl_sparsity_tf.version import __version__
 
@@ -25,6 +26,7 @@ _SMALLEST = {"episodes": 1, "seed": 0, "batch_size": 1, "finetune_epochs": 0, "f
 _QUANTIZATIONS = ("plan", "none", "dynamic", "int8", "float16")
 _RECOVERIES = ("least_squares", "finetune", "none")
 _DEFAULT_SPARSITY = 0.9
+_SIGPIPE = 13
 
 
 class _Parser(argparse.ArgumentParser):
@@ -195,7 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; by default the process's.
 
     Returns:
-        0, or 2 for wrong use or bad input, which is said in one line on standard error.
+        0, or 2 for wrong use, bad input, or what the system refuses, which is said in one line on
+        standard error.
     """
     options = build_parser().parse_args(arguments)
     commands = {
@@ -210,14 +213,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             _check_numbers(options)
             commands[options.command](options)
+            sys.stdout.flush()
         except RLSparsityError as error:
             message = _in_options(" ".join(str(error).split()), options)
             print(f"rl-sparsity {options.command}: {message}", file=sys.stderr)
+            return 2
+        except BrokenPipeError:  # who reads what is printed has seen enough: `... | head`
+            _print_no_more()
+            return 128 + _SIGPIPE
+        except OSError as error:
+            _print_no_more()
+            print(f"rl-sparsity {options.command}: {one_line(error)}.", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(f"rl-sparsity {options.command}: interrupted", file=sys.stderr)
             return 130
     return 0
+
+
+def _print_no_more() -> None:
+    """Lets Python end without another try to print what could not be printed."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        return
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
@@ -311,15 +331,17 @@ def _compress_known(options: argparse.Namespace) -> None:
     from rl_sparsity_tf.errors import ModelError
     from rl_sparsity_tf.model_files import load_model
     from rl_sparsity_tf.policy_files import check_policy_path
+    from rl_sparsity_tf.run_directory import check_directory
     from rl_sparsity_tf.search import Compressor
 
     target = _target(options)
-    if options.save_policy:
+    check_directory(options.output)
+    if options.save_policy is not None:
         check_policy_path(options.save_policy, overwrite=options.overwrite)
-    if options.loss:
+    if options.loss is not None:
         _check_loss(options.loss)
     model = load_model(options.model, trusted=options.trusted)
-    if options.loss:
+    if options.loss is not None:
         model.compile(loss=options.loss)
     elif getattr(model, "optimizer", None) is None:
         raise ModelError(
@@ -346,7 +368,7 @@ def _compress_known(options: argparse.Namespace) -> None:
     )
     data = (
         load_npz(options.data)
-        if options.data
+        if options.data is not None
         else load_dataset(
             options.dataset, seed=options.seed, memory_limit_mb=options.memory_limit_mb
         )
@@ -365,7 +387,7 @@ def _compress_known(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         verbose=options.verbose,
     )
-    if options.save_policy:
+    if options.save_policy is not None:
         result.save_policy(options.save_policy, overwrite=options.overwrite)
     if options.compare:
         # The result is on the disk by now; only its list of baselines was empty.

@@ -31,6 +31,7 @@ from rl_sparsity_tf.export_checks import (
 from rl_sparsity_tf.export_errors import conversion_error
 from rl_sparsity_tf.export_precision import in_float32
 from rl_sparsity_tf.export_report import ExportReport, TensorReport, tensor_reports
+from rl_sparsity_tf.extremes import check_weights
 from rl_sparsity_tf.file_ports import name_ports
 from rl_sparsity_tf.files import as_file, gzip_size, scratch_folder
 from rl_sparsity_tf.flatbuffer import read_flat_model
@@ -168,6 +169,7 @@ def export_tflite(
             "quantization='plan' needs a plan, and this model brings none. Pass plan=, export the "
             "result of a search, or pass quantization='none'."
         )
+    check_weights(plain, exported=True)
     if quantization == "int8":
         check_ids(plain)
     batch_size, notes = file_batch_size(plain, batch_size, unroll)

@@ -109,16 +109,27 @@ def as_file(name: str, value: Any, expected: str) -> Path:
         raise FileError(
             f"{str(path)!r} is a device, a pipe or a socket. Expected {expected}: a regular file."
         )
-    try:
+    with reading(path, expected):
         if path.is_dir():
             os.listdir(path)
         else:
             with path.open("rb") as file:
                 file.read(1)
+    return path
+
+
+@contextlib.contextmanager
+def reading(path: Path, expected: str) -> Iterator[None]:
+    """Says in words what the system has against reading a path.
+
+    Raises:
+        FileError: If the body raises an `OSError`.
+    """
+    try:
+        yield
     except OSError as error:
         mend = f"Give {expected} that this user may read"
         raise _refusal(error, path, "cannot be read", mend) from error
-    return path
 
 
 def check_new_file(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
@@ -215,7 +226,9 @@ def _reserve(handle: int, room: int) -> None:
                 raise
         else:
             return
-    os.write(handle, bytes(LEAST_ROOM))
+    left = LEAST_ROOM
+    while left:  # a write may stop at a limit without a word, and the next one raises
+        left -= os.write(handle, bytes(left))
     os.fsync(handle)  # some file systems notice only then that they are full
 
 
