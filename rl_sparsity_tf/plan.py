@@ -375,7 +375,9 @@ def _grouping(path: str, shape: tuple[int, ...], layout: Any, group: Any) -> Gro
     try:
         return KernelSpec("kernel", layout).grouping(shape, group)
     except (ValueError, TypeError) as error:
-        raise PlanError(f"The plan of {path!r} does not fit together: {error}") from error
+        raise PlanError(
+            f"The plan of {path!r} does not fit together: {str(error)[:400]}"
+        ) from error
 
 
 def _check_pattern(path: str, grouping: Grouping, live: np.ndarray) -> None:
