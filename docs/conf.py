@@ -37,7 +37,10 @@ napoleon_use_rtype = False
 nitpick_ignore_regex = [
     (r"py:.*", r"(np|numpy|tf|tensorflow|keras|tf_keras|tf_agents|types|ts|py_environment)\..*"),
     (r"py:.*", r"(os|pathlib|collections|typing|abc)\..*"),
-    (r"py:class", r"(Path|Any|Callable|Mapping|Sequence|Iterable|Iterator|array|optional|PathLike)"),
+    (
+        r"py:class",
+        r"(Path|Any|Callable|Mapping|Sequence|Iterable|Iterator|array|optional|PathLike)",
+    ),
 ]
 
 _REFERENCE = re.compile(r"\[([^\]\[]+)\]\[([A-Za-z_.]*)\]")

@@ -83,6 +83,13 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("all", "fast", "none"),
         help="kernels that --group auto may store in 4 bits (fast: no convolutions)",
     )
+    for name, what in (
+        ("include", "compress only this layer (or path or pattern); frozen ones only so"),
+        ("exclude", "leave this layer (or path or pattern) as it is"),
+    ):
+        compress.add_argument(
+            f"--{name}", action="append", metavar="NAME", help=f"{what}; repeatable"
+        )
     compress.add_argument("--latency-table", help="JSON of layers' times (else measured)")
     compress.add_argument("--hierarchy", action="store_true", help="let an agent order the layers")
     compress.add_argument(
@@ -317,6 +324,8 @@ def _compress(options: argparse.Namespace) -> None:
         curriculum=options.curriculum,
         policy=options.policy,
         hierarchy=options.hierarchy,
+        include=options.include,
+        exclude=options.exclude,
     )
     data = (
         load_npz(options.data)

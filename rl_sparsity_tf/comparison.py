@@ -226,6 +226,7 @@ class _Ring:
             self.search.target,
             group=group or self.search.network.decisions.group,
             quantize=quantize,
+            include=self.compressor.selection.paths,
         )
 
     def _ranked(self, name: str) -> CompressionPlan:
@@ -321,7 +322,7 @@ class _Ring:
             if target.sparsity is not None or size_held(report, target) <= target.value:
                 return finished, attempt
             sizes.append(size_held(report, target))
-            share = share_to_keep(report, target, attempt)
+            share = share_to_keep(report, target, attempt, kernels=trained.plan.kernels)
             pruned = elements - int((elements - trained.pruned) * share)
         raise TargetError(
             f"Target({target.kind}={int(target.value)}) was missed by TFMOT: after its trainings "

@@ -11,6 +11,7 @@ import tf_keras as keras
 from rl_sparsity_tf.batch_checks import Batch
 from rl_sparsity_tf.compile_state import compile_arguments
 from rl_sparsity_tf.data import TrainingData
+from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.run_directory import data_fingerprint, model_fingerprint
 
 _ROWS = 8192
@@ -35,6 +36,7 @@ def fingerprints_of(
     compiled = compile_arguments(model) or {}
     return {
         "model": model_fingerprint(model),
+        "frozen_layers": _frozen(model),
         "loss": name_of(compiled.get("loss")),
         "train": data_fingerprint(
             data.pool if isinstance(train, tf.data.Dataset) else _evenly(train)
@@ -42,6 +44,12 @@ def fingerprints_of(
         "validation_data": data_fingerprint(validation),
         "test_data": data_fingerprint(test or []),
     }
+
+
+def _frozen(model: keras.Model) -> str:
+    """Which weights are not trained, whatever they are called."""
+    fixed = {id(weight) for weight in model.non_trainable_weights}
+    return sha256_of(bytes(id(weight) in fixed for weight in model.weights))
 
 
 def name_of(value: Any) -> str:

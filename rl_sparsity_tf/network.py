@@ -16,10 +16,10 @@ from rl_sparsity_tf.cost_budget import KernelState
 from rl_sparsity_tf.data import Batch, TrainingData
 from rl_sparsity_tf.decisions import KernelDecisions
 from rl_sparsity_tf.effective_kernels import EffectiveKernels
-from rl_sparsity_tf.errors import ArgumentError, ModelError
+from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.grouping import Grouping
-from rl_sparsity_tf.kernels import Kernel, find_kernels, walk
+from rl_sparsity_tf.kernels import Kernel, walk
 from rl_sparsity_tf.least_squares import LeastSquares, closed_form
 from rl_sparsity_tf.objective import Evaluator, Metric, Score, choose_metric
 from rl_sparsity_tf.objective import search_compile_arguments as search_arguments
@@ -34,6 +34,7 @@ from rl_sparsity_tf.standings import Standings
 from rl_sparsity_tf.statistics import KernelStatistics, StatisticsCollector, WeightMoments
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapper import unwrapped
+from rl_sparsity_tf.wrapping import wrapped_kernels
 
 _STATISTICS_BATCHES = 8
 
@@ -87,13 +88,7 @@ class CompressedNetwork:
         prepare_for_short_recovery(self.model)
         self.model.compile(**search_arguments(self.model, recovery.learning_rate))
         self.train, self.validation = train, validation
-        self.parts: list[Kernel] = find_kernels(self.model)
-        if not self.parts:
-            raise ModelError(
-                f"Model {model.name!r} has no layer that can be compressed. Expected at least one "
-                "layer of a registered class; rl_sparsity_tf.describe_support(model) lists why "
-                "each is skipped, and register_layer adds a class."
-            )
+        self.parts: list[Kernel] = wrapped_kernels(self.model)
         self.kernels: list[Kernel] = self.decisions.kernels(model, self.parts)
         self.recovery = recovery.resolved(self.parts, fixed_batch(model))
         self.groupings: dict[str, Grouping] = self.storage.groupings(self.kernels)

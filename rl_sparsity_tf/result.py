@@ -256,6 +256,8 @@ class Result:
         )
         if self.channels is not None:
             print_fn(self._channel_line())
+        for reason, paths in self.metrics["search"].get("left_alone", {}).items():
+            print_fn(f"left alone ({reason}): {', '.join(paths)}")
         print_fn(f"plan proposed by {self.candidate.found_by}")
         name = self.metrics["metric"]["name"]
         print_fn(f"validation {name} {compressed['validation_metric']:.4f}")

@@ -125,11 +125,14 @@ def shrink(
     return small
 
 
-def shrink_with_report(model: keras.Model) -> tuple[keras.Model, ShrinkReport]:
+def shrink_with_report(
+    model: keras.Model, held: Mapping[str, str] | None = None
+) -> tuple[keras.Model, ShrinkReport]:
     """[shrink][], and what it did.
 
     Args:
         model: A built, plain `tf_keras` model.
+        held: Paths of kernels that keep all their channels, and why.
 
     Returns:
         The model without its dead channels, and the report.
@@ -138,7 +141,7 @@ def shrink_with_report(model: keras.Model) -> tuple[keras.Model, ShrinkReport]:
     model = accepted(model)
     if not has_graph(model):
         return strip(model), _unchanged(model, (), f"{model.name}: {no_graph(model)}.")
-    graph = ChannelGraph(model)
+    graph = ChannelGraph(model, held)
     values = graph.constants()
     keep = _to_keep(graph, values)
     notes = tuple(f"{path}: {reason}" for path, reason in graph.opaque.items())

@@ -89,7 +89,7 @@ class SizeModel:
         self._kernels = {kernel.path: kernel for kernel in find_kernels(model)}
         # Measured with some weights pruned, as they will be: what is compressed beside dense
         # kernels costs more.
-        measured = strip(wrap(model, CompressionPlan([KernelRule("*", _MEASURED)])))
+        measured = strip(wrap(model, self._all_alike(_MEASURED)))
         values = {kernel.path: kernel.value() for kernel in find_kernels(measured)}
         with scratch_folder() as folder:
             plain = convert_weights(measured, folder)
@@ -126,6 +126,12 @@ class SizeModel:
             for quantize in (False, True):
                 self._adjust_sparse(model, quantize)
 
+    def _all_alike(self, sparsity: float, quantize: bool = False) -> CompressionPlan:
+        """The same sparsity in every kernel, in frozen ones, too."""
+        return CompressionPlan(
+            KernelRule(path, sparsity, quantize=quantize) for path in self._kernels
+        )
+
     def _beside_integers(
         self, plain: Path, paths: Sequence[str], values: Mapping[str, np.ndarray]
     ) -> FileSize:
@@ -140,8 +146,7 @@ class SizeModel:
 
     def _adjust_sparse(self, model: keras.Model, quantize: bool) -> None:
         """Converts the network with most weights pruned, to learn what a sparse tensor costs."""
-        rule = CompressionPlan([KernelRule("*", _PRUNED, quantize=quantize)])
-        pruned = strip(wrap(model, rule))
+        pruned = strip(wrap(model, self._all_alike(_PRUNED, quantize)))
         values = {kernel.path: kernel.value() for kernel in find_kernels(pruned)}
         bits = {
             path: 8 if quantize and kernel.spec.exports_int8 else 32
