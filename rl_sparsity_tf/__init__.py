@@ -49,6 +49,7 @@ _EXPORTS = {
     "Result": "result",
     "Recovery": "recovery",
     "Reward": "reward",
+    "SearchInterrupted": "errors",
     "SizeModel": "size_model",
     "Staged": "curriculum",
     "Target": "target",
@@ -99,6 +100,7 @@ if TYPE_CHECKING:
         NotMeasuredError,
         PlanError,
         RLSparsityError,
+        SearchInterrupted,
         TargetError,
         VerificationError,
     )
@@ -157,6 +159,7 @@ __all__ = [
     "Result",
     "Recovery",
     "Reward",
+    "SearchInterrupted",
     "SizeModel",
     "Staged",
     "Target",
