@@ -93,7 +93,7 @@ def describe(value: Any, depth: int = 0) -> Any:
         return None if value.rank is None else value.as_list()
     if isinstance(value, tf.DType | np.dtype):
         return str(getattr(value, "name", value))
-    if keras.backend.is_keras_tensor(value):
+    if hasattr(value, "_keras_history"):
         return "tensor"
     if isinstance(value, np.ndarray | tf.Variable) or tf.is_tensor(value):
         return _array(value)
@@ -190,7 +190,7 @@ def _connections(model: keras.Model) -> list[Any]:
         return [*calls.get(id(layer._inbound_nodes[node]), [-1, -1]), index]
 
     def argument(value: Any) -> Any:
-        return source(value) if keras.backend.is_keras_tensor(value) else describe(value)
+        return source(value) if hasattr(value, "_keras_history") else describe(value)
 
     found = []
     for layer in model.layers:

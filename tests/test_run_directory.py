@@ -22,12 +22,15 @@ from rl_sparsity_tf.run_directory import (
 )
 
 ARGUMENTS = {"target": {"sparsity": 0.9}, "seed": 0, "agent": {"name": "dqn"}}
-PRINTS = {"model": "abc", "train": "def"}
+ONE, TWO, THREE = (sha256_of(text) for text in (b"1", b"2", b"3"))
+PRINTS = {"model": ONE, "train": TWO}
 
 
-def opened(path, overwrite=False, prints=PRINTS, **changes):
-    run = RunDirectory(path, {**ARGUMENTS, **changes}, prints, overwrite)
-    run.start()
+def opened(path, overwrite=False, prints=PRINTS, any_versions=False, **changes):
+    """A run that was begun or continued, as if its process were gone by now."""
+    arguments = {**ARGUMENTS, **changes}
+    with RunDirectory(path, arguments, prints, overwrite, any_versions=any_versions) as run:
+        run.start()
     return run
 
 
@@ -104,7 +107,7 @@ def test_a_new_run_writes_its_manifest(tmp_path):
     assert not run.resumed
     assert listing(run.path) == ["checkpoints", "journal.jsonl", "manifest.json"]
     manifest = json.loads((run.path / "manifest.json").read_text())
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["arguments"] == ARGUMENTS
     assert manifest["fingerprints"] == PRINTS
     assert manifest["versions"]["tensorflow"] == tf.__version__
@@ -132,8 +135,8 @@ def test_equal_arguments_resume(tmp_path):
         ({"seed": 1}, r"unfinished run that differs in seed \(0, now 1\)\. Call with the same"),
         ({"target": {"sparsity": 0.8}}, r"differs in target \(\{'sparsity': 0.9\}, now"),
         ({"more": 1}, r"differs in more \(None, now 1\)"),
-        ({"seed": 1, "prints": {"model": "x", "train": "def"}}, r"seed \(0, now 1\), model\."),
-        ({"prints": {"model": "abc", "train": "x"}}, r"differs in train\."),
+        ({"seed": 1, "prints": {"model": THREE, "train": TWO}}, r"seed \(0, now 1\), model\."),
+        ({"prints": {"model": ONE, "train": THREE}}, r"differs in train\."),
     ],
 )
 def test_different_arguments_do_not_resume(tmp_path, changes, message):
@@ -146,8 +149,8 @@ def test_different_arguments_do_not_resume(tmp_path, changes, message):
 def test_another_format_does_not_resume(tmp_path):
     opened(tmp_path)
     manifest = tmp_path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(FileExistsRLSparsityError, match="differs in format_version 2"):
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 3'))
+    with pytest.raises(FileExistsRLSparsityError, match="differs in format_version 3"):
         opened(tmp_path)
 
 
@@ -193,7 +196,18 @@ def test_a_damaged_manifest(tmp_path, text):
     assert opened(tmp_path).resumed
 
 
-@pytest.mark.parametrize("text", ['{"format_version": 1}', '{"format_version": 1, "arguments": 3}'])
+LACKING = [
+    '{"format_version": 1}',
+    '{"format_version": 2, "arguments": 3}',
+    '{"format_version": 2, "arguments": [], "fingerprints": {}, "versions": {}}',
+    '{"format_version": 2, "arguments": {}, "fingerprints": {}, "versions": 1}',
+    '{"format_version": 2, "arguments": {}, "fingerprints": {}, "versions": {}, "id": "../x"}',
+    '{"format_version": 1, "arguments": {}, "fingerprints": {}, "versions": {}, "id": "0"}',
+    "[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("text", LACKING)
 def test_a_manifest_that_lacks_its_arguments(tmp_path, text):
     opened(tmp_path)
     (tmp_path / "manifest.json").write_text(text)
@@ -219,7 +233,8 @@ def test_a_torn_last_line_is_forgotten(tmp_path):
         run.append({"episode": episode, "reward": episode / 7})
     journal = tmp_path / "journal.jsonl"
     journal.write_text(journal.read_text()[:-9])  # the machine went down in the third line
-    entries = opened(tmp_path).read_journal(2)
+    run = opened(tmp_path)
+    entries = run.read_journal(2)
     assert [entry["reward"] for entry in entries] == [0.0, 1 / 7]
     run.append({"episode": 2})
     assert [entry["episode"] for entry in run.read_journal(3)] == [0, 1, 2]

@@ -171,7 +171,9 @@ def interrupt(one: rls.Compressor, after: int, **options: Any) -> None:
 
 
 def journal_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    """A run's journal, without its lines' checksums."""
+    lines = (folder / "journal.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "checksum"} for line in lines]
 
 
 def figures_of(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
