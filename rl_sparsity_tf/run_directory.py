@@ -120,7 +120,7 @@ class RunDirectory:
             except BaseException:
                 self.close()
                 raise
-        self._seal = self._id  # of the journal's last line
+        self._seal = ""  # of the journal's last line
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -217,7 +217,7 @@ class RunDirectory:
         """Adds a line to the journal; it is on the disk when this returns."""
         line = json.dumps(entry)
         if self.sealed:
-            line, self._seal = sealed(entry, self._seal)
+            line, self._seal = sealed(entry, self._before(self._seal))
         with open(self._journal, "a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
@@ -239,10 +239,10 @@ class RunDirectory:
             raise self._damaged(f"{one_line(error)}") from error
         entries: list[dict[str, Any]] = []
         faults: dict[int, str] = {}
-        seal = self._id
+        seal = ""
         for number, line in enumerate(lines):
             try:
-                entries.append(entry_of(line, seal if self.sealed else None))
+                entries.append(entry_of(line, self._before(seal) if self.sealed else None))
                 if entries[-1].get("episode") != number:
                     raise ValueError(f"it is not of episode {number + 1}")
             except ValueError as error:
@@ -262,6 +262,10 @@ class RunDirectory:
             temporary.write_bytes(text)
         self._seal = seal
         return entries
+
+    def _before(self, seal: str) -> str:
+        # So that no line of another run is taken for one of this.
+        return f"{self._id} {seal}"
 
     def _damaged(self, how: str) -> RunError:
         return RunError(
