@@ -39,8 +39,8 @@ def read_arrays(path: Path, seal: str | None) -> dict[str, np.ndarray]:
 
     Args:
         path: The file.
-        seal: What it was written with; None for a file without a checksum, whose floating-point
-            numbers have to be finite instead.
+        seal: What it was written with; None for a file without a checksum, whose weights have to
+            be finite instead. What an agent has learned always has to.
 
     Raises:
         ValueError: If it is anything else.
@@ -62,12 +62,11 @@ def read_arrays(path: Path, seal: str | None) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # zipfile and the parser of headers each have their own
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    if seal is None:
-        _check_finite(arrays)
-    else:
+    if seal is not None:
         found = arrays.pop(_CHECKSUM, None)
         if found is None or str(found) != _digest(arrays, seal):
             raise ValueError("it does not have the checksum that it says, or is of another run")
+    _check_finite(arrays, weights=seal is None)
     return arrays
 
 
@@ -101,8 +100,10 @@ def _digest(arrays: Mapping[str, np.ndarray], seal: str) -> str:
     return sha256_of(*chunks)
 
 
-def _check_finite(arrays: Mapping[str, np.ndarray]) -> None:
+def _check_finite(arrays: Mapping[str, np.ndarray], weights: bool) -> None:
     for name, value in arrays.items():
-        whole = name.startswith(("weights:", "held:weights:")) or "variables/" in name
-        if whole and value.dtype.kind == "f" and not np.isfinite(value).all():
+        # A search may have evaluated a network that diverged.
+        learned = "variables/" in name
+        checked = learned or (weights and name.startswith(("weights:", "held:weights:")))
+        if checked and value.dtype.kind == "f" and not np.isfinite(value).all():
             raise ValueError(f"{name!r} holds {int((~np.isfinite(value)).sum())} NaN or infinite")

@@ -84,7 +84,7 @@ class Bench:
         self.whole = self.resumed(self.folder)
 
     def resumed(self, folder: Path) -> dict[str, Any]:
-        """What a resumed run comes to, up to its last episode; or its error."""
+        """What a resumed run comes to, up to its last episode; nothing if it begins again."""
         args, kwargs = self._run
         loop, network = self._loop, self._loop.network
         network.reset()
@@ -108,6 +108,8 @@ class Bench:
                 found["others"] = [(name, plan.to_json()) for name, plan in sizes._others]
                 found["finalists"] = [_raw(one.to_arrays()) for one in again.finalists]
                 found["state"] = _raw(again.episodes.get_state())
+                if not again.done and not sizes.trials:
+                    return {}  # it begins again, which takes a search
             else:
                 again.run(run.arguments["episodes"], progress)
                 found["finalists"] = [_raw(one.to_arrays()) for one in again.finalists]
@@ -384,7 +386,7 @@ def mutated(
     what = f"{mutation.__name__} {mutation(folder, rng, bench.others)}"
     same_names()
     try:
-        outcome = compared(bench.resumed(folder), bench.whole)
+        outcome = compared(bench.resumed(folder) or bench.whole, bench.whole)
     except rls.RLSparsityError as error:
         outcome = f"refused: {type(error).__name__}: {error}"
     except Exception:
