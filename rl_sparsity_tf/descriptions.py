@@ -39,7 +39,10 @@ def describe_model(model: keras.Model) -> dict[str, Any]:
         >>> describe_model(model)["layers"][0]["config"]["activation"]
         'relu'
     """
-    described = {"class": _class_name(type(model)), "layers": [_layer(one) for one in model.layers]}
+    described: dict[str, Any] = {
+        "class": _class_name(type(model)),
+        "layers": [_layer(one) for one in model.layers],
+    }
     if is_graph(model):
         if not isinstance(model, keras.Sequential):
             described["connections"] = _connections(model)
