@@ -12,9 +12,11 @@ Arrays travel as .npz files. The process ends when standard input does.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -338,8 +340,20 @@ def _private_stdout() -> TextIO:
     return replies
 
 
-def main() -> None:
-    """Answers requests until standard input ends."""
+def _remove_if_alone(folder: str, parent: int) -> None:
+    """Removes this process's folder if nobody is left who would."""
+    if os.getppid() != parent:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main(folder: str) -> None:
+    """Answers requests until standard input ends.
+
+    Args:
+        folder: Where this process's temporary files are.
+    """
+    # Registered first, it runs last: after TensorFlow has removed files of its own.
+    atexit.register(_remove_if_alone, folder, os.getppid())
     replies = _private_stdout()
     for line in sys.stdin:
         replies.write(json.dumps(answer(line)) + "\n")
@@ -347,4 +361,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from rl_sparsity_tf.candidates import PROPOSED, Candidate, digests_of, plan_of
 from rl_sparsity_tf.channel_finishing import Task, finish_candidate
 from rl_sparsity_tf.curriculum import Stage
 from rl_sparsity_tf.errors import RunError, TargetError, one_line
+from rl_sparsity_tf.files import scratch_folder
 from rl_sparsity_tf.finishing import Finished
 from rl_sparsity_tf.kernels import walk
 from rl_sparsity_tf.mask_training import FineTuning
@@ -246,8 +245,8 @@ class AccuracySearch:
         name: str,
         progress: SearchProgress,
     ) -> Trial:
-        with tempfile.TemporaryDirectory(prefix="rl_sparsity_") as folder:
-            path = Path(folder) / "model.tflite"
+        with scratch_folder() as folder:
+            path = folder / "model.tflite"
             path.write_bytes(finished.exported.content)
             figures = self._figures
             score = score_tflite(path, finished.model, figures.validation, figures.metric)

@@ -22,6 +22,9 @@ sets):
 - **quantize**: whether what lives is quantized, in kernels that TFLite can hold as integers. By
   default for targets in bytes, and not for a sparsity.
 - **bits**: 8 or 4, the grid of what is quantized.
+- **include**, **exclude**: names of layers, paths of layers or kernels, or patterns of them. What
+  `exclude` matches is left as it is, and where `include` is given all that it does not match.
+  Frozen layers (`layer.trainable = False`) are left as they are unless `include` matches them.
 
 No kernel is ever emptied: the group of highest score lives, and what a kernel cannot give is taken
 from the next lowest scores elsewhere. Ties go to the kernel, and the group, that comes first.
@@ -45,6 +48,7 @@ from rl_sparsity_tf.batch_checks import Batch
 from rl_sparsity_tf.data import training_data
 from rl_sparsity_tf.dynamic_programming import dynamic_programming as dynamic_programming
 from rl_sparsity_tf.errors import DataError
+from rl_sparsity_tf.kernel_selection import Patterns
 from rl_sparsity_tf.objective import choose_metric, search_compile_arguments
 from rl_sparsity_tf.patterns import n_m as n_m
 from rl_sparsity_tf.plan import CompressionPlan
@@ -83,6 +87,8 @@ def uniform(
     group: str = "element",
     quantize: bool | None = None,
     bits: int = 8,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
 ) -> CompressionPlan:
     """The same density in every kernel, to the nearest group; smallest groups first.
 
@@ -91,7 +97,9 @@ def uniform(
     Example:
         >>> plan = rls.baselines.uniform(model, sparsity=0.8, group="channel")
     """
-    return _heuristic("uniform", model, data, target, sparsity, group, quantize, bits)
+    return _heuristic(
+        "uniform", model, data, target, sparsity, group, quantize, bits, include, exclude
+    )
 
 
 def erk(
@@ -103,6 +111,8 @@ def erk(
     group: str = "element",
     quantize: bool | None = None,
     bits: int = 8,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
 ) -> CompressionPlan:
     r"""Erdos-Renyi-kernel densities: small kernels stay denser than large ones.
 
@@ -118,7 +128,7 @@ def erk(
         >>> plan = rls.baselines.erk(model, sparsity=0.9)
         >>> {path: entry.sparsity for path, entry in plan.kernels.items()}
     """
-    return _heuristic("erk", model, data, target, sparsity, group, quantize, bits)
+    return _heuristic("erk", model, data, target, sparsity, group, quantize, bits, include, exclude)
 
 
 def global_magnitude(
@@ -130,6 +140,8 @@ def global_magnitude(
     group: str = "element",
     quantize: bool | None = None,
     bits: int = 8,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
 ) -> CompressionPlan:
     """The smallest groups of the whole network, by the mean square of their weights.
 
@@ -141,7 +153,9 @@ def global_magnitude(
     Example:
         >>> plan = rls.baselines.global_magnitude(model, target=rls.Target(gzip_bytes=20_000))
     """
-    return _heuristic("global_magnitude", model, data, target, sparsity, group, quantize, bits)
+    return _heuristic(
+        "global_magnitude", model, data, target, sparsity, group, quantize, bits, include, exclude
+    )
 
 
 def lamp(
@@ -153,6 +167,8 @@ def lamp(
     group: str = "element",
     quantize: bool | None = None,
     bits: int = 8,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
 ) -> CompressionPlan:
     r"""Layer-adaptive magnitude: what a group weighs among those of its kernel that outlive it.
 
@@ -168,7 +184,9 @@ def lamp(
         >>> small = rls.strip(rls.wrap(model, plan))
         >>> rls.export_tflite(small, "small.tflite", plan=plan, formats="raw")
     """
-    return _heuristic("lamp", model, data, target, sparsity, group, quantize, bits)
+    return _heuristic(
+        "lamp", model, data, target, sparsity, group, quantize, bits, include, exclude
+    )
 
 
 def first_order(
@@ -180,6 +198,8 @@ def first_order(
     group: str = "element",
     quantize: bool | None = None,
     bits: int = 8,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
 ) -> CompressionPlan:
     r"""The groups whose removal changes the loss least, to first order.
 
@@ -195,15 +215,20 @@ def first_order(
     Example:
         >>> plan = rls.baselines.first_order(model, (x_train, y_train), sparsity=0.8)
     """
-    return _heuristic("first_order", model, data, target, sparsity, group, quantize, bits)
+    return _heuristic(
+        "first_order", model, data, target, sparsity, group, quantize, bits, include, exclude
+    )
 
 
-def mean_gradients(model: keras.Model, data: Any) -> dict[str, np.ndarray]:
+def mean_gradients(
+    model: keras.Model, data: Any, include: Patterns | None = None
+) -> dict[str, np.ndarray]:
     """The gradient of the compiled loss by every kernel, over up to 4,096 rows.
 
     Args:
         model: A built and compiled model, not wrapped; it is not changed.
         data: Training data as `fit` takes it.
+        include: Which kernels; by default all that are not frozen.
 
     Returns:
         Mean gradients by path, viewed as `(inputs, outputs)`.
@@ -214,7 +239,7 @@ def mean_gradients(model: keras.Model, data: Any) -> dict[str, np.ndarray]:
     """
     arguments = search_compile_arguments(model, 1e-3)
     pool = training_data(data, model, batch_size=_ROWS // _BATCHES, pool_size=_BATCHES).pool
-    wrapped = wrap(model)
+    wrapped = wrap(model, include=include)
     wrapped.compile(**arguments)
     choose_metric(wrapped, pool[0], "loss")  # says in words what a loss does not take
     statistics = StatisticsCollector(wrapped)(_first_rows(pool))
@@ -243,9 +268,18 @@ def _heuristic(
     group: str,
     quantize: bool | None,
     bits: int,
+    include: Patterns | None,
+    exclude: Patterns | None,
 ) -> CompressionPlan:
     request = PlanRequest.of(
-        model, target, sparsity=sparsity, group=group, quantize=quantize, bits=bits
+        model,
+        target,
+        sparsity=sparsity,
+        group=group,
+        quantize=quantize,
+        bits=bits,
+        include=include,
+        exclude=exclude,
     )
     with quiet_tensorflow():
         gradients: Mapping[str, np.ndarray] | None = None
@@ -255,7 +289,7 @@ def _heuristic(
                     "first_order was given no data, which it takes the gradient of the loss over. "
                     "Pass data=(x, y) or a dataset as fit takes them; lamp needs no data."
                 )
-            gradients = mean_gradients(request.model, data)
+            gradients = mean_gradients(request.model, data, request.selection.paths)
         matrices = {kernel.path: kernel.matrix() for kernel in request.kernels}
         scores = allocation.scores(name, request.kernels, request.groupings, matrices, gradients)
         return request.plan(scores)

@@ -18,7 +18,8 @@ from rl_sparsity_tf.channel_latency import latency_of
 from rl_sparsity_tf.channel_units import ChannelUnit, UnitOperations, find_units
 from rl_sparsity_tf.decisions import KernelDecisions, PartMatrix
 from rl_sparsity_tf.grouping import Grouping
-from rl_sparsity_tf.kernels import Kernel, find_kernels
+from rl_sparsity_tf.kernel_selection import KernelSelection
+from rl_sparsity_tf.kernels import Kernel
 from rl_sparsity_tf.latency_table import LatencyTable
 from rl_sparsity_tf.least_squares import LeastSquares
 from rl_sparsity_tf.operations import Operation
@@ -48,6 +49,8 @@ class ChannelDecisions(KernelDecisions):
 
     Args:
         table: What the layers take, for targets of latency.
+        selection: The kernels of the model that are decided on; by default all that are not frozen.
+            Channels that others make, read or pass on have to stay.
 
     Attributes:
         units: What is decided together, of the wrapped copy.
@@ -57,8 +60,8 @@ class ChannelDecisions(KernelDecisions):
     least_share = 0.0
     heuristics = (*allocation.HEURISTICS, *CHANNEL_HEURISTICS)
 
-    def __init__(self, table: LatencyTable | None = None):
-        super().__init__("channel", shuffles=False)
+    def __init__(self, table: LatencyTable | None = None, selection: KernelSelection | None = None):
+        super().__init__("channel", shuffles=False, selection=selection)
         self.part_storage = Storage("element")
         self.table = table
         self.units: list[ChannelUnit] = []
@@ -67,11 +70,12 @@ class ChannelDecisions(KernelDecisions):
 
     def wrap(self, model: keras.Model) -> keras.Model:
         """The wrapped copy, with masks of single weights."""
-        return wrap(model, operations=(Operation.PRUNE, Operation.QUANTIZE))
+        used = (Operation.PRUNE, Operation.QUANTIZE)
+        return wrap(model, operations=used, include=self.selected(model).paths)
 
     def kernels(self, model: keras.Model, parts: Sequence[Kernel]) -> list[Kernel]:
         """The sets of tied kernels."""
-        self._graph = ChannelGraph(model)
+        self._graph = ChannelGraph(model, held=self.selected(model).left)
         self.units = find_units(self._graph, parts)
         self._unit = {unit.path: unit for unit in self.units}
         self._operations = UnitOperations(self.units)
@@ -82,7 +86,8 @@ class ChannelDecisions(KernelDecisions):
         costs = ChannelCosts(model, self._graph, self.units)
         cost, limit = self._cost(model, costs, target)
         name = f"Target({target.kind}={target.value:g})"
-        budget = ChannelBudget(limit, cost, self.units, name)
+        with self.selected(model).explained():
+            budget = ChannelBudget(limit, cost, self.units, name)
         self.adopt(budget)
         return budget
 
@@ -220,9 +225,18 @@ class ChannelDecisions(KernelDecisions):
         return self._capacity
 
 
-def removable_channels(model: keras.Model) -> list[ChannelUnit]:
-    """The sets of channels of a model that a search can decide on; empty if there are none."""
+def removable_channels(
+    model: keras.Model, selection: KernelSelection | None = None
+) -> list[ChannelUnit]:
+    """The sets of channels of a model that a search can decide on; empty if there are none.
+
+    Args:
+        model: The model.
+        selection: Its kernels that are decided on; by default all that are not frozen.
+    """
     if not has_graph(model):
         return []
-    units = find_units(ChannelGraph(model), find_kernels(model))
+    selection = KernelSelection.of(model) if selection is None else selection
+    graph = ChannelGraph(model, held=selection.left)
+    units = find_units(graph, selection.kernels(model))
     return [unit for unit in units if unit.frozen is None and unit.count > 1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -18,8 +17,9 @@ from rl_sparsity_tf.channel_plans import masks, only_pruned
 from rl_sparsity_tf.channel_programming import cost_of_plan, pruned_to
 from rl_sparsity_tf.errors import TargetError
 from rl_sparsity_tf.export import export_tflite
+from rl_sparsity_tf.files import scratch_folder
 from rl_sparsity_tf.finishing import Figures, Finished, RemovedChannels, all_quantized, finish
-from rl_sparsity_tf.kernels import count_weights, find_kernels, walk
+from rl_sparsity_tf.kernels import count_weights, walk
 from rl_sparsity_tf.latency_table import LatencyTable
 from rl_sparsity_tf.layer_widths import widths_of
 from rl_sparsity_tf.mask_training import FineTuning
@@ -28,7 +28,7 @@ from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
 from rl_sparsity_tf.reward import Outcome
-from rl_sparsity_tf.shrinking import shrink
+from rl_sparsity_tf.shrinking import shrink_with_report
 from rl_sparsity_tf.size_costs import formats_for
 from rl_sparsity_tf.size_enforcement import finish_within
 from rl_sparsity_tf.target import Target
@@ -132,15 +132,16 @@ def without_channels(
         The small model, and the candidate for it: how its kernels are stored, and its weights.
     """
     decided = {path: entry.operations for path, entry in candidate.plan.kernels.items()}
-    kernels = find_kernels(model)
+    selection = decisions.selected(model)
+    kernels = selection.kernels(model)
     operations = decisions.operations(decided, [kernel.path for kernel in kernels])
     pruned = {path: only_pruned(chosen) for path, chosen in operations.items()}
     wrapped = wrap(model, masks(kernels, pruned))
     candidate.put_weights(wrapped)
-    small = shrink(strip(wrapped))
+    small, _ = shrink_with_report(strip(wrapped), held=selection.left)
     outputs = decisions.kernel_plan(candidate.plan).kernels
     entries = []
-    for kernel in find_kernels(small):
+    for kernel in selection.kernels(small):
         chosen = outputs[kernel.path].operations
         chosen = chosen[chosen != Operation.PRUNE]
         count = kernel.spec.matrix_shape(kernel.shape)[1]
@@ -199,8 +200,8 @@ def _held(task: Task, candidate: Candidate) -> tuple[Candidate, _Small, Timing |
     reached = []
     value = task.target.value
     wanted = 1.0 - value if task.target.kind == "sparsity" else value
-    with tempfile.TemporaryDirectory(prefix="rl_sparsity_") as folder:
-        ruler = _Ruler(task, Path(folder))
+    with scratch_folder() as folder:
+        ruler = _Ruler(task, folder)
         for _ in range(_ATTEMPTS):
             small = _Small(*without_channels(task.model, decisions, candidate))
             found, timing = ruler.measure(small)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,14 @@ class ChannelGraph:
         opaque: Path of every layer whose channels cannot be followed -> the reason.
     """
 
-    def __init__(self, model: keras.Model) -> None:
-        """Follows the channels of a built model whose graph is known."""
+    def __init__(self, model: keras.Model, held: Mapping[str, str] | None = None) -> None:
+        """Follows the channels of a built model whose graph is known.
+
+        Args:
+            model: The model.
+            held: Paths of kernels that are to stay as they are, and why: the channels that they
+                make, read or pass on stay.
+        """
         self.channels: list[np.ndarray] = []
         self.placed: list[PlacedStep] = []
         self.nested_inputs: dict[int, list[int]] = {}
@@ -62,6 +69,7 @@ class ChannelGraph:
             self.freeze(self.channels[number], "the model's inputs stay")
         for number in self._follow(model, inputs):
             self.freeze(self.channels[number], "the model's outputs stay")
+        self._hold(held or {})
         self._settle()
 
     # What rules call.
@@ -76,6 +84,13 @@ class ChannelGraph:
         """Makes channels one, pair by pair."""
         for one, other in zip(first.tolist(), second.tolist(), strict=True):
             self._join(one, other)
+
+    def _hold(self, held: Mapping[str, str]) -> None:
+        for place in self.placed:
+            path = f"{place.path}/{getattr(place.step, 'kernel', '')}"
+            if path in held:
+                for number in (*place.inputs, *place.outputs):
+                    self.freeze(self.channels[number], f"{path} is {held[path]}")
 
     def freeze(self, channels: np.ndarray, reason: str) -> None:
         """Keeps channels from being removed; the first reason given is remembered."""

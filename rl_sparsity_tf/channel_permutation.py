@@ -20,6 +20,7 @@ from rl_sparsity_tf.channel_graph import ChannelGraph, has_graph
 from rl_sparsity_tf.channel_groups import check_plain
 from rl_sparsity_tf.channel_steps import Depthwise, Mix
 from rl_sparsity_tf.errors import ArgumentError
+from rl_sparsity_tf.kernel_selection import EXCLUDED, KernelSelection, Patterns
 from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.permutation_search import Goal, Reader, Search, rows_of, squares_of
 from rl_sparsity_tf.preparation import check_finite
@@ -35,6 +36,7 @@ def permute_channels(
     group: str = "block16",
     sparsity: float | None = None,
     seed: int = 0,
+    exclude: Patterns | None = None,
 ) -> keras.Model:
     """Puts channels in an order in which blocks or patterns along the inputs keep more magnitude.
 
@@ -50,6 +52,8 @@ def permute_channels(
         group: `"block4"`, `"block16"` or `"2:4"`.
         sparsity: The sparsity that blocks will be pruned to, 0.8 by default. A pattern has its own.
         seed: Seed of the search.
+        exclude: Layers or kernels that are left as they are: their names, paths, or patterns of
+            them. Channels that they make, read or pass on stay in their order.
 
     Returns:
         A plain model, compiled as the model is.
@@ -68,7 +72,10 @@ def permute_channels(
     seed = check_count("seed", seed, 0)
     permuted = strip(model)
     if has_graph(permuted):
-        graph = ChannelGraph(permuted)
+        left = KernelSelection.of(permuted, exclude=exclude).left
+        graph = ChannelGraph(
+            permuted, {p: reason for p, reason in left.items() if reason == EXCLUDED}
+        )
         _reorder(graph, _find_order(graph, goal, np.random.default_rng(seed)))
     return permuted
 

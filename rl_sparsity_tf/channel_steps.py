@@ -14,6 +14,8 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from rl_sparsity_tf.constraints import constraint_of
+
 
 class Ties(Protocol):
     """Keeps the channels of a model, by number, and which of them are one."""
@@ -87,6 +89,8 @@ class Mix(Step):
         """Why constants other than 0 cannot go into the bias; empty if they can."""
         if self.borders:
             return "sees less of it at the borders"
+        if self.bias and constraint_of(self.layer.bias) is not None:
+            return "has a constraint on the bias that would take it up"
         return "" if self.bias else "has no bias to take it up"
 
     def matrices(self) -> np.ndarray:

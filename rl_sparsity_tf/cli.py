@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rl_sparsity_tf.errors import ArgumentError, RLSparsityError
+from rl_sparsity_tf.errors import ArgumentError, RLSparsityError, printable
 from rl_sparsity_tf.silence import quiet_libraries
 from rl_sparsity_tf.version import __version__
 
@@ -31,7 +31,7 @@ _DEFAULT_SPARSITY = 0.9
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         """One line instead of the usage and a line."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,6 +84,13 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("all", "fast", "none"),
         help="kernels that --group auto may store in 4 bits (fast: no convolutions)",
     )
+    for name, what in (
+        ("include", "compress only this layer (or path or pattern); frozen ones only so"),
+        ("exclude", "leave this layer (or path or pattern) as it is"),
+    ):
+        compress.add_argument(
+            f"--{name}", action="append", metavar="NAME", help=f"{what}; repeatable"
+        )
     compress.add_argument("--latency-table", help="JSON of layers' times (else measured)")
     compress.add_argument("--hierarchy", action="store_true", help="let an agent order the layers")
     compress.add_argument(
@@ -339,6 +346,8 @@ def _compress(options: argparse.Namespace) -> None:
         curriculum=options.curriculum,
         policy=options.policy,
         hierarchy=options.hierarchy,
+        include=options.include,
+        exclude=options.exclude,
     )
     data = (
         load_npz(options.data)
@@ -371,7 +380,7 @@ def _compress(options: argparse.Namespace) -> None:
     if options.verbose:
         result.summary()
         comparison_table(result.metrics)
-        print(f"files in {options.output}")
+        print(printable(f"files in {options.output}"))
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -42,7 +42,7 @@ from rl_sparsity_tf.search import Compressor
 from rl_sparsity_tf.search_loop import SearchLoop
 from rl_sparsity_tf.size_costs import formats_for
 from rl_sparsity_tf.size_enforcement import share_to_keep, size_held
-from rl_sparsity_tf.tables import table_lines
+from rl_sparsity_tf.tables import printing, table_lines
 from rl_sparsity_tf.tfmot_baseline import load_tfmot, prune_with_tfmot
 from rl_sparsity_tf.wrapping import strip, wrap
 
@@ -226,6 +226,7 @@ class _Ring:
             self.search.target,
             group=group or self.search.network.decisions.group,
             quantize=quantize,
+            include=self.compressor.selection.paths,
         )
 
     def _ranked(self, name: str) -> CompressionPlan:
@@ -321,7 +322,7 @@ class _Ring:
             if target.sparsity is not None or size_held(report, target) <= target.value:
                 return finished, attempt
             sizes.append(size_held(report, target))
-            share = share_to_keep(report, target, attempt)
+            share = share_to_keep(report, target, attempt, kernels=trained.plan.kernels)
             pruned = elements - int((elements - trained.pruned) * share)
         raise TargetError(
             f"Target({target.kind}={int(target.value)}) was missed by TFMOT: after its trainings "
@@ -350,6 +351,7 @@ def comparison_table(metrics: dict[str, Any], print_fn: Callable[[str], Any] = p
         metrics: A result's metrics.
         print_fn: Called with every line.
     """
+    print_fn = printing(print_fn)
     name, tested = metrics["metric"]["name"], metrics["compressed"]["metric"] is not None
     prefix = "" if tested else "validation_"
     table = Table(title=f"{'test' if tested else 'validation'} {name} of the .tflite file")

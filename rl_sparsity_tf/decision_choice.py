@@ -14,6 +14,7 @@ from rl_sparsity_tf.channel_decisions import ChannelDecisions, removable_channel
 from rl_sparsity_tf.decisions import KernelDecisions
 from rl_sparsity_tf.errors import ArgumentError, RunError, TargetError, check_choice, one_line
 from rl_sparsity_tf.grouping import GROUPS
+from rl_sparsity_tf.kernel_selection import KernelSelection
 from rl_sparsity_tf.latency_measurement import measure_latency
 from rl_sparsity_tf.latency_table import LatencyTable
 from rl_sparsity_tf.layer_widths import widths_of
@@ -31,13 +32,19 @@ SHUFFLES = ("neighbours", "channels")
 _log = logging.getLogger(__name__)
 
 
-def group_for(model: keras.Model, target: Target, group: str | None) -> str:
+def group_for(
+    model: keras.Model,
+    target: Target,
+    group: str | None,
+    selection: KernelSelection | None = None,
+) -> str:
     """The kind of groups that a search decides on.
 
     Args:
         model: The model.
         target: The target.
         group: The kind that was asked for, if any.
+        selection: The kernels that are decided on; by default all that are not frozen.
 
     Raises:
         ArgumentError: If it is not known, or cannot meet the target.
@@ -61,12 +68,15 @@ def group_for(model: keras.Model, target: Target, group: str | None) -> str:
             "no multiplications, only whole channels that are removed do. Leave group out, or "
             "pass group='channel'."
         )
-    if not removable_channels(model):
-        raise TargetError(
-            f"Target({target.kind}={target.value:g}) cannot be met: no channel of the model "
-            f"{model.name!r} can be removed. rl_sparsity_tf.describe_groups(model) says why each "
-            "has to stay; Target(sparsity=...) or Target(tflite_bytes=...) can be met by zeros."
-        )
+    selection = KernelSelection.of(model) if selection is None else selection
+    if not removable_channels(model, selection):
+        with selection.explained():
+            raise TargetError(
+                f"Target({target.kind}={target.value:g}) cannot be met: no channel of the model "
+                f"{model.name!r} can be removed. rl_sparsity_tf.describe_groups(model) says why "
+                "each has to stay; Target(sparsity=...) or Target(tflite_bytes=...) can be met by "
+                "zeros."
+            )
     return group
 
 
@@ -138,6 +148,7 @@ def decisions_for(
     table: LatencyTable | None,
     quantization: str,
     shuffle: str = "neighbours",
+    selection: KernelSelection | None = None,
 ) -> KernelDecisions:
     """What is decided on: channels, or groups of single kernels.
 
@@ -151,23 +162,25 @@ def decisions_for(
         table: Times of the layers, for a target of latency; by default they are measured.
         quantization: How the result is exported.
         shuffle: How Shuffle moves weights.
+        selection: The kernels that are decided on; by default all that are not frozen.
 
     Raises:
         ArgumentError: If the table was made for another quantization.
     """
     if group != "channel":
         if group == AUTO:  # several networks will need the sizes
-            return KernelDecisions("element", sizes=size_model_for(model, target))
-        return KernelDecisions(group, shuffles=shuffle == "neighbours")
-    if not removable_channels(model):
+            sizes = size_model_for(model, target)
+            return KernelDecisions("element", sizes=sizes, selection=selection)
+        return KernelDecisions(group, shuffles=shuffle == "neighbours", selection=selection)
+    if not removable_channels(model, selection):
         _log.warning(
             "No channel of %r can be removed (describe_groups says why), so that pruned channels "
             "become zero, and stay in the file.",
             model.name,
         )
-        return KernelDecisions(group)
+        return KernelDecisions(group, selection=selection)
     if target.kind != "latency":
-        return ChannelDecisions()
+        return ChannelDecisions(selection=selection)
     if table is None:
         table = measure_latency(model, quantization=quantization)
     elif table.quantization != quantization:
@@ -176,7 +189,7 @@ def decisions_for(
             f"exports quantization={quantization!r}. Pass search(quantization="
             f"{table.quantization!r}), or a table of the other."
         )
-    return ChannelDecisions(table)
+    return ChannelDecisions(table, selection)
 
 
 def kept_table(model: keras.Model, target: Target, run: RunDirectory | None) -> LatencyTable | None:

@@ -11,6 +11,7 @@ from rl_sparsity_tf import allocation
 from rl_sparsity_tf.buckets import saliency_of
 from rl_sparsity_tf.budget import Budget
 from rl_sparsity_tf.grouping import Grouping
+from rl_sparsity_tf.kernel_selection import KernelSelection
 from rl_sparsity_tf.kernels import Kernel
 from rl_sparsity_tf.layer_database import best_saliency
 from rl_sparsity_tf.least_squares import LeastSquares
@@ -36,6 +37,7 @@ class KernelDecisions:
         storage: How the kernels are cut and stored, or the kind of groups of all of them.
         shuffles: Whether Shuffle is among the operations.
         sizes: The size model that a target in bytes is met by; by default it is made.
+        selection: The kernels of the model that are decided on; by default all that are not frozen.
 
     Attributes:
         shuffles: Whether Shuffle is among the operations.
@@ -43,6 +45,7 @@ class KernelDecisions:
         storage: How what is decided on is cut and stored.
         part_storage: How the wrapped kernels are.
         sizes: The size model that was given.
+        selection: The kernels that are decided on; None until a model is wrapped, if not given.
         removable: Weights that every kernel can give at most; None for all but one group of each.
         least_share: The least share of groups to prune that buckets are cut for.
         heuristics: Names of the heuristics that [scores][] knows.
@@ -56,19 +59,35 @@ class KernelDecisions:
     by_magnitude = False
 
     def __init__(
-        self, storage: Storage | str, shuffles: bool = True, sizes: SizeModel | None = None
+        self,
+        storage: Storage | str,
+        shuffles: bool = True,
+        sizes: SizeModel | None = None,
+        selection: KernelSelection | None = None,
     ):
         storage = Storage(storage) if isinstance(storage, str) else storage
         self.group = storage.group
         self.storage = self.part_storage = storage
         self.shuffles = shuffles
         self.sizes = sizes
+        self.selection = selection
+
+    def selected(self, model: keras.Model) -> KernelSelection:
+        """The kernels of a model that are decided on.
+
+        Raises:
+            ModelError: If there are none.
+        """
+        if self.selection is None:
+            self.selection = KernelSelection.of(model)
+        return self.selection.check(model)
 
     def wrap(self, model: keras.Model) -> keras.Model:
         """The wrapped copy of a model that takes the decisions."""
         used = [one for one in Operation if self.shuffles or one != Operation.SHUFFLE]
         groups = {path: one.group for path, one in self.storage.named.items()}
-        return wrap(model, group=self.group, groups=groups, operations=used)
+        paths = self.selected(model).paths
+        return wrap(model, group=self.group, groups=groups, operations=used, include=paths)
 
     def kernels(self, model: keras.Model, parts: Sequence[Kernel]) -> list[Kernel]:
         """What is decided on, given the kernels of the wrapped copy of a model."""
@@ -76,7 +95,8 @@ class KernelDecisions:
 
     def budget(self, model: keras.Model, kernels: list[Kernel], target: Target) -> Budget:
         """The budget of a target."""
-        return make_budget(model, kernels, target, self.storage, self.sizes)
+        with self.selected(model).explained():
+            return make_budget(model, kernels, target, self.storage, self.sizes)
 
     def adopt(self, budget: Budget) -> None:
         """Follows the network to another budget of its own."""

@@ -22,7 +22,8 @@ from rl_sparsity_tf.cost_budget import CostBudget
 from rl_sparsity_tf.data import training_data
 from rl_sparsity_tf.errors import DataError
 from rl_sparsity_tf.export_modes import has_int4
-from rl_sparsity_tf.kernels import Kernel, count_weights, find_kernels
+from rl_sparsity_tf.kernel_selection import Patterns
+from rl_sparsity_tf.kernels import Kernel, count_weights
 from rl_sparsity_tf.knapsack import (
     POWER,
     Choice,
@@ -43,7 +44,7 @@ from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.size_budget import KernelCosts, SizeBudget
 from rl_sparsity_tf.storage import Storage
 from rl_sparsity_tf.target import Target
-from rl_sparsity_tf.wrapping import wrap
+from rl_sparsity_tf.wrapping import wrap, wrapped_kernels
 
 POWERS = (1.0, 0.5, 0.25)
 """Of the layers' errors, see [propose_all][]: no power gives the best plan for every network."""
@@ -62,6 +63,8 @@ def dynamic_programming(
     group: str = "element",
     quantize: bool | None = None,
     bits: int = 8,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
 ) -> CompressionPlan:
     r"""The allocation that loses least by the errors of the single layers.
 
@@ -81,7 +84,14 @@ def dynamic_programming(
         >>> plan = rls.baselines.dynamic_programming(model, (x_train, y_train), sparsity=0.9)
     """
     request = PlanRequest.of(
-        model, target, sparsity=sparsity, group=group, quantize=quantize, bits=bits
+        model,
+        target,
+        sparsity=sparsity,
+        group=group,
+        quantize=quantize,
+        bits=bits,
+        include=include,
+        exclude=exclude,
     )
     if data is None:
         raise DataError(
@@ -93,7 +103,8 @@ def dynamic_programming(
         _, elements = count_weights(request.model)
         goal = request.target.sparsity
         # Refuses a sparsity out of reach before anything is computed.
-        budget = Budget(0.0 if goal is None else goal, elements, sizes)
+        with request.selection.explained():
+            budget = Budget(0.0 if goal is None else goal, elements, sizes)
         problems = _problems(request, data)
         if goal is not None:
             allowed = sum(int(size.sum()) for size in sizes) - budget.wanted
@@ -187,9 +198,10 @@ def cost_of(
 def _problems(request: PlanRequest, data: Any) -> Mapping[str, LayerProblem]:
     """The least-squares problems of a model's kernels on data."""
     train = training_data(data, request.model, batch_size=_BATCH, pool_size=_BATCHES)
-    wrapped = wrap(request.model, group=request.group)
+    paths = request.selection.paths
+    wrapped = wrap(request.model, group=request.group, include=paths)
     prepare_for_short_recovery(wrapped)
-    return closed_form(wrapped, find_kernels(wrapped), request.groupings, train).problems
+    return closed_form(wrapped, wrapped_kernels(wrapped), request.groupings, train).problems
 
 
 def _measured(

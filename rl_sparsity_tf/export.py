@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from rl_sparsity_tf.export_checks import (
 from rl_sparsity_tf.export_errors import conversion_error
 from rl_sparsity_tf.export_precision import in_float32
 from rl_sparsity_tf.export_report import ExportReport, TensorReport, tensor_reports
-from rl_sparsity_tf.files import as_path, gzip_size
+from rl_sparsity_tf.files import as_file, gzip_size, scratch_folder
 from rl_sparsity_tf.flatbuffer import read_flat_model
 from rl_sparsity_tf.matching import match_kernels
 from rl_sparsity_tf.prediction import run_rows
@@ -155,9 +153,8 @@ def export_tflite(
     batch_size, notes = file_batch_size(plain, batch_size, unroll)
     variables, bits = planned_kernels(plain, plan)
     kernels = {name: np.asarray(variable) for name, variable in variables.items()}
-    work = Path(tempfile.mkdtemp(prefix="rl_sparsity_"))
     with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, work, ignore_errors=True)
+        work = stack.enter_context(scratch_folder())
         traced, changes = stack.enter_context(in_float32(plain))
         notes += [*changes, *stack.enter_context(stateless(traced))]
         inputs, calibration = sample_rows(traced, representative_data)
@@ -265,10 +262,11 @@ def predict_tflite(
     Example:
         >>> accuracy = (predict_tflite("model.tflite", x_test).argmax(1) == y_test).mean()
     """
-    file = as_path("path", path, "the path of a .tflite file")
+    file = as_file("path", path, "the path of a .tflite file")
     if not file.is_file():
         raise ArgumentError(f"There is no file {str(path)!r}. Give the path of a .tflite file.")
     check_positive("batch_size", batch_size)
+    read_flat_model(file)  # LiteRT believes what a file claims
     outputs = run_rows(file, inputs, batch_size=batch_size, xnnpack=xnnpack)
     return outputs[0] if len(outputs) == 1 else outputs
 

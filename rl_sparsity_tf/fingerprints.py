@@ -12,6 +12,7 @@ from rl_sparsity_tf.batch_checks import Batch
 from rl_sparsity_tf.compile_state import compile_arguments
 from rl_sparsity_tf.data import TrainingData
 from rl_sparsity_tf.descriptions import describe_compilation, describe_model
+from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.run_directory import data_fingerprint, model_fingerprint
 
 _ROWS = 8192
@@ -39,6 +40,7 @@ def fingerprints_of(
     every = {"rows": data_fingerprint([train])} if rows and len(rows[0]) > _ROWS else {}
     return {
         "model": model_fingerprint(model),
+        "frozen_layers": _frozen(model),
         "loss": name_of(compiled.get("loss")),
         "train": data_fingerprint(
             data.pool if isinstance(train, tf.data.Dataset) else _evenly(train)
@@ -49,6 +51,12 @@ def fingerprints_of(
         "architecture": describe_model(model),
         "compiled": describe_compilation(model),
     }
+
+
+def _frozen(model: keras.Model) -> str:
+    """Which weights are not trained, whatever they are called."""
+    fixed = {id(weight) for weight in model.non_trainable_weights}
+    return sha256_of(bytes(id(weight) in fixed for weight in model.weights))
 
 
 def name_of(value: Any) -> str:

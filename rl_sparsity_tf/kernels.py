@@ -100,6 +100,17 @@ def walk(model: keras.Model, prefix: str = "") -> Iterator[tuple[str, keras.laye
     yield from visit(model, prefix)
 
 
+def weight_pairs(
+    model: keras.Model, copied: keras.Model
+) -> Iterator[tuple[tf.Variable, tf.Variable]]:
+    """Yields the weights of a model, each with the one that a copy has in its place."""
+    for (_, theirs), (_, ours) in zip(walk(model), walk(copied), strict=False):
+        yield from zip(unwrapped(theirs).weights, unwrapped(ours).weights, strict=False)
+    if not is_graph(model):
+        for name in ("_trainable_weights", "_non_trainable_weights"):
+            yield from zip(getattr(model, name), getattr(copied, name), strict=False)
+
+
 def find_kernels(model: keras.Model) -> list[Kernel]:
     """Lists the compressible kernels of a model in the order of its layers.
 

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from rl_sparsity_tf import operations as ops
+from rl_sparsity_tf.constraints import constraint_of, project
 from rl_sparsity_tf.error_feedback import round_with_feedback
 from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.kernels import Kernel
@@ -43,6 +44,9 @@ class LayerProblem:
         source: Where its rows come from.
         inputs: The layer's inputs in the dense network.
         ridge: Strength of the ridge.
+        fixed: Whether kernel and bias stay as they were trained: nothing is fitted, and what is
+            asked for says what masks and grids alone make of them.
+        fixed_bias: Whether the bias does.
     """
 
     def __init__(
@@ -53,14 +57,18 @@ class LayerProblem:
         inputs: np.ndarray,
         *,
         ridge: float,
+        fixed: bool = False,
+        fixed_bias: bool = False,
     ):
         self.kernel = kernel
         self.grouping = grouping
         self._source = source
         self.ridge = ridge
+        self.fixed = fixed
         self.original = kernel.matrix().astype(np.float32)
         layer: Any = kernel.layer
-        self.bias = layer.bias if getattr(layer, "use_bias", False) else None
+        adapts = getattr(layer, "use_bias", False) and not (fixed or fixed_bias)
+        self.bias = layer.bias if adapts else None
         self._bias0 = None if self.bias is None else np.asarray(self.bias)
         rows = source.take(inputs)
         outputs = self._product(rows, self.original)
@@ -156,22 +164,22 @@ class LayerProblem:
             bits: 8 or 4, the grid of the quantized groups.
             moments: Of the compressed network's rows.
         """
+        if self.fixed:
+            return
         grouping, spec = self.grouping, self.kernel.spec
         weights = self.solve(operations, bits, moments)
         live = grouping.expand_numpy(operations != ops.Operation.PRUNE)
-        swaps = ops.swaps_of(operations, grouping)
 
         def permute(matrix: np.ndarray) -> np.ndarray:
-            if not swaps.any():
-                return matrix
-            return ops.permute(tf.constant(matrix), tf.constant(swaps), grouping).numpy()
+            return self._permuted(matrix, operations)
 
         # Groups that are pruned keep what they were trained to, in case they come back.
         latent = permute(np.where(live, weights, permute(self.original)))
         self.kernel.variable.assign(spec.from_matrix_numpy(latent, self.kernel.shape))
         if self.bias is not None and self._bias0 is not None:
             shift = self._mean_product(moments.mean, weights)
-            self.bias.assign(self._bias0 + (self._output_mean - shift).astype(np.float32))
+            bias = self._bias0 + (self._output_mean - shift).astype(np.float32)
+            self.bias.assign(project(self.bias, bias))
 
     def solve(self, operations: np.ndarray, bits: int, moments: Moments) -> np.ndarray:
         """The effective kernel that gives the dense layer's outputs back best; sets nothing.
@@ -189,8 +197,14 @@ class LayerProblem:
         depthwise = self._source.depthwise
         gram = self._per_output(moments.gram) if depthwise else moments.gram
         fit = fit_depthwise if depthwise else fit_masked
-        fitted = fit(gram, moments.cross, self.original, live, ridge=self.ridge)
-        weights = fitted.astype(np.float32)
+        if self.fixed:
+            weights = np.where(live, self._permuted(self.original, operations), np.float32(0))
+        else:
+            fitted = fit(gram, moments.cross, self.original, live, ridge=self.ridge)
+            weights = fitted.astype(np.float32)
+        constrained = constraint_of(self.kernel.variable) is not None
+        if constrained:
+            weights = self._projected(weights, live)
         grid = ops.grid_groups(operations)
         if grid.any():
             levels = 7.0 if bits == 4 else 127.0
@@ -198,8 +212,23 @@ class LayerProblem:
                 tf.constant(weights), tf.constant(levels), spec.per_output_scale, spec.gates
             ).numpy()
             on_grid = self.grouping.expand_numpy(grid)
+            if self.fixed or constrained:  # what cancels errors of others may break the constraint
+                return _rounded(weights, scale, levels, on_grid)
             weights = round_with_feedback(weights, gram, scale, levels, on_grid, live)
         return weights
+
+    def _projected(self, weights: np.ndarray, live: np.ndarray) -> np.ndarray:
+        """What the kernel's constraint makes of an effective kernel; what is pruned stays 0."""
+        kernel = self.kernel
+        value = kernel.spec.from_matrix_numpy(weights, kernel.shape)
+        projected = kernel.spec.to_matrix_numpy(project(kernel.variable, value))
+        return np.where(live, projected, np.float32(0))
+
+    def _permuted(self, matrix: np.ndarray, operations: np.ndarray) -> np.ndarray:
+        swaps = ops.swaps_of(operations, self.grouping)
+        if not swaps.any():
+            return matrix
+        return ops.permute(tf.constant(matrix), tf.constant(swaps), self.grouping).numpy()
 
     def _mean_product(self, mean: np.ndarray, weights: np.ndarray) -> np.ndarray:
         if not self._source.depthwise:
@@ -214,3 +243,11 @@ class LayerProblem:
         )
         if self.bias is not None:
             self.bias.assign(self._bias0)
+
+
+def _rounded(
+    weights: np.ndarray, scale: np.ndarray, levels: float, on_grid: np.ndarray
+) -> np.ndarray:
+    step = np.where(scale > 0, scale, np.float32(1.0))
+    integers = np.clip(np.rint(weights / step), -levels, levels)
+    return np.where(on_grid, integers * step, weights).astype(np.float32)

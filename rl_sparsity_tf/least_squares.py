@@ -33,7 +33,8 @@ class LeastSquares:
     Each kernel is fed with the activations of the network compressed so far and fitted to give
     back the outputs of the dense layer, bias included; batch-norm layers re-estimate their
     statistics on the way. Kernels of other layers than dense, convolutional and depthwise ones
-    keep their trained weights.
+    keep their trained weights; so do frozen layers, whatever they are. Constraints on kernels and
+    biases are applied to what was fitted.
 
     What is the same as in the last pass (activations before the first changed layer, Gram matrices
     of layers whose inputs stay) is not computed again.
@@ -59,6 +60,7 @@ class LeastSquares:
     ):
         self._pass = IncrementalPass(model, inputs)
         self._kernels = {kernel.path: kernel for kernel in kernels}
+        fixed = {id(weight) for weight in model.non_trainable_weights}
         self.problems: dict[str, LayerProblem] = {}
         self._moments: dict[str, tuple[str, Moments]] = {}
         self._dense_keys: dict[str, str] = {}
@@ -83,7 +85,13 @@ class LeastSquares:
                     continue
                 kernel = self._kernels[path]
                 self.problems[path] = LayerProblem(
-                    kernel, groupings[path], source, _array(given), ridge=ridge
+                    kernel,
+                    groupings[path],
+                    source,
+                    _array(given),
+                    ridge=ridge,
+                    fixed=id(kernel.variable) in fixed,
+                    fixed_bias=id(getattr(kernel.layer, "bias", None)) in fixed,
                 )
                 self._dense_keys[path] = key
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import tensorflow as tf
 
@@ -126,9 +128,16 @@ def _borders(scores: np.ndarray, live: np.ndarray, grouping: Grouping) -> np.nda
     return np.repeat(last[:, 0], of, axis=0)[: grouping.inputs]
 
 
-def freeze_masks(wrapper: CompressionWrapper) -> None:
-    """Holds learnable masks as they are from now on."""
+def freeze_masks(
+    wrapper: CompressionWrapper, chosen: Callable[[tf.Variable], bool] | None = None
+) -> None:
+    """Holds learnable masks as they are from now on.
+
+    Args:
+        wrapper: Whose masks to hold.
+        chosen: Which of them, by their logits; by default all.
+    """
     for attribute in wrapper.kernels:
         state = wrapper.state(attribute)
-        if "mask_frozen" in state:
+        if "mask_frozen" in state and (chosen is None or chosen(state["mask_logits"])):
             state["mask_frozen"].assign(1.0)

@@ -48,7 +48,8 @@ class MaskTraining(keras.callbacks.Callback):
     Every few steps each kernel's mask is set to the groups of highest score (the magnitude of the
     dense weights behind the mask plus the mask's logit), as many as before; for the last part of
     training the masks are frozen, so that the surviving weights settle (Lin et al. 2020, "Dynamic
-    model pruning with feedback", arXiv 2006.07253).
+    model pruning with feedback", arXiv 2006.07253). Masks of layers that are not trainable stay as
+    they are.
 
     Args:
         every: Training steps between selections.
@@ -77,8 +78,10 @@ class MaskTraining(keras.callbacks.Callback):
         """Starts counting, and gives untrained hard concrete gates their start."""
         self.frozen, self._step = False, 0
         self._wrappers = wrappers_of(self.model)
+        trained = {id(variable) for variable in self.model.trainable_variables}
         for wrapper in self._wrappers:
             start_gates(wrapper)
+            freeze_masks(wrapper, lambda logits: id(logits) not in trained)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Freezes by epoch where the number of steps is not known."""

@@ -14,15 +14,14 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rl_sparsity_tf._micro_worker import STEP
-from rl_sparsity_tf.conversion import save_inputs
+from rl_sparsity_tf.conversion import child_environment, save_inputs
+from rl_sparsity_tf.files import scratch_folder
 
 # The reference kernels are slow; a process that is silent for longer hangs.
 _TIMEOUT_SECONDS = 600.0
@@ -111,7 +110,7 @@ def run_tflm(
         TflmError: If TFLM fails or dies.
         TflmMissingError: If the package cannot be imported.
     """
-    with tempfile.TemporaryDirectory(prefix="rl_sparsity_") as folder:
+    with scratch_folder() as folder:
         rows, results = os.path.join(folder, "in.npz"), os.path.join(folder, "out.npz")
         save_inputs(rows, inputs)
         replies = _ask(
@@ -132,21 +131,18 @@ def run_tflm(
 
 def _ask(request: dict[str, Any]) -> _Replies:
     """Starts a process for one request and waits for its end."""
-    environment = dict(os.environ)
-    parent = str(Path(__file__).resolve().parent.parent)
-    inherited = environment.get("PYTHONPATH")
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [parent, inherited]))
     try:
-        done = subprocess.run(
-            # -P: a file in the user's folder must not be imported in a module's place.
-            [sys.executable, "-P", "-m", "rl_sparsity_tf._micro_worker", json.dumps(request)],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            env=environment,
-            timeout=_TIMEOUT_SECONDS,
-            stdin=subprocess.DEVNULL,
-        )
+        with scratch_folder() as folder:
+            done = subprocess.run(
+                # -P: a file in the user's folder must not be imported in a module's place.
+                [sys.executable, "-P", "-m", "rl_sparsity_tf._micro_worker", json.dumps(request)],
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                env=child_environment(folder),
+                timeout=_TIMEOUT_SECONDS,
+                stdin=subprocess.DEVNULL,
+            )
     except subprocess.TimeoutExpired as error:
         raise TflmError(f"no answer within {_TIMEOUT_SECONDS:g} s") from error
     lines = []

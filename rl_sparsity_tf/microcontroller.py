@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from rl_sparsity_tf.export import export_tflite
 from rl_sparsity_tf.export_checks import plain_model, sample_rows
 from rl_sparsity_tf.export_precision import in_float32
 from rl_sparsity_tf.export_report import ExportReport
-from rl_sparsity_tf.files import check_new_file, write_text
+from rl_sparsity_tf.files import check_new_file, scratch_folder, write_text
 from rl_sparsity_tf.flat_model import FlatModel
 from rl_sparsity_tf.flatbuffer import read_flat_model
 from rl_sparsity_tf.micro_arena import estimate_arena
@@ -114,8 +113,8 @@ def export_micro(
     plain, _ = plain_model(model, None)
     _check_batch(plain)
     rows, calibration = sample_rows(plain, representative_data)
-    with tempfile.TemporaryDirectory(prefix="rl_sparsity_") as folder:
-        file = Path(folder) / "model.tflite"
+    with scratch_folder() as folder:
+        file = folder / "model.tflite"
         try:
             report = export_tflite(
                 plain,

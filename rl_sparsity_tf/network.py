@@ -11,14 +11,15 @@ import tf_keras as keras
 from rl_sparsity_tf.autoencoder import WeightAutoencoder
 from rl_sparsity_tf.batch_checks import fixed_batch
 from rl_sparsity_tf.budget import Budget
+from rl_sparsity_tf.copy_checks import check_figures
 from rl_sparsity_tf.cost_budget import KernelState
 from rl_sparsity_tf.data import Batch, TrainingData
 from rl_sparsity_tf.decisions import KernelDecisions
 from rl_sparsity_tf.effective_kernels import EffectiveKernels
-from rl_sparsity_tf.errors import ArgumentError, ModelError
+from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.grouping import Grouping
-from rl_sparsity_tf.kernels import Kernel, find_kernels, walk
+from rl_sparsity_tf.kernels import Kernel, walk
 from rl_sparsity_tf.least_squares import LeastSquares, closed_form
 from rl_sparsity_tf.objective import Evaluator, Metric, Score, choose_metric
 from rl_sparsity_tf.objective import search_compile_arguments as search_arguments
@@ -33,6 +34,7 @@ from rl_sparsity_tf.standings import Standings
 from rl_sparsity_tf.statistics import KernelStatistics, StatisticsCollector, WeightMoments
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapper import unwrapped
+from rl_sparsity_tf.wrapping import wrapped_kernels
 
 _STATISTICS_BATCHES = 8
 
@@ -77,27 +79,23 @@ class CompressedNetwork:
         like: CompressedNetwork | None = None,
     ):
         recovery = recovery or Recovery()
-        arguments = search_arguments(model, recovery.learning_rate)
+        search_arguments(model, recovery.learning_rate)  # says in words what is missing
         check_finite(model)
         self.target = target
         self.decisions = decisions or KernelDecisions(group)
         self.storage = self.decisions.storage
         self.model = self.decisions.wrap(model)
         prepare_for_short_recovery(self.model)
-        self.model.compile(**arguments)
+        self.model.compile(**search_arguments(self.model, recovery.learning_rate))
         self.train, self.validation = train, validation
-        self.parts: list[Kernel] = find_kernels(self.model)
-        if not self.parts:
-            raise ModelError(
-                f"Model {model.name!r} has no layer that can be compressed. Expected at least one "
-                "layer of a registered class; rl_sparsity_tf.describe_support(model) lists why "
-                "each is skipped, and register_layer adds a class."
-            )
+        self.parts: list[Kernel] = wrapped_kernels(self.model)
         self.kernels: list[Kernel] = self.decisions.kernels(model, self.parts)
         self.recovery = recovery.resolved(self.parts, fixed_batch(model))
         self.groupings: dict[str, Grouping] = self.storage.groupings(self.kernels)
         self.budget: Budget = self.decisions.budget(model, self.kernels, target)
         self.metric: Metric = choose_metric(self.model, validation[0], metric)
+        if like is None:
+            check_figures(model, self.model, validation[0])
         self._effective = EffectiveKernels(self.parts)
         self._evaluator = Evaluator(self.model, self.metric)
         self._collector = StatisticsCollector(self.model)

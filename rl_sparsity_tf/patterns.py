@@ -7,9 +7,12 @@ import tf_keras as keras
 from rl_sparsity_tf.errors import check_choice
 from rl_sparsity_tf.grouping import PATTERNS
 from rl_sparsity_tf.kernel_rule import KernelRule
+from rl_sparsity_tf.kernel_selection import Patterns
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.plan_request import PlanRequest
 from rl_sparsity_tf.rules import apply_rule
+
+_ANY = 1e-12
 
 
 def n_m(
@@ -19,6 +22,8 @@ def n_m(
     pattern: str = "2:4",
     quantize: bool = False,
     bits: int = 8,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
 ) -> CompressionPlan:
     """The N largest of every M consecutive inputs of an output, in every kernel.
 
@@ -36,6 +41,8 @@ def n_m(
         pattern: `"2:4"`.
         quantize: Whether what lives is quantized, in kernels that TFLite can hold as integers.
         bits: 8 or 4, the grid of what is quantized.
+        include: What alone is changed, see [baselines][rl_sparsity_tf.baselines].
+        exclude: What is left as it is.
 
     Raises:
         ArgumentError: If an argument cannot be used.
@@ -46,7 +53,15 @@ def n_m(
         >>> wrapped = rls.wrap(model, plan, train_masks=True)
     """
     check_choice("pattern", pattern, PATTERNS)
-    request = PlanRequest.of(model, sparsity=0.5, quantize=quantize, bits=bits)
+    request = PlanRequest.of(
+        model,
+        # The pattern says how much goes; this is within reach whatever takes no part.
+        sparsity=_ANY,
+        quantize=quantize,
+        bits=bits,
+        include=include,
+        exclude=exclude,
+    )
     entries = []
     for kernel in request.kernels:
         integers = request.quantize and kernel.spec.exports_int8

@@ -11,9 +11,11 @@ import tf_keras as keras
 
 from rl_sparsity_tf import allocation, size_costs
 from rl_sparsity_tf.budget import Budget
+from rl_sparsity_tf.constraints import check_constraints
 from rl_sparsity_tf.errors import ArgumentError, ModelError, TargetError, check_choice
 from rl_sparsity_tf.grouping import GROUPS, Grouping
-from rl_sparsity_tf.kernels import Kernel, count_weights, find_kernels
+from rl_sparsity_tf.kernel_selection import KernelSelection, Patterns
+from rl_sparsity_tf.kernels import Kernel, count_weights
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.storage import Storage
@@ -27,7 +29,8 @@ class PlanRequest:
 
     Attributes:
         model: The model.
-        kernels: Its compressible kernels.
+        selection: Its kernels that may be changed, and those that may not.
+        kernels: The former.
         target: What to reach.
         group: Kind of groups.
         quantize: Whether what lives is quantized.
@@ -35,6 +38,7 @@ class PlanRequest:
     """
 
     model: keras.Model
+    selection: KernelSelection
     kernels: Sequence[Kernel]
     target: Target
     group: str
@@ -51,6 +55,8 @@ class PlanRequest:
         group: str = "element",
         quantize: bool | None = None,
         bits: int = 8,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
     ) -> PlanRequest:
         """Checks the arguments of a baseline.
 
@@ -74,13 +80,10 @@ class PlanRequest:
             )
         if isinstance(bits, bool) or bits not in (8, 4):
             raise ArgumentError(f"bits={bits!r} cannot be used. Expected 8 or 4.")
-        kernels = find_kernels(model)
-        if not kernels:
-            raise ModelError(
-                f"Model {model.name!r} has no layer that can be compressed. Expected at least one "
-                "layer of a registered class; rl_sparsity_tf.describe_support(model) lists why "
-                "each is skipped, and register_layer adds a class."
-            )
+        selection = KernelSelection.of(model, include, exclude).check(model)
+        selection.check_sparsity(model, target.sparsity)
+        kernels = selection.kernels(model)
+        check_constraints(kernels)
         for kernel in kernels:
             if not np.isfinite(kernel.value()).all():
                 raise ModelError(
@@ -90,6 +93,7 @@ class PlanRequest:
                 )
         return cls(
             model=model,
+            selection=selection,
             kernels=kernels,
             target=target,
             group=group,
@@ -116,9 +120,11 @@ class PlanRequest:
         ranking = allocation.Ranking(scores, sizes)
         if self.target.sparsity is not None:
             _, elements = count_weights(self.model)
-            live = ranking.live(Budget(self.target.sparsity, elements, sizes).wanted)
+            with self.selection.explained():
+                live = ranking.live(Budget(self.target.sparsity, elements, sizes).wanted)
         else:
-            live = self._within_bytes(ranking)
+            with self.selection.explained():
+                live = self._within_bytes(ranking)
         return self.plan_from_live(live)
 
     def plan_from_live(self, live: Sequence[np.ndarray]) -> CompressionPlan:

@@ -15,8 +15,10 @@ import tf_keras as keras
 from rl_sparsity_tf.batch_checks import fixed_batch
 from rl_sparsity_tf.data import evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data_forms import as_rows
+from rl_sparsity_tf.decisions import KernelDecisions
 from rl_sparsity_tf.errors import ArgumentError, DataError, PlanError
 from rl_sparsity_tf.files import sha256_of
+from rl_sparsity_tf.kernel_selection import Patterns
 from rl_sparsity_tf.network import CompressedNetwork
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan
@@ -70,6 +72,8 @@ def random_search(
     quantize: bool | None = None,
     reward: RewardFunction | None = None,
     recovery: Recovery | str | None = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
 ) -> CompressionPlan:
     """The best of many random allocations, each recovered and evaluated on validation data.
 
@@ -88,6 +92,8 @@ def random_search(
         quantize: Whether what lives is quantized, see [baselines][rl_sparsity_tf.baselines].
         reward: What an outcome is worth, as in `Compressor`.
         recovery: How plans recover before they are evaluated, as in `Compressor`.
+        include: What alone is changed, see [baselines][rl_sparsity_tf.baselines].
+        exclude: What is left as it is.
 
     Raises:
         RLSparsityError: If an argument cannot be used, or the target is out of reach.
@@ -97,7 +103,15 @@ def random_search(
         ...     model, (x, y), sparsity=0.9, validation_data=(x_val, y_val), evaluations=100
         ... )
     """
-    request = PlanRequest.of(model, target, sparsity=sparsity, group=group, quantize=quantize)
+    request = PlanRequest.of(
+        model,
+        target,
+        sparsity=sparsity,
+        group=group,
+        quantize=quantize,
+        include=include,
+        exclude=exclude,
+    )
     _check_counts(evaluations, seed)
     with quiet_tensorflow():
         network, reward = _prepared(
@@ -122,6 +136,8 @@ def hill_climbing(
     reward: RewardFunction | None = None,
     recovery: Recovery | str | None = None,
     start: CompressionPlan | None = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
 ) -> CompressionPlan:
     """Moves density between two kernels at a time, and keeps what improves the reward.
 
@@ -139,6 +155,8 @@ def hill_climbing(
         recovery: How plans recover before they are evaluated, as in `Compressor`.
         start: The plan to begin with, scaled to the target; by default that of `lamp`. The groups
             that live in it are the last to go.
+        include: What alone is changed, see [baselines][rl_sparsity_tf.baselines].
+        exclude: What is left as it is.
 
     Raises:
         RLSparsityError: If an argument cannot be used, or the target is out of reach.
@@ -148,7 +166,15 @@ def hill_climbing(
         ...     model, (x, y), sparsity=0.9, validation_data=(x_val, y_val)
         ... )
     """
-    request = PlanRequest.of(model, target, sparsity=sparsity, group=group, quantize=quantize)
+    request = PlanRequest.of(
+        model,
+        target,
+        sparsity=sparsity,
+        group=group,
+        quantize=quantize,
+        include=include,
+        exclude=exclude,
+    )
     _check_counts(evaluations, seed)
     if start is not None:
         start = _checked_start(start, request)
@@ -314,7 +340,7 @@ def _prepared(
         training_data(rows, model, batch_size=batch_size, seed=seed),
         sample_rows(validation, _ROWS, seed=seed, fixed=fixed_batch(model)),
         target=request.target,
-        group=request.group,
+        decisions=KernelDecisions(request.group, selection=request.selection),
         recovery=as_recovery(recovery),
         seed=seed,
     )
@@ -336,7 +362,7 @@ def _checked_start(start: object, request: PlanRequest) -> CompressionPlan:
             f"start={start!r} is a {type(start).__name__}. Expected a CompressionPlan, for "
             "example rls.baselines.erk(model, sparsity=0.9), or None for that of lamp."
         )
-    plan = resolve(start, request.model)
+    plan = resolve(start, request.model, request.selection)
     for kernel in request.kernels:
         entry = plan.kernels.get(kernel.path)
         if entry is None or entry.group != request.group:

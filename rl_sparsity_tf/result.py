@@ -18,7 +18,7 @@ from rl_sparsity_tf.candidates import Candidate
 from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError
 from rl_sparsity_tf.export import check_path, export_tflite
 from rl_sparsity_tf.export_report import ExportReport, TensorReport
-from rl_sparsity_tf.files import replacing, write_text
+from rl_sparsity_tf.files import replacing, write_text, writing
 from rl_sparsity_tf.finishing import Figures, Finished, RemovedChannels
 from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.operations import Operation
@@ -26,7 +26,7 @@ from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.policy_files import SavedPolicy
 from rl_sparsity_tf.recipes import check_recipe_path, replacing_with_recipe
 from rl_sparsity_tf.run_directory import RESULT_FILES, check_directory
-from rl_sparsity_tf.tables import table_lines
+from rl_sparsity_tf.tables import printing, table_lines
 
 
 class Result:
@@ -150,7 +150,8 @@ class Result:
                 f"The folder {str(folder)!r} already holds {present}. Choose another folder, or "
                 "pass overwrite=True."
             )
-        folder.mkdir(exist_ok=True)
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
         self.write_files(folder)
 
     def save_policy(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -219,6 +220,7 @@ class Result:
         Args:
             print_fn: Called with every line.
         """
+        print_fn = printing(print_fn)
         stored: dict[str, list[TensorReport]] = {}
         for tensor in self.report.tensors:
             if tensor.kernel:  # several tensors may hold one: the gates of an LSTM
@@ -254,6 +256,8 @@ class Result:
         )
         if self.channels is not None:
             print_fn(self._channel_line())
+        for reason, paths in self.metrics["search"].get("left_alone", {}).items():
+            print_fn(f"left alone ({reason}): {', '.join(paths)}")
         print_fn(f"plan proposed by {self.candidate.found_by}")
         name = self.metrics["metric"]["name"]
         print_fn(f"validation {name} {compressed['validation_metric']:.4f}")

@@ -10,6 +10,7 @@ import tf_keras as keras
 from rl_sparsity_tf.errors import PlanError, did_you_mean
 from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.kernel_rule import KernelRule
+from rl_sparsity_tf.kernel_selection import FROZEN, KernelSelection
 from rl_sparsity_tf.kernels import Kernel, count_weights, find_kernels
 from rl_sparsity_tf.masks import magnitude, select_live
 from rl_sparsity_tf.operations import Operation
@@ -52,20 +53,29 @@ def prune_by_magnitude(matrix: np.ndarray, grouping: Grouping, sparsity: float) 
     return select_live(scores, grouping.sizes, wanted)
 
 
-def resolve(plan: CompressionPlan, model: keras.Model) -> CompressionPlan:
+def resolve(
+    plan: CompressionPlan, model: keras.Model, selection: KernelSelection | None = None
+) -> CompressionPlan:
     """Turns a plan's rules into operations and checks that its kernels fit the model.
+
+    Rules with wildcards pass over what a selection leaves alone. An entry for one kernel may
+    change a frozen kernel: that is to ask for it by name.
 
     Args:
         plan: A plan, with or without rules.
         model: A built model, plain or wrapped.
+        selection: What may be changed; by default all kernels that are not frozen.
 
     Returns:
         A plan without rules.
 
     Raises:
-        PlanError: If the plan names a kernel that the model lacks, or one of another shape.
+        PlanError: If the plan names a kernel that the model lacks, one of another shape, or one
+            that is excluded and that it would change.
     """
     kernels = {kernel.path: kernel for kernel in find_kernels(model)}
+    if selection is None:
+        selection = KernelSelection.of(model)
     exact: list[KernelPlan] = []
     patterns: list[KernelRule] = []
     for path, entry in plan.kernels.items():
@@ -86,6 +96,12 @@ def resolve(plan: CompressionPlan, model: keras.Model) -> CompressionPlan:
                 f"the model's has {kernel.shape} and {kernel.spec.layout!r}. Use a plan made for "
                 "this model."
             )
+        reason = selection.left.get(path, FROZEN)
+        if reason != FROZEN and (entry.operations != Operation.KEEP).any():
+            raise PlanError(
+                f"The plan changes the kernel {path!r}, which is {reason}. Expected a plan "
+                "without it, or include and exclude that leave the kernel to the plan."
+            )
         exact.append(entry)
     named = {entry.path for entry in exact}
     for rule in patterns:
@@ -95,8 +111,14 @@ def resolve(plan: CompressionPlan, model: keras.Model) -> CompressionPlan:
                 f"The plan's rule for {rule.path!r} matches no kernel. The model has "
                 f"{sorted(kernels)}."
             )
+        if all(path in selection.left for path in matching):
+            raise PlanError(
+                f"The plan's rule for {rule.path!r} matches only kernels that are left alone: "
+                f"{selection}. Expected a rule for others; frozen kernels are pruned where the "
+                f"plan names their whole path, such as {matching[0]!r}, or include matches them."
+            )
         for path in matching:
-            if path not in named:
+            if path not in named and path not in selection.left:
                 exact.append(apply_rule(rule, kernels[path]))
                 named.add(path)
     position = {path: index for index, path in enumerate(kernels)}

@@ -15,8 +15,16 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.checkpoint_files import read_arrays, write_arrays
-from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError, RunError, one_line
-from rl_sparsity_tf.files import as_path, replacing, sha256_of, write_text
+from rl_sparsity_tf.errors import FileExistsRLSparsityError, RunError, one_line
+from rl_sparsity_tf.files import (
+    LEAST_ROOM,
+    check_folder,
+    check_room,
+    replacing,
+    sha256_of,
+    write_text,
+    writing,
+)
 from rl_sparsity_tf.journal_lines import entry_of, read_lines, seal_of, sealed
 from rl_sparsity_tf.kernels import walk
 from rl_sparsity_tf.run_lock import LOCK_FILE, RunLock
@@ -39,6 +47,12 @@ def model_fingerprint(model: keras.Model) -> str:
         for value in layer.get_weights():
             chunks += [f"{value.shape} {value.dtype}".encode(), value.tobytes()]
     return sha256_of(*chunks)
+
+
+def bytes_of(model: keras.Model) -> int:
+    """Bytes of a model's weights: what its run will write at least."""
+    weights = model.weights if model.built else []
+    return sum(weight.shape.num_elements() * weight.dtype.size for weight in weights)
 
 
 def data_fingerprint(batches: Iterable[Any]) -> str:
@@ -111,7 +125,8 @@ class RunDirectory:
         self.any_versions = any_versions
         self._lock = RunLock(self.path)
         self.resumed = False
-        if _holds_anything(self.path):
+        self._begun = _holds_anything(self.path)
+        if self._begun:
             _check_is_run(self.path)
             _check_places(self._checkpoints, self._journal)
             self._lock.acquire()
@@ -180,21 +195,28 @@ class RunDirectory:
 
         Raises:
             RunError: If another process has begun a run there in the meantime.
+            FileError: If the system does not let files be written there.
         """
-        if not self._lock.held:
-            self.path.mkdir(exist_ok=True)
-            self._lock.acquire()
-            if _holds_anything(self.path):
-                raise RunError(
-                    f"Another process has just begun to write to {str(self.path)!r}. Choose "
-                    "another folder, or call again when it has ended."
-                )
-        for path in self.path.iterdir():
-            if _is_leftover(path.name):
-                path.unlink()
-        if self.resumed:
+        with writing(self.path):
+            if not self._begun:
+                self.path.mkdir(exist_ok=True)
+                self._lock.acquire()
+                if _holds_anything(self.path):
+                    raise RunError(
+                        f"Another process has just begun to write to {str(self.path)!r}. Choose "
+                        "another folder, or call again when it has ended."
+                    )
+            for path in self.path.iterdir():
+                if _is_leftover(path.name):
+                    path.unlink(missing_ok=True)
+            if not self.resumed:
+                self._clear()
             self._checkpoints.mkdir(exist_ok=True)
-            return
+            # Before an episode is paid for that could not be written down.
+            with open(self._journal, "a", encoding="utf-8"):
+                check_room(self._checkpoints)
+
+    def _clear(self) -> None:
         # First what a run is continued from, so that nothing is ever continued from a mixture.
         (self._checkpoints / f"{LATEST}.npz").unlink(missing_ok=True)
         self.drop_checkpoints(keep=set())
@@ -218,7 +240,7 @@ class RunDirectory:
         line = json.dumps(entry)
         if self.sealed:
             line, self._seal = sealed(entry, self._before(self._seal))
-        with open(self._journal, "a", encoding="utf-8") as file:
+        with writing(self._journal), open(self._journal, "a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -327,7 +349,8 @@ class RunDirectory:
         """Removes all checkpoints but some."""
         for path in self._checkpoints.glob("*.npz"):
             if path.stem not in keep:
-                path.unlink()
+                with writing(path):
+                    path.unlink()
 
     def begin_again(self) -> None:
         """Forgets the episodes of a run whose checkpoints are gone: they are played again."""
@@ -347,17 +370,9 @@ OPTIONAL_FILES = ("model.recipe.json", "channels.json")
 """What it adds if there is such a thing."""
 
 
-def check_directory(path: str | os.PathLike[str]) -> Path:
-    """Raises unless a folder exists or can be made at `path`."""
-    path = as_path("directory", path, "the path of a folder to write to")
-    if path.exists() and not path.is_dir():
-        raise ArgumentError(f"{str(path)!r} is a file. Expected a folder to write to.")
-    if not path.absolute().parent.is_dir():
-        raise ArgumentError(
-            f"The folder {str(path.absolute().parent)!r} does not exist. Create it first, or "
-            f"choose another place for {path.name!r}."
-        )
-    return path
+def check_directory(path: str | os.PathLike[str], room: int = LEAST_ROOM) -> Path:
+    """Raises unless a folder exists or can be made at `path`, with room for so many bytes."""
+    return check_folder(path, room)
 
 
 def check_unfinished(path: str | os.PathLike[str]) -> None:
@@ -415,7 +430,9 @@ def _check_is_unfinished(folder: Path) -> None:
 
 
 _LEFTOVER = re.compile(
-    r"\.(?:manifest|journal|model|model\.recipe|plan|channels|history|metrics)-\w{8}\.\w+"
+    r"\.try-[0-9a-f]{16}|"
+    r"\.(?:manifest|journal|model|model\.recipe|plan|channels|history|metrics)"
+    r"-(?:[0-9a-f]{16}|\w{8})\.\w+"
 )
 
 

@@ -16,7 +16,9 @@ import tensorflow as tf
 FORMAT_VERSION = 2
 UNSEALED = 1
 """The format before lines and checkpoints had checksums; its runs are continued in it."""
-_NEWER = ("batch_size", "latency_table", "rows", "architecture", "compiled", "reward_code")
+_NEWER = frozenset(
+    "batch_size latency_table rows architecture compiled reward_code frozen_layers".split()
+)
 """What runs of that format do not say."""
 _ID = re.compile(r"[0-9a-f]{32}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")

@@ -22,6 +22,7 @@ from rl_sparsity_tf.batch_checks import fixed_batch
 from rl_sparsity_tf.channel_finishing import Task
 from rl_sparsity_tf.channel_permutation import permute_channels
 from rl_sparsity_tf.class_weights import weight_table
+from rl_sparsity_tf.constraints import check_constraints
 from rl_sparsity_tf.conversion import start_worker
 from rl_sparsity_tf.curriculum import Curriculum, resolve_curriculum
 from rl_sparsity_tf.data import TrainingData, evaluation_data, sample_rows, training_data
@@ -33,6 +34,8 @@ from rl_sparsity_tf.final import play_final
 from rl_sparsity_tf.fingerprints import fingerprints_of, name_of
 from rl_sparsity_tf.finished_search import FinishedSearch
 from rl_sparsity_tf.finishing import Figures, export_and_score, export_dense_int8
+from rl_sparsity_tf.kernel_selection import KernelSelection, Patterns, as_patterns
+from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.latency_table import LatencyTable
 from rl_sparsity_tf.mask_training import DISTILLATION, FineTuning, default_epochs
 from rl_sparsity_tf.metrics import build_metrics
@@ -44,7 +47,7 @@ from rl_sparsity_tf.recovery import Recovery, as_recovery
 from rl_sparsity_tf.recurrent import unrolled_copy
 from rl_sparsity_tf.result import Result
 from rl_sparsity_tf.reward import Reward, RewardFunction, resolve_reward
-from rl_sparsity_tf.run_directory import RunDirectory, check_directory, check_free
+from rl_sparsity_tf.run_directory import RunDirectory, bytes_of, check_directory, check_free
 from rl_sparsity_tf.scoring import score_model as score
 from rl_sparsity_tf.search_checks import check_search
 from rl_sparsity_tf.size_costs import formats_for
@@ -126,6 +129,15 @@ class Compressor:
             than that a plan is.
         hierarchy: Whether a second agent chooses the next layer and how much is to go of it; the
             first then meets that goal. Else the layers come in their order.
+        include: What alone is compressed: names of layers, paths of layers or kernels
+            (`"base/conv"`, `"lstm/cell/recurrent_kernel"`), or patterns of them (`"block*"`); one
+            or a list. By default all kernels that are not frozen. A frozen layer
+            (`layer.trainable = False`, or a model around it) that is included is pruned and
+            quantized as it is, never fitted or trained.
+        exclude: What is left as it is, in the same words; it wins over `include`. Kernels that are
+            left alone are in no plan, are stored as floats and keep their channels; only the
+            fine-tuning changes them, unless they are frozen. They count in a sparsity and in the
+            file's bytes.
 
     Raises:
         RLSparsityError: If an argument cannot be used; nothing has been trained by then.
@@ -156,6 +168,8 @@ class Compressor:
         int4: str | None = None,
         policy: SavedPolicy | str | os.PathLike[str] | None = None,
         hierarchy: bool = False,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
     ):
         self.model = accepted(model)
         if is_wrapped(self.model):
@@ -165,11 +179,20 @@ class Compressor:
         self.target = Target(sparsity=0.9) if target is None else target
         check_type("target", self.target, Target, "rls.Target(sparsity=0.9)")
         self.policy, self.agent = resolve_policy(policy, agent, hierarchy=bool(hierarchy))
-        self.group = decision_choice.group_for(self.model, self.target, group)
+        self.include, self.exclude = (
+            as_patterns("include", include),
+            as_patterns("exclude", exclude),
+        )
+        self.selection = KernelSelection.of(self.model, include, exclude).check(self.model)
+        self.selection.check_sparsity(self.model, self.target.sparsity)
+        check_constraints(self.selection.kernels(self.model))
+        self.group = decision_choice.group_for(self.model, self.target, group, self.selection)
         self.latency_table = decision_choice.table_for(self.target, latency_table)
         self.shuffle = decision_choice.check_shuffle(shuffle, self.group)
         self.int4 = decision_choice.check_int4(int4, self.group)
-        self.directory = None if directory is None else check_directory(directory)
+        self.directory = (
+            None if directory is None else check_directory(directory, bytes_of(self.model))
+        )
         self.seed = check_count("seed", seed, 0)
         self.reward = resolve_reward(reward)
         self.recovery = as_recovery(recovery)
@@ -285,7 +308,11 @@ class Compressor:
         tf.random.set_seed(self.seed)
         if self.shuffle == "channels":
             model = permute_channels(
-                model, group=self.group, sparsity=self.target.sparsity, seed=self.seed
+                model,
+                group=self.group,
+                sparsity=self.target.sparsity,
+                seed=self.seed,
+                exclude=tuple(self.selection.left),
             )
         train, batch_size = as_rows(train, "train", batch_size)
         data = training_data(
@@ -312,9 +339,13 @@ class Compressor:
         start_worker()  # its imports overlap the search
         sample = sample_rows(validation, validation_rows, seed=self.seed, fixed=fixed_batch(model))
         decisions = decision_choice.decisions_for(
-            *(model, self.target, self.group),
+            model,
+            self.target,
+            self.group,
             decision_choice.kept_table(model, self.target, run) or self.latency_table,
-            *(quantization, self.shuffle),
+            quantization,
+            self.shuffle,
+            self.selection,
         )
         build = functools.partial(
             CompressedNetwork,
@@ -376,6 +407,8 @@ class Compressor:
             dataset=dataset,
         )
         metrics["search"].update(trials)
+        if self.selection.left:
+            metrics["search"]["left_alone"] = self.selection.to_dict()
         result = Result(
             dense=model,
             finished=finished,
@@ -439,12 +472,17 @@ class Compressor:
             "policy": self.policy and self.policy.digest,
             "hierarchy": self.hierarchy,
             "latency_table": None,
+            "include": self.include and list(self.include),
+            "exclude": self.exclude and list(self.exclude),
             **search_arguments,
         }
         if self.latency_table is not None:
             table = json.dumps(self.latency_table.to_dict())
             arguments["latency_table"] = sha256_of(table.encode())
         fingerprints = fingerprints_of(model, train, data, validation, test)
+        if self.selection.left:  # under other names patterns may match other layers
+            kernels = find_kernels(self.model)
+            fingerprints["decided"] = [one.path not in self.selection.left for one in kernels]
         if not isinstance(reward, Reward):
             fingerprints["reward_code"] = describe(reward)
         run = RunDirectory(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Container
 
 import numpy as np
 import tf_keras as keras
@@ -69,7 +70,7 @@ def finish_within(
         # A dense tensor gets no smaller by some zeros more: then larger steps are needed.
         stuck = len(reached) > 1 and size > 0.995 * reached[-2]
         most = _LARGE_STEP if stuck else 1.0
-        share = share_to_keep(report, target, len(reached), most)
+        share = share_to_keep(report, target, len(reached), most, kernels=candidate.plan.kernels)
         candidate = dataclasses.replace(
             candidate, plan=pruned_further(finished.model, finished.plan, share)
         )
@@ -85,21 +86,29 @@ def size_held(report: ExportReport, target: Target) -> int:
     return report.tflite_bytes if target.kind == "tflite_bytes" else report.gzip_bytes
 
 
-def share_to_keep(report: ExportReport, target: Target, attempts: int, most: float = 1.0) -> float:
+def share_to_keep(
+    report: ExportReport,
+    target: Target,
+    attempts: int,
+    most: float = 1.0,
+    *,
+    kernels: Container[str],
+) -> float:
     """The share of its living weights that a file which is too large may keep.
 
-    Only the kernels can shrink; of the gzipped file they are taken to be the same share.
+    Only some kernels can shrink; of the gzipped file they are taken to be the same share.
 
     Args:
         report: The file's report.
         target: A target in bytes.
         attempts: How many files were too large by now, this one among them.
         most: The share at most.
+        kernels: Paths of the kernels that can shrink.
     """
     size = size_held(report, target)
-    kernels = sum(tensor.bytes for tensor in report.tensors if tensor.kernel)
-    reducible = size * kernels / report.tflite_bytes
-    over = (size - target.value) / reducible
+    held = sum(tensor.bytes for tensor in report.tensors if tensor.kernel in kernels)
+    reducible = size * held / report.tflite_bytes
+    over = (size - target.value) / max(reducible, 1.0)
     return float(np.clip(1.0 - over - _EXTRA * 2 ** (attempts - 1), _LEAST, most))
 
 

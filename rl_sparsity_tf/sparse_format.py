@@ -9,6 +9,7 @@ block adds a dense level inside one dimension, so that whole runs are stored or 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from ai_edge_litert import schema_py_generated as schema
 
 from rl_sparsity_tf.errors import ArgumentError, ExportError
 
+# What a sparse tensor may unpack to: as much as this, or so many bytes per byte of the file.
+_FREE_BYTES = 2**28
+_RATIO = 1000
 # TFLite's types that have no numpy type of their own: several values in a byte.
 _PACKED_BITS = {"int4": 4, "int2": 2}
 _VECTORS = (
@@ -157,6 +161,7 @@ def decode_sparse(raw: bytes, shape: Sequence[int], sparsity: Any, dtype: str) -
     """
     shape = tuple(int(size) for size in shape)
     stored = _stored_values(bytes(raw), dtype)
+    check_size(shape, stored.itemsize, len(raw))
     order = [int(dimension) for dimension in _given(sparsity.traversalOrder)]
     levels = _given(sparsity.dimMetadata)
     block_of = [int(axis) for axis in _given(sparsity.blockMap)]
@@ -173,6 +178,9 @@ def decode_sparse(raw: bytes, shape: Sequence[int], sparsity: Any, dtype: str) -
     for number, axis in enumerate(block_of):
         block_sizes[axis] = int(levels[order.index(rank + number)].denseSize)
     strides = np.cumprod([1, *shape[:0:-1]], dtype=np.int64)[::-1]
+    # A packed buffer's last byte may be half empty.
+    spare = 8 // _PACKED_BITS[dtype] - 1 if dtype in _PACKED_BITS else 0
+    _check_places(levels, shape, len(stored), spare)
     places = np.zeros(1, np.int64)
     for dimension, level in zip(order, levels, strict=True):
         inner = dimension >= rank
@@ -187,8 +195,8 @@ def decode_sparse(raw: bytes, shape: Sequence[int], sparsity: Any, dtype: str) -
         else:
             segments, indices = _indices(level.arraySegments), _indices(level.arrayIndices)
             counts = np.diff(segments)
-            if len(counts) != len(places) or (counts < 0).any() or segments[0] != 0:
-                raise _contradiction(f"{len(segments)} segments for {len(places)} parents", shape)
+            if (counts < 0).any() or segments[0] != 0:
+                raise _contradiction("segments that do not begin at 0 and rise", shape)
             if segments[-1] != len(indices):
                 raise _contradiction(
                     f"{len(indices)} indices, {segments[-1]} of them in segments", shape
@@ -196,13 +204,50 @@ def decode_sparse(raw: bytes, shape: Sequence[int], sparsity: Any, dtype: str) -
             if len(indices) and not 0 <= indices.min() <= indices.max() < limit:
                 raise _contradiction(f"index {indices.max()} along axis {axis}", shape)
             places = np.repeat(places, counts) + indices * step
-    # A packed buffer's last byte may be half empty.
-    spare = 8 // _PACKED_BITS[dtype] - 1 if dtype in _PACKED_BITS else 0
-    if not 0 <= len(stored) - len(places) <= spare:
-        raise _contradiction(f"{len(stored)} values for {len(places)} places", shape)
-    dense = np.zeros(int(np.prod(shape, dtype=np.int64)), stored.dtype)
+    dense = np.zeros(math.prod(shape), stored.dtype)
     dense[places] = stored[: len(places)]
     return dense.reshape(shape)
+
+
+def check_size(shape: Sequence[int], itemsize: int, stored: int) -> None:
+    """Raises if a sparse tensor would take far more memory than its file, or none at all.
+
+    Args:
+        shape: Its shape.
+        itemsize: Bytes of a value in memory.
+        stored: Bytes in the file.
+
+    Raises:
+        ExportError: Naming both sizes.
+    """
+    shape = tuple(shape)
+    if any(size < 0 for size in shape):
+        raise _contradiction("a negative size", shape)
+    claimed, allowed = math.prod(shape) * itemsize, max(_FREE_BYTES, _RATIO * stored)
+    if claimed > allowed:
+        raise ExportError(
+            f"A sparse tensor of shape {shape} claims {claimed:,} bytes, of which {stored:,} are "
+            f"stored. Expected at most {allowed:,}: the file is damaged. Export it again."
+        )
+
+
+def _check_places(levels: Sequence[Any], shape: tuple[int, ...], stored: int, spare: int) -> None:
+    """Raises unless levels end in as many places as values are stored, before they are made."""
+    places = 1
+    for level in levels:
+        if level.format == schema.DimensionType.DENSE:
+            places *= max(int(level.denseSize), 0)
+            continue
+        segments, indices = _length(level.arraySegments), _length(level.arrayIndices)
+        if segments != places + 1:
+            raise _contradiction(f"{segments} segments for {places} parents", shape)
+        places = indices
+    if not 0 <= stored - places <= spare:
+        raise _contradiction(f"{stored} values for {places} places", shape)
+
+
+def _length(vector: Any) -> int:
+    return 0 if vector is None or vector.values is None else len(vector.values)
 
 
 def _stored_values(raw: bytes, dtype: str) -> np.ndarray:

@@ -13,8 +13,8 @@ import tf_keras as keras
 
 from rl_sparsity_tf.data import Batch
 from rl_sparsity_tf.grouping import Grouping
-from rl_sparsity_tf.kernels import Kernel, find_kernels
-from rl_sparsity_tf.wrapping import wrappers_of
+from rl_sparsity_tf.kernels import Kernel
+from rl_sparsity_tf.wrapping import wrapped_kernels, wrappers_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class StatisticsCollector:
 
     def __init__(self, model: keras.Model):
         self._model = model
-        self._kernels = [kernel for kernel in find_kernels(model) if kernel.wrapper is not None]
+        self._kernels = wrapped_kernels(model)
         self._wrappers = wrappers_of(model)
         self.function = tf.function(self._step)
 

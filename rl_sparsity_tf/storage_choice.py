@@ -112,7 +112,9 @@ def choose_storage(
         if storage in wanted[:number] or storage == network.storage:
             continue
         try:
-            other = build(decisions=KernelDecisions(storage, decisions.shuffles, sizes))
+            other = build(
+                decisions=KernelDecisions(storage, decisions.shuffles, sizes, decisions.selection)
+            )
         except TargetError:  # the last block of every kernel takes more than a last single weight
             continue
         loss = math.inf

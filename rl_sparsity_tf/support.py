@@ -10,11 +10,18 @@ import tf_keras as keras
 from rich.table import Table
 
 from rl_sparsity_tf.export_modes import INTEGER_MODES
+from rl_sparsity_tf.kernel_selection import (
+    EXCLUDED,
+    FROZEN,
+    NOT_INCLUDED,
+    KernelSelection,
+    Patterns,
+)
 from rl_sparsity_tf.kernel_spec import KernelSpec
 from rl_sparsity_tf.kernels import Kernel, check_model, find_kernels, rank_of, walk
 from rl_sparsity_tf.registry import registered_base, wrong_registrations
 from rl_sparsity_tf.sublayers import unreachable_sublayers
-from rl_sparsity_tf.tables import table_lines
+from rl_sparsity_tf.tables import printing, table_lines
 from rl_sparsity_tf.wrapper import unwrapped
 
 MODES = ("plan", "dynamic", "int8", "float16")
@@ -23,6 +30,11 @@ MODES = ("plan", "dynamic", "int8", "float16")
 # Below this many elements the converter's dynamic range leaves a tensor as it is.
 _DYNAMIC_ELEMENTS = 1024
 _WIDTH = 150
+_LEFT = {
+    FROZEN: "frozen, and left alone unless include names it",
+    EXCLUDED: "excluded",
+    NOT_INCLUDED: "not included",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +49,8 @@ class KernelReport:
         stored: Per export mode the type of its tensors in the file: `"int8"`, `"float16"`,
             `"float32"`, or `"crash"` where the converter crashes. `"plan"` is for a kernel that the
             plan quantizes to 8 bits.
+        left: Why a search leaves it alone, `"frozen"`, `"excluded"` or `"not included"`; empty if
+            it does not.
     """
 
     path: str
@@ -44,6 +58,7 @@ class KernelReport:
     layout: str
     scales: str
     stored: dict[str, str]
+    left: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +80,22 @@ class LayerReport:
     reason: str
 
 
-def support_report(model: keras.Model) -> list[LayerReport]:
+def support_report(
+    model: keras.Model, include: Patterns | None = None, exclude: Patterns | None = None
+) -> list[LayerReport]:
     """Lists every layer of a model with its compressible kernels, or the reason to skip it.
 
+    Args:
+        model: A built model, plain or wrapped.
+        include: As in `Compressor`.
+        exclude: As in `Compressor`.
+
     Raises:
+        ArgumentError: If `include` or `exclude` matches nothing.
         ModelError: If the model is not built.
     """
     check_model(model)
+    left = KernelSelection.of(model, include, exclude).left
     kernels = find_kernels(model)
     reports = []
     for path, layer in walk(model):
@@ -82,7 +106,7 @@ def support_report(model: keras.Model) -> list[LayerReport]:
             LayerReport(
                 path,
                 type(inner).__name__,
-                tuple(_kernel_report(kernel) for kernel in own),
+                tuple(_kernel_report(kernel, left.get(kernel.path, "")) for kernel in own),
                 weights,
                 _reason(inner, own, weights),
             )
@@ -108,10 +132,10 @@ def stored_types(spec: KernelSpec, elements: int) -> dict[str, str]:
     return {"plan": plan, **stored}
 
 
-def _kernel_report(kernel: Kernel) -> KernelReport:
+def _kernel_report(kernel: Kernel, left: str) -> KernelReport:
     spec = kernel.spec
     stored = stored_types(spec, kernel.size)
-    return KernelReport(kernel.path, kernel.shape, spec.layout, spec.scales, stored)
+    return KernelReport(kernel.path, kernel.shape, spec.layout, spec.scales, stored, left)
 
 
 def _reason(layer: keras.layers.Layer, kernels: list[Kernel], weights: int) -> str:
@@ -146,29 +170,40 @@ def _rest(layer: keras.layers.Layer, left: int) -> bool:
     return left > biases
 
 
-def describe_support(model: keras.Model, print_fn: Callable[[str], None] = print) -> None:
+def describe_support(
+    model: keras.Model,
+    print_fn: Callable[[str], None] = print,
+    *,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+) -> None:
     """Prints which layers of a model can be compressed and why the others are skipped.
 
     For every kernel: its axes (`i` for inputs, `o` for outputs), what shares a quantization scale,
-    and how each export mode stores it.
+    and how each export mode stores it. Below the table come the kernels that a search leaves alone,
+    because they are frozen or because `include` and `exclude` say so.
 
     Args:
         model: A built model, plain or wrapped.
         print_fn: Called with every line.
+        include: As in `Compressor`.
+        exclude: As in `Compressor`.
 
     Raises:
+        ArgumentError: If `include` or `exclude` matches nothing.
         ModelError: If the model is not built.
 
     Example:
-        >>> rls.describe_support(model)
+        >>> rls.describe_support(model, exclude="stem")
     """
+    print_fn = printing(print_fn)
     table = Table(title="Layers", title_justify="left")
     for title in ("kernel or layer", "class"):
         table.add_column(title, overflow="fold")
     table.add_column("weights", justify="right")
     for title in ("axes", "scale", *MODES):
         table.add_column(title, overflow="fold")
-    reports = support_report(model)
+    reports = support_report(model, include, exclude)
     for report in reports:
         for kernel in report.kernels:
             axes = " ".join(f"{s}{a}" for s, a in zip(kernel.shape, kernel.layout, strict=True))
@@ -182,3 +217,6 @@ def describe_support(model: keras.Model, print_fn: Callable[[str], None] = print
     for report in reports:
         if report.reason and report.weights:
             print_fn(f"{report.path}: {report.reason}")
+        for kernel in report.kernels:
+            if kernel.left:
+                print_fn(f"{kernel.path}: {_LEFT[kernel.left]}")

@@ -22,7 +22,8 @@ from rl_sparsity_tf.errors import (
     TargetError,
     one_line,
 )
-from rl_sparsity_tf.kernels import Kernel, count_weights, find_kernels
+from rl_sparsity_tf.kernel_selection import Patterns
+from rl_sparsity_tf.kernels import Kernel, count_weights
 from rl_sparsity_tf.mask_training import default_epochs
 from rl_sparsity_tf.objective import search_compile_arguments
 from rl_sparsity_tf.plan import CompressionPlan
@@ -54,6 +55,8 @@ def tfmot(
     quantize: bool | None = None,
     bits: int = 8,
     seed: int = 0,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
 ) -> CompressionPlan:
     """What TFMOT's `prune_low_magnitude` leaves after a training of its own.
 
@@ -77,6 +80,8 @@ def tfmot(
             for targets in bytes, and not for a sparsity.
         bits: 8 or 4, the grid of what is quantized.
         seed: Order of the rows, and TensorFlow's global seed while it trains.
+        include: What alone is pruned, see [baselines][rl_sparsity_tf.baselines].
+        exclude: What is not pruned. TFMOT prunes all kernels of a layer or none.
 
     Returns:
         A plan of single weights (TFMOT's own unit).
@@ -91,7 +96,15 @@ def tfmot(
     Example:
         >>> plan = rls.baselines.tfmot(model, (x_train, y_train), sparsity=0.8, epochs=4)
     """
-    request = PlanRequest.of(model, target, sparsity=sparsity, quantize=quantize, bits=bits)
+    request = PlanRequest.of(
+        model,
+        target,
+        sparsity=sparsity,
+        quantize=quantize,
+        bits=bits,
+        include=include,
+        exclude=exclude,
+    )
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
         check_count(name, value, least)
     if epochs is not None:
@@ -155,7 +168,7 @@ def prune_with_tfmot(
         )
     arguments = search_compile_arguments(request.model, learning_rate)
     copy = strip(request.model)  # TFMOT puts the layers themselves into its wrappers
-    prunable = _Prunable(pruning, copy)
+    prunable = _Prunable(pruning, request.selection.kernels(copy))
     if not prunable.kernels:
         raise ModelError(
             f"TFMOT can prune none of the kernels {[k.path for k in request.kernels]} of model "
@@ -193,7 +206,7 @@ def prune_with_tfmot(
     trained = strip(pruning.strip_pruning(model))
     check_finite(trained)
     copy_compile_state(request.model, trained)
-    live = [kernel.matrix() != 0 for kernel in find_kernels(trained)]
+    live = [kernel.matrix() != 0 for kernel in request.selection.kernels(trained)]
     return TfmotResult(model=trained, plan=request.plan_from_live(live), pruned=pruned)
 
 
@@ -236,14 +249,14 @@ class _Prunable:
 
     Args:
         pruning: TFMOT's module.
-        model: A model that may be changed.
+        wanted: The kernels that may be pruned, of a model that may be changed.
     """
 
-    def __init__(self, pruning: Any, model: keras.Model):
+    def __init__(self, pruning: Any, wanted: Sequence[Kernel]):
         self._layers: set[int] = set()
         self.kernels: list[Kernel] = []
         owned: dict[int, list[Kernel]] = {}
-        for kernel in find_kernels(model):
+        for kernel in wanted:
             owned.setdefault(id(kernel.layer), []).append(kernel)
         for kernels in owned.values():
             layer = kernels[0].layer

@@ -12,6 +12,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf import operations as ops
+from rl_sparsity_tf.constraints import constraint_of, holds_when_masked
 from rl_sparsity_tf.errors import ArgumentError, check_choice
 from rl_sparsity_tf.grouping import KINDS, Grouping
 from rl_sparsity_tf.kernel_settings import KernelSettings
@@ -184,6 +185,7 @@ class CompressionWrapper(keras.layers.Wrapper):
             matrix = self._learned_mask(matrix, state, grouping, training)
         elif "mask" in state:
             matrix = ops.mask_weights(matrix, state["mask"], grouping)
+        matrix = self._constrained(attribute, matrix)
         if "on_grid" in state:
             matrix = ops.quantize(
                 matrix,
@@ -194,6 +196,28 @@ class CompressionWrapper(keras.layers.Wrapper):
                 settings.gates,
             )
         return spec.from_matrix(matrix, variable.shape)
+
+    def _constrained(self, attribute: str, matrix: tf.Tensor) -> tf.Tensor:
+        """The matrix as the kernel's constraint wants it, where masks or swaps have broken it.
+
+        The optimizer applies it to the dense weights, before masks and swaps.
+        """
+        variable, state = self.variable(attribute), self._state[attribute]
+        constraint = constraint_of(variable)
+        if constraint is None or holds_when_masked(constraint, moved="swaps" in state):
+            return matrix
+        broken = tf.constant(False)
+        if "mask" in state:
+            broken = tf.reduce_any(tf.equal(state["mask"], 0.0))
+        if "swaps" in state:
+            broken = tf.logical_or(broken, tf.reduce_any(state["swaps"] > 0))
+        spec = self.spec(attribute)
+
+        def constrain() -> tf.Tensor:
+            kernel = constraint(spec.from_matrix(matrix, variable.shape))
+            return spec.to_matrix(tf.cast(kernel, matrix.dtype))
+
+        return tf.cond(broken, constrain, lambda: matrix)
 
     def _learned_mask(
         self, matrix: tf.Tensor, state: dict[str, tf.Variable], grouping: Grouping, training: Any

@@ -9,9 +9,12 @@ import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.compile_state import copy_compile_state
+from rl_sparsity_tf.constraints import check_constraints
+from rl_sparsity_tf.copy_checks import check_copy
 from rl_sparsity_tf.copying import copy_layer, copy_own_weights, copy_weights, rebuild
 from rl_sparsity_tf.errors import ModelError, PlanError, check_choice, did_you_mean
 from rl_sparsity_tf.grouping import KINDS
+from rl_sparsity_tf.kernel_selection import KernelSelection, Patterns
 from rl_sparsity_tf.kernel_settings import KernelSettings
 from rl_sparsity_tf.kernels import Kernel, check_model, find_kernels, walk
 from rl_sparsity_tf.masks import MASKS
@@ -35,12 +38,19 @@ def wrap(
     mask: str = "straight_through",
     train_masks: bool = False,
     operations: Collection[Operation] = tuple(Operation),
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
 ) -> keras.Model:
     """Copies a model with its compressible layers wrapped, and applies a plan.
 
     The model given is not changed. The copy is compiled as the model was (with a fresh optimizer),
     so it can be trained at once; layers of classes that are not registered stay as they are
-    (see [describe_support][rl_sparsity_tf.describe_support]).
+    (see [describe_support][rl_sparsity_tf.describe_support]). So do frozen layers
+    (`layer.trainable = False`) that neither the plan nor `include` names; those that they name
+    are masked, but neither they nor their masks are trained.
+
+    Constraints hold for the kernels that the network computes with (those on a grid to within a
+    step of it), and so for what `strip` returns.
 
     Args:
         model: A built `tf_keras` model: Sequential, functional, or subclassed with its layers in
@@ -54,13 +64,19 @@ def wrap(
             fixed (see [MaskTraining][rl_sparsity_tf.mask_training.MaskTraining]).
         operations: The operations that the wrappers are open to, where there is no plan; each
             takes memory and time.
+        include: What alone is wrapped: layer names, paths of layers or kernels, or patterns of
+            them. By default all kernels that are not frozen.
+        exclude: What is not wrapped. It wins over `include`; a plan's rules with wildcards pass
+            over it.
 
     Returns:
         The wrapped model.
 
     Raises:
-        ModelError: If the model cannot be wrapped or is wrapped already.
-        PlanError: If the plan does not fit the model.
+        ArgumentError: If `include` or `exclude` matches nothing.
+        ModelError: If the model cannot be wrapped, is wrapped already, or has a constraint that
+            pruned weights cannot meet.
+        PlanError: If the plan does not fit the model, or changes what is excluded.
 
     Example:
         >>> wrapped = rls.wrap(model, rls.CompressionPlan.load("plan.json"))
@@ -80,16 +96,18 @@ def wrap(
             "CompressionPlan.load('plan.json')."
         )
     model = accepted(model)
-    kernels = find_kernels(model)
-    entries = None if plan is None else resolve(plan, model).kernels
+    selection = KernelSelection.of(model, include, exclude)
+    entries = None if plan is None else resolve(plan, model, selection).kernels
     settings: dict[int, dict[str, KernelSettings]] = {}
-    for kernel in kernels:
-        if entries is None:
+    for kernel in find_kernels(model):
+        if entries is None and kernel.path not in selection.left:
             chosen = _settings(kernel, (groups or {}).get(kernel.path, group), operations)
-        elif kernel.path in entries:
+        elif entries is not None and kernel.path in entries:
             chosen = _settings_for(kernel, entries[kernel.path])
         else:
             continue
+        if chosen.prune:
+            check_constraints([kernel])
         settings.setdefault(id(kernel.layer), {})[kernel.spec.attribute] = chosen
 
     def convert(layer: keras.layers.Layer) -> keras.layers.Layer:
@@ -103,6 +121,7 @@ def wrap(
 
     wrapped = rebuild(model, convert)
     _copy_weights(model, wrapped)
+    check_copy(model, wrapped)
     if entries is not None:
         apply_plan(wrapped, entries)
     copy_compile_state(model, wrapped)
@@ -126,6 +145,7 @@ def strip(model: keras.Model) -> keras.Model:
 
     stripped = rebuild(model, lambda layer: copy_layer(unwrapped(layer)))
     _copy_weights(model, stripped)
+    check_copy(model, stripped)
     copy_compile_state(model, stripped)
     return stripped
 
@@ -153,9 +173,18 @@ def wrappers_of(model: keras.Model) -> list[CompressionWrapper]:
     return [layer for _, layer in walk(model) if isinstance(layer, CompressionWrapper)]
 
 
+def wrapped_kernels(model: keras.Model) -> list[Kernel]:
+    """The kernels of a model that its wrappers act on, in the order of its layers."""
+    return [
+        kernel
+        for kernel in find_kernels(model)
+        if kernel.wrapper is not None and kernel.spec.attribute in kernel.wrapper.kernels
+    ]
+
+
 def apply_plan(wrapped: keras.Model, entries: Mapping[str, KernelPlan]) -> None:
     """Sets the operations of a wrapped model's kernels."""
-    kernels = {kernel.path: kernel for kernel in find_kernels(wrapped)}
+    kernels = {kernel.path: kernel for kernel in wrapped_kernels(wrapped)}
     for path, entry in entries.items():
         kernel = kernels.get(path)
         if kernel is None or kernel.wrapper is None:
@@ -169,10 +198,9 @@ def apply_plan(wrapped: keras.Model, entries: Mapping[str, KernelPlan]) -> None:
 def plan_of(wrapped: keras.Model) -> CompressionPlan:
     """Reads the plan that a wrapped model carries, learned masks included."""
     entries = []
-    for kernel in find_kernels(wrapped):
+    for kernel in wrapped_kernels(wrapped):
         wrapper, attribute = kernel.wrapper, kernel.spec.attribute
-        if wrapper is None or attribute not in wrapper.kernels:
-            continue
+        assert wrapper is not None
         entries.append(
             KernelPlan(
                 kernel.path,

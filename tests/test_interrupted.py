@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -331,7 +332,10 @@ def test_changed_calls_are_refused_by_what_has_changed(tmp_path):
             {"model": model(optimizer=keras.optimizers.Adam(1e-3))},
             r"differs in compiled\.optimizer\.config\.learning_rate \(0\.00999",
         ),
-        ({"model": model(loss=sparse(ignore_class=2))}, r"compiled\.loss.*, loss \("),
+        (
+            {"model": model(loss=sparse(ignore_class=2))},
+            r"compiled\.loss \('sparse_cat.*, now \{'class'",
+        ),
         ({"options": {"reward": lambda outcome, _: outcome.metric}}, r"differs in reward \("),
     ):
         with pytest.raises(FileExistsRLSparsityError, match=message):
@@ -402,11 +406,10 @@ def test_times_that_were_measured_are_kept(tmp_path):
             return decision_choice.kept_table(of, target, run)
 
     assert kept().to_dict() == table.to_dict()
-    same_names()
-    layers.ReLU()
-    again = bars()  # under other names
-    assert set(kept(again).layers) != set(table.layers)
-    assert kept(again).predict is not None
+    others = {f"layer {n}": times for n, times in enumerate(table.layers.values())}
+    renamed = dataclasses.replace(table, layers=others)  # as they were called in another process
+    run.save_checkpoint("times", {"table": np.array(json.dumps(renamed.to_dict()))})
+    assert kept().to_dict() == table.to_dict()
     with pytest.raises(RunError, match=r"times\.npz' cannot be read"):
         kept(tiny.trained())
     (tmp_path / "checkpoints" / "times.npz").unlink()
