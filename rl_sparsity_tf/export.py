@@ -31,6 +31,8 @@ from rl_sparsity_tf.export_checks import (
 from rl_sparsity_tf.export_errors import conversion_error
 from rl_sparsity_tf.export_precision import in_float32
 from rl_sparsity_tf.export_report import ExportReport, TensorReport, tensor_reports
+from rl_sparsity_tf.extremes import check_weights
+from rl_sparsity_tf.file_ports import name_ports
 from rl_sparsity_tf.files import as_file, gzip_size, scratch_folder
 from rl_sparsity_tf.flatbuffer import read_flat_model
 from rl_sparsity_tf.matching import match_kernels
@@ -38,8 +40,10 @@ from rl_sparsity_tf.prediction import run_rows
 from rl_sparsity_tf.recipes import Recipe, check_recipe_path, replacing_with_recipe
 from rl_sparsity_tf.recurrent import stateless, unrolled
 from rl_sparsity_tf.recurrent_states import kept_states, start_at_zero
+from rl_sparsity_tf.repeatability import check_repeatable
 from rl_sparsity_tf.saved_model import reference_outputs, write_saved_model
 from rl_sparsity_tf.scoring import compare_scores
+from rl_sparsity_tf.signature import input_specs
 from rl_sparsity_tf.sparse_inference import check_sparse_inference, store_for_sparse_inference
 from rl_sparsity_tf.stored_weights import FORMATS, broken_chain, make_sparse, store_weights
 from rl_sparsity_tf.verification import (
@@ -83,7 +87,10 @@ def export_tflite(
 
     The file is converted and run in a process of its own, in LiteRT with and without XNNPACK, one
     row and many at a time, and compared with the Keras model; every weight that is zero in Keras is
-    looked up in the file. Only a file that passes appears at `path`. With `"plan"` the recipe with
+    looked up in the file. Only a file that passes appears at `path`. Its inputs and outputs are in
+    Keras's order, and its signature has Keras's names: those of the input and output layers, the
+    keys where the model takes or returns a dict, and `input_1`, ..., `output_1`, ... for a
+    subclassed model without them. With `"plan"` the recipe with
     which LiteRT's quantizer makes the same integers appears beside it, `model.recipe.json`.
 
     Args:
@@ -98,9 +105,10 @@ def export_tflite(
         plan: For `"plan"`: an object whose `kernels` maps paths to entries with `path`, `shape` and
             `exported_bits` (32, 8 or 4). By default the model's own.
         representative_data: Inputs like those the model will see: an array, a tuple with one array
-            per input, or an iterable of batches (with or without targets). Needed for `"int8"` and
-            `compute="static"`, which calibrate on up to 512 rows; the first 64 are used to check
-            any file. Without it a file is checked on random inputs in [-1, 1].
+            per input, a dict of arrays by name, an iterable of batches (with or without targets),
+            or a function that yields batches, such as TFLite's `representative_dataset`. Needed for
+            `"int8"` and `compute="static"`, which calibrate on up to 512 rows; the first 64 are
+            used to check any file. Without it a file is checked on random inputs in [-1, 1].
         test_data: Data as `evaluate` takes it, `(x, y)`: the file's metric on it is reported beside
             the Keras model's, which must be compiled, and an accuracy that falls by more than the
             mode allows (1 point in float, 2 for `"plan"`, 10 for `"int8"`) is refused.
@@ -133,7 +141,8 @@ def export_tflite(
 
     Raises:
         ArgumentError: If an argument cannot be used.
-        ModelError: If the model is not a built Sequential or functional `tf_keras` model.
+        ModelError: If the model is not a built `tf_keras` model, is random at inference, or has
+            layers that no .tflite file can compute.
         PlanError: If the plan does not fit the model.
         DataError: If the representative data does not fit the model.
         FileExistsRLSparsityError: If the file exists and `overwrite` is false.
@@ -160,6 +169,7 @@ def export_tflite(
             "quantization='plan' needs a plan, and this model brings none. Pass plan=, export the "
             "result of a search, or pass quantization='none'."
         )
+    check_weights(plain, exported=True)
     if quantization == "int8":
         check_ids(plain)
     batch_size, notes = file_batch_size(plain, batch_size, unroll)
@@ -170,6 +180,7 @@ def export_tflite(
         traced, changes = stack.enter_context(in_float32(plain))
         notes += [*changes, *stack.enter_context(stateless(traced, stateful))]
         inputs, calibration = sample_rows(traced, representative_data)
+        check_repeatable(traced, inputs, batch_size)
         calibrates = quantization == "int8" or compute == "static"
         if calibrates and batch_size is not None and calibration is not None:
             check_calibration(calibration, batch_size)
@@ -244,7 +255,7 @@ def convert_traced(
     Raises:
         ExportError: If the model cannot be converted.
     """
-    write_saved_model(model, folder / "saved_model", batch_size)
+    outputs = write_saved_model(model, folder / "saved_model", batch_size)
     file = folder / "model.tflite"
     mode = "none" if quantization == "plan" else quantization
     try:
@@ -253,6 +264,7 @@ def convert_traced(
         raise conversion_error(model, quantization, error) from error
     if not stateful:
         start_at_zero(file)
+    name_ports(file, [spec.name for spec in input_specs(model)], outputs)
     return file
 
 
@@ -286,8 +298,9 @@ def predict_tflite(
 
     Args:
         path: A file written by [export_tflite][].
-        inputs: An array of shape (rows, ...), or a list or tuple with one per input in Keras's
-            order, in real values: quantized inputs and outputs are converted.
+        inputs: An array of shape (rows, ...), a list or tuple with one per input in Keras's order,
+            or a dict `{name: rows}` with Keras's names, which are the signature's; in real values:
+            quantized inputs and outputs are converted.
         batch_size: Rows at a time; a file with a fixed batch size uses its own.
         xnnpack: Whether LiteRT may use its XNNPACK delegate, as it does by default.
 

@@ -17,7 +17,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from rl_sparsity_tf.errors import ArgumentError, ExportError
-from rl_sparsity_tf.files import as_file
+from rl_sparsity_tf.files import as_file, reading
 from rl_sparsity_tf.flat_model import FlatGraph, FlatModel, FlatOperator, FlatTensor
 from rl_sparsity_tf.sparse_format import check_size, decode_sparse
 
@@ -87,7 +87,8 @@ def read_flat_model(path: str | os.PathLike[str]) -> FlatModel:
     path = as_file("path", path, "a .tflite file")
     if not path.is_file():
         raise ArgumentError(f"There is no file {str(path)!r}. Give the path of a .tflite file.")
-    content = path.read_bytes()
+    with reading(path, "a .tflite file"):
+        content = path.read_bytes()
     model = _parse(content, str(path))
     _check_sparse(model, str(path), len(content))
     tensors: list[FlatTensor] = []
@@ -136,7 +137,16 @@ def inline_buffers(content: bytes) -> bytes:
         ArgumentError: If these are not the bytes of a .tflite file.
         ExportError: If they are damaged.
     """
-    model = _parse(content, "the bytes given")
+    return pack_model(_parse(content, "the bytes given"), content)
+
+
+def pack_model(model: Any, content: bytes) -> bytes:
+    """Writes a model in one flatbuffer, its buffers aligned to 16 bytes.
+
+    Args:
+        model: A model of the schema's object API.
+        content: The bytes it was read from, behind whose flatbuffer buffers may lie.
+    """
     buffers = []
     for buffer in model.buffers:
         aligned = AlignedBuffer()

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import tf_keras as keras
-from ai_edge_litert import schema_py_generated as schema
 
 from rl_sparsity_tf.conversion import shared_worker
 from rl_sparsity_tf.errors import ArgumentError, ExportError, VerificationError
@@ -75,7 +74,8 @@ def export_micro(
             `plan` such as a search result.
         path: The header to write, ending in .h.
         representative_data: Inputs like those the model will see, to find the range of every
-            activation: an array, a tuple with one array per input, or an iterable of batches.
+            activation: an array, a tuple with one array per input, an iterable of batches, or a
+            function that yields batches, such as TFLite's `representative_dataset`.
         name: Prefix of everything the header defines: the array `<name>`, `<name>_len`,
             `<name>_arena_bytes`, `<name>_input_scale`, `<NAME>_ADD_OPERATORS(resolver)`, ...
         overwrite: Whether a file at `path` may be replaced.
@@ -136,7 +136,7 @@ def export_micro(
             raise _not_int8(plain, unroll, error) from error
         flat, content = read_flat_model(file), file.read_bytes()
         operators = check_operators(plain.name, flat)
-        inputs, outputs = _model_ports(flat, content)
+        inputs, outputs = _model_ports(flat)
         estimate = estimate_arena(flat)
         notes = _notes(flat, inputs, report, stateful)
         arena, version, agreement, largest = _run(
@@ -263,26 +263,17 @@ def _compare(
     return float(np.mean(steps == 0)), largest
 
 
-def _model_ports(
-    flat: FlatModel, content: bytes
-) -> tuple[tuple[MicroPort, ...], tuple[MicroPort, ...]]:
-    """The inputs and outputs; the file orders them otherwise than Keras."""
-    signature = schema.ModelT.InitFromPackedBuf(content, 0).signatureDefs[0]
-    graph = flat.graphs[0]
+def _model_ports(flat: FlatModel) -> tuple[tuple[MicroPort, ...], tuple[MicroPort, ...]]:
+    """The inputs and outputs, which an export has in Keras's order."""
     both = []
-    for indices, named in ((graph.inputs, signature.inputs), (graph.outputs, signature.outputs)):
-        numbers: dict[int, list[int]] = {}
-        for entry in named:
-            number = int(entry.name.decode().rpartition("_")[2])
-            numbers.setdefault(int(entry.tensorIndex), []).append(number)
+    for indices in (flat.graphs[0].inputs, flat.graphs[0].outputs):
         ports = []
         for index, place in enumerate(indices):
             tensor = flat.tensor(0, place)
             ports.append(
                 MicroPort(
                     index=index,
-                    # A model may put out one tensor twice.
-                    keras_index=numbers[place].pop(0),
+                    keras_index=index,
                     shape=tensor.shape,
                     dtype=tensor.dtype,
                     scale=float(tensor.scales[0]) if tensor.quantized else None,
