@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from typing import Any
 
@@ -16,6 +17,8 @@ from rl_sparsity_tf.mask_selection import freeze_masks, start_gates, update_mask
 from rl_sparsity_tf.objective import Evaluator, Metric, Score, search_compile_arguments
 from rl_sparsity_tf.wrapper import CompressionWrapper
 from rl_sparsity_tf.wrapping import wrappers_of
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_STEPS = 1500
 DISTILLATION = 0.0
@@ -122,8 +125,12 @@ def finetune(
     callbacks: list[keras.callbacks.Callback] | None = None,
     teacher: keras.Model | None = None,
     distillation: float = DISTILLATION,
+    warnings: list[str] | None = None,
 ) -> Score:
     """Trains a wrapped model, its masks included, and keeps the best epoch after they froze.
+
+    Where validation data says that the training made the model worse, or nothing finite came out
+    of it, what is kept is the model from before it.
 
     Args:
         wrapped: A model wrapped with `train_masks=True`; trained in place.
@@ -137,9 +144,10 @@ def finetune(
         teacher: A model whose outputs are learned, too, usually the dense one; it is not changed.
         distillation: The teacher's share of the loss, from 0 to 1 (see
             [distilled][rl_sparsity_tf.distillation.distilled]).
+        warnings: Where to add what went wrong, which also goes to the log.
 
     Returns:
-        The validation score of the epoch kept.
+        The validation score of what was kept.
     """
     if learning_rate is None:
         learns = any(w.train_masks and w.mask == "straight_through" for w in wrappers_of(wrapped))
@@ -153,33 +161,71 @@ def finetune(
     masks = MaskTraining()
     keeper = _BestEpoch(evaluator, validation, masks)
     followers = [masks, keeper, *(callbacks or [])]
-    if epochs:
-        with distilled(wrapped, teacher, distillation, train.pool):
-            wrapped.fit(train.dataset, epochs=epochs, verbose=0, callbacks=followers)
-    return keeper.restore()
+    if not epochs:
+        return evaluator(validation)
+    keeper.begin()
+    with distilled(wrapped, teacher, distillation, train.pool):
+        wrapped.fit(train.dataset, epochs=epochs, verbose=0, callbacks=followers)
+    score, warning = keeper.restore()
+    if warning:
+        _log.warning("%s", warning)
+        if warnings is not None:
+            warnings.append(warning)
+    return score
 
 
 class _BestEpoch(keras.callbacks.Callback):
+    """Keeps the weights of the best epoch after the masks froze, and those from before them all."""
+
     def __init__(self, evaluator: Evaluator, validation: list[Batch], masks: MaskTraining):
         super().__init__()
         self._evaluator, self._validation, self._masks = evaluator, validation, masks
+        self._before: tuple[Score, list[np.ndarray]] | None = None
         self._best: tuple[Score, list[np.ndarray]] | None = None
 
+    def begin(self) -> None:
+        """Takes what there is before the training."""
+        self._before = self._present()
+        self._evaluator.model.reset_states()  # an evaluation is no part of a stateful training
+
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if not self._masks.frozen:
-            return
-        score = self._evaluator(self._validation)
-        if self._best is None or self._improves(score, self._best[0]):
-            self._best = (score, self.model.get_weights())
+        if self._masks.frozen:
+            self._consider()
+
+    def _present(self) -> tuple[Score, list[np.ndarray]]:
+        return self._evaluator(self._validation), self._evaluator.model.get_weights()
+
+    def _consider(self) -> None:
+        found = self._present()
+        if self._best is None or self._improves(found[0], self._best[0]):
+            self._best = found
 
     def _improves(self, score: Score, best: Score) -> bool:
+        if not _is_finite(best) or not _is_finite(score):
+            return _is_finite(score)
         if score.metric == best.metric:
             return score.loss < best.loss
         return self._evaluator.metric.better(score.metric, best.metric)
 
-    def restore(self) -> Score:
-        if self._best is None:
-            return self._evaluator(self._validation)
-        score, weights = self._best
-        self._evaluator.model.set_weights(weights)
-        return score
+    def restore(self) -> tuple[Score, str]:
+        """Sets the best weights; returns their score, and what to say if they are the first."""
+        if self._best is None:  # a single epoch of unknown length
+            self._consider()
+        assert self._best is not None and self._before is not None
+        (score, weights), (first, kept) = self._best, self._before
+        worse = _is_finite(first) and (not _is_finite(score) or self._improves(first, score))
+        if not worse:
+            self._evaluator.model.set_weights(weights)
+            return score, ""
+        self._evaluator.model.set_weights(kept)
+        name = self._evaluator.metric.name
+        figures = "" if name == "loss" else f", {name} {first.metric:.4g} -> {score.metric:.4g}"
+        return first, (
+            "the fine-tuning made the network worse on the validation data (loss "
+            f"{first.loss:.4g} -> {score.loss:.4g}{figures}), so the weights from before it are "
+            "kept: look at the training data and labels, or set another number of finetune_epochs"
+        )
+
+
+def _is_finite(score: Score) -> bool:
+    return math.isfinite(score.metric) and math.isfinite(score.loss)
