@@ -384,6 +384,7 @@ def test_the_summary_says_what_was_left_alone(found):
     assert "left alone (frozen): base/stem/kernel, base/deep/kernel" in lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recovery", ["finetune", "least_squares"])
 def test_a_model_that_is_frozen_as_a_whole_can_be_pruned_without_training(recovery):
     model = transfer()
