@@ -32,7 +32,9 @@ _EXPORTS = {
     "EnvironmentCheckError": "errors",
     "ExportError": "errors",
     "ExportReport": "export",
+    "FileError": "errors",
     "KernelPlan": "plan",
+    "LatencyTable": "latency_table",
     "LayerEnvironment": "environment",
     "LayerSelectionEnvironment": "selection_environment",
     "Linear": "curriculum",
@@ -46,17 +48,19 @@ _EXPORTS = {
     "PlanError": "errors",
     "RLSparsityError": "errors",
     "Random": "agents",
-    "Result": "result",
     "Recovery": "recovery",
+    "Result": "result",
     "Reward": "reward",
+    "SearchInterrupted": "errors",
     "SizeModel": "size_model",
     "Staged": "curriculum",
     "Target": "target",
-    "LatencyTable": "latency_table",
     "TargetError": "errors",
     "VerificationError": "errors",
     "benchmark_tflite": "timing",
     "check_environment": "environment_check",
+    "compare": "comparison",
+    "comparison_table": "comparison",
     "count_macs": "channel_costs",
     "describe_groups": "channel_groups",
     "describe_selection_state": "selection_state",
@@ -64,29 +68,36 @@ _EXPORTS = {
     "describe_support": "support",
     "export_micro": "microcontroller",
     "export_tflite": "export",
+    "find_groups": "channel_groups",
     "inspect_tflite": "inspection",
     "load_model": "model_files",
+    "mask_channels": "channel_masks",
     "measure_latency": "latency_measurement",
     "permutation_report": "channel_permutation",
     "permute_channels": "channel_permutation",
+    "plan_of": "wrapping",
     "predict_tflite": "export",
     "register_layer": "registry",
+    "resolve": "rules",
     "shrink": "shrinking",
     "strip": "wrapping",
     "tie_channels": "channel_plans",
+    "widths_of": "layer_widths",
     "wrap": "wrapping",
 }
 
 # Modules that are used as namespaces.
-_MODULES = ("baselines",)
+_MODULES = ("baselines", "datasets")
 
 if TYPE_CHECKING:
-    from rl_sparsity_tf import baselines
+    from rl_sparsity_tf import baselines, datasets
     from rl_sparsity_tf.agents import DQN, PPO, Random
     from rl_sparsity_tf.channel_costs import count_macs
-    from rl_sparsity_tf.channel_groups import describe_groups
+    from rl_sparsity_tf.channel_groups import describe_groups, find_groups
+    from rl_sparsity_tf.channel_masks import mask_channels
     from rl_sparsity_tf.channel_permutation import permutation_report, permute_channels
     from rl_sparsity_tf.channel_plans import tie_channels
+    from rl_sparsity_tf.comparison import compare, comparison_table
     from rl_sparsity_tf.curriculum import Constant, Linear, Staged
     from rl_sparsity_tf.environment import LayerEnvironment
     from rl_sparsity_tf.environment_check import check_environment
@@ -95,10 +106,12 @@ if TYPE_CHECKING:
         DataError,
         EnvironmentCheckError,
         ExportError,
+        FileError,
         ModelError,
         NotMeasuredError,
         PlanError,
         RLSparsityError,
+        SearchInterrupted,
         TargetError,
         VerificationError,
     )
@@ -106,6 +119,7 @@ if TYPE_CHECKING:
     from rl_sparsity_tf.inspection import inspect_tflite
     from rl_sparsity_tf.latency_measurement import measure_latency
     from rl_sparsity_tf.latency_table import LatencyTable
+    from rl_sparsity_tf.layer_widths import widths_of
     from rl_sparsity_tf.mask_training import MaskTraining
     from rl_sparsity_tf.micro_report import MicroReport
     from rl_sparsity_tf.microcontroller import export_micro
@@ -116,6 +130,7 @@ if TYPE_CHECKING:
     from rl_sparsity_tf.registry import register_layer
     from rl_sparsity_tf.result import Result
     from rl_sparsity_tf.reward import Outcome, Reward
+    from rl_sparsity_tf.rules import resolve
     from rl_sparsity_tf.search import Compressor
     from rl_sparsity_tf.selection_environment import LayerSelectionEnvironment
     from rl_sparsity_tf.selection_state import describe_selection_state
@@ -126,7 +141,7 @@ if TYPE_CHECKING:
     from rl_sparsity_tf.target import Target
     from rl_sparsity_tf.timing import benchmark_tflite
     from rl_sparsity_tf.wrapper import CompressionWrapper
-    from rl_sparsity_tf.wrapping import strip, wrap
+    from rl_sparsity_tf.wrapping import plan_of, strip, wrap
 
 __all__ = [
     "ArgumentError",
@@ -139,6 +154,7 @@ __all__ = [
     "EnvironmentCheckError",
     "ExportError",
     "ExportReport",
+    "FileError",
     "KernelPlan",
     "LatencyTable",
     "LayerEnvironment",
@@ -154,9 +170,10 @@ __all__ = [
     "PlanError",
     "RLSparsityError",
     "Random",
-    "Result",
     "Recovery",
+    "Result",
     "Reward",
+    "SearchInterrupted",
     "SizeModel",
     "Staged",
     "Target",
@@ -166,23 +183,31 @@ __all__ = [
     "baselines",
     "benchmark_tflite",
     "check_environment",
+    "compare",
+    "comparison_table",
     "count_macs",
+    "datasets",
     "describe_groups",
     "describe_selection_state",
     "describe_state",
     "describe_support",
     "export_micro",
     "export_tflite",
+    "find_groups",
     "inspect_tflite",
     "load_model",
+    "mask_channels",
     "measure_latency",
     "permutation_report",
     "permute_channels",
+    "plan_of",
     "predict_tflite",
     "register_layer",
+    "resolve",
     "shrink",
     "strip",
     "tie_channels",
+    "widths_of",
     "wrap",
 ]
 

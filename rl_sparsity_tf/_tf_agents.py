@@ -8,22 +8,41 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 import warnings
 from collections.abc import Iterator
+
+import tf_keras as keras
 
 from rl_sparsity_tf.errors import MissingDependencyError
 
 
 @contextlib.contextmanager
-def _environment_kept() -> Iterator[None]:
-    """Takes away what an import adds to the environment variables."""
-    before = dict(os.environ)
+def _process_kept() -> Iterator[None]:
+    """Takes away what an import adds to the process beside modules.
+
+    That is an environment variable of gym's; an entry of setuptools' in `sys.path`; and classes
+    that TF-Agents and TensorFlow Probability register under bare names, such as "ExpandDims":
+    Keras would take them for a caller's own of that name, and one of them unpickles its
+    configuration. Whoever has imported those libraries before keeps what they registered.
+    """
+    variables, path = dict(os.environ), list(sys.path)
+    modules, classes = set(sys.modules), keras.utils.get_custom_objects()
+    registered = dict(classes)
     try:
         yield
     finally:
-        for name in set(os.environ) - set(before):
+        for name in set(os.environ) - set(variables):
             del os.environ[name]
-        os.environ.update(before)
+        os.environ.update(variables)
+        for name in set(classes) - set(registered):
+            del classes[name]
+        if sys.path != path:
+            sys.path[:] = path
+            # It adds the entry once, when it is loaded; who imports it later needs that again.
+            for name in set(sys.modules) - modules:
+                if name.partition(".")[0] in ("setuptools", "distutils", "_distutils_hack"):
+                    del sys.modules[name]
 
 
 try:
@@ -32,7 +51,7 @@ try:
     with (
         contextlib.redirect_stderr(io.StringIO()),
         warnings.catch_warnings(),
-        _environment_kept(),
+        _process_kept(),
     ):
         warnings.simplefilter("ignore", SyntaxWarning)
         import tf_agents  # noqa: F401

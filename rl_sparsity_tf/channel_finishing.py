@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -18,6 +17,7 @@ from rl_sparsity_tf.channel_plans import masks, only_pruned
 from rl_sparsity_tf.channel_programming import cost_of_plan, pruned_to
 from rl_sparsity_tf.errors import TargetError
 from rl_sparsity_tf.export import export_tflite
+from rl_sparsity_tf.files import scratch_folder
 from rl_sparsity_tf.finishing import Figures, Finished, RemovedChannels, all_quantized, finish
 from rl_sparsity_tf.kernels import count_weights, walk
 from rl_sparsity_tf.latency_table import LatencyTable
@@ -200,8 +200,8 @@ def _held(task: Task, candidate: Candidate) -> tuple[Candidate, _Small, Timing |
     reached = []
     value = task.target.value
     wanted = 1.0 - value if task.target.kind == "sparsity" else value
-    with tempfile.TemporaryDirectory(prefix="rl_sparsity_") as folder:
-        ruler = _Ruler(task, Path(folder))
+    with scratch_folder() as folder:
+        ruler = _Ruler(task, folder)
         for _ in range(_ATTEMPTS):
             small = _Small(*without_channels(task.model, decisions, candidate))
             found, timing = ruler.measure(small)

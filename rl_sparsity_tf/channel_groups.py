@@ -16,7 +16,7 @@ from rl_sparsity_tf.channel_graph import ChannelGraph, PlacedStep, has_graph
 from rl_sparsity_tf.channel_steps import Depthwise, Mix
 from rl_sparsity_tf.errors import ModelError
 from rl_sparsity_tf.kernels import check_model
-from rl_sparsity_tf.tables import table_lines
+from rl_sparsity_tf.tables import printing, table_lines
 from rl_sparsity_tf.wrapping import is_wrapped
 
 _WIDTH = 150
@@ -198,6 +198,7 @@ def describe_groups(model: keras.Model, print_fn: Callable[[str], object] = prin
     Example:
         >>> describe_groups(model)
     """
+    print_fn = printing(print_fn)
     check_plain(model, "describe_groups")
     if not has_graph(model):
         print_fn(f"{model.name}: {no_graph(model)}")

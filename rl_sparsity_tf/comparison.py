@@ -42,7 +42,7 @@ from rl_sparsity_tf.search import Compressor
 from rl_sparsity_tf.search_loop import SearchLoop
 from rl_sparsity_tf.size_costs import formats_for
 from rl_sparsity_tf.size_enforcement import share_to_keep, size_held
-from rl_sparsity_tf.tables import table_lines
+from rl_sparsity_tf.tables import printing, table_lines
 from rl_sparsity_tf.tfmot_baseline import load_tfmot, prune_with_tfmot
 from rl_sparsity_tf.wrapping import strip, wrap
 
@@ -351,6 +351,7 @@ def comparison_table(metrics: dict[str, Any], print_fn: Callable[[str], Any] = p
         metrics: A result's metrics.
         print_fn: Called with every line.
     """
+    print_fn = printing(print_fn)
     name, tested = metrics["metric"]["name"], metrics["compressed"]["metric"] is not None
     prefix = "" if tested else "validation_"
     table = Table(title=f"{'test' if tested else 'validation'} {name} of the .tflite file")

@@ -12,10 +12,10 @@ import itertools
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +24,13 @@ from typing import Any
 import numpy as np
 
 from rl_sparsity_tf.errors import ExportError
+from rl_sparsity_tf.files import new_scratch_folder, scratch_folder
 
 # Converting a large model takes minutes; a child that is silent for longer hangs.
 TIMEOUT_SECONDS = 1800.0
 _TAIL_LINES = 15
 _CLOSE_SECONDS = 5.0
+_LOG = "worker.log"
 
 
 class WorkerError(ExportError):
@@ -62,7 +64,8 @@ class ConversionWorker:
         self._numbers = itertools.count(1)
         self._process: subprocess.Popen[str] | None = None
         self._owner = os.getpid()
-        self._log: Path | None = None
+        # Of the child alone: what it leaves when it dies is found, and removed.
+        self._folder: Path | None = None
         self._replies: queue.Queue[str | None] = queue.Queue()
 
     def __enter__(self) -> ConversionWorker:
@@ -117,7 +120,7 @@ class ConversionWorker:
         representative: Sequence[np.ndarray] | None = None,
     ) -> None:
         """Converts a SavedModel to a .tflite file with builtin operators only."""
-        with tempfile.TemporaryDirectory(prefix="rl_sparsity_") as folder:
+        with scratch_folder() as folder:
             rows = None
             if representative is not None:
                 rows = os.path.join(folder, "representative.npz")
@@ -137,9 +140,15 @@ class ConversionWorker:
         *,
         batch_size: int,
         xnnpack: bool = True,
+        reset: bool = True,
+        names: Sequence[str] | None = None,
     ) -> list[np.ndarray]:
-        """Runs a .tflite file over all rows; returns its outputs in Keras's order."""
-        with tempfile.TemporaryDirectory(prefix="rl_sparsity_") as folder:
+        """Runs a .tflite file over all rows; returns its outputs in Keras's order.
+
+        The arrays are in the order of the file's inputs, or for those with the names given. Without
+        `reset` a file that keeps its state starts a call from where the last one ended.
+        """
+        with scratch_folder() as folder:
             rows, results = os.path.join(folder, "in.npz"), os.path.join(folder, "out.npz")
             save_inputs(rows, inputs)
             self.request(
@@ -149,6 +158,8 @@ class ConversionWorker:
                 outputs=results,
                 batch_size=batch_size,
                 xnnpack=xnnpack,
+                reset=reset,
+                given=None if names is None else list(names),
             )
             with np.load(results, allow_pickle=False) as arrays:
                 return [arrays[f"output_{index}"] for index in range(len(arrays.files))]
@@ -191,24 +202,20 @@ class ConversionWorker:
         """Returns whether a new child had to be started."""
         if self._owner != os.getpid():
             # After a fork the pipes belong to the parent's conversations.
-            self._process, self._log, self._owner = None, None, os.getpid()
+            self._process, self._folder, self._owner = None, None, os.getpid()
         if self._process is not None and self._process.poll() is None:
             return False
         self._kill()
-        package_parent = str(Path(__file__).resolve().parent.parent)
-        environment = dict(os.environ)
-        inherited = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, inherited]))
+        self._folder = new_scratch_folder("rl_sparsity_worker_")
+        environment = child_environment(self._folder)
         # Conversion needs no GPU, and must not take the memory of the one the parent trains on.
         environment["CUDA_VISIBLE_DEVICES"] = "-1"
-        descriptor, name = tempfile.mkstemp(prefix="rl_sparsity_worker_", suffix=".log")
-        self._log = Path(name)
         self._replies = queue.Queue()
         try:
-            with os.fdopen(descriptor, "wb") as log:
+            with open(self._folder / _LOG, "wb") as log:
                 self._process = subprocess.Popen(
                     # -P: a file in the user's folder must not be imported in a module's place.
-                    [sys.executable, "-P", "-m", "rl_sparsity_tf._conversion_worker"],
+                    [sys.executable, "-P", "-m", "rl_sparsity_tf._conversion_worker", self._folder],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -218,7 +225,7 @@ class ConversionWorker:
                     start_new_session=True,
                 )
         except OSError as error:
-            self._log.unlink(missing_ok=True)
+            self._kill()
             raise WorkerError(
                 f"The conversion process could not be started with {sys.executable!r}: {error}. "
                 "Export from a Python interpreter that can start itself.",
@@ -283,9 +290,10 @@ class ConversionWorker:
         )
 
     def _tail(self) -> str:
-        if self._log is None or not self._log.exists():
+        log = None if self._folder is None else self._folder / _LOG
+        if log is None or not log.exists():
             return ""
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(lines[-_TAIL_LINES:])
 
     def _kill_process(self, grace: float = 0.0) -> None:
@@ -304,9 +312,9 @@ class ConversionWorker:
                 if stream is not None:
                     with contextlib.suppress(OSError):
                         stream.close()
-        if self._log is not None:
-            self._log.unlink(missing_ok=True)
-        self._process, self._log = None, None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._process, self._folder = None, None
 
 
 _worker = ConversionWorker()
@@ -327,6 +335,15 @@ def start_worker() -> None:
         >>> export_tflite(model, "model.tflite", "none")
     """
     shared_worker().start()
+
+
+def child_environment(folder: Path) -> dict[str, str]:
+    """The environment of a child that finds this package, and puts temporary files in a folder."""
+    environment = dict(os.environ)
+    parent = str(Path(__file__).resolve().parent.parent)
+    inherited = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [parent, inherited]))
+    return {**environment, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))}
 
 
 def save_inputs(path: str, arrays: Sequence[np.ndarray]) -> None:

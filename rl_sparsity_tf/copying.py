@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.errors import ModelError, RLSparsityError, one_line
+from rl_sparsity_tf.files import scratch_folder
 from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.signature import input_specs, is_graph, pack_inputs
 from rl_sparsity_tf.sublayers import direct_sublayers, recurrent_layers, unreachable_sublayers
@@ -61,9 +61,9 @@ def _copy_vocabulary(source: keras.layers.Layer, destination: keras.layers.Layer
     """Passes on what `adapt` has learnt, which is neither in the config nor in the weights."""
     words = getattr(source, "get_vocabulary", None)
     if words is not None and words(include_special_tokens=False):
-        with tempfile.TemporaryDirectory() as folder:
-            source.save_assets(folder)
-            destination.load_assets(folder)
+        with scratch_folder() as folder:
+            source.save_assets(str(folder))
+            destination.load_assets(str(folder))
 
 
 @contextlib.contextmanager
@@ -101,6 +101,7 @@ def rebuild(model: keras.Model, convert: Convert) -> keras.Model:
         if id(layer) not in converted:
             if is_graph(layer):
                 converted[id(layer)] = keras.models.clone_model(layer, clone_function=visit)
+                freeze_alike(layer, converted[id(layer)])
             else:
                 with tape.stop_recording():  # copying reads the original's weights
                     converted[id(layer)] = convert(layer)
@@ -112,9 +113,14 @@ def rebuild(model: keras.Model, convert: Convert) -> keras.Model:
         else:
             rebuilt = _rebuild_subclassed(model, visit, tape)
     _check_tracked(model, rebuilt, tape.watched_variables())
-    if not model.trainable:  # setting it to True would also thaw layers that are frozen one by one
-        rebuilt.trainable = False
+    freeze_alike(model, rebuilt)
     return rebuilt
+
+
+def freeze_alike(source: keras.layers.Layer, destination: keras.layers.Layer) -> None:
+    """Freezes or thaws a layer or model as another is, without those inside it."""
+    # The public property would pass the state on to them, frozen one by one as they may be.
+    destination._trainable = source._trainable
 
 
 def _rebuild_graph(model: keras.Model, visit: Convert) -> keras.Model:
@@ -140,8 +146,8 @@ def _check_tracked(model: keras.Model, rebuilt: keras.Model, read: Sequence[tf.V
     recurrent = recurrent_layers(rebuilt)
     states = tf.nest.flatten([layer.states for layer in recurrent if layer.stateful])
     # Vocabularies are among the weights without being variables.
-    known = {id(getattr(weight, "handle", None)) for weight in [*rebuilt.weights, *states]}
-    hidden = [variable.name for variable in read if id(variable.handle) not in known]
+    known = {handle for weight in [*rebuilt.weights, *states] for handle in _handles(weight)}
+    hidden = [variable.name for variable in read if not known.intersection(_handles(variable))]
     if hidden:
         raise ModelError(
             f"The model {model.name!r} ({type(model).__name__}) uses weights that Keras does not "
@@ -149,6 +155,12 @@ def _check_tracked(model: keras.Model, rebuilt: keras.Model, read: Sequence[tf.V
             "layers in attributes, or in lists or dicts there, and not in sets or functions; use "
             "a weight only in the layer that owns it."
         )
+
+
+def _handles(variable: Any) -> list[int]:
+    """What a variable is known by, however it is wrapped; one of a strategy has several."""
+    parts = getattr(variable, "values", None) or [variable]
+    return [id(getattr(part, "handle", None)) for part in parts]
 
 
 def _rebuild_subclassed(model: keras.Model, visit: Convert, tape: tf.GradientTape) -> keras.Model:
@@ -201,6 +213,13 @@ def _keras_attributes() -> frozenset[str]:
     return frozenset({*vars(model), "history", "name"})
 
 
+def plain_attributes(source: Any, fresh: Any) -> Iterator[tuple[str, Any]]:
+    """Attributes of an object that one made of its config may lack, those of Keras left out."""
+    for name, value in list(vars(source).items()):
+        if not name.startswith("_self_") and _differs(value, vars(fresh).get(name)):
+            yield name, value
+
+
 def _differs(value: Any, fresh: Any) -> bool:
     """Whether a value may be another than the one that a copy was made with, and can be copied.
 
@@ -213,13 +232,22 @@ def _differs(value: Any, fresh: Any) -> bool:
     return _is_plain(value)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Any, depth: int = 4) -> bool:
+    if depth == 0:
+        return False
     if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
+        return all(_is_plain(item, depth) for item in value)
     if isinstance(value, Mapping):
-        return all(_is_plain(item) for item in value.values())
+        return all(_is_plain(item, depth) for item in value.values())
     plain = bool | int | float | complex | str | bytes | np.ndarray | np.generic | tf.DType
-    return value is None or isinstance(value, plain)
+    if value is None or isinstance(value, plain):
+        return True
+    # Settings kept in an object, such as one of a dataclass.
+    settings = getattr(value, "__dict__", None)
+    library = type(value).__module__.partition(".")[0] in ("tensorflow", "tf_keras", "builtins")
+    if not isinstance(settings, dict) or isinstance(value, type) or library:
+        return False
+    return all(_is_plain(item, depth - 1) for item in settings.values())
 
 
 def _converted(value: Any, visit: Convert) -> Any:
@@ -270,8 +298,7 @@ def copy_own_weights(source: keras.Model, destination: keras.Model) -> None:
 
 
 def _copy_trainable(source: keras.layers.Layer, destination: keras.layers.Layer) -> None:
-    # Layer by layer: the public property would pass a layer's state on to those inside it.
-    destination._trainable = source._trainable
+    freeze_alike(source, destination)
     ours, theirs = direct_sublayers(destination), direct_sublayers(source)
     if len(ours) == len(theirs):
         for our, their in zip(ours, theirs, strict=True):

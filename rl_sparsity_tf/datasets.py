@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rl_sparsity_tf.errors import ArgumentError, DataError, one_line
+from rl_sparsity_tf.files import as_file
 from rl_sparsity_tf.npz_files import read_npz
 
 _log = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ def load_npz(path: str | os.PathLike[str]) -> Data:
         >>> np.savez("data.npz", x_train=x, y_train=y, x_validation=xv, y_validation=yv)
         >>> data = load_npz("data.npz")
     """
-    path = Path(path)
+    path = as_file("path", path, "a file written by numpy.savez")
     arrays = read_npz(path)
     shape, classes = arrays["x_train"].shape[1:], _count_classes(arrays)
     return Data(name=path.name, input_shape=shape, num_classes=classes, **arrays)

@@ -8,15 +8,30 @@ what was received, what was expected and how to mend it.
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
+from typing import Any
 
 
 class RLSparsityError(Exception):
-    """Base class of every error raised by this package."""
+    """Base class of every error raised by this package.
+
+    Its text holds no control characters: names in it may come from files.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), keep="\n\t")
 
 
 class ArgumentError(RLSparsityError, ValueError):
     """An argument has a value that cannot be used."""
+
+
+class FileError(ArgumentError, OSError):
+    """The system does not let a file or folder be read or written: no right to, no room, no name.
+
+    `errno` is the system's number of the reason.
+    """
 
 
 class ModelError(RLSparsityError, ValueError):
@@ -67,6 +82,35 @@ class EnvironmentCheckError(RLSparsityError, AssertionError):
     """An environment breaks the contract that the agents rely on."""
 
 
+def printable(text: str, keep: str = "") -> str:
+    r"""A text that does nothing but stand there when it is printed.
+
+    Names from files may hold what terminals obey: escape sequences, changes of direction, halves
+    of characters. These are written out.
+
+    Args:
+        text: The text.
+        keep: Control characters that stay as they are.
+
+    Example:
+        >>> print(printable("dense\x1b[2J"))
+        dense\x1b[2J
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character
+        if character in keep or unicodedata.category(character) not in _INVISIBLE
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+_LONGEST_WORD = 200
+# Controls, formats (such as the direction of writing), halves of characters, ends of lines.
+_INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
 def did_you_mean(value: object, choices: Iterable[object]) -> str:
     """Lists the choices and names the closest one.
 
@@ -76,7 +120,8 @@ def did_you_mean(value: object, choices: Iterable[object]) -> str:
     """
     names = [str(choice) for choice in choices]
     text = "Expected one of " + ", ".join(repr(name) for name in names) + "."
-    close = difflib.get_close_matches(str(value), names, n=1)
+    # A file's text may be of any length, and comparing takes its square.
+    close = difflib.get_close_matches(str(value)[:_LONGEST_WORD], names, n=1)
     return f"{text} Did you mean {close[0]!r}?" if close else text
 
 
@@ -87,7 +132,7 @@ def one_line(error: BaseException, limit: int = 200) -> str:
         error: The error.
         limit: Characters of the text at most.
     """
-    text = (str(error).strip().splitlines() or [""])[0].rstrip(". ")
+    text = printable((str(error).strip().splitlines() or [""])[0].rstrip(". "))
     return f"{type(error).__name__}: {text[:limit]}" if text else type(error).__name__
 
 
@@ -101,3 +146,28 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
 
 class AgentStateError(RLSparsityError, RuntimeError):
     """An agent's methods were called out of order, or it was given another agent's state."""
+
+
+class SearchInterrupted(KeyboardInterrupt):
+    """Ctrl-C ended a search after an episode.
+
+    A `KeyboardInterrupt` and no `RLSparsityError`, so that whoever goes on after errors does not
+    go on after this.
+
+    Attributes:
+        episodes: How many had been played.
+        directory: The run directory, where everything is saved; None without one.
+        plan: The best plan so far, for [wrap][rl_sparsity_tf.wrap].
+
+    Example:
+        >>> try:
+        ...     result = compressor.search(data, validation_data=validation)
+        ... except rls.SearchInterrupted as interrupted:
+        ...     small = rls.strip(rls.wrap(model, interrupted.plan))
+    """
+
+    def __init__(self, message: str, *, episodes: int, directory: str | None, plan: Any):
+        super().__init__(message)
+        self.episodes = episodes
+        self.directory = directory
+        self.plan = plan

@@ -9,6 +9,7 @@ from typing import Any
 from rl_sparsity_tf.exploitation import Exploitation
 from rl_sparsity_tf.flat_model import FlatModel, FlatTensor
 from rl_sparsity_tf.matching import MatchedTensor
+from rl_sparsity_tf.tables import printing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,7 @@ class ExportReport:
         Args:
             print_fn: Called with every line.
         """
+        print_fn = printing(print_fn)
         kernels = [tensor for tensor in self.tensors if tensor.kernel is not None]
         sentences = list(dict.fromkeys(tensor.exploited for tensor in kernels if tensor.exploited))
         rows: list[tuple[str, ...]] = [

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import tf_keras as keras
@@ -14,6 +12,7 @@ from rl_sparsity_tf.compile_state import copy_compile_state
 from rl_sparsity_tf.data import Batch, TrainingData, inputs_of
 from rl_sparsity_tf.export import export_tflite
 from rl_sparsity_tf.export_report import ExportReport
+from rl_sparsity_tf.files import scratch_folder
 from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.mask_training import FineTuning, finetune
 from rl_sparsity_tf.objective import Metric, Score
@@ -172,8 +171,8 @@ def export_and_score(
     formats: str = "dense",
 ) -> Exported:
     """Exports a model, verifies the file, and scores the file itself on test data."""
-    with tempfile.TemporaryDirectory(prefix="rl_sparsity_") as folder:
-        path = Path(folder) / "model.tflite"
+    with scratch_folder() as folder:
+        path = folder / "model.tflite"
         report = export_tflite(
             model,
             path,

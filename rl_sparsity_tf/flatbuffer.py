@@ -7,9 +7,9 @@ integers, two 4-bit values in a byte, without its zeros, or outside the flatbuff
 
 from __future__ import annotations
 
+import math
 import os
 import struct
-from pathlib import Path
 from typing import Any
 
 import flatbuffers
@@ -17,8 +17,9 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from rl_sparsity_tf.errors import ArgumentError, ExportError
+from rl_sparsity_tf.files import as_file, reading
 from rl_sparsity_tf.flat_model import FlatGraph, FlatModel, FlatOperator, FlatTensor
-from rl_sparsity_tf.sparse_format import decode_sparse
+from rl_sparsity_tf.sparse_format import check_size, decode_sparse
 
 __all__ = [
     "FlatGraph",
@@ -41,6 +42,15 @@ _NUMPY_TYPES = {
         *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     )
 }
+
+
+# The vector that names a table takes four bytes for it; several names may stand for one table.
+_TABLE_BYTES = 4
+# What the schema's classes and NumPy raise of damaged files.
+_DAMAGE = (
+    *(struct.error, TypeError, ValueError, LookupError, ArithmeticError, AttributeError),
+    *(MemoryError, RecursionError),
+)
 
 
 def _names_by_code(enumeration: type) -> dict[int, str]:
@@ -74,17 +84,13 @@ def read_tensors(path: str | os.PathLike[str]) -> list[FlatTensor]:
 
 def read_flat_model(path: str | os.PathLike[str]) -> FlatModel:
     """Reads the tensors and operators of all subgraphs; raises as [read_tensors][] does."""
-    path = Path(path)
+    path = as_file("path", path, "a .tflite file")
     if not path.is_file():
         raise ArgumentError(f"There is no file {str(path)!r}. Give the path of a .tflite file.")
-    try:
+    with reading(path, "a .tflite file"):
         content = path.read_bytes()
-    except OSError as error:
-        raise ArgumentError(
-            f"{path} cannot be read: {error.strerror or error}. Give a .tflite file that this "
-            "user may read."
-        ) from error
     model = _parse(content, str(path))
+    _check_sparse(model, str(path), len(content))
     tensors: list[FlatTensor] = []
     operators: list[FlatOperator] = []
     graphs: list[FlatGraph] = []
@@ -103,7 +109,9 @@ def read_flat_model(path: str | os.PathLike[str]) -> FlatModel:
                 _check_indices(flat.name, (*flat.inputs, *flat.outputs), range(-1, count))
                 operators.append(flat)
         signatures = tuple(_text(entry.signatureKey) for entry in _listed(model.signatureDefs))
-    except (IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except ExportError:
+        raise
+    except _DAMAGE as error:
         raise _damaged(str(path), error) from error
     return FlatModel(
         tensors=tuple(tensors),
@@ -129,7 +137,16 @@ def inline_buffers(content: bytes) -> bytes:
         ArgumentError: If these are not the bytes of a .tflite file.
         ExportError: If they are damaged.
     """
-    model = _parse(content, "the bytes given")
+    return pack_model(_parse(content, "the bytes given"), content)
+
+
+def pack_model(model: Any, content: bytes) -> bytes:
+    """Writes a model in one flatbuffer, its buffers aligned to 16 bytes.
+
+    Args:
+        model: A model of the schema's object API.
+        content: The bytes it was read from, behind whose flatbuffer buffers may lie.
+    """
     buffers = []
     for buffer in model.buffers:
         aligned = AlignedBuffer()
@@ -166,9 +183,55 @@ def _parse(content: bytes, name: str) -> Any:
             f"{_IDENTIFIER!r}. Give a file written by export_tflite or the TFLite converter."
         )
     try:
+        _check_tables(content)
         return schema.ModelT.InitFromPackedBuf(content, 0)
-    except (struct.error, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as e:
-        raise _damaged(name, e) from e
+    except _DAMAGE as error:
+        raise _damaged(name, error) from error
+
+
+def _check_tables(content: bytes) -> None:
+    """Raises if a file names more tables than it can hold.
+
+    Tables may be named any number of times, and those in them as well: a file of a megabyte would
+    unfold into billions.
+    """
+    model = schema.Model.GetRootAs(content)
+    most = len(content) // _TABLE_BYTES
+    count = model.BuffersLength() + model.OperatorCodesLength() + model.MetadataLength()
+    for number in range(model.SignatureDefsLength()):
+        signature = model.SignatureDefs(number)
+        count += 1 + signature.InputsLength() + signature.OutputsLength()
+        _check_count(count, most)
+    for number in range(model.SubgraphsLength()):
+        graph = model.Subgraphs(number)
+        count += 1 + graph.TensorsLength() + graph.OperatorsLength()
+        _check_count(count, most)
+        for index in range(graph.TensorsLength()):
+            tensor = graph.Tensors(index)
+            sparsity = tensor.Sparsity()
+            count += tensor.VariantTensorsLength()
+            count += 0 if sparsity is None else sparsity.DimMetadataLength()
+            _check_count(count, most)
+    _check_count(count, most)
+
+
+def _check_count(count: int, most: int) -> None:
+    if count > most:
+        raise ValueError(f"it names {count:,} tables and has room for {most:,}")
+
+
+def _check_sparse(model: Any, name: str, stored: int) -> None:
+    """Raises if a file's sparse tensors together would take far more memory than the file."""
+    try:
+        shapes = [
+            _integers(tensor.shape)
+            for graph in _listed(model.subgraphs)
+            for tensor in _listed(graph.tensors)
+            if tensor.sparsity is not None
+        ]
+    except _DAMAGE as error:
+        raise _damaged(name, error) from error
+    check_size([sum(math.prod(shape) for shape in shapes if min(shape, default=1) > 0)], 4, stored)
 
 
 def _damaged(name: str, error: Exception) -> ExportError:
@@ -276,7 +339,9 @@ def _index_bytes(sparsity: Any) -> int:
 
 
 def _decode(stored: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray | None:
-    elements = int(np.prod(shape, dtype=np.int64))
+    if any(size < 0 for size in shape):
+        raise ValueError(f"a constant has the shape {shape}")
+    elements = math.prod(shape)
     if dtype in _PACKED_BITS:
         return _unpack(stored, _PACKED_BITS[dtype])[:elements].reshape(shape)
     if dtype not in _NUMPY_TYPES:

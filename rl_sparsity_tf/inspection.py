@@ -13,6 +13,7 @@ from rl_sparsity_tf.exploitation import Exploitation
 from rl_sparsity_tf.files import gzip_size
 from rl_sparsity_tf.flat_model import FlatModel, FlatTensor
 from rl_sparsity_tf.flatbuffer import read_flat_model
+from rl_sparsity_tf.tables import printing
 
 # Constants of these types can be weights; others are shapes, axes and indices.
 _WEIGHT_TYPES = {"float16", "float32", "float64", "int8", "uint8", "int4", "int2", "int16"}
@@ -122,6 +123,7 @@ class FileInspection:
         Args:
             print_fn: Called with every line.
         """
+        print_fn = printing(print_fn)
         sentences = list(dict.fromkeys(tensor.exploited for tensor in self.tensors))
         rows = [_HEAD, *(self._row(tensor, sentences) for tensor in self.tensors)]
         if self.other_tensors:

@@ -16,12 +16,17 @@ import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.errors import ArgumentError, check_choice, did_you_mean
-from rl_sparsity_tf.files import as_path, check_new_file, write_text
+from rl_sparsity_tf.files import as_file, check_new_file, write_text
+from rl_sparsity_tf.json_text import parse_strict
 from rl_sparsity_tf.layer_widths import LayerWidths, Width
+from rl_sparsity_tf.tables import printing
 
 FORMAT_VERSION = 1
 QUANTIZATIONS = ("none", "int8", "plan")
 _WHAT = "a latency table"
+# Every width up to a layer's own is looked up in a list.
+_WIDEST = 2**22
+_LARGEST = float(np.finfo(np.float64).max)
 _FIELDS = frozenset(
     "format_version device quantization threads xnnpack overhead_ms spread layers".split()
 )
@@ -51,10 +56,11 @@ class LayerLatency:
         _check_text("kind", self.kind)
         for name in ("inputs", "outputs"):
             widths = _array(name, getattr(self, name), 1)
-            if (widths % 1).any() or (np.diff(widths, prepend=0) < 1).any():
+            wrong = (widths % 1).any() or (np.diff(widths, prepend=0) < 1).any()
+            if wrong or widths[-1] > _WIDEST:
                 raise ArgumentError(
                     f"{name}={widths.tolist()} cannot be used. Expected the widths as increasing "
-                    "whole numbers of at least 1."
+                    f"whole numbers of at least 1 and at most {_WIDEST:,}."
                 )
             object.__setattr__(self, name, _read_only(widths.astype(np.int64)))
         ms = _array("ms", self.ms, 2)
@@ -237,7 +243,7 @@ class LatencyTable:
         """
         _check_fields(_WHAT, values, _FIELDS)
         version = values["format_version"]
-        if version != FORMAT_VERSION:
+        if version != FORMAT_VERSION or isinstance(version, bool):
             raise ArgumentError(
                 f"The latency table has format_version {version!r}. Expected {FORMAT_VERSION}: "
                 "measure it again, or update rl_sparsity_tf."
@@ -281,9 +287,9 @@ class LatencyTable:
             >>> table = LatencyTable.load("phone.json")
             >>> table.check(model)
         """
-        file: Path = as_path("path", path, "the path of a latency table's JSON file")
+        file: Path = as_file("path", path, "the path of a latency table's JSON file")
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = parse_strict(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise ArgumentError(
                 f"The latency table {str(path)!r} cannot be read ({error}). Expected a JSON file "
@@ -300,6 +306,7 @@ class LatencyTable:
         Args:
             print_fn: Called with every line.
         """
+        print_fn = printing(print_fn)
         width = max(len(path) for path in (*self.layers, "overhead"))
         for path, layer in self.layers.items():
             print_fn(f"{path.ljust(width)}  {layer.ms[-1, -1]:9.4f} ms  {layer.kind}")
@@ -334,7 +341,7 @@ def _check_fields(what: str, values: Any, expected: frozenset[str]) -> None:
 def _array(name: str, values: Any, rank: int) -> np.ndarray:
     try:
         array = np.array(values, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         array = np.empty(0)
     if array.ndim != rank or not array.size or not np.isfinite(array).all():
         raise ArgumentError(
@@ -351,7 +358,8 @@ def _check_text(name: str, value: Any) -> None:
 
 def _check_number(name: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:
+    # Not math.isfinite: it fails on integers that no float can hold.
+    if not number or not 0 <= value <= _LARGEST:
         raise ArgumentError(f"{name}={value!r} cannot be used. Expected a number of at least 0.")
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from rl_sparsity_tf.channel_masks import mask_channels
 from rl_sparsity_tf.export import convert_traced
 from rl_sparsity_tf.export_precision import in_float32
 from rl_sparsity_tf.file_pieces import split_file
+from rl_sparsity_tf.files import scratch_folder
 from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.layer_widths import Chain, Width
 from rl_sparsity_tf.recurrent import stateless
@@ -78,8 +77,7 @@ def converted(
 ) -> Iterator[list[Path | None]]:
     """Files of the models that the builders build, in a folder that goes in the end."""
     files: list[Path | None] = []
-    folder = Path(tempfile.mkdtemp(prefix="rl_sparsity_"))
-    try:
+    with scratch_folder() as folder:
         for start in range(0, len(builders), _BATCH):
             part = folder / str(start)
             part.mkdir()
@@ -93,8 +91,6 @@ def converted(
             file = _convert(together, part, batch_size, quantization)
             files += split_file(file, [len(inputs) for inputs, _ in built])
         yield files
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _set_weights(model: keras.Model) -> None:

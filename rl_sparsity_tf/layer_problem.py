@@ -12,6 +12,7 @@ import tensorflow as tf
 from rl_sparsity_tf import operations as ops
 from rl_sparsity_tf.constraints import constraint_of, project
 from rl_sparsity_tf.error_feedback import round_with_feedback
+from rl_sparsity_tf.errors import DataError
 from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.kernels import Kernel
 from rl_sparsity_tf.layer_rows import RowSource
@@ -33,6 +34,17 @@ class Moments:
     mean: np.ndarray
     gram: np.ndarray
     cross: np.ndarray
+
+
+# Ordinary activations are computed with as they are, in the unit 1.
+_FAR = 2.0**30
+
+
+def _unit(largest: float, far: float) -> float:
+    """A power of two near a magnitude, or 1 if that is not far from it; changes no digit."""
+    if largest == 0 or 1 / far <= largest <= far:
+        return 1.0
+    return float(np.ldexp(1.0, int(np.frexp(largest)[1])))
 
 
 class LayerProblem:
@@ -72,15 +84,18 @@ class LayerProblem:
         self.bias = layer.bias if adapts else None
         self._bias0 = None if self.bias is None else np.asarray(self.bias)
         rows = source.take(inputs)
-        outputs = self._product(rows, self.original)
-        self._output_mean = outputs.mean(axis=0, dtype=np.float64)
-        if self.bias is None:
-            self._output_mean = np.zeros_like(self._output_mean)
-        self._wanted = (outputs - self._output_mean).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # what that means is said in words
+            outputs = self._product(rows, self.original)
+            self._output_mean = outputs.mean(axis=0, dtype=np.float64)
+            if self.bias is None:
+                self._output_mean = np.zeros_like(self._output_mean)
+            self._wanted, self._wanted_unit = self._in_units(outputs - self._output_mean)
         self.dense = self.moments(rows)
         # Single precision will do for comparing errors, and takes half the time.
-        self._gram32 = self.dense.gram.astype(np.float32)
-        self.energy = max(self._energy(self.original, self._gram32), 1e-30)
+        self._energy_unit = _unit(float(self.dense.gram.max()), _FAR**2)
+        self._gram32 = (self.dense.gram / self._energy_unit).astype(np.float32)
+        least = 1e-30 * self._energy_unit
+        self.energy = max(self._energy(self.original, self._gram32) * self._energy_unit, least)
 
     def regrouped(self, grouping: Grouping) -> LayerProblem:
         """The same problem of a kernel that is cut in another way; what is known stays shared."""
@@ -98,17 +113,37 @@ class LayerProblem:
         mean = rows.mean(axis=0, dtype=np.float64)
         if self.bias is None:
             mean = np.zeros_like(mean)
-        centred = rows - mean.astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            centred, unit = self._in_units(rows - mean.astype(np.float32))
+        squared, mixed = unit * unit, unit * self._wanted_unit
         if not self._source.depthwise:
-            gram = (centred.T @ centred).astype(np.float64) / count
-            cross = (centred.T @ self._wanted).astype(np.float64) / count
+            gram = (centred.T @ centred).astype(np.float64) / count * squared
+            cross = (centred.T @ self._wanted).astype(np.float64) / count * mixed
             return Moments(mean, gram, cross)
         by_channel = centred.transpose(2, 1, 0)  # (channels, positions, rows)
-        gram = (by_channel @ by_channel.transpose(0, 2, 1)).astype(np.float64) / count
+        gram = (by_channel @ by_channel.transpose(0, 2, 1)).astype(np.float64) / count * squared
         channels = by_channel.shape[0]
         wanted = self._wanted.reshape(count, channels, -1).transpose(1, 0, 2)
-        cross = (by_channel @ wanted).astype(np.float64) / count
+        cross = (by_channel @ wanted).astype(np.float64) / count * mixed
         return Moments(mean, gram, cross.transpose(1, 0, 2).reshape(by_channel.shape[1], -1))
+
+    def _in_units(self, values: np.ndarray) -> tuple[np.ndarray, float]:
+        """Values in a unit that their products stay within single precision in, and the unit.
+
+        Raises:
+            DataError: If they are not finite.
+        """
+        largest = max(float(values.max()), -float(values.min()))
+        if not np.isfinite(largest):
+            raise DataError(
+                f"With the training data the layer {self.kernel.layer.name!r} is given, or gives, "
+                "values beyond float32. Expected inputs of the scale that the model was trained "
+                "on: scale them as for its training, or remove the rows with huge numbers."
+            )
+        unit = _unit(largest, _FAR)
+        if unit != 1.0:
+            values = np.ldexp(values, -int(np.log2(unit)))
+        return values.astype(np.float32, copy=False), unit
 
     def _product(self, rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
         if not self._source.depthwise:
@@ -148,7 +183,7 @@ class LayerProblem:
     def relative_error(self, matrix: np.ndarray) -> float:
         """The error as it is, before it is squeezed: energy of the change over the outputs' own."""
         change = np.asarray(matrix, np.float32) - self.original
-        return self._energy(change, self._gram32) / self.energy
+        return self._energy(change, self._gram32) * self._energy_unit / self.energy
 
     @property
     def input_energy(self) -> np.ndarray:

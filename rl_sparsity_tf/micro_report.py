@@ -8,6 +8,7 @@ from typing import Any
 
 from rl_sparsity_tf.export_report import ExportReport
 from rl_sparsity_tf.micro_header import MicroPort
+from rl_sparsity_tf.tables import printing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class MicroReport:
         Args:
             print_fn: Called with every line.
         """
+        print_fn = printing(print_fn)
         print_fn(f"{self.path}: {self.name}[], int8, batch size 1")
         print_fn(f"Model: {self.tflite_bytes:,} bytes of flash")
         how = "measured" if self.arena_measured else "estimated"

@@ -14,15 +14,14 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rl_sparsity_tf._micro_worker import STEP
-from rl_sparsity_tf.conversion import save_inputs
+from rl_sparsity_tf.conversion import child_environment, save_inputs
+from rl_sparsity_tf.files import scratch_folder
 
 # The reference kernels are slow; a process that is silent for longer hangs.
 _TIMEOUT_SECONDS = 600.0
@@ -94,7 +93,12 @@ def measure_arena(path: str | os.PathLike[str], high: int) -> tuple[int, str]:
 
 
 def run_tflm(
-    path: str | os.PathLike[str], arena: int, inputs: Sequence[np.ndarray], outputs: int
+    path: str | os.PathLike[str],
+    arena: int,
+    inputs: Sequence[np.ndarray],
+    outputs: int,
+    *,
+    reset: bool = False,
 ) -> list[np.ndarray]:
     """Runs rows one by one in TFLM's reference kernels.
 
@@ -103,6 +107,7 @@ def run_tflm(
         arena: Bytes of the arena.
         inputs: One array of rows per input, in the file's order and as the file stores them.
         outputs: Number of the file's outputs.
+        reset: Whether what the file keeps from call to call is reset before each of them.
 
     Returns:
         One array of rows per output, in the file's order, as the file stores them.
@@ -111,7 +116,7 @@ def run_tflm(
         TflmError: If TFLM fails or dies.
         TflmMissingError: If the package cannot be imported.
     """
-    with tempfile.TemporaryDirectory(prefix="rl_sparsity_") as folder:
+    with scratch_folder() as folder:
         rows, results = os.path.join(folder, "in.npz"), os.path.join(folder, "out.npz")
         save_inputs(rows, inputs)
         replies = _ask(
@@ -122,6 +127,7 @@ def run_tflm(
                 "inputs": rows,
                 "outputs": results,
                 "count": outputs,
+                "reset": reset,
             }
         )
         if not replies.finished:
@@ -132,21 +138,18 @@ def run_tflm(
 
 def _ask(request: dict[str, Any]) -> _Replies:
     """Starts a process for one request and waits for its end."""
-    environment = dict(os.environ)
-    parent = str(Path(__file__).resolve().parent.parent)
-    inherited = environment.get("PYTHONPATH")
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [parent, inherited]))
     try:
-        done = subprocess.run(
-            # -P: a file in the user's folder must not be imported in a module's place.
-            [sys.executable, "-P", "-m", "rl_sparsity_tf._micro_worker", json.dumps(request)],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            env=environment,
-            timeout=_TIMEOUT_SECONDS,
-            stdin=subprocess.DEVNULL,
-        )
+        with scratch_folder() as folder:
+            done = subprocess.run(
+                # -P: a file in the user's folder must not be imported in a module's place.
+                [sys.executable, "-P", "-m", "rl_sparsity_tf._micro_worker", json.dumps(request)],
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                env=child_environment(folder),
+                timeout=_TIMEOUT_SECONDS,
+                stdin=subprocess.DEVNULL,
+            )
     except subprocess.TimeoutExpired as error:
         raise TflmError(f"no answer within {_TIMEOUT_SECONDS:g} s") from error
     lines = []

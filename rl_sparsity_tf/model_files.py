@@ -1,69 +1,60 @@
 """Reads Keras models from disk, and refuses files that could run code before Keras opens them.
 
 tf_keras's own safe mode covers Lambda layers in .keras files only. The check here reads the stored
-configuration as plain data, names what is foreign in it, and only then lets Keras build the model.
-It guards against files that bring code; it is no sandbox for TensorFlow itself.
+configuration as plain data, names what is foreign in it, compares what the file claims to hold with
+its size, and only then lets Keras build the model. It guards against files that bring code, lead to
+other files or take all memory; it is no sandbox for TensorFlow itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import math
 import os
-import re
 import zipfile
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import h5py
+import tensorflow as tf
 import tf_keras as keras
 from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import saved_model_pb2
-from tensorflow.python.util import tf_export
 from tf_keras.protobuf import saved_metadata_pb2
 
 # Importing it registers the wrapper, so that wrapped models can be read back.
 import rl_sparsity_tf.wrapper  # noqa: F401
+from rl_sparsity_tf.claims import (
+    FREE_BYTES,
+    ClaimError,
+    check_archive,
+    check_hdf5,
+    check_members,
+)
 from rl_sparsity_tf.errors import ModelError, one_line
-from rl_sparsity_tf.files import as_path
+from rl_sparsity_tf.files import as_file
+from rl_sparsity_tf.foreign_parts import class_names, foreign_parts
+from rl_sparsity_tf.graph_operations import forbidden_nodes
 
-_CLASS_ROOTS = (
-    "keras",
-    "tf_keras",
-    "tensorflow",
-    "rl_sparsity_tf",
-    "tensorflow_model_optimization",
-)
-# Plain functions (activations, losses) are taken from fewer places: those that only compute.
-_FUNCTION_MODULES = re.compile(
-    r"(rl_sparsity_tf|tensorflow_model_optimization)(\.\w+)*"
-    r"|(tf_)?keras(\.src)?\.(activations|backend|constraints|initializers|losses|metrics|regularizers)"
-    r"(\.\w+)*"
-    r"|tensorflow\.python\.framework\.(constant_op|tensor_conversion)"
-    r"|tensorflow\.python\.ops\.(gen_)?(array|bincount|bitwise|check|clip|confusion_matrix|embedding"
-    r"|histogram|image|linalg|manip|math|nn|numerics|random|sets|sort|sparse|special_math|spectral"
-    r"|stateless_random|string|tensor_getitem_override|(linalg|ragged|signal)\.\w+)"
-    r"(_ops)?(_impl)?(_v2|_stack)?"
-)
-_KERAS_FUNCTIONS = (
-    "activations",
-    "constraints",
-    "initializers",
-    "losses",
-    "metrics",
-    "regularizers",
-)
-_TENSOR_CLASSES = ("RaggedTensor", "SparseTensor", "sparse.SparseTensor")
 _TFMOT_LAYERS = {
     *("PruneLowMagnitude", "QuantizeLayer", "QuantizeWrapper", "QuantizeWrapperV2"),
     *("QuantizeAnnotate", "ClusterWeights"),
 }
-_FORBIDDEN_OPS = {
-    *("PyFunc", "PyFuncStateless", "EagerPyFunc", "ReadFile", "WriteFile", "MatchingFiles"),
-    "PrintV2",  # it can print into a file
-}
+# A configuration is text that people can read; of large models it has a megabyte.
+_LARGEST_CONFIG = 2**25
+_WEIGHTS = "model.weights.h5"
+_MEMBERS = {"config.json", "metadata.json", _WEIGHTS, "assets/"}
+# What a model may hold beside what is stored: the state of its optimizer, if it has not begun.
+_COPIES = 8
+# What zipfile, zlib, h5py and json raise of damaged files.
+_DAMAGE = (
+    *(OSError, ValueError, LookupError, RuntimeError, TypeError, NotImplementedError),
+    *(RecursionError, zipfile.BadZipFile, zlib.error),
+)
 _FORMATS = "a .keras or .h5 file, or a SavedModel folder, written by model.save() of tf_keras"
 _RESAVE = (
     "Save it again from Keras 2: with TF_USE_LEGACY_KERAS=1 set, or with `import tf_keras as keras`"
@@ -75,8 +66,8 @@ def load_model(path: str | os.PathLike[str], *, trusted: bool = False) -> keras.
 
     Args:
         path: A .keras file, an .h5 file or a SavedModel folder, each written by `model.save`.
-        trusted: Whether to load Lambda layers and classes from any module too. That runs code
-            chosen by whoever wrote the file.
+        trusted: Whether to load Lambda layers and classes from any module too, and to believe what
+            the file claims to hold. That runs code chosen by whoever wrote the file.
 
     Returns:
         The model, compiled if it was saved compiled.
@@ -84,34 +75,45 @@ def load_model(path: str | os.PathLike[str], *, trusted: bool = False) -> keras.
     Raises:
         ArgumentError: If `path` is no path.
         ModelError: If there is no model at the path, it is damaged, of a foreign format, written
-            by Keras 3, or would run code.
+            by Keras 3, would run code or read other files, or claims far more than it holds.
 
     Example:
         >>> model.save("model.keras")
         >>> model = load_model("model.keras")
     """
-    path = as_path("path", path, _FORMATS)
-    configs = _read_configs(path)
-    if not trusted:
-        reason = next(iter(_foreign(configs)), None) or _foreign_op(path)
-        if reason:
-            raise ModelError(
-                f"{str(path)!r} was not opened: {reason}. Expected a model of Keras's own parts "
-                "and of registered classes: import what registers yours "
-                "(@keras.saving.register_keras_serializable). If you trust whoever wrote the "
-                "file, pass trusted=True."
-            )
+    path = as_file("path", path, _FORMATS)
     try:
-        with contextlib.ExitStack() as scopes:
-            if _TFMOT_LAYERS & set(_class_names(configs)):
-                _enter_tfmot_scopes(scopes)
-            model = keras.models.load_model(path, safe_mode=not trusted)
-    except Exception as error:
+        stored = 0 if trusted else _check_claims(path)
+    except ClaimError as error:
         raise ModelError(
-            f"Keras cannot build the model in {str(path)!r}: {one_line(error, 300)}. If it has "
-            "classes or functions of yours, import what registers them "
-            "(@keras.saving.register_keras_serializable) before loading; else save it again."
+            f"{str(path)!r} was not opened: {error}. Expected a model as model.save writes it, "
+            "which holds all of its data itself: save it again. If you trust whoever wrote the "
+            "file, pass trusted=True."
         ) from error
+    configs = _read_configs(path)
+    with contextlib.ExitStack() as scopes:
+        if _TFMOT_LAYERS & class_names(configs):
+            _enter_tfmot_scopes(scopes)
+        if not trusted:
+            reason = next(foreign_parts(configs), None) or _foreign_graph(path)
+            if reason:
+                raise ModelError(
+                    f"{str(path)!r} was not opened: {reason}. Expected a model of Keras's own "
+                    "parts and of registered classes: import what registers yours "
+                    "(@keras.saving.register_keras_serializable). If you trust whoever wrote the "
+                    "file, pass trusted=True."
+                )
+            scopes.enter_context(_held_to(path, stored))
+        try:
+            model = keras.models.load_model(path, safe_mode=not trusted)
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"Keras cannot build the model in {str(path)!r}: {one_line(error, 300)}. If it has "
+                "classes or functions of yours, import what registers them "
+                "(@keras.saving.register_keras_serializable) before loading; else save it again."
+            ) from error
     if not isinstance(model, keras.Model):
         raise ModelError(
             f"{str(path)!r} holds a {type(model).__name__}, not a model. Expected {_FORMATS}."
@@ -125,6 +127,94 @@ def load_model(path: str | os.PathLike[str], *, trusted: bool = False) -> keras.
             "@keras.saving.register_keras_serializable() on it and import it before loading."
         )
     return model
+
+
+def _check_claims(path: Path) -> int:
+    """Raises unless a file holds all of its data itself; returns the bytes of its weights.
+
+    What is no model at all passes: that is for those to say who read it.
+    """
+    if path.is_dir():
+        return _check_folder(path)
+    if not path.is_file():
+        return 0
+    try:
+        if path.name.endswith(".keras") and zipfile.is_zipfile(path):
+            return _check_zip(path)
+        if h5py.is_hdf5(path):
+            with h5py.File(path, "r") as file:
+                return check_hdf5(file, path, path.stat().st_size)
+    except _DAMAGE as error:
+        if isinstance(error, ClaimError):
+            raise
+        raise _damaged(path, error) from error
+    return 0
+
+
+def _check_zip(path: Path) -> int:
+    with zipfile.ZipFile(path) as archive:
+        check_archive(archive)
+        sizes = {member.filename: member.file_size for member in archive.infolist()}
+        for name in ("config.json", "metadata.json"):
+            if sizes.get(name, 0) > _LARGEST_CONFIG:
+                raise ClaimError(
+                    f"its {name} has {sizes[name]:,} bytes; at most {_LARGEST_CONFIG:,} are read"
+                )
+        if "config.json" not in sizes:
+            return 0
+        check_members(archive, _MEMBERS, "assets")
+        try:
+            weights = io.BytesIO(archive.read(_WEIGHTS))
+        except (KeyError, zipfile.BadZipFile):
+            return 0
+    with h5py.File(weights, "r") as file:
+        return check_hdf5(file, weights, sizes[_WEIGHTS])
+
+
+def _check_folder(path: Path) -> int:
+    """What a SavedModel names, and what is linked into it, has to lie in its folder."""
+    if not (path / "saved_model.pb").is_file():
+        return 0
+    root = path.resolve()
+    for place in path.rglob("*"):
+        if place.is_symlink() and not place.resolve().is_relative_to(root):
+            raise ClaimError(f"its {str(place.relative_to(path))!r} is a link out of the folder")
+    for meta in _graphs(path):
+        for asset in meta.asset_file_def:
+            name = PurePosixPath(asset.filename.replace("\\", "/"))
+            if name.is_absolute() or ".." in name.parts or "://" in asset.filename:
+                raise ClaimError(f"its asset {asset.filename!r} lies outside the folder")
+    return sum(place.stat().st_size for place in path.glob("variables/*") if place.is_file())
+
+
+@contextlib.contextmanager
+def _held_to(path: Path, stored: int) -> Iterator[None]:
+    """Refuses variables, before they take memory, that no weights in the file stand for."""
+    allowed, made = max(FREE_BYTES, _COPIES * stored), 0
+
+    def create(make: Any, **arguments: Any) -> Any:
+        nonlocal made
+        made += _variable_bytes(arguments)
+        if made > allowed:
+            raise ModelError(
+                f"{str(path)!r} was not opened: its layers claim {made:,} bytes of weights, and it "
+                f"holds {stored:,}. Expected a model with its weights, as model.save writes it. If "
+                "you trust whoever wrote the file, pass trusted=True."
+            )
+        return make(**arguments)
+
+    with tf.variable_creator_scope(create):
+        yield
+
+
+def _variable_bytes(arguments: dict[str, Any]) -> int:
+    value = arguments.get("initial_value")
+    shape = arguments.get("shape")
+    shape = getattr(value, "shape", None) if shape is None else shape
+    dtype = arguments.get("dtype") or getattr(value, "dtype", None) or tf.float32
+    sizes = tf.TensorShape(shape)
+    known = sizes.as_list() if sizes.rank is not None else []
+    return math.prod(size or 1 for size in known) * max(tf.as_dtype(dtype).size, 1)
 
 
 def _read_configs(path: Path) -> list[Any]:
@@ -152,7 +242,7 @@ def _read_zip(path: Path) -> list[Any]:
                 )
             config = json.loads(archive.read("config.json"))
             damaged = archive.testzip()
-    except (OSError, ValueError, RecursionError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGE as error:
         if isinstance(error, ModelError):
             raise
         raise _damaged(path, error) from error
@@ -173,11 +263,16 @@ def _read_hdf5(path: Path) -> list[Any]:
                     f"{_FORMATS}."
                 )
             stored = [file.attrs.get(name) for name in ("model_config", "training_config")]
-            return [json.loads(text) for text in stored if text is not None]
-    except (OSError, ValueError, RecursionError, RuntimeError) as error:
+            return [_parse(text) for text in stored if text is not None]
+    except _DAMAGE as error:
         if isinstance(error, ModelError):
             raise
         raise _damaged(path, error) from error
+
+
+def _parse(text: Any) -> Any:
+    # As Keras does; json itself would take other encodings.
+    return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
 
 
 def _read_saved_model(path: Path) -> list[Any]:
@@ -210,77 +305,21 @@ def _check_version(path: Path, version: object) -> None:
         )
 
 
-def _foreign(config: object) -> Iterator[str]:
-    """Names everything in a configuration that Keras would run or import from elsewhere."""
-    if isinstance(config, list):
-        for item in config:
-            yield from _foreign(item)
-    elif isinstance(config, dict):
-        if "class_name" in config:
-            yield from _foreign_object(config)
-        for key, value in config.items():
-            # Lambda, ResidualWrapper and their like store Python bytecode under these keys.
-            if str(key).endswith("_type") and value in ("lambda", "function"):
-                yield f"it stores a Python function as code ({key}={value!r})"
-            yield from _foreign(value)
-
-
-def _foreign_object(stored: dict[str, Any]) -> Iterator[str]:
-    module, inner = stored.get("module"), stored.get("config")
-    kind = str(stored["class_name"])
-    registered = str(stored.get("registered_name") or kind)
-    details = inner if isinstance(inner, dict) else {}
-    label = f" {details['name']!r}" if isinstance(details.get("name"), str) else ""
-    # Keras also looks a class up under its registered name.
-    if {"Lambda", "__lambda__"} & {kind, registered.rsplit(">", 1)[-1]}:
-        yield f"its layer{label} is a Lambda, which runs Python code stored in the file"
-    elif kind == "function":
-        if keras.utils.get_registered_object(str(inner)) is None and not _computes(module, inner):
-            yield f"it uses the function {inner!r} of the module {module!r}"
-    elif kind == "ClassMethod" and details.get("cls_symbol") not in _TENSOR_CLASSES:
-        yield f"its layer{label} calls tf.{details.get('cls_symbol')}.{details.get('method_name')}"
-    elif kind == "TFOpLambda":
-        symbol = tf_export.get_symbol_from_name(str(details.get("function")))
-        if not _FUNCTION_MODULES.fullmatch(str(getattr(symbol, "__module__", None))):
-            yield f"its layer{label} calls tf.{details.get('function')}"
-    elif module is not None and keras.utils.get_registered_object(registered) is None:
-        kind = str(stored.get("spec_name", kind))
-        if str(module).split(".")[0] not in _CLASS_ROOTS or not kind.isidentifier():
-            yield f"its part{label} is of the class {kind!r} of the module {module!r}"
-
-
-def _computes(module: object, name: object) -> bool:
-    if module == "builtins":  # what Keras writes for its own functions, and Python's eval too
-        paths = [f"keras.{group}.{name}" for group in _KERAS_FUNCTIONS]
-        return any(tf_export.get_symbol_from_name(path) is not None for path in paths)
-    return str(name).isidentifier() and bool(_FUNCTION_MODULES.fullmatch(str(module)))
-
-
-def _foreign_op(path: Path) -> str | None:
-    """Names an operation in a SavedModel's graphs that leaves TensorFlow."""
-    if not path.is_dir():
-        return None
+def _graphs(path: Path) -> Sequence[Any]:
+    """The graphs of a SavedModel."""
     saved = saved_model_pb2.SavedModel()
     try:
         saved.ParseFromString((path / "saved_model.pb").read_bytes())
     except (OSError, DecodeError) as error:
         raise _damaged(path, error) from error
-    for graph in (meta.graph_def for meta in saved.meta_graphs):
-        for nodes in (graph.node, *(function.node_def for function in graph.library.function)):
-            for node in nodes:
-                if node.op in _FORBIDDEN_OPS:
-                    return f"its graph has the operation {node.op} ({node.name})"
+    return saved.meta_graphs
+
+
+def _foreign_graph(path: Path) -> str | None:
+    """Names an operation in a SavedModel's graphs that leaves TensorFlow."""
+    for operation, name in forbidden_nodes(_graphs(path)) if path.is_dir() else ():
+        return f"its graph has the operation {operation} ({name})"
     return None
-
-
-def _class_names(config: object) -> Iterator[str]:
-    if isinstance(config, list):
-        for item in config:
-            yield from _class_names(item)
-    elif isinstance(config, dict):
-        yield str(config.get("class_name"))
-        for value in config.values():
-            yield from _class_names(value)
 
 
 def _enter_tfmot_scopes(scopes: contextlib.ExitStack) -> None:

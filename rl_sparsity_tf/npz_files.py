@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rl_sparsity_tf.claims import ClaimError, check_archive
 from rl_sparsity_tf.errors import DataError, did_you_mean
 
 _REQUIRED = ("x_train", "y_train", "x_validation", "y_validation")
@@ -53,9 +54,14 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     arrays = {}
     name = ""
     try:
+        with zipfile.ZipFile(path) as members:
+            check_archive(members)
         with np.load(path, allow_pickle=False) as archive:
             for name in archive.files:
                 arrays[name] = archive[name]
+    except ClaimError as error:
+        wanted += " (not savez_compressed, where nearly all values are equal)"
+        raise _bad_file(path, f"was not read: {error}", wanted) from error
     except Exception as error:  # zlib, zipfile and numpy each have their own
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         found = f"is damaged at {name!r} ({reason})"

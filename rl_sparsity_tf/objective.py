@@ -97,8 +97,15 @@ def search_compile_arguments(model: keras.Model, learning_rate: float) -> dict[s
     A classifier without a metric gets its accuracy.
 
     Raises:
-        ModelError: If the model is not compiled with a loss, or by a name that is not known.
+        ModelError: If the model is not compiled with a loss, or by a name that is not known, or in
+            the scope of a `tf.distribute.Strategy`.
     """
+    if tf.distribute.has_strategy():
+        raise ModelError(
+            f"Model {model.name!r} is to be trained or scored inside the scope() of a "
+            f"{type(tf.distribute.get_strategy()).__name__}, and the package does that in one "
+            "process on one device. Call it outside the scope; the model may have been made in it."
+        )
     arguments = compile_arguments(model)
     if arguments is None or not arguments.get("loss"):
         raise ModelError(

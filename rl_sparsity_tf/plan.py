@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rl_sparsity_tf.errors import ArgumentError, PlanError, did_you_mean
-from rl_sparsity_tf.files import as_path, check_new_file, write_text
+from rl_sparsity_tf.files import as_file, check_new_file, write_text
 from rl_sparsity_tf.grouping import KINDS, Grouping
 from rl_sparsity_tf.kernel_rule import KernelRule
 from rl_sparsity_tf.kernel_spec import KernelSpec
@@ -25,6 +25,8 @@ from rl_sparsity_tf.plan_text import parse_json, read_text
 
 FORMAT_VERSION = 1
 _BITS = (32, 8, 4)
+# What the kernels of a plan's text may have together: a line of text can claim any number.
+_MOST_GROUPS = 2**28
 _FIELDS = {"path", "shape", "layout", "group", "bits", "default", "exceptions"}
 
 
@@ -158,9 +160,12 @@ class KernelPlan:
         shape, layout, group = entry["shape"], entry["layout"], entry["group"]
         if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
             raise PlanError(
-                f"The plan of {path!r} has shape {shape!r}. Expected a list of positive integers."
+                f"The plan of {path!r} has shape {_short(shape)}. Expected a list of positive "
+                "integers."
             )
         grouping = _grouping(path, tuple(shape), layout, group)
+        if grouping.count > _MOST_GROUPS:
+            raise _too_many(path, grouping.count)
         flat = np.full(grouping.count, _operation(path, entry.get("default", "keep")), np.uint8)
         runs = entry.get("exceptions", [])
         if not isinstance(runs, list):
@@ -171,13 +176,13 @@ class KernelPlan:
         for run in runs:
             if not (isinstance(run, list) and len(run) == 3 and _is_count(run[1])):
                 raise PlanError(
-                    f"The plan of {path!r} has the exception {run!r}. Expected "
+                    f"The plan of {path!r} has the exception {_short(run)}. Expected "
                     '[first group, number of groups, operation], for example [12, 4, "prune"].'
                 )
             start, length, name = run
             if not isinstance(start, int) or start < 0 or start + length > flat.size:
                 raise PlanError(
-                    f"The plan of {path!r} has the exception {run!r}, beyond its {flat.size} "
+                    f"The plan of {path!r} has the exception {_short(run)}, beyond its {flat.size} "
                     f"groups. Expected groups 0 to {flat.size - 1}."
                 )
             flat[start : start + length] = _operation(path, name)
@@ -302,12 +307,18 @@ class CompressionPlan:
         entries = document["kernels"]
         if not isinstance(entries, list):
             raise PlanError(f"The plan's kernels are {_short(entries)}. Expected a list.")
-        return cls(
-            KernelPlan.from_dict(entry)
-            if isinstance(entry, dict) and not {"sparsity", "pattern"} & set(entry)
-            else KernelRule.from_dict(entry)
-            for entry in entries
-        )
+        kernels: list[KernelPlan | KernelRule] = []
+        groups = 0
+        for entry in entries:
+            if isinstance(entry, dict) and not {"sparsity", "pattern"} & set(entry):
+                kernel = KernelPlan.from_dict(entry)
+                kernels.append(kernel)
+                groups += kernel.operations.size
+                if groups > _MOST_GROUPS:
+                    raise _too_many(kernel.path, groups)
+            else:
+                kernels.append(KernelRule.from_dict(entry))
+        return cls(kernels)
 
     @classmethod
     def from_json(cls, text: str) -> CompressionPlan:
@@ -340,17 +351,33 @@ class CompressionPlan:
             ArgumentError: If `path` is no path.
             PlanError: If the file is missing, unreadable or no plan.
         """
-        path = as_path("path", path, "the path of a JSON file written by plan.save")
+        path = as_file("path", path, "the path of a JSON file written by plan.save")
         return cls.from_json(read_text(path))
 
 
+def _too_many(path: str, groups: int) -> PlanError:
+    return PlanError(
+        f"The plan has {groups:,} groups up to {path!r}. Expected at most {_MOST_GROUPS:,}, those "
+        "of a model's kernels: check its shape."
+    )
+
+
 def _grouping(path: str, shape: tuple[int, ...], layout: Any, group: Any) -> Grouping:
+    if not isinstance(layout, str):
+        raise PlanError(
+            f"The plan of {path!r} does not fit together: it has the layout {_short(layout)}. "
+            "Expected a text with a letter per axis, 'i' or 'o', such as 'io'."
+        )
     if group not in KINDS:
-        raise PlanError(f"The plan of {path!r} has group {group!r}. {did_you_mean(group, KINDS)}")
+        raise PlanError(
+            f"The plan of {path!r} has group {_short(group)}. {did_you_mean(group, KINDS)}"
+        )
     try:
         return KernelSpec("kernel", layout).grouping(shape, group)
     except (ValueError, TypeError) as error:
-        raise PlanError(f"The plan of {path!r} does not fit together: {error}") from error
+        raise PlanError(
+            f"The plan of {path!r} does not fit together: {str(error)[:400]}"
+        ) from error
 
 
 def _check_pattern(path: str, grouping: Grouping, live: np.ndarray) -> None:
@@ -361,8 +388,8 @@ def _check_pattern(path: str, grouping: Grouping, live: np.ndarray) -> None:
 
 
 def _check_bits(path: str, bits: Any) -> None:
-    if bits not in _BITS or isinstance(bits, bool):
-        raise PlanError(f"The plan of {path!r} has bits {bits!r}. Expected 32, 8 or 4.")
+    if not isinstance(bits, int | np.integer) or bits not in _BITS:
+        raise PlanError(f"The plan of {path!r} has bits {_short(bits)}. Expected 32, 8 or 4.")
 
 
 def _check_fields(path: str, entry: Mapping[str, Any], known: set[str]) -> None:
@@ -385,7 +412,7 @@ def _operation(path: str, name: Any) -> int:
     names = [operation.name.lower() for operation in Operation]
     if not isinstance(name, str) or name.lower() not in names:
         raise PlanError(
-            f"The plan of {path!r} has the operation {name!r}. {did_you_mean(name, names)}"
+            f"The plan of {path!r} has the operation {_short(name)}. {did_you_mean(name, names)}"
         )
     return int(Operation[name.upper()])
 

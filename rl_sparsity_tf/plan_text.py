@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_sparsity_tf.errors import PlanError
+from rl_sparsity_tf.json_text import parse_strict
 
 
 def read_text(path: Path) -> str:
@@ -32,13 +33,13 @@ def parse_json(text: Any) -> Any:
         RecursionError: If it is nested too deeply.
     """
     try:
-        return json.loads(text)
+        return parse_strict(text)
     except json.JSONDecodeError as error:
         raise PlanError(
             f"The plan is not valid JSON (line {error.lineno}, column {error.colno}: "
             f"{error.msg}). Mend that place, or write the plan again with plan.save(path)."
         ) from error
-    except (TypeError, ValueError) as error:  # no text; bytes of none; endless digits
+    except (TypeError, ValueError) as error:  # no text; bytes of none; endless digits, NaN
         raise PlanError(
             f"The plan's text cannot be read ({error}). Expected a str of JSON, as plan.to_json() "
             "returns it."

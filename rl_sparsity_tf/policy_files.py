@@ -16,8 +16,10 @@ import numpy as np
 
 from rl_sparsity_tf._agent_base import Agent
 from rl_sparsity_tf.agents import AgentConfig, Random, config_from_dict, resolve_config
+from rl_sparsity_tf.claims import ClaimError, check_archive
 from rl_sparsity_tf.errors import ArgumentError, PolicyFileError, RLSparsityError, one_line
-from rl_sparsity_tf.files import as_path, check_new_file, replacing, sha256_of
+from rl_sparsity_tf.files import as_file, check_new_file, replacing, sha256_of
+from rl_sparsity_tf.json_text import parse_strict
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.state import FEATURES
 
@@ -116,7 +118,7 @@ class SavedPolicy:
             PolicyFileError: If the file is damaged or foreign, or made for other features.
         """
         shipped = path == PRETRAINED
-        path = _shipped(agent) if shipped else as_path("policy", path, _EXPECTED)
+        path = _shipped(agent) if shipped else as_file("policy", path, _EXPECTED)
         if not path.is_file():
             found = "is a folder" if path.is_dir() else "does not exist"
             raise ArgumentError(f"policy={str(path)!r} {found}. Expected {_EXPECTED}.")
@@ -227,14 +229,12 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     name = ""
     try:
         with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        if size > _LARGEST:
-            raise _bad(path, f"claims to hold {size:,} bytes", f"at most {_LARGEST:,}")
+            check_archive(archive, largest=_LARGEST)
         with np.load(path, allow_pickle=False) as archive:
             for name in archive.files:
                 arrays[name] = archive[name]
-    except PolicyFileError:
-        raise
+    except ClaimError as error:
+        raise _bad(path, f"was not read: {error}") from error
     except Exception as error:  # zlib, zipfile and numpy each have their own
         if "allow_pickle" in str(error):
             found = f"holds Python objects in {name!r}, which are never unpickled"
@@ -274,7 +274,7 @@ def _text(path: Path, arrays: Mapping[str, np.ndarray], key: str, axes: int) -> 
 
 def _config(path: Path, arrays: Mapping[str, np.ndarray]) -> AgentConfig:
     try:
-        values = json.loads(_text(path, arrays, "agent", axes=0))
+        values = parse_strict(_text(path, arrays, "agent", axes=0))
         if not isinstance(values, dict):
             raise ValueError(f"{values!r} is no dictionary")
         config = config_from_dict(values)

@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from rl_sparsity_tf.errors import printable
+
 
 class SearchProgress:
     """Shows episode, reward, best value, metric, sparsity and the time left.
@@ -32,7 +34,7 @@ class SearchProgress:
         self, episodes: int, metric: str, verbose: int = 1, console: Console | None = None
     ):
         self._episodes = episodes
-        self._metric = metric
+        self._metric = printable(metric)
         self._console = console or Console(highlight=False)
         self._live = verbose == 1 and self._console.is_terminal
         self._every = 1 if verbose == 2 else max(1, episodes // 8)
@@ -50,15 +52,15 @@ class SearchProgress:
             yield self
             return
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             TimeRemainingColumn(),
             console=self._console,
         )
         with self._progress:
-            self._task = self._progress.add_task(title, total=self._episodes, figures="")
+            self._task = self._progress.add_task(printable(title), total=self._episodes, figures="")
             yield self
         self._progress = None
 
@@ -80,4 +82,4 @@ class SearchProgress:
     def say(self, text: str) -> None:
         """Writes a line, unless silent."""
         if self._verbose:
-            self._console.print(text, soft_wrap=True)
+            self._console.print(printable(text), soft_wrap=True, markup=False, emoji=False)

@@ -15,8 +15,8 @@ from typing import Any
 
 from ai_edge_litert import schema_py_generated as schema
 
-from rl_sparsity_tf.errors import FileExistsRLSparsityError
-from rl_sparsity_tf.files import replacing
+from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError
+from rl_sparsity_tf.files import replacing, writing
 from rl_sparsity_tf.flat_model import FlatModel, FlatOperator
 from rl_sparsity_tf.flatbuffer import inline_buffers, read_flat_model
 
@@ -44,6 +44,11 @@ def recipe_path(file: Path) -> Path:
 def check_recipe_path(file: Path, overwrite: bool) -> None:
     """Checks that a file's recipe can be written, before any work is done for it."""
     path = recipe_path(file)
+    if path.is_dir():
+        raise ArgumentError(
+            f"{str(path)!r}, where the recipe of {file.name!r} goes, is a folder. Choose another "
+            "name."
+        )
     if path.exists() and not overwrite:
         raise FileExistsRLSparsityError(
             f"{str(path)!r}, where the recipe of {file.name!r} goes, exists already. Choose "
@@ -62,7 +67,8 @@ def replacing_with_recipe(file: Path, recipe: Recipe | None) -> Iterator[Path]:
     if recipe is None:
         with replacing(file) as temporary:
             yield temporary
-        beside.unlink(missing_ok=True)
+        with writing(beside):
+            beside.unlink(missing_ok=True)
         return
     try:
         # The inner file appears last, so a recipe without its file is what may have to go.

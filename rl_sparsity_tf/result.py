@@ -18,7 +18,7 @@ from rl_sparsity_tf.candidates import Candidate
 from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError
 from rl_sparsity_tf.export import check_path, export_tflite
 from rl_sparsity_tf.export_report import ExportReport, TensorReport
-from rl_sparsity_tf.files import replacing, write_text
+from rl_sparsity_tf.files import replacing, write_text, writing
 from rl_sparsity_tf.finishing import Figures, Finished, RemovedChannels
 from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.operations import Operation
@@ -26,7 +26,7 @@ from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.policy_files import SavedPolicy
 from rl_sparsity_tf.recipes import check_recipe_path, replacing_with_recipe
 from rl_sparsity_tf.run_directory import RESULT_FILES, check_directory
-from rl_sparsity_tf.tables import table_lines
+from rl_sparsity_tf.tables import printing, table_lines
 
 
 class Result:
@@ -87,6 +87,7 @@ class Result:
         overwrite: bool = False,
         batch_size: int | None = None,
         unroll: bool = False,
+        stateful: bool = False,
         compute: str = "weight_only",
         formats: str | None = None,
         sparse_inference: str | None = None,
@@ -99,6 +100,7 @@ class Result:
             overwrite: Whether an existing file may be replaced.
             batch_size: Fixes the batch size of the file, as `export_tflite` does.
             unroll: Writes recurrent layers without a loop, as `export_tflite` does.
+            stateful: Lets LSTM layers keep their state between calls, as `export_tflite` does.
             compute: How the plan's integers compute, as in `export_tflite`.
             formats: Whether tensors may be stored sparse, as in `export_tflite`; by default as the
                 target of the search wants it.
@@ -109,7 +111,11 @@ class Result:
             The file's report.
         """
         same = quantization in (None, self.report.quantization) and compute == "weight_only"
-        same = same and formats in (None, self.formats) and not unroll and not sparse_inference
+        same = (
+            same
+            and formats in (None, self.formats)
+            and not (unroll or stateful or sparse_inference)
+        )
         if same and batch_size in (None, self.report.batch_size):
             target = check_path(path, overwrite)
             check_recipe_path(target, overwrite)
@@ -125,6 +131,7 @@ class Result:
             overwrite=overwrite,
             batch_size=batch_size,
             unroll=unroll,
+            stateful=stateful,
             compute=compute,
             formats=self.formats if formats is None else formats,
             sparse_inference=sparse_inference,
@@ -150,7 +157,8 @@ class Result:
                 f"The folder {str(folder)!r} already holds {present}. Choose another folder, or "
                 "pass overwrite=True."
             )
-        folder.mkdir(exist_ok=True)
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
         self.write_files(folder)
 
     def save_policy(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -219,6 +227,7 @@ class Result:
         Args:
             print_fn: Called with every line.
         """
+        print_fn = printing(print_fn)
         stored: dict[str, list[TensorReport]] = {}
         for tensor in self.report.tensors:
             if tensor.kernel:  # several tensors may hold one: the gates of an LSTM

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 import tf_keras as keras
 
+from rl_sparsity_tf.copy_checks import check_figures
 from rl_sparsity_tf.data import Batch, evaluation_data, inputs_of
 from rl_sparsity_tf.errors import VerificationError
 from rl_sparsity_tf.objective import (
@@ -26,29 +27,45 @@ _BATCH_SIZE = 256
 
 def score_model(model: keras.Model, batches: list[Batch], metric: Metric) -> Score:
     """Scores a plain model; it is compiled for the search's metric on a copy."""
-    return Evaluator(_judge(model), metric)(batches)
+    judge = _judge(model)
+    check_figures(model, judge, batches[0])
+    return Evaluator(judge, metric)(batches)
 
 
 def score_tflite(path: Path, model: keras.Model, batches: list[Batch], metric: Metric) -> Score:
-    """Scores a .tflite file with the loss and metrics that a Keras model is compiled with."""
+    """Scores a .tflite file with the loss and metrics that a Keras model is compiled with.
+
+    The file computes outputs only: losses that the model adds by itself (regularizers, `add_loss`)
+    are those of the Keras model on the same rows.
+    """
     inputs = flat_inputs(model, inputs_of(batches))
     outputs = run_rows(path, inputs, batch_size=_BATCH_SIZE, xnnpack=True)
-    # The file lists its outputs; loss and metrics want them as the model arranges them.
-    arranged = model(tf.nest.map_structure(lambda part: part[:1], batches[0][0]), training=False)
     judge = _judge(model)
     judge.reset_metrics()
-    loss = total = 0.0
     logs: dict[str, Any] = {}
     start = 0
     for x, y, weights in batches:
         rows = len(tf.nest.flatten(x)[0])
-        flat = [tf.constant(output[start : start + rows]) for output in outputs]
-        part = tf.nest.pack_sequence_as(arranged, flat)
-        value = judge.compute_loss(x, y, part, weights)
-        logs = judge.compute_metrics(x, y, part, weights)
-        loss, total, start = loss + float(value) * rows, total + rows, start + rows
-    mean = loss / total
-    return Score(metric=float(logs.get(metric.name, mean)), loss=mean)
+        part = [tf.constant(output[start : start + rows]) for output in outputs]
+        logs = _step(judge, (x, y, weights), part)
+        start += rows
+    loss = float(logs["loss"])
+    return Score(metric=float(logs.get(metric.name, loss)), loss=loss)
+
+
+def _step(judge: keras.Model, batch: Batch, outputs: list[tf.Tensor]) -> dict[str, tf.Tensor]:
+    """The model's own `test_step`, of which its call gives the outputs of a file."""
+    call = judge.call
+
+    def replaced(*arguments: Any, **options: Any) -> Any:
+        # Keras's own adds losses. The file lists its outputs; the model arranges them.
+        return tf.nest.pack_sequence_as(call(*arguments, **options), outputs)
+
+    vars(judge)["call"] = replaced  # below Keras's attribute tracking
+    try:
+        return judge.test_step(batch)
+    finally:
+        del vars(judge)["call"]
 
 
 def compare_scores(
@@ -73,6 +90,7 @@ def compare_scores(
     batches = evaluation_data(test_data, model, "test_data")
     judge = _judge(model)
     metric = choose_metric(judge, batches[0])
+    check_figures(model, judge, batches[0])
     ours = Evaluator(judge, metric)(batches).metric
     theirs = score_tflite(path, model, batches, metric).metric
     if metric.is_accuracy and theirs < ours - lost:
@@ -86,6 +104,7 @@ def compare_scores(
 
 def _judge(model: keras.Model) -> keras.Model:
     """A copy that computes the loss and the metrics as the search does."""
+    search_compile_arguments(model, 1e-3)  # says in words what is missing
     judge = strip(model)
-    judge.compile(**search_compile_arguments(model, 1e-3))
+    judge.compile(**search_compile_arguments(judge, 1e-3))
     return judge

@@ -15,12 +15,13 @@ from rl_sparsity_tf.channel_groups import check_plain, no_graph
 from rl_sparsity_tf.channel_plans import masks, only_pruned, tie_channels
 from rl_sparsity_tf.channel_steps import Depthwise, Mix
 from rl_sparsity_tf.compile_state import copy_compile_state
-from rl_sparsity_tf.copying import copy_layer, copy_weights
+from rl_sparsity_tf.copy_checks import check_copy
+from rl_sparsity_tf.copying import copy_layer, copy_weights, freeze_alike
 from rl_sparsity_tf.errors import RLSparsityError, one_line
-from rl_sparsity_tf.kernels import find_kernels, walk
+from rl_sparsity_tf.kernels import find_kernels, layer_pairs
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.signature import is_graph
-from rl_sparsity_tf.tables import table_lines
+from rl_sparsity_tf.tables import printing, table_lines
 from rl_sparsity_tf.wrapping import accepted, strip, wrap
 
 _WIDTH = 120
@@ -70,6 +71,7 @@ class ShrinkReport:
         Args:
             print_fn: Called with every line.
         """
+        print_fn = printing(print_fn)
         table = Table(title="Channels", title_justify="left")
         table.add_column("layer", overflow="fold")
         table.add_column("before", justify="right")
@@ -273,6 +275,7 @@ def _rebuilt(
                 numbers = graph.nested_inputs.get(id(layer), [])
                 counts = [int(keep[graph.channels[number]].sum()) for number in numbers]
                 converted[id(layer)] = _cloned(layer, counts, visit)
+                freeze_alike(layer, converted[id(layer)])
             else:
                 converted[id(layer)] = _resized(layer, sizes.get(id(layer)))
         return converted[id(layer)]
@@ -283,15 +286,15 @@ def _rebuilt(
         small = _cloned(model, [], visit)
     finally:
         keras.mixed_precision.set_global_policy(policy)
-    for (_, old), (_, new) in zip(walk(model), walk(small), strict=True):
+    for old, new in layer_pairs(model, small):
         if weights.get(id(old)):
             names = {id(getattr(old, name)): value for name, value in weights[id(old)].items()}
             new.set_weights([names.get(id(w), np.asarray(w)) for w in old.weights])
-            new._trainable = old._trainable
+            freeze_alike(old, new)
         else:
             copy_weights(old, new)
-    if not model.trainable:  # setting it to True would thaw layers that are frozen one by one
-        small.trainable = False
+    freeze_alike(model, small)
+    check_copy(model, small, folded=True)
     copy_compile_state(model, small)
     return small
 

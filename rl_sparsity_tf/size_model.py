@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from rl_sparsity_tf.errors import ArgumentError, check_choice
 from rl_sparsity_tf.export import convert_traced, file_batch_size
 from rl_sparsity_tf.export_modes import has_int4
 from rl_sparsity_tf.export_precision import in_float32
-from rl_sparsity_tf.files import gzip_size
+from rl_sparsity_tf.files import gzip_size, scratch_folder
 from rl_sparsity_tf.flat_model import FlatModel, FlatTensor
 from rl_sparsity_tf.flatbuffer import read_flat_model
 from rl_sparsity_tf.kernel_rule import KernelRule
@@ -92,8 +91,8 @@ class SizeModel:
         # kernels costs more.
         measured = strip(wrap(model, self._all_alike(_MEASURED)))
         values = {kernel.path: kernel.value() for kernel in find_kernels(measured)}
-        with tempfile.TemporaryDirectory(prefix="rl_sparsity_") as folder:
-            plain = convert_weights(measured, Path(folder))
+        with scratch_folder() as folder:
+            plain = convert_weights(measured, folder)
             flat = read_flat_model(plain)
             self._parts = match_kernels(values, flat.tensors)
             # Where each kernel's tensors are, as floats and as integers.
@@ -153,8 +152,8 @@ class SizeModel:
             path: 8 if quantize and kernel.spec.exports_int8 else 32
             for path, kernel in self._kernels.items()
         }
-        with tempfile.TemporaryDirectory(prefix="rl_sparsity_") as folder:
-            plain = convert_weights(pruned, Path(folder))
+        with scratch_folder() as folder:
+            plain = convert_weights(pruned, folder)
             file = store_weights(plain, values, bits).file
             sparse = make_sparse(file, self._formats)
             if sparse is None:

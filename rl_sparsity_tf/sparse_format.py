@@ -9,6 +9,7 @@ block adds a dense level inside one dimension, so that whole runs are stored or 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from ai_edge_litert import schema_py_generated as schema
 
 from rl_sparsity_tf.errors import ArgumentError, ExportError
 
+# What a sparse tensor may unpack to: as much as this, or so many bytes per byte of the file.
+_FREE_BYTES = 2**28
+_RATIO = 1000
 # TFLite's types that have no numpy type of their own: several values in a byte.
 _PACKED_BITS = {"int4": 4, "int2": 2}
 _VECTORS = (
@@ -157,6 +161,7 @@ def decode_sparse(raw: bytes, shape: Sequence[int], sparsity: Any, dtype: str) -
     """
     shape = tuple(int(size) for size in shape)
     stored = _stored_values(bytes(raw), dtype)
+    check_size(shape, stored.itemsize, len(raw))
     order = [int(dimension) for dimension in _given(sparsity.traversalOrder)]
     levels = _given(sparsity.dimMetadata)
     block_of = [int(axis) for axis in _given(sparsity.blockMap)]
@@ -173,6 +178,7 @@ def decode_sparse(raw: bytes, shape: Sequence[int], sparsity: Any, dtype: str) -
     for number, axis in enumerate(block_of):
         block_sizes[axis] = int(levels[order.index(rank + number)].denseSize)
     strides = np.cumprod([1, *shape[:0:-1]], dtype=np.int64)[::-1]
+    most = max(len(stored), *(_length(level.arraySegments) for level in levels), 1)
     places = np.zeros(1, np.int64)
     for dimension, level in zip(order, levels, strict=True):
         inner = dimension >= rank
@@ -182,6 +188,10 @@ def decode_sparse(raw: bytes, shape: Sequence[int], sparsity: Any, dtype: str) -
         if level.format == schema.DimensionType.DENSE:
             if not 0 <= level.denseSize <= limit:
                 raise _contradiction(f"{level.denseSize} indices along axis {axis}", shape)
+            # Every place is followed by a segment or a value: known before they take memory.
+            if len(places) * level.denseSize > most:
+                found = f"{len(stored)} values for {len(places) * level.denseSize} places"
+                raise _contradiction(found, shape)
             offsets = np.arange(level.denseSize, dtype=np.int64) * step
             places = (places[:, None] + offsets).reshape(-1)
         else:
@@ -200,9 +210,35 @@ def decode_sparse(raw: bytes, shape: Sequence[int], sparsity: Any, dtype: str) -
     spare = 8 // _PACKED_BITS[dtype] - 1 if dtype in _PACKED_BITS else 0
     if not 0 <= len(stored) - len(places) <= spare:
         raise _contradiction(f"{len(stored)} values for {len(places)} places", shape)
-    dense = np.zeros(int(np.prod(shape, dtype=np.int64)), stored.dtype)
+    dense = np.zeros(math.prod(shape), stored.dtype)
     dense[places] = stored[: len(places)]
     return dense.reshape(shape)
+
+
+def check_size(shape: Sequence[int], itemsize: int, stored: int) -> None:
+    """Raises if a sparse tensor would take far more memory than its file, or none at all.
+
+    Args:
+        shape: Its shape.
+        itemsize: Bytes of a value in memory.
+        stored: Bytes in the file.
+
+    Raises:
+        ExportError: Naming both sizes.
+    """
+    shape = tuple(shape)
+    if any(size < 0 for size in shape):
+        raise _contradiction("a negative size", shape)
+    claimed, allowed = math.prod(shape) * itemsize, max(_FREE_BYTES, _RATIO * stored)
+    if claimed > allowed:
+        raise ExportError(
+            f"A sparse tensor of shape {shape} claims {claimed:,} bytes, of which {stored:,} are "
+            f"stored. Expected at most {allowed:,}: the file is damaged. Export it again."
+        )
+
+
+def _length(vector: Any) -> int:
+    return 0 if vector is None or vector.values is None else len(vector.values)
 
 
 def _stored_values(raw: bytes, dtype: str) -> np.ndarray:

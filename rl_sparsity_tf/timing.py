@@ -13,6 +13,7 @@ from rl_sparsity_tf.conversion import ConversionWorker, WorkerError
 from rl_sparsity_tf.errors import ArgumentError, ExportError
 from rl_sparsity_tf.flat_model import FlatModel
 from rl_sparsity_tf.flatbuffer import read_flat_model
+from rl_sparsity_tf.tables import printing
 
 # Times that scatter more than this are not reported.
 LARGEST_SPREAD = 0.1
@@ -106,6 +107,7 @@ class Timing:
         Args:
             print_fn: Called with every line.
         """
+        print_fn = printing(print_fn)
         rows = [
             (timing.path, _shown(timing.median_ms, timing.spread, "ms")) for timing in self._files()
         ]

@@ -10,12 +10,13 @@ import tf_keras as keras
 
 from rl_sparsity_tf.compile_state import copy_compile_state
 from rl_sparsity_tf.constraints import check_constraints
+from rl_sparsity_tf.copy_checks import check_copy
 from rl_sparsity_tf.copying import copy_layer, copy_own_weights, copy_weights, rebuild
 from rl_sparsity_tf.errors import ModelError, PlanError, check_choice, did_you_mean
 from rl_sparsity_tf.grouping import KINDS
 from rl_sparsity_tf.kernel_selection import KernelSelection, Patterns
 from rl_sparsity_tf.kernel_settings import KernelSettings
-from rl_sparsity_tf.kernels import Kernel, check_model, find_kernels, walk
+from rl_sparsity_tf.kernels import Kernel, check_model, find_kernels, layer_pairs, walk
 from rl_sparsity_tf.masks import MASKS
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
@@ -120,6 +121,7 @@ def wrap(
 
     wrapped = rebuild(model, convert)
     _copy_weights(model, wrapped)
+    check_copy(model, wrapped)
     if entries is not None:
         apply_plan(wrapped, entries)
     copy_compile_state(model, wrapped)
@@ -143,6 +145,7 @@ def strip(model: keras.Model) -> keras.Model:
 
     stripped = rebuild(model, lambda layer: copy_layer(unwrapped(layer)))
     _copy_weights(model, stripped)
+    check_copy(model, stripped)
     copy_compile_state(model, stripped)
     return stripped
 
@@ -227,8 +230,7 @@ def _settings(kernel: Kernel, group: str, used: Collection[Operation]) -> Kernel
 
 
 def _copy_weights(source: keras.Model, destination: keras.Model) -> None:
-    pairs = list(zip(walk(source), walk(destination), strict=True))
-    for (_, old), (_, new) in pairs:
+    for old, new in layer_pairs(source, destination):
         inner = unwrapped(new)
         copy_weights(unwrapped(old), inner)
         if isinstance(old, CompressionWrapper):
