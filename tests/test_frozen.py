@@ -447,6 +447,7 @@ def test_a_target_in_bytes_leaves_what_is_excluded_in_float(tmp_path):
         target=rls.Target(tflite_bytes=size - 900),
         include=["base", "hidden"],
         exclude="stem",
+        hierarchy=True,
     )
     assert one.group == "auto"
     result = search(one, finetune_epochs=0)
