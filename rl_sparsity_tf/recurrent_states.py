@@ -21,6 +21,7 @@ from rl_sparsity_tf.flat_model import FlatModel, FlatTensor
 from rl_sparsity_tf.flatbuffer import AlignedBuffer, inline_buffers, read_flat_model
 
 _VERSION = 2  # of BROADCAST_TO, the first that has int8
+_BEHIND = 127  # in the old field, which is a byte, of operators that have their number in the new
 
 
 def kept_states(flat: FlatModel) -> list[FlatTensor]:
@@ -65,7 +66,8 @@ class _Rewriting:
         self._model = model
         self._added: dict[tuple[int, str, bytes], int] = {}
         code = schema.OperatorCodeT()
-        code.builtinCode = code.deprecatedBuiltinCode = schema.BuiltinOperator.BROADCAST_TO
+        code.builtinCode = schema.BuiltinOperator.BROADCAST_TO
+        code.deprecatedBuiltinCode = _BEHIND
         code.version = _VERSION
         model.operatorCodes.append(code)
         self._code = len(model.operatorCodes) - 1
