@@ -150,7 +150,8 @@ def _fresh_metric(metric: keras.metrics.Metric, memo: dict[int, Any]) -> keras.m
 
 
 def _copied_metric(metric: keras.metrics.Metric, memo: dict[int, Any]) -> keras.metrics.Metric:
-    fresh = type(metric).__new__(type(metric))
+    kind: Any = type(metric)
+    fresh = kind.__new__(kind)
     bound = {name: vars(fresh)[name] for name in ("update_state", "result")}
     # The last result, maybe of a graph, and Keras's count of what its attributes hold.
     dropped = {*bound, "_call_result", "_obj_reference_counts_dict"}
