@@ -133,7 +133,7 @@ def output_names(model: keras.Model, outputs: Any) -> list[str]:
 
 def _graph_input_names(model: keras.Model) -> list[str]:
     nested = getattr(model, "_nested_inputs", None)
-    if _is_flat_dict(nested):
+    if isinstance(nested, dict) and _is_flat_dict(nested):
         return sorted(str(key) for key in nested)  # Keras takes a dict by its keys, in this order
     return [tensor.name.split(":")[0] for tensor in model.inputs]
 
