@@ -133,6 +133,7 @@ def run(
     outputs: str,
     batch_size: int,
     xnnpack: bool,
+    reset: bool = True,
     given: list[str] | None = None,
 ) -> dict[str, Any]:
     """Runs a file over all rows of its inputs.
@@ -144,6 +145,7 @@ def run(
             values.
         batch_size: Rows at a time; a file with a fixed batch size uses its own.
         xnnpack: Whether the default delegate (XNNPACK) may be used.
+        reset: Whether what the file keeps from call to call is reset before each of them.
         given: Names of the inputs that the arrays are for; by default they are in the file's order.
     """
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
@@ -183,9 +185,9 @@ def run(
             if fixed and count < batch:
                 part = np.concatenate([part, np.repeat(part[-1:], batch - count, axis=0)])
             fed[name] = _to_stored(part, into[name])
-        if fixed:
-            # Fused recurrent operators, which fix the batch size, keep their state between calls;
-            # Keras starts every call afresh.
+        if fixed and reset:
+            # Fused recurrent operators, which fix the batch size, may keep their state between
+            # calls; Keras starts every call afresh.
             try:
                 interpreter.reset_all_variables()
             except RuntimeError:

@@ -35,6 +35,11 @@ def _network(strategy: tf.distribute.Strategy) -> tuple[keras.Model, list[np.nda
     return model, [variable.numpy() for variable in model.optimizer.variables]
 
 
+def _deviation(matrix: np.ndarray) -> float:
+    # The squares of tiny weights are zero in single precision.
+    return float(matrix.std()) or float(matrix.std(dtype=np.float64))
+
+
 class WeightAutoencoder:
     """A denoising autoencoder trained on the chunks of the original kernels.
 
@@ -66,7 +71,7 @@ class WeightAutoencoder:
         measured_chunks: int = 512,
     ):
         rng = np.random.default_rng(seed)
-        self._scales = {path: float(matrix.std()) or 1.0 for path, matrix in kernels.items()}
+        self._scales = {path: _deviation(matrix) or 1.0 for path, matrix in kernels.items()}
         self._drawn: dict[str, Any] = {}
         self._originals = {path: self._chunks(path, kernels[path]) for path in kernels}
         chunks = np.concatenate(list(self._originals.values()))

@@ -10,6 +10,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.class_weights import ClassWeights, SampleWeightCheck
 from rl_sparsity_tf.errors import DataError, ModelError
+from rl_sparsity_tf.extremes import LargeRowFinder, LargeRows
 from rl_sparsity_tf.labels import Output, check_labels, model_outputs, per_output
 from rl_sparsity_tf.shape_advice import fits, shape_advice
 from rl_sparsity_tf.signature import InputSpec, input_specs
@@ -56,6 +57,7 @@ class BatchCheck:
         self._outputs: tuple[Output, ...] | None = None
         self._weight_check = SampleWeightCheck(name)
         self._first = True
+        self._large = LargeRowFinder(name)
 
     def __call__(self, batch: Batch) -> None:
         """Checks a batch.
@@ -87,7 +89,13 @@ class BatchCheck:
         if self.class_weights is not None:
             plain = tf.nest.map_structure(np.asarray, y)
             self.class_weights.check(plain, self._name, self.rows)
+        self._large(batch, self.rows)
         self.rows += rows
+
+    @property
+    def large(self) -> LargeRows:
+        """The rows with large numbers, whose loss has to be tried."""
+        return self._large.found
 
     def shapes(self, batch: Batch) -> None:
         """Checks nothing but the shapes of a batch's inputs."""

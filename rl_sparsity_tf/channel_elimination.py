@@ -16,6 +16,7 @@ import numpy as np
 
 from rl_sparsity_tf.channel_units import ChannelUnit
 from rl_sparsity_tf.layer_problem import LayerProblem
+from rl_sparsity_tf.masked_ridge import ridge_strength
 
 # The inverse of a larger Gram matrix, and its updates, would take too long.
 _MOST_INPUTS = 6144
@@ -93,7 +94,7 @@ class _Fit:
         count: int,
         energy: float,
     ):
-        strength = max(ridge * float(np.mean(np.diag(gram))), 1e-12)
+        strength = ridge_strength(np.diag(gram), ridge)
         self._inverse = np.linalg.inv(gram + strength * np.eye(len(gram)))
         self._weights = weights.astype(np.float64)
         self._energy = energy

@@ -20,10 +20,10 @@ from rl_sparsity_tf.channel_graph import ChannelGraph, has_graph
 from rl_sparsity_tf.channel_groups import check_plain
 from rl_sparsity_tf.channel_steps import Depthwise, Mix
 from rl_sparsity_tf.errors import ArgumentError
+from rl_sparsity_tf.extremes import check_weights
 from rl_sparsity_tf.kernel_selection import EXCLUDED, KernelSelection, Patterns
 from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.permutation_search import Goal, Reader, Search, rows_of, squares_of
-from rl_sparsity_tf.preparation import check_finite
 from rl_sparsity_tf.tables import table_lines
 from rl_sparsity_tf.wrapping import strip
 
@@ -67,7 +67,7 @@ def permute_channels(
         >>> wrapped = rls.wrap(model, rls.baselines.n_m(model, pattern="2:4"))
     """
     check_plain(model, "permute_channels")
-    check_finite(model)
+    check_weights(model)
     goal = Goal.of(group, sparsity)
     seed = check_count("seed", seed, 0)
     permuted = strip(model)

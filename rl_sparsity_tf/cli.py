@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import difflib
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rl_sparsity_tf.errors import ArgumentError, RLSparsityError, printable
+from rl_sparsity_tf.errors import ArgumentError, RLSparsityError, one_line, printable
 from rl_sparsity_tf.silence import quiet_libraries
 from rl_sparsity_tf.version import __version__
 
@@ -25,6 +26,7 @@ _SMALLEST = {"episodes": 1, "seed": 0, "batch_size": 1, "finetune_epochs": 0, "f
 _QUANTIZATIONS = ("plan", "none", "dynamic", "int8", "float16")
 _RECOVERIES = ("least_squares", "finetune", "none")
 _DEFAULT_SPARSITY = 0.9
+_SIGPIPE = 13
 
 
 class _Parser(argparse.ArgumentParser):
@@ -131,6 +133,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--save-policy", metavar="FILE", help="where to write what the agent has learned (.npz)"
     )
     compress.add_argument("--overwrite", action="store_true", help="replace a run in --output")
+    compress.add_argument(
+        "--any-versions",
+        action="store_true",
+        help="continue a run in --output that was begun with other versions of libraries",
+    )
     _add_search_arguments(compress, sizes=True)
 
     inspect = commands.add_parser("inspect", help="say what a .tflite file stores, and how")
@@ -195,7 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; by default the process's.
 
     Returns:
-        0, or 2 for wrong use or bad input, which is said in one line on standard error.
+        0, or 2 for wrong use, bad input, or what the system refuses, which is said in one line on
+        standard error; 130 after Ctrl-C.
     """
     options = build_parser().parse_args(arguments)
     commands = {
@@ -206,18 +214,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     # TensorFlow takes seconds to load, and only searching needs it.
     searching = options.command in ("demo", "compress")
-    with quiet_libraries() if searching else contextlib.nullcontext():
-        try:
+    try:
+        with quiet_libraries() if searching else contextlib.nullcontext():
             _check_numbers(options)
             commands[options.command](options)
-        except RLSparsityError as error:
-            message = _in_options(" ".join(str(error).split()), options)
-            print(f"rl-sparsity {options.command}: {message}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print(f"rl-sparsity {options.command}: interrupted", file=sys.stderr)
-            return 130
+            sys.stdout.flush()
+    except RLSparsityError as error:
+        message = _in_options(" ".join(str(error).split()), options)
+        print(f"rl-sparsity {options.command}: {message}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # who reads what is printed has seen enough: `... | head`
+        _print_no_more()
+        return 128 + _SIGPIPE
+    except OSError as error:
+        _print_no_more()
+        print(f"rl-sparsity {options.command}: {one_line(error)}.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(f"rl-sparsity {options.command}: {_interrupted(error, options)}", file=sys.stderr)
+        return 130
     return 0
+
+
+def _print_no_more() -> None:
+    """Lets Python end without another try to print what could not be printed."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        return
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _interrupted(error: KeyboardInterrupt, options: argparse.Namespace) -> str:
+    """What Ctrl-C has ended, and how to go on."""
+    episodes = getattr(error, "episodes", None)
+    message = "interrupted" + ("" if episodes is None else f" after episode {episodes}")
+    folder = getattr(options, "output", None)
+    if not folder or not os.path.isfile(os.path.join(folder, "manifest.json")):
+        return message
+    if os.path.exists(os.path.join(folder, "metrics.json")):
+        return f"{message}; the result is in {folder}"
+    without = " without --overwrite" if getattr(options, "overwrite", False) else ""
+    return f"{message}; the same command{without} goes on from {folder}"
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
@@ -234,11 +272,11 @@ def _check_numbers(options: argparse.Namespace) -> None:
 
 def _in_options(message: str, options: argparse.Namespace) -> str:
     """Says of arguments that can be passed how to pass them here; the demo has fewer of them."""
-    for name in ("overwrite", "trusted"):
+    for name in ("overwrite", "trusted", "any_versions"):
         if hasattr(options, name):
-            message = message.replace(f"{name}=True", f"--{name}")
+            message = message.replace(f"{name}=True", f"--{name.replace('_', '-')}")
         else:
-            message = re.sub(rf",? or pass {name}=True[^.]*", "", message)
+            message = re.sub(rf",? (or )?pass {name}=True[^,.]*", "", message)
     registering = r"import what registers (yours|them) \(@[\w.]+\)( before loading)?"
     message = re.sub(registering, r"pass --import MODULE, the module that has \1", message)
     return message.replace("import it before loading", "pass --import MODULE")
@@ -311,15 +349,17 @@ def _compress_known(options: argparse.Namespace) -> None:
     from rl_sparsity_tf.errors import ModelError
     from rl_sparsity_tf.model_files import load_model
     from rl_sparsity_tf.policy_files import check_policy_path
+    from rl_sparsity_tf.run_directory import check_directory, check_free
     from rl_sparsity_tf.search import Compressor
 
+    check_free(check_directory(options.output))
     target = _target(options)
-    if options.save_policy:
+    if options.save_policy is not None:
         check_policy_path(options.save_policy, overwrite=options.overwrite)
-    if options.loss:
+    if options.loss is not None:
         _check_loss(options.loss)
     model = load_model(options.model, trusted=options.trusted)
-    if options.loss:
+    if options.loss is not None:
         model.compile(loss=options.loss)
     elif getattr(model, "optimizer", None) is None:
         raise ModelError(
@@ -346,7 +386,7 @@ def _compress_known(options: argparse.Namespace) -> None:
     )
     data = (
         load_npz(options.data)
-        if options.data
+        if options.data is not None
         else load_dataset(
             options.dataset, seed=options.seed, memory_limit_mb=options.memory_limit_mb
         )
@@ -363,9 +403,10 @@ def _compress_known(options: argparse.Namespace) -> None:
         finalists=options.finalists,
         dataset=data.name,
         overwrite=options.overwrite,
+        any_versions=options.any_versions,
         verbose=options.verbose,
     )
-    if options.save_policy:
+    if options.save_policy is not None:
         result.save_policy(options.save_policy, overwrite=options.overwrite)
     if options.compare:
         # The result is on the disk by now; only its list of baselines was empty.

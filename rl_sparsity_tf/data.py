@@ -14,6 +14,7 @@ import tf_keras as keras
 from rl_sparsity_tf.batch_checks import Batch, BatchCheck, fixed_batch, row_count
 from rl_sparsity_tf.data_forms import as_arrays, check_elements, join_sequence, read_batches
 from rl_sparsity_tf.errors import DataError
+from rl_sparsity_tf.extremes import LargeRows
 
 # A dataset that does not know its size and goes on for longer than this is taken for endless.
 ENDLESS_BATCHES = 10_000
@@ -28,11 +29,13 @@ class TrainingData:
         make_dataset: Makes the dataset.
         pool: Equally shaped batches kept in memory, for statistics and short recoveries.
         steps: Batches in an epoch.
+        large: Rows with numbers so large that training on them has to be tried.
     """
 
     make_dataset: Callable[[], tf.data.Dataset]
     pool: list[Batch]
     steps: int | None
+    large: LargeRows | None = None
 
     @property
     def dataset(self) -> tf.data.Dataset:
@@ -107,7 +110,7 @@ def training_data(
         return shuffled.batch(size, drop_remainder=fixed is not None)
 
     steps = rows // size if fixed else -(-rows // size)
-    return TrainingData(make_dataset=make_dataset, pool=pool, steps=steps)
+    return TrainingData(make_dataset=make_dataset, pool=pool, steps=steps, large=check.large)
 
 
 def _training_dataset(
@@ -153,7 +156,7 @@ def _training_dataset(
         steps = len(pool)
     if endless or unknown:
         data = data.repeat().take(steps)
-    return TrainingData(make_dataset=lambda: data, pool=pool, steps=steps)
+    return TrainingData(make_dataset=lambda: data, pool=pool, steps=steps, large=check.large)
 
 
 class _Weighting:

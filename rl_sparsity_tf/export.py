@@ -31,6 +31,7 @@ from rl_sparsity_tf.export_checks import (
 from rl_sparsity_tf.export_errors import conversion_error
 from rl_sparsity_tf.export_precision import in_float32
 from rl_sparsity_tf.export_report import ExportReport, TensorReport, tensor_reports
+from rl_sparsity_tf.extremes import check_weights
 from rl_sparsity_tf.file_ports import name_ports
 from rl_sparsity_tf.files import as_file, gzip_size, scratch_folder
 from rl_sparsity_tf.flatbuffer import read_flat_model
@@ -38,13 +39,20 @@ from rl_sparsity_tf.matching import match_kernels
 from rl_sparsity_tf.prediction import run_rows
 from rl_sparsity_tf.recipes import Recipe, check_recipe_path, replacing_with_recipe
 from rl_sparsity_tf.recurrent import stateless, unrolled
+from rl_sparsity_tf.recurrent_states import kept_states, start_at_zero
 from rl_sparsity_tf.repeatability import check_repeatable
 from rl_sparsity_tf.saved_model import reference_outputs, write_saved_model
 from rl_sparsity_tf.scoring import compare_scores
 from rl_sparsity_tf.signature import input_specs
 from rl_sparsity_tf.sparse_inference import check_sparse_inference, store_for_sparse_inference
 from rl_sparsity_tf.stored_weights import FORMATS, broken_chain, make_sparse, store_weights
-from rl_sparsity_tf.verification import Tolerance, tolerance_for, verify_outputs, verify_zeros
+from rl_sparsity_tf.verification import (
+    Tolerance,
+    tolerance_for,
+    verify_calls,
+    verify_outputs,
+    verify_zeros,
+)
 
 __all__ = [
     "QUANTIZATIONS",
@@ -70,6 +78,7 @@ def export_tflite(
     tolerance: float | None = None,
     batch_size: int | None = None,
     unroll: bool = False,
+    stateful: bool = False,
     formats: str = "dense",
     compute: str = "weight_only",
     sparse_inference: str | None = None,
@@ -111,6 +120,9 @@ def export_tflite(
             with such layers is exported with batch size 1.
         unroll: Writes recurrent layers step by step instead of as a loop or a fused operator. The
             batch size stays open, the number of time steps has to be fixed; the file grows with it.
+        stateful: Lets LSTM layers that become TFLite's fused operator keep their state from one
+            call to the next, for sequences that come in pieces; `reset_all_variables()` of the
+            interpreter begins a new one. By default every call starts from zero, as in Keras.
         formats: `"dense"` stores every tensor with its zeros; `"raw"` and `"gzip"` store each one
             sparse where that makes the file, or the gzipped file, smaller and the runtimes compute
             rightly with it. Sparse tensors are unpacked when the file is loaded.
@@ -148,14 +160,16 @@ def export_tflite(
     if quantization == "plan":
         check_recipe_path(target, overwrite)
     check_numbers(tolerance, batch_size)
-    if not isinstance(unroll, bool):
-        raise ArgumentError(f"unroll={unroll!r} cannot be used. Expected True or False.")
+    for name, flag in (("unroll", unroll), ("stateful", stateful)):
+        if not isinstance(flag, bool):
+            raise ArgumentError(f"{name}={flag!r} cannot be used. Expected True or False.")
     plain, plan = plain_model(model, plan)
     if quantization == "plan" and plan is None:
         raise ArgumentError(
             "quantization='plan' needs a plan, and this model brings none. Pass plan=, export the "
             "result of a search, or pass quantization='none'."
         )
+    check_weights(plain, exported=True)
     if quantization == "int8":
         check_ids(plain)
     batch_size, notes = file_batch_size(plain, batch_size, unroll)
@@ -164,7 +178,7 @@ def export_tflite(
     with contextlib.ExitStack() as stack:
         work = stack.enter_context(scratch_folder())
         traced, changes = stack.enter_context(in_float32(plain))
-        notes += [*changes, *stack.enter_context(stateless(traced))]
+        notes += [*changes, *stack.enter_context(stateless(traced, stateful))]
         inputs, calibration = sample_rows(traced, representative_data)
         check_repeatable(traced, inputs, batch_size)
         calibrates = quantization == "int8" or compute == "static"
@@ -172,7 +186,9 @@ def export_tflite(
             check_calibration(calibration, batch_size)
         with unrolled(traced) if unroll else contextlib.nullcontext():
             rows = calibration if quantization == "int8" else None
-            file = convert_traced(traced, work, batch_size, quantization, rows)
+            file = convert_traced(traced, work, batch_size, quantization, rows, stateful=stateful)
+        if stateful:
+            notes.append(_keeping_state(plain, file))
         recipe, smallest = None, 32
         if quantization == "plan":
             stored = store_weights(file, kernels, bits, compute, calibration)
@@ -191,6 +207,7 @@ def export_tflite(
             allowed=allowed,
             batch_size=batch_size,
             recipe=recipe,
+            stateful=stateful,
             scored=None if test_data is None else (plain, test_data),
         )
         skipping = None
@@ -219,6 +236,8 @@ def convert_traced(
     batch_size: int | None,
     quantization: str = "none",
     calibration: Sequence[np.ndarray] | None = None,
+    *,
+    stateful: bool = False,
 ) -> Path:
     """Converts a model, without verifying the file.
 
@@ -228,6 +247,7 @@ def convert_traced(
         batch_size: Rows per call; None leaves it open.
         quantization: The mode; `"plan"` is converted to float32.
         calibration: For `"int8"`, one array of rows per input.
+        stateful: Whether fused recurrent operators keep their state between calls.
 
     Returns:
         The file, in the folder.
@@ -242,8 +262,29 @@ def convert_traced(
         shared_worker().convert(folder / "saved_model", file, mode, calibration)
     except WorkerError as error:
         raise conversion_error(model, quantization, error) from error
+    if not stateful:
+        start_at_zero(file)
     name_ports(file, [spec.name for spec in input_specs(model)], outputs)
     return file
+
+
+def _keeping_state(model: keras.Model, file: Path) -> str:
+    """The note on a file that keeps its state.
+
+    Raises:
+        ArgumentError: If it keeps none.
+    """
+    if not kept_states(read_flat_model(file)):
+        raise ArgumentError(
+            f"stateful=True was given, but nothing in the file of model {model.name!r} keeps a "
+            "state between calls. Expected LSTM layers with Keras's default activations and "
+            "without an initial state, not unrolled. Leave stateful out."
+        )
+    return (
+        "the file keeps the state of its LSTM layers between calls, as stateful=True asks for: "
+        "call reset_all_variables() of the interpreter before every new sequence, as "
+        "predict_tflite does before every row"
+    )
 
 
 def predict_tflite(
@@ -294,6 +335,7 @@ def _finish(
     notes: Sequence[str],
     batch_size: int | None,
     recipe: Recipe | None,
+    stateful: bool,
     sparse_inference: bool | None,
     scored: tuple[keras.Model, Any] | None,
 ) -> ExportReport:
@@ -303,12 +345,9 @@ def _finish(
     matches = match_kernels(kernels, tensors)
     expected = reference_outputs(model, inputs, batch_size)
     agreement = verify_outputs(shared_worker(), file, inputs, expected, allowed, batch_size)
+    if any(tensor.variable for tensor in tensors) and not stateful:
+        verify_calls(shared_worker(), file, inputs, batch_size)
     notes = [*notes, *verify_zeros(kernels, matches, tensors)]
-    if any(tensor.variable for tensor in tensors):
-        notes.append(
-            "the file keeps the state of its recurrent layers between calls: call "
-            "reset_all_variables() of the interpreter before every sequence, as predict_tflite does"
-        )
     scores = None if scored is None else compare_scores(file, *scored, 1.0 - allowed.top1)
     content = file.read_bytes()
     with replacing_with_recipe(target, recipe) as temporary:

@@ -109,16 +109,27 @@ def as_file(name: str, value: Any, expected: str) -> Path:
         raise FileError(
             f"{str(path)!r} is a device, a pipe or a socket. Expected {expected}: a regular file."
         )
-    try:
+    with reading(path, expected):
         if path.is_dir():
             os.listdir(path)
         else:
             with path.open("rb") as file:
                 file.read(1)
+    return path
+
+
+@contextlib.contextmanager
+def reading(path: Path, expected: str) -> Iterator[None]:
+    """Says in words what the system has against reading a path.
+
+    Raises:
+        FileError: If the body raises an `OSError`.
+    """
+    try:
+        yield
     except OSError as error:
         mend = f"Give {expected} that this user may read"
         raise _refusal(error, path, "cannot be read", mend) from error
-    return path
 
 
 def check_new_file(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
@@ -215,7 +226,9 @@ def _reserve(handle: int, room: int) -> None:
                 raise
         else:
             return
-    os.write(handle, bytes(LEAST_ROOM))
+    left = LEAST_ROOM
+    while left:  # a write may stop at a limit without a word, and the next one raises
+        left -= os.write(handle, bytes(left))
     os.fsync(handle)  # some file systems notice only then that they are full
 
 
@@ -360,8 +373,8 @@ def gzip_size(content: bytes) -> int:
     return len(gzip.compress(content, compresslevel=9, mtime=0))
 
 
-def sha256_of(*chunks: bytes) -> str:
-    """Hexadecimal SHA-256 of the chunks, one after the other."""
+def sha256_of(*chunks: Any) -> str:
+    """Hexadecimal SHA-256 of the chunks (bytes, or arrays of them), one after the other."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)

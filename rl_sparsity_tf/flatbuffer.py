@@ -17,7 +17,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from rl_sparsity_tf.errors import ArgumentError, ExportError
-from rl_sparsity_tf.files import as_file
+from rl_sparsity_tf.files import as_file, reading
 from rl_sparsity_tf.flat_model import FlatGraph, FlatModel, FlatOperator, FlatTensor
 from rl_sparsity_tf.sparse_format import check_size, decode_sparse
 
@@ -87,7 +87,8 @@ def read_flat_model(path: str | os.PathLike[str]) -> FlatModel:
     path = as_file("path", path, "a .tflite file")
     if not path.is_file():
         raise ArgumentError(f"There is no file {str(path)!r}. Give the path of a .tflite file.")
-    content = path.read_bytes()
+    with reading(path, "a .tflite file"):
+        content = path.read_bytes()
     model = _parse(content, str(path))
     _check_sparse(model, str(path), len(content))
     tensors: list[FlatTensor] = []

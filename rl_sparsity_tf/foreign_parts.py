@@ -117,7 +117,7 @@ def _foreign_object(stored: dict[str, Any]) -> Iterator[str]:
         if _registered(str(inner)) is None and not _computes(module, inner, registered):
             yield f"it uses the function {inner!r} of the module {module!r}"
     elif kind == "TypeSpec":
-        if stored.get("type_spec") not in _SPEC_NAMES:
+        if str(stored.get("type_spec")) not in _SPEC_NAMES:
             yield f"it describes a tensor by the class {stored.get('type_spec')!r}"
     elif kind == "__typespec__":
         name = str(stored.get("spec_name"))
@@ -172,11 +172,11 @@ def _fault(part: Any, details: dict[str, Any], root: str) -> str | None:
         known = _is_mathematics(tf_export.get_symbol_from_name(name))
         return None if known else f"calls tf.{name}"
     if issubclass(part, ClassMethod):
-        owner, method = details.get("cls_symbol"), details.get("method_name")
+        owner, method = str(details.get("cls_symbol")), str(details.get("method_name"))
         known = owner in _TENSOR_CLASSES and method in _TENSOR_MAKERS
         return None if known else f"calls tf.{owner}.{method}"
     if issubclass(part, InstanceProperty):
-        wanted = details.get("attr_name")
+        wanted = str(details.get("attr_name"))
         return None if wanted in _TENSOR_ATTRIBUTES else f"asks a tensor for its {wanted!r}"
     ours = root == "tensorflow_model_optimization" and part.__module__.startswith(root)
     return None if ours or issubclass(part, PARTS) else ""

@@ -232,7 +232,7 @@ def _error(matrix: np.ndarray, weights: np.ndarray, problem: LayerProblem | None
         error = problem.relative_error(weights)
         return error if np.isfinite(error) else 1.0
     change = np.square(matrix - weights, dtype=np.float64).sum()
-    return float(change / max(np.square(matrix, dtype=np.float64).sum(), 1e-30))
+    return float(change / max(np.square(matrix, dtype=np.float64).sum(), 1e-300))
 
 
 def _rounding_error(
@@ -248,5 +248,5 @@ def _rounding_error(
     step = ops.grid_scale(values, largest, spec.per_output_scale, spec.gates).numpy()
     noise = np.where(weights != 0, np.square(step, dtype=np.float64) / 12.0, 0.0)
     if problem is None:
-        return float(noise.sum() / max(np.square(matrix, dtype=np.float64).sum(), 1e-30))
+        return float(noise.sum() / max(np.square(matrix, dtype=np.float64).sum(), 1e-300))
     return float((noise * problem.input_energy).sum() / problem.energy)

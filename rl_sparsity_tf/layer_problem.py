@@ -12,6 +12,7 @@ import tensorflow as tf
 from rl_sparsity_tf import operations as ops
 from rl_sparsity_tf.constraints import constraint_of, project
 from rl_sparsity_tf.error_feedback import round_with_feedback
+from rl_sparsity_tf.errors import DataError
 from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.kernels import Kernel
 from rl_sparsity_tf.layer_rows import RowSource
@@ -33,6 +34,17 @@ class Moments:
     mean: np.ndarray
     gram: np.ndarray
     cross: np.ndarray
+
+
+# Ordinary activations are computed with as they are, in the unit 1.
+_FAR = 2.0**30
+
+
+def _unit(largest: float, far: float) -> float:
+    """A power of two near a magnitude, or 1 if that is not far from it; changes no digit."""
+    if largest == 0 or 1 / far <= largest <= far:
+        return 1.0
+    return float(np.ldexp(1.0, int(np.frexp(largest)[1])))
 
 
 class LayerProblem:
@@ -65,21 +77,25 @@ class LayerProblem:
         self._source = source
         self.ridge = ridge
         self.fixed = fixed
+        self._constrained = constraint_of(kernel.variable) is not None
         self.original = kernel.matrix().astype(np.float32)
         layer: Any = kernel.layer
         adapts = getattr(layer, "use_bias", False) and not (fixed or fixed_bias)
         self.bias = layer.bias if adapts else None
         self._bias0 = None if self.bias is None else np.asarray(self.bias)
         rows = source.take(inputs)
-        outputs = self._product(rows, self.original)
-        self._output_mean = outputs.mean(axis=0, dtype=np.float64)
-        if self.bias is None:
-            self._output_mean = np.zeros_like(self._output_mean)
-        self._wanted = (outputs - self._output_mean).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # what that means is said in words
+            outputs = self._product(rows, self.original)
+            self._output_mean = outputs.mean(axis=0, dtype=np.float64)
+            if self.bias is None:
+                self._output_mean = np.zeros_like(self._output_mean)
+            self._wanted, self._wanted_unit = self._in_units(outputs - self._output_mean)
         self.dense = self.moments(rows)
         # Single precision will do for comparing errors, and takes half the time.
-        self._gram32 = self.dense.gram.astype(np.float32)
-        self.energy = max(self._energy(self.original, self._gram32), 1e-30)
+        self._energy_unit = _unit(float(self.dense.gram.max()), _FAR**2)
+        self._gram32 = (self.dense.gram / self._energy_unit).astype(np.float32)
+        least = 1e-30 * self._energy_unit
+        self.energy = max(self._energy(self.original, self._gram32) * self._energy_unit, least)
 
     def regrouped(self, grouping: Grouping) -> LayerProblem:
         """The same problem of a kernel that is cut in another way; what is known stays shared."""
@@ -97,17 +113,37 @@ class LayerProblem:
         mean = rows.mean(axis=0, dtype=np.float64)
         if self.bias is None:
             mean = np.zeros_like(mean)
-        centred = rows - mean.astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            centred, unit = self._in_units(rows - mean.astype(np.float32))
+        squared, mixed = unit * unit, unit * self._wanted_unit
         if not self._source.depthwise:
-            gram = (centred.T @ centred).astype(np.float64) / count
-            cross = (centred.T @ self._wanted).astype(np.float64) / count
+            gram = (centred.T @ centred).astype(np.float64) / count * squared
+            cross = (centred.T @ self._wanted).astype(np.float64) / count * mixed
             return Moments(mean, gram, cross)
         by_channel = centred.transpose(2, 1, 0)  # (channels, positions, rows)
-        gram = (by_channel @ by_channel.transpose(0, 2, 1)).astype(np.float64) / count
+        gram = (by_channel @ by_channel.transpose(0, 2, 1)).astype(np.float64) / count * squared
         channels = by_channel.shape[0]
         wanted = self._wanted.reshape(count, channels, -1).transpose(1, 0, 2)
-        cross = (by_channel @ wanted).astype(np.float64) / count
+        cross = (by_channel @ wanted).astype(np.float64) / count * mixed
         return Moments(mean, gram, cross.transpose(1, 0, 2).reshape(by_channel.shape[1], -1))
+
+    def _in_units(self, values: np.ndarray) -> tuple[np.ndarray, float]:
+        """Values in a unit that their products stay within single precision in, and the unit.
+
+        Raises:
+            DataError: If they are not finite.
+        """
+        largest = max(float(values.max()), -float(values.min()))
+        if not np.isfinite(largest):
+            raise DataError(
+                f"With the training data the layer {self.kernel.layer.name!r} is given, or gives, "
+                "values beyond float32. Expected inputs of the scale that the model was trained "
+                "on: scale them as for its training, or remove the rows with huge numbers."
+            )
+        unit = _unit(largest, _FAR)
+        if unit != 1.0:
+            values = np.ldexp(values, -int(np.log2(unit)))
+        return values.astype(np.float32, copy=False), unit
 
     def _product(self, rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
         if not self._source.depthwise:
@@ -147,7 +183,7 @@ class LayerProblem:
     def relative_error(self, matrix: np.ndarray) -> float:
         """The error as it is, before it is squeezed: energy of the change over the outputs' own."""
         change = np.asarray(matrix, np.float32) - self.original
-        return self._energy(change, self._gram32) / self.energy
+        return self._energy(change, self._gram32) * self._energy_unit / self.energy
 
     @property
     def input_energy(self) -> np.ndarray:
@@ -167,14 +203,16 @@ class LayerProblem:
         if self.fixed:
             return
         grouping, spec = self.grouping, self.kernel.spec
-        weights = self.solve(operations, bits, moments)
+        exact = self._fitted(operations, moments)
+        weights = self._on_grid(exact, operations, bits, moments)
         live = grouping.expand_numpy(operations != ops.Operation.PRUNE)
 
         def permute(matrix: np.ndarray) -> np.ndarray:
             return self._permuted(matrix, operations)
 
         # Groups that are pruned keep what they were trained to, in case they come back.
-        latent = permute(np.where(live, weights, permute(self.original)))
+        stays = exact if self._constrained else weights  # the constraint comes before the grid
+        latent = permute(np.where(live, stays, permute(self.original)))
         self.kernel.variable.assign(spec.from_matrix_numpy(latent, self.kernel.shape))
         if self.bias is not None and self._bias0 is not None:
             shift = self._mean_product(moments.mean, weights)
@@ -192,19 +230,29 @@ class LayerProblem:
         Returns:
             Float32 of shape `(inputs, outputs)`, after permutation; 0 where groups are pruned.
         """
-        spec = self.kernel.spec
+        exact = self._fitted(operations, moments)
+        return self._on_grid(exact, operations, bits, moments)
+
+    def _gram_of(self, moments: Moments) -> np.ndarray:
+        return self._per_output(moments.gram) if self._source.depthwise else moments.gram
+
+    def _fitted(self, operations: np.ndarray, moments: Moments) -> np.ndarray:
+        """The effective kernel before it is rounded, as its constraint wants it."""
         live = self.grouping.expand_numpy(operations != ops.Operation.PRUNE)
-        depthwise = self._source.depthwise
-        gram = self._per_output(moments.gram) if depthwise else moments.gram
-        fit = fit_depthwise if depthwise else fit_masked
         if self.fixed:
             weights = np.where(live, self._permuted(self.original, operations), np.float32(0))
         else:
+            fit = fit_depthwise if self._source.depthwise else fit_masked
+            gram = self._gram_of(moments)
             fitted = fit(gram, moments.cross, self.original, live, ridge=self.ridge)
             weights = fitted.astype(np.float32)
-        constrained = constraint_of(self.kernel.variable) is not None
-        if constrained:
-            weights = self._projected(weights, live)
+        return self._projected(weights, live) if self._constrained else weights
+
+    def _on_grid(
+        self, weights: np.ndarray, operations: np.ndarray, bits: int, moments: Moments
+    ) -> np.ndarray:
+        """An effective kernel with its quantized groups on the grid."""
+        spec = self.kernel.spec
         grid = ops.grid_groups(operations)
         if grid.any():
             levels = 7.0 if bits == 4 else 127.0
@@ -212,8 +260,10 @@ class LayerProblem:
                 tf.constant(weights), tf.constant(levels), spec.per_output_scale, spec.gates
             ).numpy()
             on_grid = self.grouping.expand_numpy(grid)
-            if self.fixed or constrained:  # what cancels errors of others may break the constraint
+            if self.fixed or self._constrained:  # to cancel others' errors may break it
                 return _rounded(weights, scale, levels, on_grid)
+            live = self.grouping.expand_numpy(operations != ops.Operation.PRUNE)
+            gram = self._gram_of(moments)
             weights = round_with_feedback(weights, gram, scale, levels, on_grid, live)
         return weights
 

@@ -11,6 +11,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.data import Batch, TrainingData, inputs_of
+from rl_sparsity_tf.errors import DataError
 from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.incremental_pass import IncrementalPass
@@ -46,6 +47,9 @@ class LeastSquares:
         inputs: Training inputs, all rows in one batch.
         ridge: Strength of the ridge.
         seed: Which rows are drawn.
+
+    Raises:
+        DataError: If a layer's inputs or outputs are not finite.
     """
 
     def __init__(
@@ -78,25 +82,32 @@ class LeastSquares:
             if isinstance(layer, keras.layers.BatchNormalization)
         ]
 
+        faults: list[DataError] = []
+
         def prepare(wrapper: CompressionWrapper, given: Any, key: str) -> None:
             for path in self._paths.get(id(wrapper), []):
                 source = sources[path]
                 if source is None or not isinstance(given, tf.Tensor):
                     continue
                 kernel = self._kernels[path]
-                self.problems[path] = LayerProblem(
-                    kernel,
-                    groupings[path],
-                    source,
-                    _array(given),
-                    ridge=ridge,
-                    fixed=id(kernel.variable) in fixed,
-                    fixed_bias=id(getattr(kernel.layer, "bias", None)) in fixed,
-                )
+                try:
+                    self.problems[path] = LayerProblem(
+                        kernel,
+                        groupings[path],
+                        source,
+                        _array(given),
+                        ridge=ridge,
+                        fixed=id(kernel.variable) in fixed,
+                        fixed_bias=id(getattr(kernel.layer, "bias", None)) in fixed,
+                    )
+                except DataError as error:  # Keras would put lines of its own before it
+                    faults.append(error)
                 self._dense_keys[path] = key
 
         self._all_kept = {id(wrapper): "" for wrapper in self._pass.wrappers}
         self._pass.run(self._all_kept, prepare)
+        if faults:
+            raise faults[0]
         self.fitted = False
 
     def error(self, path: str, matrix: np.ndarray) -> float:
@@ -144,7 +155,11 @@ class LeastSquares:
             elif self._moments.get(path, ("",))[0] == key:
                 moments = self._moments[path][1]
             else:
-                moments = problem.moments(problem.take(_array(given)))
+                try:
+                    moments = problem.moments(problem.take(_array(given)))
+                except DataError:  # of this plan: its loss is no number either, and it loses
+                    problem.restore()
+                    continue
                 self._moments[path] = (key, moments)
             problem.fit(operations[path], bits[path], moments)
 

@@ -12,6 +12,17 @@ CHUNK_BYTES = 64 * 2**20
 
 _ITERATIONS = 64
 _TOLERANCE = 1e-4
+_LEAST_RIDGE = 1e-12
+
+
+def ridge_strength(diagonal: np.ndarray, ridge: float) -> np.ndarray:
+    """What is added to a Gram matrix's diagonal, relative to its mean along the last axis.
+
+    Never nothing: inputs may depend on each other, and a layer may be given none but zeros. It
+    scales as the inputs' squares do, so that a fit does not depend on their unit.
+    """
+    mean = np.mean(diagonal, axis=-1, dtype=np.float64)
+    return np.where(mean > 0, max(ridge, _LEAST_RIDGE) * mean, 1.0)
 
 
 def fit_masked(
@@ -52,8 +63,10 @@ def fit_masked(
         >>> fit_masked(x.T @ x / len(x), x.T @ y / len(x), w, w != 0, ridge=1e-3)
     """
     weights = np.zeros(start.shape, np.float64)
-    strength = max(ridge * float(np.mean(np.diag(gram))), 1e-12)
-    wanted = cross + strength * start
+    strength = float(ridge_strength(np.diag(gram), ridge))
+    # Weights are in single precision, which the strength itself may be beyond.
+    mantissa, exponent = np.frexp(strength)
+    wanted = cross + np.ldexp((float(mantissa) * start).astype(np.float64), int(exponent))
     survivors = live.sum(axis=0)
     large = np.flatnonzero(survivors > exact_survivors)
     if len(large):
@@ -105,7 +118,7 @@ def fit_depthwise(
     mask = live.T.astype(np.float64)
     weights = start.T * mask
     diagonal = np.einsum("okk->ok", gram)
-    strength = np.maximum(ridge * diagonal.mean(axis=1), 1e-12)
+    strength = ridge_strength(diagonal, ridge)
     residual = (cross.T - np.einsum("okl,ol->ok", gram, weights)) * mask
     system = gram * mask[:, :, None] * mask[:, None, :]
     positions = np.arange(gram.shape[1])
@@ -167,7 +180,7 @@ def _conjugate_gradients(
     energy = (left * direction).sum(axis=0)
     wanted = _TOLERANCE**2 * energy
     for _ in range(_ITERATIONS):
-        active = energy > np.maximum(wanted, 1e-300)
+        active = energy > wanted
         if not active.any():
             break
         step = mask * (gram @ direction) + strength * direction

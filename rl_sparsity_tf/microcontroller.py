@@ -54,6 +54,7 @@ def export_micro(
     test_data: Any = None,
     tolerance: float | None = None,
     unroll: bool = False,
+    stateful: bool = False,
 ) -> MicroReport:
     """Writes a model as a C header for TensorFlow Lite for Microcontrollers.
 
@@ -81,6 +82,8 @@ def export_micro(
         test_data: Data as `evaluate` takes it, `(x, y)`, to compare the metric on.
         tolerance: Largest allowed difference to Keras, as in `export_tflite`.
         unroll: Writes recurrent layers step by step, which GRU layers need.
+        stateful: Lets LSTM layers keep their state between calls, for sequences that come in
+            pieces; `interpreter.Reset()` begins a new one. By default every call starts from zero.
 
     Returns:
         The sizes, the arena, the operators and the agreement.
@@ -125,6 +128,7 @@ def export_micro(
                 tolerance=tolerance,
                 batch_size=1,
                 unroll=unroll,
+                stateful=stateful,
             )
         except VerificationError:
             raise
@@ -134,9 +138,9 @@ def export_micro(
         operators = check_operators(plain.name, flat)
         inputs, outputs = _model_ports(flat)
         estimate = estimate_arena(flat)
-        notes = _notes(flat, inputs, report)
+        notes = _notes(flat, inputs, report, stateful)
         arena, version, agreement, largest = _run(
-            file, plain, rows, inputs, outputs, estimate, tolerance, notes
+            file, plain, rows, inputs, outputs, estimate, tolerance, notes, stateful
         )
     basis = (
         f"{arena:,} bytes, the least that tflite-micro {version} runs in with its reference "
@@ -183,6 +187,7 @@ def _run(
     estimate: int,
     tolerance: float | None,
     notes: list[str],
+    stateful: bool,
 ) -> tuple[int, str, float | None, int | None]:
     """Runs the file in TFLM if that is possible.
 
@@ -196,7 +201,7 @@ def _run(
             arena, version = measure_arena(file, _ROOMY * estimate + _ROOM)
             sample = [array[:_COMPARED_ROWS] for array in rows]
             stored = [_stored(sample[port.keras_index], port) for port in inputs]
-            found = run_tflm(file, arena, stored, len(outputs))
+            found = run_tflm(file, arena, stored, len(outputs), reset=stateful)
         except TflmMissingError as error:
             lacking = f"it could not be imported ({error})"
         except TflmError as error:
@@ -279,10 +284,12 @@ def _model_ports(flat: FlatModel) -> tuple[tuple[MicroPort, ...], tuple[MicroPor
     return both[0], both[1]
 
 
-def _notes(flat: FlatModel, inputs: Sequence[MicroPort], report: ExportReport) -> list[str]:
+def _notes(
+    flat: FlatModel, inputs: Sequence[MicroPort], report: ExportReport, stateful: bool
+) -> list[str]:
     # What an interpreter of LiteRT calls its state has another name here.
     notes = [note for note in report.notes if "reset_all_variables" not in note]
-    if any(tensor.variable for tensor in flat.tensors):
+    if stateful:
         notes.append(
             "recurrent layers keep their state between calls: call interpreter.Reset() before "
             "every sequence"

@@ -17,6 +17,7 @@ from rl_sparsity_tf.data import Batch, TrainingData
 from rl_sparsity_tf.decisions import KernelDecisions
 from rl_sparsity_tf.effective_kernels import EffectiveKernels
 from rl_sparsity_tf.errors import ArgumentError
+from rl_sparsity_tf.extremes import check_loss, check_training, check_weights
 from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.grouping import Grouping
 from rl_sparsity_tf.kernels import Kernel, walk
@@ -26,7 +27,7 @@ from rl_sparsity_tf.objective import search_compile_arguments as search_argument
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.outcomes import outcome_of, retargeted
 from rl_sparsity_tf.plan import CompressionPlan
-from rl_sparsity_tf.preparation import check_finite, prepare_for_short_recovery
+from rl_sparsity_tf.preparation import prepare_for_short_recovery
 from rl_sparsity_tf.recovery import Recovery
 from rl_sparsity_tf.reward import Outcome
 from rl_sparsity_tf.snapshot import Snapshot
@@ -61,6 +62,7 @@ class CompressedNetwork:
 
     Raises:
         ModelError: If nothing can be compressed, the model is not compiled or holds NaN.
+        DataError: If the data is so large that the loss or its gradients leave float32.
         TargetError: If the target is out of reach.
     """
 
@@ -80,7 +82,7 @@ class CompressedNetwork:
     ):
         recovery = recovery or Recovery()
         search_arguments(model, recovery.learning_rate)  # says in words what is missing
-        check_finite(model)
+        check_weights(model)
         self.target = target
         self.decisions = decisions or KernelDecisions(group)
         self.storage = self.decisions.storage
@@ -94,10 +96,14 @@ class CompressedNetwork:
         self.groupings: dict[str, Grouping] = self.storage.groupings(self.kernels)
         self.budget: Budget = self.decisions.budget(model, self.kernels, target)
         self.metric: Metric = choose_metric(self.model, validation[0], metric)
-        if like is None:
-            check_figures(model, self.model, validation[0])
         self._effective = EffectiveKernels(self.parts)
         self._evaluator = Evaluator(self.model, self.metric)
+        self.dense: Score = like.dense if like else self._evaluator(validation)
+        if like is None:
+            name = "validation_data"
+            check_loss(self.dense.loss, validation, name, self._evaluator, self.model)
+            check_training(self.model, train.large, fixed_batch(model))
+            check_figures(model, self.model, validation[0])
         self._collector = StatisticsCollector(self.model)
         if self.recovery.method == "finetune":
             self.model.optimizer.build(self.model.trainable_variables)
@@ -116,7 +122,6 @@ class CompressedNetwork:
         self.output_errors = dict.fromkeys(self.groupings, 0.0)
         self.seen: set[str] = set()  # digests of the plans that were evaluated
         self._known: dict[str, Outcome] = {}
-        self.dense: Score = like.dense if like else self._evaluator(validation)
         batches = [train.batch(one) for one in range(min(_STATISTICS_BATCHES, len(train.pool)))]
         self.dense_statistics: dict[str, KernelStatistics] = (
             like.dense_statistics if like else self.decisions.statistics(self._collector(batches))
@@ -242,7 +247,8 @@ class CompressedNetwork:
         return outcome_of(self, self._evaluator(self.validation))
 
     def _digest(self) -> str:
-        return sha256_of(self.storage.key, *(value.tobytes() for value in self.operations.values()))
+        chunks = (value.tobytes() for value in self.operations.values())
+        return sha256_of(self.storage.key(self.kernels), *chunks)
 
     def states(self) -> list[KernelState]:
         """How far every kernel is decided."""

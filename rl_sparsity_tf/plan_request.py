@@ -13,6 +13,7 @@ from rl_sparsity_tf import allocation, size_costs
 from rl_sparsity_tf.budget import Budget
 from rl_sparsity_tf.constraints import check_constraints
 from rl_sparsity_tf.errors import ArgumentError, ModelError, TargetError, check_choice
+from rl_sparsity_tf.extremes import check_weights
 from rl_sparsity_tf.grouping import GROUPS, Grouping
 from rl_sparsity_tf.kernel_selection import KernelSelection, Patterns
 from rl_sparsity_tf.kernels import Kernel, count_weights
@@ -84,13 +85,7 @@ class PlanRequest:
         selection.check_sparsity(model, target.sparsity)
         kernels = selection.kernels(model)
         check_constraints(kernels)
-        for kernel in kernels:
-            if not np.isfinite(kernel.value()).all():
-                raise ModelError(
-                    f"The kernel {kernel.path!r} of model {model.name!r} holds NaN or infinite "
-                    "values. Expected a trained model: train it again, with a smaller learning "
-                    "rate if the loss became NaN, or load a checkpoint from before."
-                )
+        check_weights(model)
         return cls(
             model=model,
             selection=selection,

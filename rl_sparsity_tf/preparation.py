@@ -1,31 +1,14 @@
-"""Making a wrapped copy fit for a search: finite weights, no noise, quick batch-norm statistics."""
+"""Making a wrapped copy fit for a search: no noise, quick batch-norm statistics."""
 
 from __future__ import annotations
 
-import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.errors import ModelError
 from rl_sparsity_tf.sublayers import all_layers
 
 # Four recovery steps renew two thirds of the moving statistics. At Keras's default of 0.99 they
 # would describe the network before the decision, and every plan would score like chance.
 _BATCH_NORM_MOMENTUM = 0.75
-
-
-def check_finite(model: keras.Model) -> None:
-    """Checks that a model's weights hold numbers.
-
-    Raises:
-        ModelError: If one holds NaN or infinite values.
-    """
-    for weight in model.weights:
-        if weight.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(weight))):
-            raise ModelError(
-                f"The weight {weight.name!r} of model {model.name!r} holds NaN or infinite values. "
-                "Expected a trained model: train it again, with a smaller learning rate if the "
-                "loss became NaN, or load a checkpoint from before."
-            )
 
 
 def prepare_for_short_recovery(model: keras.Model) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import tensorflow as tf
@@ -132,13 +132,13 @@ def output_names(model: keras.Model, outputs: Any) -> list[str]:
 
 
 def _graph_input_names(model: keras.Model) -> list[str]:
-    nested = getattr(model, "_nested_inputs", None)
-    if isinstance(nested, dict) and _is_flat_dict(nested):
+    nested: Any = getattr(model, "_nested_inputs", None)
+    if _is_flat_dict(nested):
         return sorted(str(key) for key in nested)  # Keras takes a dict by its keys, in this order
     return [tensor.name.split(":")[0] for tensor in model.inputs]
 
 
-def _is_flat_dict(structure: Any) -> bool:
+def _is_flat_dict(structure: Any) -> TypeGuard[dict[Any, Any]]:
     return isinstance(structure, dict) and not any(map(tf.nest.is_nested, structure.values()))
 
 

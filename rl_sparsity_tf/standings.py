@@ -153,7 +153,7 @@ def output_prices(network: CompressedNetwork) -> list[np.ndarray]:
         if problem is not None and problem.grouping.shape == grouping.shape:
             squares = squares * problem.input_energy
             energy = problem.energy
-        found.append(grouping.sum_numpy(squares) / grouping.sizes / max(energy, 1e-30))
+        found.append(grouping.sum_numpy(squares) / grouping.sizes / max(energy, 1e-300))
     return found
 
 

@@ -137,10 +137,10 @@ class StatisticsCollector:
         row = {id(wrapper): index for index, wrapper in enumerate(self._wrappers)}
         result = {}
         for kernel, gradient in zip(self._kernels, gradients, strict=True):
-            mean, square, zeros = moments[row[id(kernel.wrapper)]] / count
+            mean, square, zeros = (float(m) / count for m in moments[row[id(kernel.wrapper)]])
             result[kernel.path] = KernelStatistics(
                 activation_mean=float(mean),
-                activation_variance=float(max(0.0, square - mean**2)),
+                activation_variance=max(0.0, square - mean**2) if square < np.inf else np.inf,
                 activation_sparsity=float(zeros),
                 gradient=_as_matrix(kernel, gradient / count),
             )

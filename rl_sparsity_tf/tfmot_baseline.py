@@ -22,13 +22,13 @@ from rl_sparsity_tf.errors import (
     TargetError,
     one_line,
 )
+from rl_sparsity_tf.extremes import check_weights
 from rl_sparsity_tf.kernel_selection import Patterns
 from rl_sparsity_tf.kernels import Kernel, count_weights
 from rl_sparsity_tf.mask_training import default_epochs
 from rl_sparsity_tf.objective import search_compile_arguments
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.plan_request import PlanRequest
-from rl_sparsity_tf.preparation import check_finite
 from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.signature import is_graph
 from rl_sparsity_tf.target import Target
@@ -204,7 +204,7 @@ def prune_with_tfmot(
     model.compile(**arguments)
     model.fit(train.dataset, epochs=epochs, verbose=0, callbacks=[pruning.UpdatePruningStep()])
     trained = strip(pruning.strip_pruning(model))
-    check_finite(trained)
+    check_weights(trained)
     copy_compile_state(request.model, trained)
     live = [kernel.matrix() != 0 for kernel in request.selection.kernels(trained)]
     return TfmotResult(model=trained, plan=request.plan_from_live(live), pruned=pruned)

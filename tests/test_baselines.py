@@ -421,7 +421,7 @@ def test_models_that_have_nothing_to_prune_are_refused():
     with pytest.raises(rls.ModelError, match="Expected a tf_keras model"):
         baselines.uniform("model.keras", sparsity=0.5)
     broken = net(FIRST, [[1.0], [np.nan], [2.0]])
-    with pytest.raises(rls.ModelError, match=r"The kernel 'dense\w*/kernel' .* holds NaN"):
+    with pytest.raises(rls.ModelError, match=r"The weight 'dense\w*/kernel:0' .* holds NaN"):
         baselines.lamp(broken, sparsity=0.5)
 
 
