@@ -40,7 +40,15 @@ MODULES = {
     "broken": "def half(:\n    pass",
     "leaves": "import sys\nsys.exit(3)",
     # Importing Keras 3 takes ten seconds.
-    "of_today": "class Mine:\n    pass\n\nMine.__module__ = 'keras.src.layers'",
+    "of_today": """
+class Base:
+    pass
+
+Base.__module__ = "keras.src.layers"
+
+class Mine(Base):
+    pass
+""",
 }
 
 
