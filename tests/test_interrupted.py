@@ -334,7 +334,7 @@ def test_changed_calls_are_refused_by_what_has_changed(tmp_path):
         ),
         (
             {"model": model(loss=sparse(ignore_class=2))},
-            r"compiled\.loss \('sparse_cat.*, now \{'class'",
+            r"compiled\.loss \('sparse.*, now \{'class'",
         ),
         ({"options": {"reward": lambda outcome, _: outcome.metric}}, r"differs in reward \("),
     ):
