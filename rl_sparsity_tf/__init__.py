@@ -51,6 +51,7 @@ _EXPORTS = {
     "Recovery": "recovery",
     "Result": "result",
     "Reward": "reward",
+    "SearchInterrupted": "errors",
     "SizeModel": "size_model",
     "Staged": "curriculum",
     "Target": "target",
@@ -110,6 +111,7 @@ if TYPE_CHECKING:
         NotMeasuredError,
         PlanError,
         RLSparsityError,
+        SearchInterrupted,
         TargetError,
         VerificationError,
     )
@@ -171,6 +173,7 @@ __all__ = [
     "Recovery",
     "Result",
     "Reward",
+    "SearchInterrupted",
     "SizeModel",
     "Staged",
     "Target",

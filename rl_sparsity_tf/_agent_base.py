@@ -311,6 +311,7 @@ class Agent(abc.ABC):
         mine = {"episodes": np.array(0), "generator": pack_generator(self._generator)}
         for key, value in {**mine, **self._arrays()}.items():
             found = np.shape(state[key]) if key in state else None
+            kind = np.asarray(state[key]).dtype if key in state else None
             # Episodes waiting to be learned from differ in number and length from state to state.
             if found != value.shape and not key.startswith("waiting/"):
                 raise AgentStateError(
@@ -318,6 +319,11 @@ class Agent(abc.ABC):
                     + ("" if found is None else f" of shape {found}")
                     + f"; expected shape {value.shape}. Build the agent from the configuration "
                     "and the environment that saved it."
+                )
+            if kind != value.dtype and not key.startswith("waiting/"):
+                raise AgentStateError(
+                    f"The state has {key!r} of type {kind}; expected {value.dtype}. Build the "
+                    "agent from the configuration and the environment that saved it."
                 )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from rl_sparsity_tf.file_inputs import check_rows
+from rl_sparsity_tf.file_inputs import by_names, check_rows, names_in_order
 
 # Of the "time" command: single calls of small models are too short to be timed.
 _WARM_UP_SECONDS = 0.1
@@ -119,30 +119,40 @@ def _batches(path: str, inputs: str, batch_size: int) -> list[dict[str, np.ndarr
 
     interpreter = Interpreter(model_path=path)
     fixed = _batch_of(interpreter.get_input_details()[0])
-    (signature,) = interpreter.get_signature_list().values()
-    named = zip(sorted(signature["inputs"], key=_numbered), _load(inputs).values(), strict=True)
-    rows = dict(named)
+    ports = interpreter.get_input_details()
+    names = names_in_order(interpreter.get_signature_runner().get_input_details(), ports)
+    rows = dict(zip(names, _load(inputs).values(), strict=True))
     count, size = len(next(iter(rows.values()))), fixed or batch_size
     whole = range(0, count - (size - 1 if fixed else 0), size)
     return [{name: array[start : start + size] for name, array in rows.items()} for start in whole]
 
 
-def run(path: str, inputs: str, outputs: str, batch_size: int, xnnpack: bool) -> dict[str, Any]:
+def run(
+    path: str,
+    inputs: str,
+    outputs: str,
+    batch_size: int,
+    xnnpack: bool,
+    reset: bool = True,
+    given: list[str] | None = None,
+) -> dict[str, Any]:
     """Runs a file over all rows of its inputs.
 
     Args:
         path: The .tflite file, with one signature.
         inputs: An .npz file with one array of rows per signature input, in real values.
-        outputs: The .npz file to write: `output_0`, ... in the order of the signature's outputs by
-            number (or by name), in real values.
+        outputs: The .npz file to write: `output_0`, ... in the order of the file's outputs, in real
+            values.
         batch_size: Rows at a time; a file with a fixed batch size uses its own.
         xnnpack: Whether the default delegate (XNNPACK) may be used.
+        reset: Whether what the file keeps from call to call is reset before each of them.
+        given: Names of the inputs that the arrays are for; by default they are in the file's order.
     """
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
     resolver = OpResolverType.AUTO if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
 
-    def begin() -> tuple[Any, Any, bool]:
+    def begin() -> tuple[Any, Any, bool, Any, Any]:
         interpreter = Interpreter(model_path=path, experimental_op_resolver_type=resolver)
         signatures = interpreter.get_signature_list()
         if len(signatures) != 1:
@@ -150,16 +160,19 @@ def run(path: str, inputs: str, outputs: str, batch_size: int, xnnpack: bool) ->
                 f"The file has {len(signatures)} signatures, expected one. Export it with "
                 "export_tflite."
             )
-        fixed = _batch_of(interpreter.get_input_details()[0]) is not None
+        ports = interpreter.get_input_details(), interpreter.get_output_details()
+        fixed = _batch_of(ports[0][0]) is not None
         if fixed:
             # Before the runner exists: with it the interpreter refuses, and state needs memory.
             interpreter.allocate_tensors()
-        return interpreter, interpreter.get_signature_runner(), fixed
+        return interpreter, interpreter.get_signature_runner(), fixed, *ports
 
-    interpreter, runner, fixed = begin()
+    interpreter, runner, fixed, ports_in, ports_out = begin()
     into, out_of = runner.get_input_details(), runner.get_output_details()
     arrays = list(_load(inputs).values())
-    names = sorted(into, key=_numbered)
+    names = names_in_order(into, ports_in)
+    if given is not None:
+        arrays = by_names(names, given, arrays)
     check_rows([into[name] | {"name": name} for name in names], arrays)
     batch = _batch_of(into[names[0]]) or batch_size
     rows = len(arrays[0])
@@ -172,17 +185,17 @@ def run(path: str, inputs: str, outputs: str, batch_size: int, xnnpack: bool) ->
             if fixed and count < batch:
                 part = np.concatenate([part, np.repeat(part[-1:], batch - count, axis=0)])
             fed[name] = _to_stored(part, into[name])
-        if fixed:
-            # Fused recurrent operators, which fix the batch size, keep their state between calls;
-            # Keras starts every call afresh.
+        if fixed and reset:
+            # Fused recurrent operators, which fix the batch size, may keep their state between
+            # calls; Keras starts every call afresh.
             try:
                 interpreter.reset_all_variables()
             except RuntimeError:
                 # LiteRT cannot reset a file that has loops beside such operators.
-                interpreter, runner, _ = begin()
+                interpreter, runner, *_ = begin()
         for name, value in runner(**fed).items():
             collected[name].append(_to_real(value, out_of[name])[:count])
-    ordered = [np.concatenate(collected[name]) for name in sorted(collected, key=_numbered)]
+    ordered = [np.concatenate(collected[name]) for name in names_in_order(out_of, ports_out)]
     named: dict[str, Any] = {f"output_{index}": value for index, value in enumerate(ordered)}
     np.savez(outputs, **named)
     return {"outputs": len(ordered)}

@@ -44,7 +44,13 @@ def smallest_arena(say: Callable[..., None], path: str, low: int, high: int) -> 
 
 
 def run(
-    say: Callable[..., None], path: str, arena: int, inputs: str, outputs: str, count: int
+    say: Callable[..., None],
+    path: str,
+    arena: int,
+    inputs: str,
+    outputs: str,
+    count: int,
+    reset: bool,
 ) -> None:
     """Runs rows one by one.
 
@@ -55,14 +61,15 @@ def run(
         inputs: An .npz file with the rows of each of the file's inputs, as the file stores them.
         outputs: The .npz file to write, in the file's order.
         count: Number of outputs.
+        reset: Whether what the file keeps from call to call is reset before each of them.
     """
     interpreter = _interpreter(Path(path).read_bytes(), arena)
     with np.load(inputs, allow_pickle=False) as arrays:
         rows = [arrays[f"input_{index}"] for index in range(len(arrays.files))]
     results: list[list[np.ndarray]] = []
     for row in range(len(rows[0])):
-        # Recurrent operators keep their state between calls.
-        interpreter.reset()
+        if reset:
+            interpreter.reset()
         for index, array in enumerate(rows):
             interpreter.set_input(array[row : row + 1], index)
         interpreter.invoke()

@@ -292,7 +292,26 @@ class PPOAgent(_agent_tf.TFAgent):
         self._waiting = []
         while f"waiting/{len(self._waiting)}/action" in state:
             prefix = f"waiting/{len(self._waiting)}/"
-            self._waiting.append({field: np.array(state[prefix + field]) for field in _FIELDS})
+            row = {field: np.array(state.get(prefix + field)) for field in _FIELDS}
+            self._check_row(row)
+            self._waiting.append(row)
+
+    def _check_row(self, row: Row) -> None:
+        shapes = {"state": (self.n_features,), "legal": (self.n_actions,)}
+        shapes["logits"] = shapes["legal"]
+        floats = ("state", "logits", "value", "reward", "discount")
+        good = row["action"].size > 0 and all(
+            value.dtype == (np.float32 if field in floats else np.int32)
+            and value.shape == (len(np.atleast_1d(row["action"])), *shapes.get(field, ()))
+            and np.isfinite(value).all()
+            for field, value in row.items()
+        )
+        if not good or not (0 <= row["action"].min() <= row["action"].max() < self.n_actions):
+            raise AgentStateError(
+                "The state has an episode waiting to be learned from that does not fit; expected "
+                f"arrays of equal length for {', '.join(_FIELDS)}. Build the agent from the "
+                "configuration and the environment that saved it."
+            )
 
 
 def _row(transitions: list[Transition]) -> Row:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.candidates import PROPOSED, Candidate
+from rl_sparsity_tf.candidates import PROPOSED, Candidate, digests_of, plan_of
 from rl_sparsity_tf.channel_finishing import Task, finish_candidate
 from rl_sparsity_tf.curriculum import Stage
-from rl_sparsity_tf.errors import RunError, TargetError
+from rl_sparsity_tf.errors import RunError, TargetError, one_line
 from rl_sparsity_tf.files import scratch_folder
 from rl_sparsity_tf.finishing import Finished
 from rl_sparsity_tf.kernels import walk
@@ -299,20 +299,33 @@ class AccuracySearch:
             return
         arrays = self._run.load_checkpoint(TRIALS)
         if arrays is not None:
-            found = json.loads(str(arrays["trials"]))
-            self.trials = [Trial(**values) for values in found]
-            self._plain.seen |= {bytes(key).decode() for key in arrays["seen"]}
-            others = json.loads(str(arrays["others"]))
-            self._others = [(name, CompressionPlan.from_json(text)) for name, text in others]
-            held = {
-                name.removeprefix("held:"): value
-                for name, value in arrays.items()
-                if name.startswith("held:")
-            }
-            self._best = Candidate.from_arrays(held) if held else None
+            try:
+                self._take(arrays)
+                if len(self.trials) >= len(edges):
+                    raise ValueError(f"it has {len(self.trials)} trials of {len(edges) - 1}")
+            except Exception as error:  # whatever may be in a file
+                raise self._run.unreadable(TRIALS, one_line(error)) from error
         number = len(self.trials)
         if not edges[number] <= self._loop.done <= edges[min(number + 1, len(edges) - 1)]:
             raise RunError(
                 f"The run in {str(self._run.path)!r} lacks the checkpoint of its finished trials. "
-                "Pass overwrite=True to start the run again."
+                "Put a copy of it back, or pass overwrite=True to start the run again."
             )
+
+    def _take(self, arrays: Mapping[str, np.ndarray]) -> None:
+        network = self._plain
+        trials = [Trial(**values) for values in json.loads(str(arrays["trials"]))]
+        self.trials = [
+            dataclasses.replace(one, plan=plan_of(one.plan, network).to_json()) for one in trials
+        ]
+        network.seen |= digests_of(arrays["seen"])
+        others = json.loads(str(arrays["others"]))
+        self._others = [(str(name), plan_of(text, network)) for name, text in others]
+        held = {
+            name.removeprefix("held:"): value
+            for name, value in arrays.items()
+            if name.startswith("held:")
+        }
+        if bool(held) != any(trial.held for trial in self.trials):
+            raise ValueError("it does not have the plan that held")
+        self._best = Candidate.from_arrays(held, network) if held else None

@@ -114,8 +114,14 @@ class Anchor:
         }
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Goes on from what [get_state][] gave."""
+        """Goes on from what [get_state][] gave.
+
+        Raises:
+            ValueError: If it is no such state; also KeyError and TypeError.
+        """
+        best, value = state["anchor:best"], float(state["anchor:value"])
+        if best.dtype != np.int64 or best.ndim != 1 or (best < 0).any() or not value <= 1.0:
+            raise ValueError(f"the best episode has the value {value} or no actions")
         self.generator = unpack_generator(state["anchor:generator"])
-        self._best = state["anchor:best"].tolist()
-        self._value = float(state["anchor:value"])
+        self._best, self._value = best.tolist(), value
         self._episodes = int(state["anchor:episodes"])

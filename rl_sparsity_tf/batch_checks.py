@@ -12,6 +12,7 @@ from rl_sparsity_tf.class_weights import ClassWeights, SampleWeightCheck
 from rl_sparsity_tf.errors import DataError, ModelError
 from rl_sparsity_tf.extremes import LargeRowFinder, LargeRows
 from rl_sparsity_tf.labels import Output, check_labels, model_outputs, per_output
+from rl_sparsity_tf.shape_advice import fits, shape_advice
 from rl_sparsity_tf.signature import InputSpec, input_specs
 
 Batch = tuple[Any, Any, Any]
@@ -139,27 +140,20 @@ def check_batch(batch: Batch, model: keras.Model, name: str) -> None:
         )
     for part, spec in zip(parts, specs, strict=True):
         received = tuple(np.shape(part))
-        if len(received) != len(spec.shape) + 1 or not all(
-            want in (None, have) for want, have in zip(spec.shape, received[1:], strict=True)
-        ):
+        if not fits(received[1:], spec.shape) or not received:
+            which = f" for the input {spec.name!r}" if len(specs) > 1 else ""
             raise DataError(
-                f"{name} has inputs of shape {received[1:]} per row; the model takes {spec.shape}."
-                f"{_hint(received, spec, y, len(specs))}"
+                f"{name} has inputs of shape {received[1:]} per row{which}; the model takes "
+                f"{spec.shape}.{_hint(received, spec, y, len(specs))}"
             )
 
 
 def _hint(received: tuple[int, ...], spec: InputSpec, y: Any, inputs: int) -> str:
-    if spec.shape == (*received[1:], 1):
-        return " Add the channel axis: x[..., None]."
-    if received == spec.shape:
-        return " The batch axis is missing: x[None], or .batch(32) on a dataset."
-    wanted = len(spec.shape) + 1
-    swapped = inputs == 1 and not isinstance(y, dict | list | tuple) and np.ndim(y) == wanted
-    if swapped and all(
-        want in (None, have) for want, have in zip(spec.shape, np.shape(y)[1:], strict=True)
-    ):
+    advice = shape_advice(received, spec.shape)
+    one = inputs == 1 and not isinstance(y, dict | list | tuple)
+    if not advice and one and fits(np.shape(y)[1:], spec.shape):
         return " The labels have that shape: x and y look swapped. Expected (x, y)."
-    return ""
+    return advice
 
 
 def row_count(arrays: Batch, name: str) -> int:

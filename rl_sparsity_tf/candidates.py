@@ -12,7 +12,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.kernels import walk
 from rl_sparsity_tf.network import CompressedNetwork
-from rl_sparsity_tf.plan import CompressionPlan
+from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
 from rl_sparsity_tf.reward import Outcome
 from rl_sparsity_tf.wrapper import unwrapped
 
@@ -76,25 +76,76 @@ class Candidate:
         return arrays
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Candidate:
-        """Reads what [to_arrays][] gave."""
-        weights: dict[str, list[np.ndarray]] = {str(path): [] for path in arrays["layers"]}
-        for key, value in arrays.items():
-            if key.startswith("weights:"):
-                _, _, path = key.split(":", 2)
-                weights[path].append(value)
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], network: CompressedNetwork) -> Candidate:
+        """Reads what [to_arrays][] gave.
+
+        Args:
+            arrays: The arrays.
+            network: A network of the same model. The names of its layers may be others.
+
+        Raises:
+            ValueError: If they are no candidate of the network; also KeyError and TypeError.
+            PlanError: If they hold no plan.
+        """
+        shapes = {
+            path: [(weight.shape, weight.dtype) for weight in unwrapped(layer).get_weights()]
+            for path, layer in walk(network.model)
+        }
+        before = [str(path) for path in arrays["layers"].tolist()]
+        if len(before) != len(shapes):
+            raise ValueError(f"it has the weights of {len(before)} layers, not of {len(shapes)}")
+        weights: dict[str, list[np.ndarray]] = {}
+        for old, (path, wanted) in zip(before, shapes.items(), strict=True):
+            weights[path] = [arrays[f"weights:{index}:{old}"] for index in range(len(wanted))]
+            if [(value.shape, value.dtype) for value in weights[path]] != wanted:
+                raise ValueError(f"it has other weights for {path!r} than the model")
         names = [field.name for field in dataclasses.fields(Outcome)]
         figures: dict[str, Any] = dict(zip(names, arrays["outcome"].tolist(), strict=True))
         if math.isnan(figures["progress"]):  # as None is saved
             figures["progress"] = None
+        value = float(arrays["value"])
+        if not -1.0 <= value <= 1.0:
+            raise ValueError(f"it has the value {value}, which is not in [-1, 1]")
         return cls(
-            plan=CompressionPlan.from_json(str(arrays["plan"])),
+            plan=plan_of(str(arrays["plan"]), network),
             weights=weights,
             outcome=Outcome(**figures),
-            value=float(arrays["value"]),
+            value=value,
             episode=int(arrays["episode"]),
             proposed_by=str(arrays["proposed_by"]),
         )
+
+
+def plan_of(text: str, network: CompressedNetwork) -> CompressionPlan:
+    """Reads a plan of a network, whose layers may have had other names then.
+
+    Args:
+        text: The plan's JSON.
+        network: The network; how its kernels are cut and stored does not matter.
+
+    Raises:
+        ValueError: If it is of another network.
+        PlanError: If it is no plan.
+    """
+    plan = CompressionPlan.from_json(text)
+    entries = list(plan.kernels.values())
+    found = [(entry.shape, entry.layout) for entry in entries if isinstance(entry, KernelPlan)]
+    if found != [(kernel.shape, kernel.spec.layout) for kernel in network.kernels]:
+        raise ValueError("it has a plan of other kernels than the network's")
+    pairs = zip(entries, network.kernels, strict=True)
+    return CompressionPlan(dataclasses.replace(entry, path=one.path) for entry, one in pairs)
+
+
+def digests_of(array: np.ndarray) -> set[str]:
+    """The digests of plans that a checkpoint says were evaluated.
+
+    Raises:
+        ValueError: If they are none.
+    """
+    found = {bytes(one).decode("ascii") for one in array.tolist()} if array.ndim == 1 else {""}
+    if not all(len(one) == 64 for one in found) or array.dtype != np.dtype("S64"):
+        raise ValueError("the digests of its plans are none")
+    return found
 
 
 def is_better(value: float, outcome: Outcome, than: Candidate | None) -> bool:

@@ -116,6 +116,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--loss", help="loss to compile the model with, if it is saved uncompiled"
     )
     compress.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import this module, from the current folder too, for the model's classes; repeatable",
+    )
+    compress.add_argument(
         "--trusted", action="store_true", help="open files that contain code of their own"
     )
     compress.add_argument(
@@ -125,6 +133,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--save-policy", metavar="FILE", help="where to write what the agent has learned (.npz)"
     )
     compress.add_argument("--overwrite", action="store_true", help="replace a run in --output")
+    compress.add_argument(
+        "--any-versions",
+        action="store_true",
+        help="continue a run in --output that was begun with other versions of libraries",
+    )
     _add_search_arguments(compress, sizes=True)
 
     inspect = commands.add_parser("inspect", help="say what a .tflite file stores, and how")
@@ -190,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0, or 2 for wrong use, bad input, or what the system refuses, which is said in one line on
-        standard error.
+        standard error; 130 after Ctrl-C.
     """
     options = build_parser().parse_args(arguments)
     commands = {
@@ -201,25 +214,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     # TensorFlow takes seconds to load, and only searching needs it.
     searching = options.command in ("demo", "compress")
-    with quiet_libraries() if searching else contextlib.nullcontext():
-        try:
+    try:
+        with quiet_libraries() if searching else contextlib.nullcontext():
             _check_numbers(options)
             commands[options.command](options)
             sys.stdout.flush()
-        except RLSparsityError as error:
-            message = _in_options(" ".join(str(error).split()), options)
-            print(f"rl-sparsity {options.command}: {message}", file=sys.stderr)
-            return 2
-        except BrokenPipeError:  # who reads what is printed has seen enough: `... | head`
-            _print_no_more()
-            return 128 + _SIGPIPE
-        except OSError as error:
-            _print_no_more()
-            print(f"rl-sparsity {options.command}: {one_line(error)}.", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print(f"rl-sparsity {options.command}: interrupted", file=sys.stderr)
-            return 130
+    except RLSparsityError as error:
+        message = _in_options(" ".join(str(error).split()), options)
+        print(f"rl-sparsity {options.command}: {message}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # who reads what is printed has seen enough: `... | head`
+        _print_no_more()
+        return 128 + _SIGPIPE
+    except OSError as error:
+        _print_no_more()
+        print(f"rl-sparsity {options.command}: {one_line(error)}.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(f"rl-sparsity {options.command}: {_interrupted(error, options)}", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -230,6 +243,19 @@ def _print_no_more() -> None:
         return
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _interrupted(error: KeyboardInterrupt, options: argparse.Namespace) -> str:
+    """What Ctrl-C has ended, and how to go on."""
+    episodes = getattr(error, "episodes", None)
+    message = "interrupted" + ("" if episodes is None else f" after episode {episodes}")
+    folder = getattr(options, "output", None)
+    if not folder or not os.path.isfile(os.path.join(folder, "manifest.json")):
+        return message
+    if os.path.exists(os.path.join(folder, "metrics.json")):
+        return f"{message}; the result is in {folder}"
+    without = " without --overwrite" if getattr(options, "overwrite", False) else ""
+    return f"{message}; the same command{without} goes on from {folder}"
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
@@ -246,12 +272,14 @@ def _check_numbers(options: argparse.Namespace) -> None:
 
 def _in_options(message: str, options: argparse.Namespace) -> str:
     """Says of arguments that can be passed how to pass them here; the demo has fewer of them."""
-    for name in ("overwrite", "trusted"):
+    for name in ("overwrite", "trusted", "any_versions"):
         if hasattr(options, name):
-            message = message.replace(f"{name}=True", f"--{name}")
+            message = message.replace(f"{name}=True", f"--{name.replace('_', '-')}")
         else:
-            message = re.sub(rf",? or pass {name}=True[^.]*", "", message)
-    return message
+            message = re.sub(rf",? (or )?pass {name}=True[^,.]*", "", message)
+    registering = r"import what registers (yours|them) \(@[\w.]+\)( before loading)?"
+    message = re.sub(registering, r"pass --import MODULE, the module that has \1", message)
+    return message.replace("import it before loading", "pass --import MODULE")
 
 
 def _check_loss(name: str) -> None:
@@ -309,16 +337,23 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _compress(options: argparse.Namespace) -> None:
+    from rl_sparsity_tf.user_modules import user_modules
+
+    with user_modules(options.imports):
+        _compress_known(options)
+
+
+def _compress_known(options: argparse.Namespace) -> None:
     from rl_sparsity_tf.comparison import compare, comparison_table
     from rl_sparsity_tf.datasets import load_dataset, load_npz
     from rl_sparsity_tf.errors import ModelError
     from rl_sparsity_tf.model_files import load_model
     from rl_sparsity_tf.policy_files import check_policy_path
-    from rl_sparsity_tf.run_directory import check_directory
+    from rl_sparsity_tf.run_directory import check_directory, check_free
     from rl_sparsity_tf.search import Compressor
 
+    check_free(check_directory(options.output))
     target = _target(options)
-    check_directory(options.output)
     if options.save_policy is not None:
         check_policy_path(options.save_policy, overwrite=options.overwrite)
     if options.loss is not None:
@@ -368,6 +403,7 @@ def _compress(options: argparse.Namespace) -> None:
         finalists=options.finalists,
         dataset=data.name,
         overwrite=options.overwrite,
+        any_versions=options.any_versions,
         verbose=options.verbose,
     )
     if options.save_policy is not None:

@@ -54,11 +54,15 @@ def compile_arguments(
         return None
     arguments = dict(config.config)
     arguments["optimizer"] = fresh_optimizer(model, copied)
-    memo = _memo(model, copied)
+    memo, prefixes = _memo(model, copied), _prefixes(model)
     kinds = {"loss": "loss", "metrics": "metric", "weighted_metrics": "metric"}
     for name, kind in kinds.items():
         own = functools.partial(_own, kind=kind, memo=memo)
-        arguments[name] = tf.nest.map_structure(own, arguments.get(name))
+        given = arguments.get(name)
+        arguments[name] = tf.nest.map_structure(own, given)
+        for theirs, ours in zip(*map(tf.nest.flatten, (given, arguments[name])), strict=True):
+            if id(theirs) in prefixes:
+                ours._name = ours._name.removeprefix(prefixes[id(theirs)])
     return arguments
 
 
@@ -100,6 +104,20 @@ def _memo(model: keras.Model, copied: keras.Model | None) -> dict[int, Any]:
     return {id(model): model if copied is None else copied}
 
 
+def _prefixes(model: keras.Model) -> dict[int, str]:
+    """What Keras has put before the names of the metrics of several outputs, and will again."""
+    container = getattr(model, "compiled_metrics", None)
+    if container is None or not container.built or len(container._metrics) < 2:
+        return {}
+    return {
+        id(metric): f"{output}_"
+        for structure in (container._metrics, container._weighted_metrics)
+        for output, metrics in zip(container._output_names, structure, strict=True)
+        for metric in tf.nest.flatten(metrics)
+        if metric is not None
+    }
+
+
 def _own(part: Any, kind: str, memo: dict[int, Any]) -> Any:
     """A copy of a metric, loss or schedule for a copy of the model."""
     if isinstance(part, keras.metrics.Metric):
@@ -122,13 +140,8 @@ def _fresh_metric(metric: keras.metrics.Metric, memo: dict[int, Any]) -> keras.m
     Not by its config, which says nothing of what its class forgets to describe; Python's own copy
     of a Keras metric is made of the config, too.
     """
-    layers = [layer for layer in metric._flatten_layers() if layer is not metric]
-    memo = dict(memo)
     try:
-        for layer in reversed(layers):  # metrics inside a metric
-            if isinstance(layer, keras.metrics.Metric):
-                memo[id(layer)] = _copied_metric(layer, memo)
-        fresh = _copied_metric(metric, memo)
+        fresh = _copied_metric(metric, dict(memo))
         with quiet_tensorflow():
             fresh.reset_state()
     except Exception as error:
@@ -137,14 +150,21 @@ def _fresh_metric(metric: keras.metrics.Metric, memo: dict[int, Any]) -> keras.m
 
 
 def _copied_metric(metric: keras.metrics.Metric, memo: dict[int, Any]) -> keras.metrics.Metric:
-    fresh = type(metric).__new__(type(metric))
+    kind: Any = type(metric)
+    fresh = kind.__new__(kind)
     bound = {name: vars(fresh)[name] for name in ("update_state", "result")}
-    state = {name: value for name, value in metric.__getstate__().items() if name not in bound}
+    # The last result, maybe of a graph, and Keras's count of what its attributes hold.
+    dropped = {*bound, "_call_result", "_obj_reference_counts_dict"}
+    state = {name: value for name, value in metric.__getstate__().items() if name not in dropped}
     inside = list(_inside(metric))
     memo.update(_shared(inside, memo))
-    for variable in inside:
-        if isinstance(variable, tf.Variable):
-            memo[id(variable)] = _like(variable)
+    for one in inside:
+        if isinstance(one, tf.Variable):
+            memo[id(one)] = _like(one)
+        elif isinstance(one, keras.metrics.Metric) and id(one) not in memo:
+            memo[id(one)] = _copied_metric(one, memo)
+        elif tf.is_symbolic_tensor(one):
+            memo[id(one)] = None  # left behind by a graph
     fresh.__setstate__({**copy.deepcopy(state, memo), **bound})
     return fresh
 

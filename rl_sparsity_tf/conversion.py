@@ -140,8 +140,14 @@ class ConversionWorker:
         *,
         batch_size: int,
         xnnpack: bool = True,
+        reset: bool = True,
+        names: Sequence[str] | None = None,
     ) -> list[np.ndarray]:
-        """Runs a .tflite file over all rows; returns its outputs in Keras's order."""
+        """Runs a .tflite file over all rows; returns its outputs in Keras's order.
+
+        The arrays are in the order of the file's inputs, or for those with the names given. Without
+        `reset` a file that keeps its state starts a call from where the last one ended.
+        """
         with scratch_folder() as folder:
             rows, results = os.path.join(folder, "in.npz"), os.path.join(folder, "out.npz")
             save_inputs(rows, inputs)
@@ -152,6 +158,8 @@ class ConversionWorker:
                 outputs=results,
                 batch_size=batch_size,
                 xnnpack=xnnpack,
+                reset=reset,
+                given=None if names is None else list(names),
             )
             with np.load(results, allow_pickle=False) as arrays:
                 return [arrays[f"output_{index}"] for index in range(len(arrays.files))]

@@ -23,6 +23,7 @@ _ROWS, _BATCH_ROWS = 2, 8
 # A copy computes the same bits on the CPU, but not on a GPU that adds in another order; a copy with
 # fewer channels adds up other numbers. Shares of an output's largest value.
 _SHARE, _SHARE_16_BIT, _FOLDED = 1e-4, 1e-2, 10
+_GIVEN = ("_user_metrics", "_user_weighted_metrics")
 # Where more than that differs, the model's own sensitivity counts: how far its outputs move when
 # its inputs do by a rounding error.
 _ROUNDING, _ROUNDING_16_BIT, _SENSITIVITY = 1e-6, 1e-3, 10
@@ -32,7 +33,8 @@ def check_copy(model: keras.Model, copied: keras.Model, *, folded: bool = False)
     """Raises if a copy is another model: by its outputs, its own losses or what is frozen.
 
     Both are called once on two made-up rows, and are as they were after it. A model that is random
-    at inference, or raises on such rows, is compared by what is frozen and its number of losses only.
+    at inference is not compared by values; one that raises on such rows only by what is frozen and
+    by how many functions are among its losses.
 
     Args:
         model: The original, plain or wrapped.
@@ -200,7 +202,7 @@ def _blank(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 
 def _computed(model: keras.Model, rows: Any) -> Computed:
-    with _as_it_was(model):
+    with as_it_was(model):
         outputs = tf.nest.flatten(model(rows, training=False), expand_composites=True)
         return [_array(one) for one in outputs], [_array(one) for one in model.losses]
 
@@ -259,7 +261,7 @@ def _share(model: keras.Model) -> float:
 
 
 def _figures(model: keras.Model, batch: Batch) -> dict[str, np.ndarray]:
-    with _as_it_was(model), _metrics_as_they_were(model):
+    with as_it_was(model), _metrics_as_they_were(model):
         logs = model.test_step(batch)
         return {name: _array(value) for name, value in logs.items()}
 
@@ -281,6 +283,10 @@ def _metrics_as_they_were(model: keras.Model) -> Iterator[None]:
     """Lets a model be evaluated from fresh metrics, and puts theirs back after it."""
     containers = [getattr(model, name, None) for name in ("compiled_loss", "compiled_metrics")]
     kept = [(vars(one), dict(vars(one))) for one in containers if one is not None]
+    # Keras puts the names of several outputs before those of metrics.
+    given = [before.get(name) for _, before in kept for name in _GIVEN]
+    metrics = [one for one in tf.nest.flatten(given) if isinstance(one, keras.metrics.Metric)]
+    names = [metric._name for metric in metrics]
     values = [(v, v.numpy()) for metric in model.metrics for v in metric.variables]
     try:
         model.reset_metrics()
@@ -290,12 +296,14 @@ def _metrics_as_they_were(model: keras.Model) -> Iterator[None]:
         for attributes, before in kept:
             attributes.clear()
             attributes.update(before)
+        for metric, name in zip(metrics, names, strict=True):
+            metric._name = name
         for variable, value in values:
             variable.assign(value)
 
 
 @contextlib.contextmanager
-def _as_it_was(model: keras.Model) -> Iterator[None]:
+def as_it_was(model: keras.Model) -> Iterator[None]:
     """Lets a model be called from zero states, and puts back after it what a call changes."""
     layers = [layer for layer in recurrent_layers(model) if layer.stateful]
     states = [

@@ -232,13 +232,22 @@ def _differs(value: Any, fresh: Any) -> bool:
     return _is_plain(value)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Any, depth: int = 4) -> bool:
+    if depth == 0:
+        return False
     if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
+        return all(_is_plain(item, depth) for item in value)
     if isinstance(value, Mapping):
-        return all(_is_plain(item) for item in value.values())
+        return all(_is_plain(item, depth) for item in value.values())
     plain = bool | int | float | complex | str | bytes | np.ndarray | np.generic | tf.DType
-    return value is None or isinstance(value, plain)
+    if value is None or isinstance(value, plain):
+        return True
+    # Settings kept in an object, such as one of a dataclass.
+    settings = getattr(value, "__dict__", None)
+    library = type(value).__module__.partition(".")[0] in ("tensorflow", "tf_keras", "builtins")
+    if not isinstance(settings, dict) or isinstance(value, type) or library:
+        return False
+    return all(_is_plain(item, depth - 1) for item in settings.values())
 
 
 def _converted(value: Any, visit: Convert) -> Any:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
 
+import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.channel_decisions import ChannelDecisions, removable_channels
 from rl_sparsity_tf.decisions import KernelDecisions
-from rl_sparsity_tf.errors import ArgumentError, TargetError, check_choice
+from rl_sparsity_tf.errors import ArgumentError, RunError, TargetError, check_choice, one_line
 from rl_sparsity_tf.grouping import GROUPS
 from rl_sparsity_tf.kernel_selection import KernelSelection
 from rl_sparsity_tf.latency_measurement import measure_latency
 from rl_sparsity_tf.latency_table import LatencyTable
+from rl_sparsity_tf.layer_widths import widths_of
+from rl_sparsity_tf.run_directory import LATEST, TIMES, RunDirectory
 from rl_sparsity_tf.size_costs import size_model_for
 from rl_sparsity_tf.storage_choice import INT4
 from rl_sparsity_tf.target import Target
@@ -185,3 +190,48 @@ def decisions_for(
             f"{table.quantization!r}), or a table of the other."
         )
     return ChannelDecisions(table, selection)
+
+
+def kept_table(model: keras.Model, target: Target, run: RunDirectory | None) -> LatencyTable | None:
+    """The times that a run which is continued measured: measured again they would be others.
+
+    Args:
+        model: The model. The names of its layers may be others now.
+        target: The target.
+        run: The run, if any.
+
+    Raises:
+        RunError: If they are missing or damaged.
+    """
+    if run is None or not run.resumed or target.kind != "latency":
+        return None
+    arrays = run.load_checkpoint(TIMES)
+    if arrays is None:
+        if run.has_checkpoint(LATEST) and not run.any_versions:
+            raise RunError(
+                f"The run in {str(run.path)!r} lacks the times of the layers that it measured. "
+                "Measured again they would be others, and the search would not end in the same "
+                "bits. Put a copy of checkpoints/times.npz back, pass any_versions=True to go on "
+                "all the same, or pass overwrite=True to start the run again."
+            )
+        return None
+    try:
+        table = LatencyTable.from_dict(json.loads(str(arrays["table"])))
+        layers = zip(widths_of(model), table.layers.values(), strict=True)
+        table = dataclasses.replace(table, layers=dict(layers))
+        table.check(model)
+    except Exception as error:  # whatever may be in a file
+        raise run.unreadable(TIMES, one_line(error)) from error
+    return table
+
+
+def keep_table(decisions: KernelDecisions, run: RunDirectory | None) -> None:
+    """Keeps the times that a search was given or has measured, for when it is cut off.
+
+    Args:
+        decisions: What is decided on.
+        run: The run, if any.
+    """
+    table = decisions.table if isinstance(decisions, ChannelDecisions) else None
+    if run is not None and table is not None and not run.has_checkpoint(TIMES):
+        run.save_checkpoint(TIMES, {"table": np.array(json.dumps(table.to_dict()))})

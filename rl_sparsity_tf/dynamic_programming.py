@@ -41,6 +41,7 @@ from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.plan_request import PlanRequest
 from rl_sparsity_tf.preparation import prepare_for_short_recovery
 from rl_sparsity_tf.quiet import quiet_tensorflow
+from rl_sparsity_tf.repeatability import check_repeatable
 from rl_sparsity_tf.size_budget import KernelCosts, SizeBudget
 from rl_sparsity_tf.storage import Storage
 from rl_sparsity_tf.target import Target
@@ -198,6 +199,7 @@ def cost_of(
 def _problems(request: PlanRequest, data: Any) -> Mapping[str, LayerProblem]:
     """The least-squares problems of a model's kernels on data."""
     train = training_data(data, request.model, batch_size=_BATCH, pool_size=_BATCHES)
+    check_repeatable(request.model, train.pool[0][0])
     paths = request.selection.paths
     wrapped = wrap(request.model, group=request.group, include=paths)
     prepare_for_short_recovery(wrapped)

@@ -261,12 +261,21 @@ class Episodes:
         }
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Goes on from what [get_state][] gave."""
+        """Goes on from what [get_state][] gave.
+
+        Raises:
+            AgentStateError: If it is the state of another agent.
+            ValueError: If it is none of these episodes; also KeyError and TypeError.
+        """
+        counts, reference = state["illegal_actions"], float(state["reference"])
+        whole = counts.dtype.kind == "i" and counts.shape == (len(self.environments),)
+        if not whole or (counts < 0).any() or not -1.0 <= reference <= 1.0:
+            raise ValueError("the counts of illegal actions or the policy's value do not fit")
         self.agent.set_state(
             {key.removeprefix("agent:"): v for key, v in state.items() if key.startswith("agent:")}
         )
         self.untried = Untried.from_array(state["untried"])
         self._anchor.set_state(state)
-        self.reference = float(state["reference"])
-        for environment, count in zip(self.environments, state["illegal_actions"], strict=True):
+        self.reference = reference
+        for environment, count in zip(self.environments, counts, strict=True):
             environment.illegal_actions = int(count)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import unicodedata
 from collections.abc import Iterable
+from typing import Any
 
 
 class RLSparsityError(Exception):
@@ -145,3 +146,28 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
 
 class AgentStateError(RLSparsityError, RuntimeError):
     """An agent's methods were called out of order, or it was given another agent's state."""
+
+
+class SearchInterrupted(KeyboardInterrupt):
+    """Ctrl-C ended a search after an episode.
+
+    A `KeyboardInterrupt` and no `RLSparsityError`, so that whoever goes on after errors does not
+    go on after this.
+
+    Attributes:
+        episodes: How many had been played.
+        directory: The run directory, where everything is saved; None without one.
+        plan: The best plan so far, for [wrap][rl_sparsity_tf.wrap].
+
+    Example:
+        >>> try:
+        ...     result = compressor.search(data, validation_data=validation)
+        ... except rls.SearchInterrupted as interrupted:
+        ...     small = rls.strip(rls.wrap(model, interrupted.plan))
+    """
+
+    def __init__(self, message: str, *, episodes: int, directory: str | None, plan: Any):
+        super().__init__(message)
+        self.episodes = episodes
+        self.directory = directory
+        self.plan = plan

@@ -32,17 +32,27 @@ from rl_sparsity_tf.export_errors import conversion_error
 from rl_sparsity_tf.export_precision import in_float32
 from rl_sparsity_tf.export_report import ExportReport, TensorReport, tensor_reports
 from rl_sparsity_tf.extremes import check_weights
+from rl_sparsity_tf.file_ports import name_ports
 from rl_sparsity_tf.files import as_file, gzip_size, scratch_folder
 from rl_sparsity_tf.flatbuffer import read_flat_model
 from rl_sparsity_tf.matching import match_kernels
 from rl_sparsity_tf.prediction import run_rows
 from rl_sparsity_tf.recipes import Recipe, check_recipe_path, replacing_with_recipe
 from rl_sparsity_tf.recurrent import stateless, unrolled
+from rl_sparsity_tf.recurrent_states import kept_states, start_at_zero
+from rl_sparsity_tf.repeatability import check_repeatable
 from rl_sparsity_tf.saved_model import reference_outputs, write_saved_model
 from rl_sparsity_tf.scoring import compare_scores
+from rl_sparsity_tf.signature import input_specs
 from rl_sparsity_tf.sparse_inference import check_sparse_inference, store_for_sparse_inference
 from rl_sparsity_tf.stored_weights import FORMATS, broken_chain, make_sparse, store_weights
-from rl_sparsity_tf.verification import Tolerance, tolerance_for, verify_outputs, verify_zeros
+from rl_sparsity_tf.verification import (
+    Tolerance,
+    tolerance_for,
+    verify_calls,
+    verify_outputs,
+    verify_zeros,
+)
 
 __all__ = [
     "QUANTIZATIONS",
@@ -68,6 +78,7 @@ def export_tflite(
     tolerance: float | None = None,
     batch_size: int | None = None,
     unroll: bool = False,
+    stateful: bool = False,
     formats: str = "dense",
     compute: str = "weight_only",
     sparse_inference: str | None = None,
@@ -76,7 +87,10 @@ def export_tflite(
 
     The file is converted and run in a process of its own, in LiteRT with and without XNNPACK, one
     row and many at a time, and compared with the Keras model; every weight that is zero in Keras is
-    looked up in the file. Only a file that passes appears at `path`. With `"plan"` the recipe with
+    looked up in the file. Only a file that passes appears at `path`. Its inputs and outputs are in
+    Keras's order, and its signature has Keras's names: those of the input and output layers, the
+    keys where the model takes or returns a dict, and `input_1`, ..., `output_1`, ... for a
+    subclassed model without them. With `"plan"` the recipe with
     which LiteRT's quantizer makes the same integers appears beside it, `model.recipe.json`.
 
     Args:
@@ -91,9 +105,10 @@ def export_tflite(
         plan: For `"plan"`: an object whose `kernels` maps paths to entries with `path`, `shape` and
             `exported_bits` (32, 8 or 4). By default the model's own.
         representative_data: Inputs like those the model will see: an array, a tuple with one array
-            per input, or an iterable of batches (with or without targets). Needed for `"int8"` and
-            `compute="static"`, which calibrate on up to 512 rows; the first 64 are used to check
-            any file. Without it a file is checked on random inputs in [-1, 1].
+            per input, a dict of arrays by name, an iterable of batches (with or without targets),
+            or a function that yields batches, such as TFLite's `representative_dataset`. Needed for
+            `"int8"` and `compute="static"`, which calibrate on up to 512 rows; the first 64 are
+            used to check any file. Without it a file is checked on random inputs in [-1, 1].
         test_data: Data as `evaluate` takes it, `(x, y)`: the file's metric on it is reported beside
             the Keras model's, which must be compiled, and an accuracy that falls by more than the
             mode allows (1 point in float, 2 for `"plan"`, 10 for `"int8"`) is refused.
@@ -105,6 +120,9 @@ def export_tflite(
             with such layers is exported with batch size 1.
         unroll: Writes recurrent layers step by step instead of as a loop or a fused operator. The
             batch size stays open, the number of time steps has to be fixed; the file grows with it.
+        stateful: Lets LSTM layers that become TFLite's fused operator keep their state from one
+            call to the next, for sequences that come in pieces; `reset_all_variables()` of the
+            interpreter begins a new one. By default every call starts from zero, as in Keras.
         formats: `"dense"` stores every tensor with its zeros; `"raw"` and `"gzip"` store each one
             sparse where that makes the file, or the gzipped file, smaller and the runtimes compute
             rightly with it. Sparse tensors are unpacked when the file is loaded.
@@ -123,7 +141,8 @@ def export_tflite(
 
     Raises:
         ArgumentError: If an argument cannot be used.
-        ModelError: If the model is not a built Sequential or functional `tf_keras` model.
+        ModelError: If the model is not a built `tf_keras` model, is random at inference, or has
+            layers that no .tflite file can compute.
         PlanError: If the plan does not fit the model.
         DataError: If the representative data does not fit the model.
         FileExistsRLSparsityError: If the file exists and `overwrite` is false.
@@ -141,8 +160,9 @@ def export_tflite(
     if quantization == "plan":
         check_recipe_path(target, overwrite)
     check_numbers(tolerance, batch_size)
-    if not isinstance(unroll, bool):
-        raise ArgumentError(f"unroll={unroll!r} cannot be used. Expected True or False.")
+    for name, flag in (("unroll", unroll), ("stateful", stateful)):
+        if not isinstance(flag, bool):
+            raise ArgumentError(f"{name}={flag!r} cannot be used. Expected True or False.")
     plain, plan = plain_model(model, plan)
     if quantization == "plan" and plan is None:
         raise ArgumentError(
@@ -158,14 +178,17 @@ def export_tflite(
     with contextlib.ExitStack() as stack:
         work = stack.enter_context(scratch_folder())
         traced, changes = stack.enter_context(in_float32(plain))
-        notes += [*changes, *stack.enter_context(stateless(traced))]
+        notes += [*changes, *stack.enter_context(stateless(traced, stateful))]
         inputs, calibration = sample_rows(traced, representative_data)
+        check_repeatable(traced, inputs, batch_size)
         calibrates = quantization == "int8" or compute == "static"
         if calibrates and batch_size is not None and calibration is not None:
             check_calibration(calibration, batch_size)
         with unrolled(traced) if unroll else contextlib.nullcontext():
             rows = calibration if quantization == "int8" else None
-            file = convert_traced(traced, work, batch_size, quantization, rows)
+            file = convert_traced(traced, work, batch_size, quantization, rows, stateful=stateful)
+        if stateful:
+            notes.append(_keeping_state(plain, file))
         recipe, smallest = None, 32
         if quantization == "plan":
             stored = store_weights(file, kernels, bits, compute, calibration)
@@ -184,6 +207,7 @@ def export_tflite(
             allowed=allowed,
             batch_size=batch_size,
             recipe=recipe,
+            stateful=stateful,
             scored=None if test_data is None else (plain, test_data),
         )
         skipping = None
@@ -212,6 +236,8 @@ def convert_traced(
     batch_size: int | None,
     quantization: str = "none",
     calibration: Sequence[np.ndarray] | None = None,
+    *,
+    stateful: bool = False,
 ) -> Path:
     """Converts a model, without verifying the file.
 
@@ -221,6 +247,7 @@ def convert_traced(
         batch_size: Rows per call; None leaves it open.
         quantization: The mode; `"plan"` is converted to float32.
         calibration: For `"int8"`, one array of rows per input.
+        stateful: Whether fused recurrent operators keep their state between calls.
 
     Returns:
         The file, in the folder.
@@ -228,14 +255,36 @@ def convert_traced(
     Raises:
         ExportError: If the model cannot be converted.
     """
-    write_saved_model(model, folder / "saved_model", batch_size)
+    outputs = write_saved_model(model, folder / "saved_model", batch_size)
     file = folder / "model.tflite"
     mode = "none" if quantization == "plan" else quantization
     try:
         shared_worker().convert(folder / "saved_model", file, mode, calibration)
     except WorkerError as error:
         raise conversion_error(model, quantization, error) from error
+    if not stateful:
+        start_at_zero(file)
+    name_ports(file, [spec.name for spec in input_specs(model)], outputs)
     return file
+
+
+def _keeping_state(model: keras.Model, file: Path) -> str:
+    """The note on a file that keeps its state.
+
+    Raises:
+        ArgumentError: If it keeps none.
+    """
+    if not kept_states(read_flat_model(file)):
+        raise ArgumentError(
+            f"stateful=True was given, but nothing in the file of model {model.name!r} keeps a "
+            "state between calls. Expected LSTM layers with Keras's default activations and "
+            "without an initial state, not unrolled. Leave stateful out."
+        )
+    return (
+        "the file keeps the state of its LSTM layers between calls, as stateful=True asks for: "
+        "call reset_all_variables() of the interpreter before every new sequence, as "
+        "predict_tflite does before every row"
+    )
 
 
 def predict_tflite(
@@ -249,8 +298,9 @@ def predict_tflite(
 
     Args:
         path: A file written by [export_tflite][].
-        inputs: An array of shape (rows, ...), or a list or tuple with one per input in Keras's
-            order, in real values: quantized inputs and outputs are converted.
+        inputs: An array of shape (rows, ...), a list or tuple with one per input in Keras's order,
+            or a dict `{name: rows}` with Keras's names, which are the signature's; in real values:
+            quantized inputs and outputs are converted.
         batch_size: Rows at a time; a file with a fixed batch size uses its own.
         xnnpack: Whether LiteRT may use its XNNPACK delegate, as it does by default.
 
@@ -285,6 +335,7 @@ def _finish(
     notes: Sequence[str],
     batch_size: int | None,
     recipe: Recipe | None,
+    stateful: bool,
     sparse_inference: bool | None,
     scored: tuple[keras.Model, Any] | None,
 ) -> ExportReport:
@@ -294,12 +345,9 @@ def _finish(
     matches = match_kernels(kernels, tensors)
     expected = reference_outputs(model, inputs, batch_size)
     agreement = verify_outputs(shared_worker(), file, inputs, expected, allowed, batch_size)
+    if any(tensor.variable for tensor in tensors) and not stateful:
+        verify_calls(shared_worker(), file, inputs, batch_size)
     notes = [*notes, *verify_zeros(kernels, matches, tensors)]
-    if any(tensor.variable for tensor in tensors):
-        notes.append(
-            "the file keeps the state of its recurrent layers between calls: call "
-            "reset_all_variables() of the interpreter before every sequence, as predict_tflite does"
-        )
     scores = None if scored is None else compare_scores(file, *scored, 1.0 - allowed.top1)
     content = file.read_bytes()
     with replacing_with_recipe(target, recipe) as temporary:

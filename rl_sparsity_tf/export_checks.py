@@ -20,6 +20,7 @@ from rl_sparsity_tf.recurrent import check_unroll, looping_layers, names_of
 from rl_sparsity_tf.rules import resolve
 from rl_sparsity_tf.samples import collect_rows, inputs_of_embeddings, random_rows
 from rl_sparsity_tf.signature import input_specs
+from rl_sparsity_tf.support import check_exportable
 from rl_sparsity_tf.wrapping import accepted, is_wrapped, plan_of, strip
 
 QUANTIZATIONS = ("plan", "none", "dynamic", "int8", "float16")
@@ -83,6 +84,7 @@ def plain_model(model: Any, plan: Any) -> tuple[keras.Model, Any]:
         plan = model.plan if plan is None else plan
         model = model.model
     model = accepted(model)
+    check_exportable(model)
     if isinstance(plan, CompressionPlan) and not plan.is_resolved:
         plan = resolve(plan, model)
     if not is_wrapped(model):

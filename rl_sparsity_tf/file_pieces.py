@@ -21,7 +21,7 @@ def split_file(file: Path, counts: Sequence[int]) -> list[Path | None]:
     them one by one does.
 
     Args:
-        file: A .tflite file with one signature whose inputs are `input_0`, `input_1`, ...
+        file: A .tflite file whose inputs are in Keras's order.
         counts: For every model the number of its inputs, which follow one another.
 
     Returns:
@@ -29,8 +29,7 @@ def split_file(file: Path, counts: Sequence[int]) -> list[Path | None]:
     """
     whole = schema.ModelT.InitFromPackedBuf(inline_buffers(file.read_bytes()), 0)
     graph = whole.subgraphs[0]
-    named = {_text(entry.name): entry.tensorIndex for entry in whole.signatureDefs[0].inputs}
-    fed = [int(named[f"input_{number}"]) for number in range(len(named))]
+    fed = _numbers(graph.inputs)
     pieces: list[Path | None] = []
     start = 0
     for number, count in enumerate(counts):
@@ -104,7 +103,3 @@ def _packed(whole: Any, operators: Sequence[Any], inputs: Sequence[int]) -> byte
 
 def _numbers(values: Any) -> list[int]:
     return [] if values is None else [int(value) for value in np.asarray(values).ravel()]
-
-
-def _text(name: Any) -> str:
-    return name.decode() if isinstance(name, bytes) else str(name)

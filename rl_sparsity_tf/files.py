@@ -373,8 +373,8 @@ def gzip_size(content: bytes) -> int:
     return len(gzip.compress(content, compresslevel=9, mtime=0))
 
 
-def sha256_of(*chunks: bytes) -> str:
-    """Hexadecimal SHA-256 of the chunks, one after the other."""
+def sha256_of(*chunks: Any) -> str:
+    """Hexadecimal SHA-256 of the chunks (bytes, or arrays of them), one after the other."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)

@@ -11,6 +11,7 @@ import tf_keras as keras
 from rl_sparsity_tf.batch_checks import Batch
 from rl_sparsity_tf.compile_state import compile_arguments
 from rl_sparsity_tf.data import TrainingData
+from rl_sparsity_tf.descriptions import describe_compilation, describe_model
 from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.run_directory import data_fingerprint, model_fingerprint
 
@@ -23,8 +24,8 @@ def fingerprints_of(
     data: TrainingData,
     validation: list[Any],
     test: list[Any] | None,
-) -> dict[str, str]:
-    """Fingerprints of a model, its loss and its data, by name.
+) -> dict[str, Any]:
+    """Fingerprints of a model's weights and its data, and descriptions of the model, by name.
 
     Args:
         model: The model.
@@ -34,6 +35,9 @@ def fingerprints_of(
         test: Test batches, if there are any.
     """
     compiled = compile_arguments(model) or {}
+    rows = None if isinstance(train, tf.data.Dataset) else tf.nest.flatten(train)
+    # The name of the loss and the sample of the rows are what runs of format 1 know.
+    every = {"rows": data_fingerprint([train])} if rows and len(rows[0]) > _ROWS else {}
     return {
         "model": model_fingerprint(model),
         "frozen_layers": _frozen(model),
@@ -43,6 +47,9 @@ def fingerprints_of(
         ),
         "validation_data": data_fingerprint(validation),
         "test_data": data_fingerprint(test or []),
+        **every,
+        "architecture": describe_model(model),
+        "compiled": describe_compilation(model),
     }
 
 

@@ -137,7 +137,16 @@ def inline_buffers(content: bytes) -> bytes:
         ArgumentError: If these are not the bytes of a .tflite file.
         ExportError: If they are damaged.
     """
-    model = _parse(content, "the bytes given")
+    return pack_model(_parse(content, "the bytes given"), content)
+
+
+def pack_model(model: Any, content: bytes) -> bytes:
+    """Writes a model in one flatbuffer, its buffers aligned to 16 bytes.
+
+    Args:
+        model: A model of the schema's object API.
+        content: The bytes it was read from, behind whose flatbuffer buffers may lie.
+    """
     buffers = []
     for buffer in model.buffers:
         aligned = AlignedBuffer()

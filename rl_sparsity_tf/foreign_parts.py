@@ -24,9 +24,9 @@ from tf_keras.src.layers.core.tf_op_layer import ClassMethod, InstanceProperty, 
 
 from rl_sparsity_tf.graph_operations import reaches_out
 
-_ROOTS = ("keras", "tf_keras", "tensorflow", "rl_sparsity_tf", "tensorflow_model_optimization")
+ROOTS = ("keras", "tf_keras", "tensorflow", "rl_sparsity_tf", "tensorflow_model_optimization")
 # What models are made of; optimizers in both forms.
-_PARTS = (
+PARTS = (
     *(keras.layers.Layer, keras.layers.InputSpec, keras.losses.Loss, keras.metrics.Metric),
     *(keras.initializers.Initializer, keras.regularizers.Regularizer),
     *(keras.constraints.Constraint, keras.mixed_precision.Policy),
@@ -117,7 +117,7 @@ def _foreign_object(stored: dict[str, Any]) -> Iterator[str]:
         if _registered(str(inner)) is None and not _computes(module, inner, registered):
             yield f"it uses the function {inner!r} of the module {module!r}"
     elif kind == "TypeSpec":
-        if stored.get("type_spec") not in _SPEC_NAMES:
+        if str(stored.get("type_spec")) not in _SPEC_NAMES:
             yield f"it describes a tensor by the class {stored.get('type_spec')!r}"
     elif kind == "__typespec__":
         name = str(stored.get("spec_name"))
@@ -172,14 +172,14 @@ def _fault(part: Any, details: dict[str, Any], root: str) -> str | None:
         known = _is_mathematics(tf_export.get_symbol_from_name(name))
         return None if known else f"calls tf.{name}"
     if issubclass(part, ClassMethod):
-        owner, method = details.get("cls_symbol"), details.get("method_name")
+        owner, method = str(details.get("cls_symbol")), str(details.get("method_name"))
         known = owner in _TENSOR_CLASSES and method in _TENSOR_MAKERS
         return None if known else f"calls tf.{owner}.{method}"
     if issubclass(part, InstanceProperty):
-        wanted = details.get("attr_name")
+        wanted = str(details.get("attr_name"))
         return None if wanted in _TENSOR_ATTRIBUTES else f"asks a tensor for its {wanted!r}"
     ours = root == "tensorflow_model_optimization" and part.__module__.startswith(root)
-    return None if ours or issubclass(part, _PARTS) else ""
+    return None if ours or issubclass(part, PARTS) else ""
 
 
 def _foreign_node(stored: Any) -> str | None:
@@ -200,7 +200,7 @@ def _foreign_node(stored: Any) -> str | None:
 def _found(module: Any, name: str, registered: Any) -> list[Any]:
     """What Keras may find under a name in a module, of what is imported already."""
     path = str(module)
-    if path.split(".")[0] not in _ROOTS:
+    if path.split(".")[0] not in ROOTS:
         return []
     symbol = f"{path}.{name}"
     symbol = f"compat.v1.{symbol}" if "__internal__.legacy" in symbol else symbol

@@ -100,11 +100,25 @@ def walk(model: keras.Model, prefix: str = "") -> Iterator[tuple[str, keras.laye
     yield from visit(model, prefix)
 
 
+def layer_pairs(
+    model: keras.Model, copied: keras.Model
+) -> list[tuple[keras.layers.Layer, keras.layers.Layer]]:
+    """The layers that [walk][] yields of a model and of a copy of it, side by side.
+
+    Without inputs: a nested model may share those of the model around it, and its copy has its own.
+    """
+    columns = [
+        [layer for _, layer in walk(one) if not isinstance(layer, keras.layers.InputLayer)]
+        for one in (model, copied)
+    ]
+    return list(zip(*columns, strict=True))
+
+
 def weight_pairs(
     model: keras.Model, copied: keras.Model
 ) -> Iterator[tuple[tf.Variable, tf.Variable]]:
     """Yields the weights of a model, each with the one that a copy has in its place."""
-    for (_, theirs), (_, ours) in zip(walk(model), walk(copied), strict=False):
+    for theirs, ours in layer_pairs(model, copied):
         yield from zip(unwrapped(theirs).weights, unwrapped(ours).weights, strict=False)
     if not is_graph(model):
         for name in ("_trainable_weights", "_non_trainable_weights"):

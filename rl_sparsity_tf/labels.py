@@ -10,6 +10,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.errors import DataError
+from rl_sparsity_tf.shape_advice import fits, shape_advice
 from rl_sparsity_tf.signature import input_specs
 
 _KINDS = {
@@ -285,13 +286,6 @@ class _Labels:
         )
 
 
-def fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
-    """Whether a shape agrees with one that may have open axes."""
-    return len(shape) == len(wanted) and all(
-        want is None or want == have for have, want in zip(shape, wanted, strict=True)
-    )
-
-
 def _fits_up_to_last(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
     # Keras adds or removes a last axis of 1; it broadcasts everything else without a word.
     if fits(shape, wanted) or fits((*shape, 1), wanted):
@@ -379,4 +373,4 @@ def _regression(labels: _Labels) -> None:
         hint = f"Expected labels of shape {labels.wanted} per row"
         if labels.shape in ((), (1,)):
             hint += "; one number per row would be compared with every output"
-        labels.refuse_shape(f"{hint}.")
+        labels.refuse_shape(f"{hint}.{shape_advice(labels.y.shape, labels.wanted, 'y')}")

@@ -77,6 +77,7 @@ class LayerProblem:
         self._source = source
         self.ridge = ridge
         self.fixed = fixed
+        self._constrained = constraint_of(kernel.variable) is not None
         self.original = kernel.matrix().astype(np.float32)
         layer: Any = kernel.layer
         adapts = getattr(layer, "use_bias", False) and not (fixed or fixed_bias)
@@ -202,14 +203,16 @@ class LayerProblem:
         if self.fixed:
             return
         grouping, spec = self.grouping, self.kernel.spec
-        weights = self.solve(operations, bits, moments)
+        exact = self._fitted(operations, moments)
+        weights = self._on_grid(exact, operations, bits, moments)
         live = grouping.expand_numpy(operations != ops.Operation.PRUNE)
 
         def permute(matrix: np.ndarray) -> np.ndarray:
             return self._permuted(matrix, operations)
 
         # Groups that are pruned keep what they were trained to, in case they come back.
-        latent = permute(np.where(live, weights, permute(self.original)))
+        stays = exact if self._constrained else weights  # the constraint comes before the grid
+        latent = permute(np.where(live, stays, permute(self.original)))
         self.kernel.variable.assign(spec.from_matrix_numpy(latent, self.kernel.shape))
         if self.bias is not None and self._bias0 is not None:
             shift = self._mean_product(moments.mean, weights)
@@ -227,19 +230,29 @@ class LayerProblem:
         Returns:
             Float32 of shape `(inputs, outputs)`, after permutation; 0 where groups are pruned.
         """
-        spec = self.kernel.spec
+        exact = self._fitted(operations, moments)
+        return self._on_grid(exact, operations, bits, moments)
+
+    def _gram_of(self, moments: Moments) -> np.ndarray:
+        return self._per_output(moments.gram) if self._source.depthwise else moments.gram
+
+    def _fitted(self, operations: np.ndarray, moments: Moments) -> np.ndarray:
+        """The effective kernel before it is rounded, as its constraint wants it."""
         live = self.grouping.expand_numpy(operations != ops.Operation.PRUNE)
-        depthwise = self._source.depthwise
-        gram = self._per_output(moments.gram) if depthwise else moments.gram
-        fit = fit_depthwise if depthwise else fit_masked
         if self.fixed:
             weights = np.where(live, self._permuted(self.original, operations), np.float32(0))
         else:
+            fit = fit_depthwise if self._source.depthwise else fit_masked
+            gram = self._gram_of(moments)
             fitted = fit(gram, moments.cross, self.original, live, ridge=self.ridge)
             weights = fitted.astype(np.float32)
-        constrained = constraint_of(self.kernel.variable) is not None
-        if constrained:
-            weights = self._projected(weights, live)
+        return self._projected(weights, live) if self._constrained else weights
+
+    def _on_grid(
+        self, weights: np.ndarray, operations: np.ndarray, bits: int, moments: Moments
+    ) -> np.ndarray:
+        """An effective kernel with its quantized groups on the grid."""
+        spec = self.kernel.spec
         grid = ops.grid_groups(operations)
         if grid.any():
             levels = 7.0 if bits == 4 else 127.0
@@ -247,8 +260,10 @@ class LayerProblem:
                 tf.constant(weights), tf.constant(levels), spec.per_output_scale, spec.gates
             ).numpy()
             on_grid = self.grouping.expand_numpy(grid)
-            if self.fixed or constrained:  # what cancels errors of others may break the constraint
+            if self.fixed or self._constrained:  # to cancel others' errors may break it
                 return _rounded(weights, scale, levels, on_grid)
+            live = self.grouping.expand_numpy(operations != ops.Operation.PRUNE)
+            gram = self._gram_of(moments)
             weights = round_with_feedback(weights, gram, scale, levels, on_grid, live)
         return weights
 

@@ -93,7 +93,12 @@ def measure_arena(path: str | os.PathLike[str], high: int) -> tuple[int, str]:
 
 
 def run_tflm(
-    path: str | os.PathLike[str], arena: int, inputs: Sequence[np.ndarray], outputs: int
+    path: str | os.PathLike[str],
+    arena: int,
+    inputs: Sequence[np.ndarray],
+    outputs: int,
+    *,
+    reset: bool = False,
 ) -> list[np.ndarray]:
     """Runs rows one by one in TFLM's reference kernels.
 
@@ -102,6 +107,7 @@ def run_tflm(
         arena: Bytes of the arena.
         inputs: One array of rows per input, in the file's order and as the file stores them.
         outputs: Number of the file's outputs.
+        reset: Whether what the file keeps from call to call is reset before each of them.
 
     Returns:
         One array of rows per output, in the file's order, as the file stores them.
@@ -121,6 +127,7 @@ def run_tflm(
                 "inputs": rows,
                 "outputs": results,
                 "count": outputs,
+                "reset": reset,
             }
         )
         if not replies.finished:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import tf_keras as keras
-from ai_edge_litert import schema_py_generated as schema
 
 from rl_sparsity_tf.conversion import shared_worker
 from rl_sparsity_tf.errors import ArgumentError, ExportError, VerificationError
@@ -55,6 +54,7 @@ def export_micro(
     test_data: Any = None,
     tolerance: float | None = None,
     unroll: bool = False,
+    stateful: bool = False,
 ) -> MicroReport:
     """Writes a model as a C header for TensorFlow Lite for Microcontrollers.
 
@@ -74,13 +74,16 @@ def export_micro(
             `plan` such as a search result.
         path: The header to write, ending in .h.
         representative_data: Inputs like those the model will see, to find the range of every
-            activation: an array, a tuple with one array per input, or an iterable of batches.
+            activation: an array, a tuple with one array per input, an iterable of batches, or a
+            function that yields batches, such as TFLite's `representative_dataset`.
         name: Prefix of everything the header defines: the array `<name>`, `<name>_len`,
             `<name>_arena_bytes`, `<name>_input_scale`, `<NAME>_ADD_OPERATORS(resolver)`, ...
         overwrite: Whether a file at `path` may be replaced.
         test_data: Data as `evaluate` takes it, `(x, y)`, to compare the metric on.
         tolerance: Largest allowed difference to Keras, as in `export_tflite`.
         unroll: Writes recurrent layers step by step, which GRU layers need.
+        stateful: Lets LSTM layers keep their state between calls, for sequences that come in
+            pieces; `interpreter.Reset()` begins a new one. By default every call starts from zero.
 
     Returns:
         The sizes, the arena, the operators and the agreement.
@@ -125,6 +128,7 @@ def export_micro(
                 tolerance=tolerance,
                 batch_size=1,
                 unroll=unroll,
+                stateful=stateful,
             )
         except VerificationError:
             raise
@@ -132,11 +136,11 @@ def export_micro(
             raise _not_int8(plain, unroll, error) from error
         flat, content = read_flat_model(file), file.read_bytes()
         operators = check_operators(plain.name, flat)
-        inputs, outputs = _model_ports(flat, content)
+        inputs, outputs = _model_ports(flat)
         estimate = estimate_arena(flat)
-        notes = _notes(flat, inputs, report)
+        notes = _notes(flat, inputs, report, stateful)
         arena, version, agreement, largest = _run(
-            file, plain, rows, inputs, outputs, estimate, tolerance, notes
+            file, plain, rows, inputs, outputs, estimate, tolerance, notes, stateful
         )
     basis = (
         f"{arena:,} bytes, the least that tflite-micro {version} runs in with its reference "
@@ -183,6 +187,7 @@ def _run(
     estimate: int,
     tolerance: float | None,
     notes: list[str],
+    stateful: bool,
 ) -> tuple[int, str, float | None, int | None]:
     """Runs the file in TFLM if that is possible.
 
@@ -196,7 +201,7 @@ def _run(
             arena, version = measure_arena(file, _ROOMY * estimate + _ROOM)
             sample = [array[:_COMPARED_ROWS] for array in rows]
             stored = [_stored(sample[port.keras_index], port) for port in inputs]
-            found = run_tflm(file, arena, stored, len(outputs))
+            found = run_tflm(file, arena, stored, len(outputs), reset=stateful)
         except TflmMissingError as error:
             lacking = f"it could not be imported ({error})"
         except TflmError as error:
@@ -258,26 +263,17 @@ def _compare(
     return float(np.mean(steps == 0)), largest
 
 
-def _model_ports(
-    flat: FlatModel, content: bytes
-) -> tuple[tuple[MicroPort, ...], tuple[MicroPort, ...]]:
-    """The inputs and outputs; the file orders them otherwise than Keras."""
-    signature = schema.ModelT.InitFromPackedBuf(content, 0).signatureDefs[0]
-    graph = flat.graphs[0]
+def _model_ports(flat: FlatModel) -> tuple[tuple[MicroPort, ...], tuple[MicroPort, ...]]:
+    """The inputs and outputs, which an export has in Keras's order."""
     both = []
-    for indices, named in ((graph.inputs, signature.inputs), (graph.outputs, signature.outputs)):
-        numbers: dict[int, list[int]] = {}
-        for entry in named:
-            number = int(entry.name.decode().rpartition("_")[2])
-            numbers.setdefault(int(entry.tensorIndex), []).append(number)
+    for indices in (flat.graphs[0].inputs, flat.graphs[0].outputs):
         ports = []
         for index, place in enumerate(indices):
             tensor = flat.tensor(0, place)
             ports.append(
                 MicroPort(
                     index=index,
-                    # A model may put out one tensor twice.
-                    keras_index=numbers[place].pop(0),
+                    keras_index=index,
                     shape=tensor.shape,
                     dtype=tensor.dtype,
                     scale=float(tensor.scales[0]) if tensor.quantized else None,
@@ -288,10 +284,12 @@ def _model_ports(
     return both[0], both[1]
 
 
-def _notes(flat: FlatModel, inputs: Sequence[MicroPort], report: ExportReport) -> list[str]:
+def _notes(
+    flat: FlatModel, inputs: Sequence[MicroPort], report: ExportReport, stateful: bool
+) -> list[str]:
     # What an interpreter of LiteRT calls its state has another name here.
     notes = [note for note in report.notes if "reset_all_variables" not in note]
-    if any(tensor.variable for tensor in flat.tensors):
+    if stateful:
         notes.append(
             "recurrent layers keep their state between calls: call interpreter.Reset() before "
             "every sequence"

@@ -247,7 +247,8 @@ class CompressedNetwork:
         return outcome_of(self, self._evaluator(self.validation))
 
     def _digest(self) -> str:
-        return sha256_of(self.storage.key, *(value.tobytes() for value in self.operations.values()))
+        chunks = (value.tobytes() for value in self.operations.values())
+        return sha256_of(self.storage.key(self.kernels), *chunks)
 
     def states(self) -> list[KernelState]:
         """How far every kernel is decided."""

@@ -365,8 +365,8 @@ def _too_many(path: str, groups: int) -> PlanError:
 def _grouping(path: str, shape: tuple[int, ...], layout: Any, group: Any) -> Grouping:
     if not isinstance(layout, str):
         raise PlanError(
-            f"The plan of {path!r} has the layout {_short(layout)}. Expected a text with a letter "
-            "per axis, 'i' or 'o', such as 'io'."
+            f"The plan of {path!r} does not fit together: it has the layout {_short(layout)}. "
+            "Expected a text with a letter per axis, 'i' or 'o', such as 'io'."
         )
     if group not in KINDS:
         raise PlanError(
@@ -375,7 +375,9 @@ def _grouping(path: str, shape: tuple[int, ...], layout: Any, group: Any) -> Gro
     try:
         return KernelSpec("kernel", layout).grouping(shape, group)
     except (ValueError, TypeError) as error:
-        raise PlanError(f"The plan of {path!r} does not fit together: {error}") from error
+        raise PlanError(
+            f"The plan of {path!r} does not fit together: {str(error)[:400]}"
+        ) from error
 
 
 def _check_pattern(path: str, grouping: Grouping, live: np.ndarray) -> None:

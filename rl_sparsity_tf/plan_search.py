@@ -27,6 +27,7 @@ from rl_sparsity_tf.plan_request import PlanRequest
 from rl_sparsity_tf.plan_space import PlanSpace, random_ratios, shares
 from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.recovery import Recovery, as_recovery
+from rl_sparsity_tf.repeatability import check_repeatable
 from rl_sparsity_tf.reward import Outcome, Reward, RewardFunction, bounded
 from rl_sparsity_tf.rules import resolve
 from rl_sparsity_tf.target import Target
@@ -334,10 +335,12 @@ def _prepared(
         )
     model = request.model
     rows, batch_size = as_rows(data, "train", _BATCH)
+    train = training_data(rows, model, batch_size=batch_size, seed=seed)
+    check_repeatable(model, train.pool[0][0])
     validation = evaluation_data(validation_data, model, "validation_data")
     network = CompressedNetwork(
         model,
-        training_data(rows, model, batch_size=batch_size, seed=seed),
+        train,
         sample_rows(validation, _ROWS, seed=seed, fixed=fixed_batch(model)),
         target=request.target,
         decisions=KernelDecisions(request.group, selection=request.selection),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ def run_rows(
 
     Args:
         path: A .tflite file.
-        inputs: An array of shape (rows, ...), or a list or tuple with one per input.
+        inputs: An array of shape (rows, ...), a list or tuple with one per input, or a dict of them
+            by the inputs' names.
         batch_size: Rows at a time; a file with a fixed batch size uses its own.
         xnnpack: Whether LiteRT may use its XNNPACK delegate.
 
@@ -30,9 +32,11 @@ def run_rows(
         ArgumentError: If the inputs cannot be used, or are not what the file takes.
         ExportError: If LiteRT cannot run the file.
     """
-    arrays = _arrays(inputs)
+    names = [str(name) for name in inputs] if isinstance(inputs, Mapping) else None
+    arrays = _arrays(list(inputs.values()) if isinstance(inputs, Mapping) else inputs)
+    worker = shared_worker()
     try:
-        return shared_worker().run(path, arrays, batch_size=batch_size, xnnpack=xnnpack)
+        return worker.run(path, arrays, batch_size=batch_size, xnnpack=xnnpack, names=names)
     except WorkerError as error:
         if error.reason != InputError.__name__:
             raise

@@ -9,7 +9,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.signature import input_specs
-from rl_sparsity_tf.sublayers import recurrent_layers
+from rl_sparsity_tf.sublayers import is_fused, recurrent_layers
 from rl_sparsity_tf.wrapping import strip
 
 _CONVOLUTIONAL = (keras.layers.ConvLSTM1D, keras.layers.ConvLSTM2D, keras.layers.ConvLSTM3D)
@@ -26,11 +26,15 @@ def names_of(layers: list[keras.layers.RNN]) -> str:
 
 
 @contextlib.contextmanager
-def stateless(model: keras.Model) -> Iterator[list[str]]:
+def stateless(model: keras.Model, kept: bool = False) -> Iterator[list[str]]:
     """Makes every recurrent layer start from zero state, and gives notes on those that did not.
 
     A stateful layer would assign its state in the trace, and the comparison with Keras would
     change the state of the caller's model.
+
+    Args:
+        model: The model; its layers are as they were when the context ends.
+        kept: Whether the file is to keep the state of its fused operators between calls.
     """
     stateful = [layer for layer in recurrent_layers(model) if layer.stateful]
     try:
@@ -39,6 +43,7 @@ def stateless(model: keras.Model) -> Iterator[list[str]]:
         yield [
             f"{layer.name} is stateful in Keras; in the file every call starts from zero state"
             for layer in stateful
+            if not (kept and is_fused(layer))
         ]
     finally:
         for layer in stateful:

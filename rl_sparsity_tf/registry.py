@@ -11,7 +11,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.errors import ArgumentError, did_you_mean
 from rl_sparsity_tf.kernel_spec import KernelSpec
-from rl_sparsity_tf.sublayers import follow, named_sublayers
+from rl_sparsity_tf.sublayers import follow, is_fused, named_sublayers
 
 Rule = Callable[[keras.layers.Layer], tuple[KernelSpec, ...]]
 """Finds the kernels of a layer whose configuration decides on them."""
@@ -57,9 +57,7 @@ def _local_kernel(rank: int) -> Rule:
 
 def _recurrent_layer(layer: keras.layers.Layer) -> tuple[KernelSpec, ...]:
     """A layer's cell, or cells; how it is unrolled or fused decides how its kernels are stored."""
-    # Keras asks for the fused operator of a GPU, and TFLite has one too.
-    fused = type(layer) is _layers.LSTM and layer._could_use_gpu_kernel
-    kind = "fully_connected" if layer.unroll else "lstm" if fused else "recurrent_loop"
+    kind = "fully_connected" if layer.unroll else "lstm" if is_fused(layer) else "recurrent_loop"
     return tuple(
         KernelSpec.of_kind(f"cell/{spec.attribute}", spec.layout, kind)
         if spec.kind == "recurrent_loop"

@@ -87,6 +87,7 @@ class Result:
         overwrite: bool = False,
         batch_size: int | None = None,
         unroll: bool = False,
+        stateful: bool = False,
         compute: str = "weight_only",
         formats: str | None = None,
         sparse_inference: str | None = None,
@@ -99,6 +100,7 @@ class Result:
             overwrite: Whether an existing file may be replaced.
             batch_size: Fixes the batch size of the file, as `export_tflite` does.
             unroll: Writes recurrent layers without a loop, as `export_tflite` does.
+            stateful: Lets LSTM layers keep their state between calls, as `export_tflite` does.
             compute: How the plan's integers compute, as in `export_tflite`.
             formats: Whether tensors may be stored sparse, as in `export_tflite`; by default as the
                 target of the search wants it.
@@ -109,7 +111,11 @@ class Result:
             The file's report.
         """
         same = quantization in (None, self.report.quantization) and compute == "weight_only"
-        same = same and formats in (None, self.formats) and not unroll and not sparse_inference
+        same = (
+            same
+            and formats in (None, self.formats)
+            and not (unroll or stateful or sparse_inference)
+        )
         if same and batch_size in (None, self.report.batch_size):
             target = check_path(path, overwrite)
             check_recipe_path(target, overwrite)
@@ -125,6 +131,7 @@ class Result:
             overwrite=overwrite,
             batch_size=batch_size,
             unroll=unroll,
+            stateful=stateful,
             compute=compute,
             formats=self.formats if formats is None else formats,
             sparse_inference=sparse_inference,

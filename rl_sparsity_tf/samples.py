@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,9 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.data_forms import reason_of
-from rl_sparsity_tf.errors import ArgumentError, DataError
-from rl_sparsity_tf.signature import InputSpec, is_graph
+from rl_sparsity_tf.errors import ArgumentError, DataError, did_you_mean
+from rl_sparsity_tf.shape_advice import fits, shape_advice
+from rl_sparsity_tf.signature import InputSpec, input_specs, is_graph
 from rl_sparsity_tf.sublayers import all_layers
 
 _SMALL_INTEGERS = 2
@@ -23,7 +26,9 @@ def collect_rows(data: object, specs: Sequence[InputSpec], max_rows: int) -> lis
     Args:
         data: An array (one input), a tuple or list with one array per input, a mapping from input
             names to arrays, or an iterable of batches (a tf.data.Dataset, a generator), each batch
-            being one of these or `(inputs, targets)`. Iterables are read only as far as needed.
+            being one of these or `(inputs, targets)`; or a function without arguments that returns
+            any of these, as TFLite's `representative_dataset`. Iterables are read only as far as
+            needed.
         specs: The model's inputs.
         max_rows: Number of rows to take at most.
 
@@ -33,13 +38,16 @@ def collect_rows(data: object, specs: Sequence[InputSpec], max_rows: int) -> lis
     Raises:
         DataError: If the data does not fit the inputs, is empty or not finite, or raises.
     """
+    if callable(data) and not isinstance(data, Iterable | keras.layers.Layer | type):
+        data = _returned(data)
     batches: list[list[np.ndarray]] = []
     whole = _as_inputs(data, specs)
     if whole is not None:
         batches.append(whole)
     elif isinstance(data, Iterable) and not isinstance(data, (np.ndarray, Mapping, str, bytes)):
         rows = 0
-        for batch in _read(data):
+        # Every batch but an empty one has a row: a generator of those may never end.
+        for batch in itertools.islice(_read(data), max_rows):
             inputs = _batch_inputs(batch, specs)
             if inputs is None:
                 raise _misfit(batch, specs)
@@ -49,7 +57,7 @@ def collect_rows(data: object, specs: Sequence[InputSpec], max_rows: int) -> lis
                 break
     else:
         raise _misfit(data, specs)
-    if not batches or not len(batches[0][0]):
+    if not any(len(inputs[0]) for inputs in batches):
         raise DataError("representative_data has no rows. Give at least one row of inputs.")
     columns = [np.concatenate(parts)[:max_rows] for parts in zip(*batches, strict=True)]
     for spec, column in zip(specs, columns, strict=True):
@@ -66,8 +74,8 @@ def inputs_of_embeddings(model: keras.Model) -> set[str]:
     if not is_graph(model):
         return set()
     return {
-        tensor.name.split(":")[0]
-        for tensor in model.inputs or ()
+        spec.name
+        for spec, tensor in zip(input_specs(model), model.inputs or (), strict=True)
         for node in tensor.node.layer.outbound_nodes
         if isinstance(node.layer, keras.layers.Embedding)
     }
@@ -112,6 +120,38 @@ def random_rows(model: keras.Model, specs: Sequence[InputSpec], rows: int) -> li
     return drawn
 
 
+def _returned(function: Callable[[], Any]) -> Any:
+    """What a function such as TFLite's `representative_dataset` gives."""
+    name = getattr(function, "__name__", type(function).__name__)
+    try:
+        asked = [
+            parameter.name
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        ]
+    except (TypeError, ValueError):  # written in C
+        asked = []
+    if asked:
+        raise DataError(
+            f"representative_data is the function {name}, which asks for {asked}. Expected one "
+            f"without arguments that yields batches: lambda: {name}(...), with values for them."
+        )
+    try:
+        given = function()
+    except Exception as error:  # whatever the user's function raises
+        raise DataError(
+            f"representative_data could not be read: the function {name} raises "
+            f"{reason_of(error)}. Expected one that yields batches: for batch in {name}(): pass."
+        ) from error
+    if given is None:
+        raise DataError(
+            f"representative_data is the function {name}, which returns None. Expected one that "
+            "yields batches, a list with one array per input each: yield [x[i : i + 1]]."
+        )
+    return given
+
+
 def _read(data: Iterable[Any]) -> Iterator[Any]:
     count = 0
     try:
@@ -154,6 +194,8 @@ def _as_inputs(data: object, specs: Sequence[InputSpec]) -> list[np.ndarray] | N
 
 
 def _batch_inputs(batch: object, specs: Sequence[InputSpec]) -> list[np.ndarray] | None:
+    if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], str):
+        batch = batch[1]  # of a signature's name and its inputs, as TFLite's generators may yield
     inputs = _as_inputs(batch, specs)
     if inputs is None and isinstance(batch, (tuple, list)) and batch:
         # (inputs, targets) or (inputs, targets, sample weights), as fit takes them.
@@ -186,7 +228,24 @@ def _misfit(data: object, specs: Sequence[InputSpec]) -> DataError:
         f"The data received is {got}; the model's inputs are {wanted}. Expected an array, a tuple "
         "with one array per input in that order (first axis: rows), a mapping from input names to "
         "arrays, or an iterable of such batches, with or without targets."
+        f"{_advice(data, specs)}"
     )
+
+
+def _advice(data: object, specs: Sequence[InputSpec]) -> str:
+    """What to do with the first array that does not fit its input."""
+    if isinstance(data, Mapping):
+        unknown = [str(name) for name in data if name not in {spec.name for spec in specs}]
+        if unknown:
+            return " " + did_you_mean(unknown[0], [spec.name for spec in specs])
+        arrays = [data.get(spec.name) for spec in specs]
+    else:
+        arrays = list(data) if isinstance(data, tuple | list) else [data]
+    for spec, array in zip(specs, arrays, strict=False):
+        shape = getattr(array, "shape", None)
+        if shape is not None and None not in tuple(shape) and not fits(shape[1:], spec.shape):
+            return shape_advice(tuple(shape), spec.shape)
+    return ""
 
 
 def _describe(item: object) -> str:

@@ -12,7 +12,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.errors import ExportError
 from rl_sparsity_tf.quiet import quiet_tensorflow
-from rl_sparsity_tf.signature import input_specs, is_graph, pack_inputs
+from rl_sparsity_tf.signature import input_specs, is_graph, output_names, pack_inputs
 
 
 def flat_call(model: keras.Model) -> Callable[[Sequence[Any]], list[tf.Tensor]]:
@@ -20,20 +20,24 @@ def flat_call(model: keras.Model) -> Callable[[Sequence[Any]], list[tf.Tensor]]:
 
     Outputs that are dicts are taken in the order of their sorted keys.
     """
-    if is_graph(model):
-        # The name ends up in the file's tensor names: Keras's own would count up.
-        flat = keras.Model(list(model.inputs), list(model.outputs), name="model")
-        return lambda inputs: tf.nest.flatten(flat(list(inputs), training=False))
+    call = _call(model)
 
-    def call(inputs: Sequence[Any]) -> list[tf.Tensor]:
-        outputs = tf.nest.flatten(model(pack_inputs(model, inputs), training=False))
+    def flat(inputs: Sequence[Any]) -> list[tf.Tensor]:
         # A subclassed model may leave an output out.
-        return [output for output in outputs if output is not None]
+        return [output for output in tf.nest.flatten(call(inputs)) if output is not None]
 
-    return call
+    return flat
 
 
-def write_saved_model(model: keras.Model, folder: Path, batch_size: int | None) -> None:
+def _call(model: keras.Model) -> Callable[[Sequence[Any]], Any]:
+    if not is_graph(model):
+        return lambda inputs: model(pack_inputs(model, inputs), training=False)
+    # The name ends up in the file's tensor names: Keras's own would count up.
+    flat = keras.Model(list(model.inputs), list(model.outputs), name="model")
+    return lambda inputs: flat(list(inputs), training=False)
+
+
+def write_saved_model(model: keras.Model, folder: Path, batch_size: int | None) -> list[str]:
     """Traces a model in inference mode and saves the trace.
 
     Args:
@@ -41,16 +45,22 @@ def write_saved_model(model: keras.Model, folder: Path, batch_size: int | None) 
         folder: The folder to write.
         batch_size: Rows per call; None leaves it open.
 
+    Returns:
+        The outputs' Keras names.
+
     Raises:
         ExportError: If the model cannot be traced with this batch size.
 
     The signature's arguments are `input_0`, `input_1`, ... and its results `output_0`, ..., in
     Keras's order.
     """
-    flat = flat_call(model)
+    names: list[str] = []
+    structured = _call(model)
 
     def call(*inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-        outputs = flat(inputs)
+        structure = structured(inputs)
+        names[:] = output_names(model, structure)
+        outputs = [output for output in tf.nest.flatten(structure) if output is not None]
         for index, output in enumerate(outputs):
             if not isinstance(output, tf.Tensor):
                 raise TypeError(f"output {index} is a {type(output).__name__}, not a dense tensor")
@@ -74,6 +84,7 @@ def write_saved_model(model: keras.Model, folder: Path, batch_size: int | None) 
             f"{'any size' if batch_size is None else batch_size}: {lines[-1] if lines else error}. "
             "Check that it runs on such a batch: model(x, training=False)."
         ) from error
+    return names
 
 
 def reference_outputs(

@@ -40,26 +40,32 @@ def score_tflite(path: Path, model: keras.Model, batches: list[Batch], metric: M
     """
     inputs = flat_inputs(model, inputs_of(batches))
     outputs = run_rows(path, inputs, batch_size=_BATCH_SIZE, xnnpack=True)
-    # The file lists its outputs; loss and metrics want them as the model arranges them.
-    arranged = model(tf.nest.map_structure(lambda part: part[:1], batches[0][0]), training=False)
     judge = _judge(model)
     judge.reset_metrics()
-    judge(batches[0][0], training=False)
-    adds_losses = bool(judge.losses)  # which are there only after a call on the same rows
-    loss = total = 0.0
     logs: dict[str, Any] = {}
     start = 0
     for x, y, weights in batches:
         rows = len(tf.nest.flatten(x)[0])
-        flat = [tf.constant(output[start : start + rows]) for output in outputs]
-        part = tf.nest.pack_sequence_as(arranged, flat)
-        if adds_losses:
-            judge(x, training=False)
-        value = judge.compute_loss(x, y, part, weights)
-        logs = judge.compute_metrics(x, y, part, weights)
-        loss, total, start = loss + float(value) * rows, total + rows, start + rows
-    mean = loss / total
-    return Score(metric=float(logs.get(metric.name, mean)), loss=mean)
+        part = [tf.constant(output[start : start + rows]) for output in outputs]
+        logs = _step(judge, (x, y, weights), part)
+        start += rows
+    loss = float(logs["loss"])
+    return Score(metric=float(logs.get(metric.name, loss)), loss=loss)
+
+
+def _step(judge: keras.Model, batch: Batch, outputs: list[tf.Tensor]) -> dict[str, tf.Tensor]:
+    """The model's own `test_step`, of which its call gives the outputs of a file."""
+    call = judge.call
+
+    def replaced(*arguments: Any, **options: Any) -> Any:
+        # Keras's own adds losses. The file lists its outputs; the model arranges them.
+        return tf.nest.pack_sequence_as(call(*arguments, **options), outputs)
+
+    vars(judge)["call"] = replaced  # below Keras's attribute tracking
+    try:
+        return judge.test_step(batch)
+    finally:
+        del vars(judge)["call"]
 
 
 def compare_scores(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import json
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 import tensorflow as tf
 import tf_keras as keras
@@ -24,12 +27,15 @@ from rl_sparsity_tf.conversion import start_worker
 from rl_sparsity_tf.curriculum import Curriculum, resolve_curriculum
 from rl_sparsity_tf.data import TrainingData, evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data_forms import as_rows
+from rl_sparsity_tf.descriptions import describe
 from rl_sparsity_tf.errors import ModelError
+from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.final import play_final
 from rl_sparsity_tf.fingerprints import fingerprints_of, name_of
 from rl_sparsity_tf.finished_search import FinishedSearch
 from rl_sparsity_tf.finishing import Figures, export_and_score, export_dense_int8
 from rl_sparsity_tf.kernel_selection import KernelSelection, Patterns, as_patterns
+from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.latency_table import LatencyTable
 from rl_sparsity_tf.mask_training import DISTILLATION, FineTuning, default_epochs
 from rl_sparsity_tf.metrics import build_metrics
@@ -39,19 +45,37 @@ from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.recovery import Recovery, as_recovery
 from rl_sparsity_tf.recurrent import unrolled_copy
+from rl_sparsity_tf.repeatability import check_repeatable
 from rl_sparsity_tf.result import Result
 from rl_sparsity_tf.reward import Reward, RewardFunction, resolve_reward
-from rl_sparsity_tf.run_directory import RunDirectory, bytes_of, check_directory
+from rl_sparsity_tf.run_directory import RunDirectory, bytes_of, check_directory, check_free
 from rl_sparsity_tf.scoring import score_model as score
 from rl_sparsity_tf.search_checks import check_search
 from rl_sparsity_tf.size_costs import formats_for
 from rl_sparsity_tf.size_trials import check_alone
 from rl_sparsity_tf.storage_choice import StorageChoice, StorageChooser
+from rl_sparsity_tf.support import check_exportable
 from rl_sparsity_tf.target import Target
 from rl_sparsity_tf.wrapping import accepted, is_wrapped
 
 if TYPE_CHECKING:
     from rl_sparsity_tf.episodes import LoopSettings
+
+
+_P = ParamSpec("_P")
+
+
+def _letting_go(
+    search: Callable[Concatenate[Compressor, _P], Result],
+) -> Callable[Concatenate[Compressor, _P], Result]:
+    """Lets go of the run directory when a search ends, however it does."""
+
+    @functools.wraps(search)
+    def searching(self: Compressor, *args: _P.args, **kwargs: _P.kwargs) -> Result:
+        with contextlib.ExitStack() as self._held:
+            return search(self, *args, **kwargs)
+
+    return searching
 
 
 class Compressor:
@@ -70,7 +94,8 @@ class Compressor:
             blocks of 4, or 4 bits for every kernel before the search (see
             [storage_choice][rl_sparsity_tf.storage_choice]).
         directory: Folder for manifest, journal, checkpoints and the result. The same call
-            continues a run that was cut off; other folders that are not empty are refused.
+            continues a run that was cut off; other folders that are not empty are refused, and so
+            is one that another process is at work in.
         seed: Everything random follows from it. TF-Agents and dropout draw from TensorFlow's
             global generator, which is seeded at the start of every episode.
         reward: The reward; a callable `(outcome, previous) -> float` replaces the default.
@@ -149,6 +174,7 @@ class Compressor:
         exclude: Patterns | None = None,
     ):
         self.model = accepted(model)
+        check_exportable(self.model)
         if is_wrapped(self.model):
             raise ModelError(
                 f"Model {model.name!r} is wrapped already. Call rl_sparsity_tf.strip(model) first."
@@ -181,8 +207,10 @@ class Compressor:
         self.curriculum = check_alone(self.target, resolve_curriculum(curriculum))
         self.hierarchy = check_flag("hierarchy", hierarchy)
         self.last: FinishedSearch | None = None
+        self._held = contextlib.ExitStack()
 
     @quiet_tensorflow()
+    @_letting_go
     def search(
         self,
         train: Any,
@@ -201,6 +229,7 @@ class Compressor:
         finalists: int = 3,
         dataset: str | None = None,
         overwrite: bool = False,
+        any_versions: bool = False,
         verbose: int = 1,
     ) -> Result:
         """Searches, fine-tunes the best plan, and exports it.
@@ -208,6 +237,9 @@ class Compressor:
         In every episode each kernel's buckets are decided one after the other, by one policy for
         all kernels; at its end (or, without least squares, after every decision) the network
         recovers and is evaluated on the validation data.
+
+        In the main thread the first Ctrl-C lets the present episode end; a second one, and any
+        before and after the episodes, is a `KeyboardInterrupt` at once.
 
         Args:
             train: Training data as `fit` takes it: `(x, y)`, `(x, y, sample_weight)`, a batched
@@ -237,6 +269,8 @@ class Compressor:
                 accuracy's drop it is always one.
             dataset: Name of the data, for metrics.json.
             overwrite: Whether a run in `directory` may be replaced.
+            any_versions: Whether one that was begun with other versions of libraries, or another
+                number of threads, may be continued. It then ends in other bits than it would have.
             verbose: 0 silent, 1 a progress display, 2 a line per episode.
 
         Returns:
@@ -245,6 +279,8 @@ class Compressor:
         Raises:
             RLSparsityError: If the data does not fit, or the target is out of reach; nothing has
                 been trained by then.
+            SearchInterrupted: After an episode in which Ctrl-C was pressed. Everything is saved in
+                `directory`, and the error has the best plan so far.
         """
         check_search(
             self.target,
@@ -261,6 +297,9 @@ class Compressor:
             verbose=verbose,
             validation_data=validation_data,
         )
+        check_flag("any_versions", any_versions)
+        if self.directory is not None:
+            check_free(self.directory)
         distillation = check_share("distillation", distillation)
         table = weight_table(class_weight)
         # Only now: wrapping, plans and export work without TF-Agents.
@@ -282,6 +321,7 @@ class Compressor:
         data = training_data(
             train, model, batch_size=batch_size, seed=self.seed, class_weight=table
         )
+        check_repeatable(model, data.pool[0][0])
         validation = evaluation_data(validation_data, model, "validation_data")
         test = None if test_data is None else evaluation_data(test_data, model, "test_data")
         epochs = default_epochs(data) if finetune_epochs is None else finetune_epochs
@@ -295,15 +335,18 @@ class Compressor:
             "class_weight": table,
             "unroll": unroll,
             "finalists": finalists,
+            "batch_size": len(tf.nest.flatten(data.pool[0])[0]),
         }
-        run = self._open_run(model, train, data, validation, test, arguments, overwrite)
+        run = self._open_run(
+            *(model, train, data, validation, test, arguments, overwrite, any_versions)
+        )
         start_worker()  # its imports overlap the search
         sample = sample_rows(validation, validation_rows, seed=self.seed, fixed=fixed_batch(model))
         decisions = decision_choice.decisions_for(
             model,
             self.target,
             self.group,
-            self.latency_table,
+            decision_choice.kept_table(model, self.target, run) or self.latency_table,
             quantization,
             self.shuffle,
             self.selection,
@@ -319,6 +362,7 @@ class Compressor:
         plain = build(decisions=decisions)
         if run is not None:
             run.start()
+            decision_choice.keep_table(decisions, run)
         progress = SearchProgress(episodes, plain.metric.name, verbose)
         choice, chooser = StorageChoice(plain), None
         if self.group == decision_choice.AUTO:
@@ -329,7 +373,9 @@ class Compressor:
             choice = chooser.choose(plain)
         network, others = choice.network, choice.others if finalists > 1 else ()
         settings = dataclasses.replace(self.loop_settings(), finalists=finalists)
-        loop = SearchLoop(settings, network, run)
+        loop = SearchLoop(settings, network, run, interruptible=True)
+        if loop.done:
+            progress.say(f"going on after episode {loop.done} of {episodes}")
         figures = Figures(train=data, validation=validation, test=test, metric=network.metric)
         task = Task(
             model=model,
@@ -408,6 +454,7 @@ class Compressor:
         test: list[Any] | None,
         search_arguments: dict[str, Any],
         overwrite: bool,
+        any_versions: bool,
     ) -> RunDirectory | None:
         if self.directory is None:
             return None
@@ -428,9 +475,21 @@ class Compressor:
             "curriculum": self.curriculum.to_dict(),
             "policy": self.policy and self.policy.digest,
             "hierarchy": self.hierarchy,
+            "latency_table": None,
             "include": self.include and list(self.include),
             "exclude": self.exclude and list(self.exclude),
             **search_arguments,
         }
+        if self.latency_table is not None:
+            table = json.dumps(self.latency_table.to_dict())
+            arguments["latency_table"] = sha256_of(table.encode())
         fingerprints = fingerprints_of(model, train, data, validation, test)
-        return RunDirectory(self.directory, arguments, fingerprints, overwrite)
+        if self.selection.left:  # under other names patterns may match other layers
+            kernels = find_kernels(self.model)
+            fingerprints["decided"] = [one.path not in self.selection.left for one in kernels]
+        if not isinstance(reward, Reward):
+            fingerprints["reward_code"] = describe(reward)
+        run = RunDirectory(
+            self.directory, arguments, fingerprints, overwrite, any_versions=any_versions
+        )
+        return self._held.enter_context(run)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from rl_sparsity_tf.budget import Budget
-from rl_sparsity_tf.candidates import PROPOSED, Candidate, is_better
+from rl_sparsity_tf.candidates import PROPOSED, Candidate, digests_of, is_better, plan_of
 from rl_sparsity_tf.curriculum import Stage
 from rl_sparsity_tf.demonstrations import (
     Demonstration,
@@ -20,16 +22,18 @@ from rl_sparsity_tf.demonstrations import (
 )
 from rl_sparsity_tf.dynamic_programming import POWERS, propose_all
 from rl_sparsity_tf.episodes import LoopSettings
-from rl_sparsity_tf.errors import ArgumentError, RunError
+from rl_sparsity_tf.errors import ArgumentError, RunError, SearchInterrupted, one_line
 from rl_sparsity_tf.finalists import Finalists
 from rl_sparsity_tf.further_pruning import pruned_to_budget
 from rl_sparsity_tf.hierarchy import make_episodes
+from rl_sparsity_tf.interruption import Interruption
 from rl_sparsity_tf.network import CompressedNetwork
+from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.plan_evaluation import evaluate_plan
 from rl_sparsity_tf.progress import SearchProgress
 from rl_sparsity_tf.reward import bounded
-from rl_sparsity_tf.run_directory import TRIALS, RunDirectory
+from rl_sparsity_tf.run_directory import LATEST, TIMES, TRIALS, RunDirectory
 
 DYNAMIC = "dynamic_programming"
 PREVIOUS = "previous_stage"
@@ -39,6 +43,7 @@ POLICY = "policy"
 STARTING = "lamp"
 # Shown to the agent, the best last: what it has learned of the others must not hide that.
 _DEMONSTRATIONS = 3
+_FINALIST = re.compile(r"finalist-[\w-]{1,100}")
 # A stage looks near its best plan from the middle on, if it is not too short for two halves.
 _LEAST_TO_NARROW = 8
 
@@ -50,6 +55,7 @@ class SearchLoop:
         settings: Agent, reward and seed.
         network: The network.
         run: Where to keep the journal and checkpoints, if anywhere.
+        interruptible: Whether Ctrl-C waits for the end of the present episode.
 
     Attributes:
         proposed: Names and plans that were evaluated before the stage's first episode, the best
@@ -59,11 +65,17 @@ class SearchLoop:
     """
 
     def __init__(
-        self, settings: LoopSettings, network: CompressedNetwork, run: RunDirectory | None = None
+        self,
+        settings: LoopSettings,
+        network: CompressedNetwork,
+        run: RunDirectory | None = None,
+        *,
+        interruptible: bool = False,
     ):
         self._settings = settings
         self._network = network
         self._run = run
+        self._interruptible = interruptible
         self.episodes = make_episodes(settings, network)
         self._demonstrations: list[Demonstration] = []
         self.proposed: list[tuple[str, CompressionPlan]] = []
@@ -92,6 +104,9 @@ class SearchLoop:
         """Runs the episodes that are left, stage by stage, and returns the last one's best.
 
         With no episode a policy's own plan is the only one.
+
+        Raises:
+            SearchInterrupted: After an episode in which Ctrl-C was pressed.
         """
         full = self._network.budget
         if episodes == 0:
@@ -99,7 +114,8 @@ class SearchLoop:
             assert self.best is not None
             return self.best
         stages = self._settings.curriculum.schedule(episodes)
-        left = [stage for stage in stages if stage.end > self.done]
+        # What a run proposed that was cut off behind its last episode is a part of the final.
+        left = [stage for stage in stages if stage.end > self.done] or stages[-1:]
 
         def begin(stage: Stage) -> None:
             if len(stages) > 1:
@@ -174,9 +190,19 @@ class SearchLoop:
             self.episodes.centre(self._centre, near=True)
 
     def play(self, progress: SearchProgress) -> None:
-        """Plays the episodes that are left of the stage."""
+        """Plays the episodes that are left of the stage.
+
+        Raises:
+            SearchInterrupted: After an episode in which Ctrl-C was pressed.
+        """
+
+        def told() -> None:
+            progress.say("ending after this episode; Ctrl-C again leaves at once")
+
         for episode in range(self.done, self._stage.end):
-            entry = self._episode(episode)
+            watched = Interruption(told)
+            with watched if self._interruptible else contextlib.nullcontext():
+                entry = self._episode(episode)
             assert self.best is not None
             progress.update(
                 episode + 1,
@@ -185,6 +211,19 @@ class SearchLoop:
                 metric=entry["validation_metric"],
                 sparsity=entry["sparsity"],
             )
+            if watched.requested:
+                raise self._interrupted(self.best.plan)
+
+    def _interrupted(self, plan: CompressionPlan) -> SearchInterrupted:
+        kept = "The best plan so far is in this error's plan; with directory=... it could go on."
+        if self._run is not None:
+            kept = f"The same call continues it from {str(self._run.path)!r}."
+        return SearchInterrupted(
+            f"The search was interrupted after episode {self.done}. {kept}",
+            episodes=self.done,
+            directory=None if self._run is None else str(self._run.path),
+            plan=plan,
+        )
 
     def _apply_policy(self, progress: SearchProgress) -> None:
         progress.say("evaluating the policy's plan")
@@ -320,29 +359,71 @@ class SearchLoop:
         for name, plan in (("previous", self._previous), ("centre", self._centre)):
             state[name] = np.array(plan.to_json() if plan else "")
         # The pointer is written last: a run cut off before it redoes the episode.
-        self._run.save_checkpoint("latest", state)
-        self._run.drop_checkpoints(keep={"latest", TRIALS, *names})
+        self._run.save_checkpoint(LATEST, state)
+        self._run.drop_checkpoints(keep={LATEST, TRIALS, TIMES, *names})
 
     def _resume(self, run: RunDirectory) -> None:
-        state = run.load_checkpoint("latest")
+        state = run.load_checkpoint(LATEST)
         if state is None:
-            run.read_journal(0)
+            run.begin_again()
             return
-        self.done = int(state["episodes"])
-        self.history = run.read_journal(self.done)
-        self.seconds = sum(entry["seconds"] for entry in self.history)
-        self._saved = state["finalists"].tolist()
-        for name in self._saved:
-            arrays = run.load_checkpoint(name)
-            if arrays is None:
-                raise RunError(
-                    f"The run in {str(run.path)!r} lacks the checkpoint of one of its best plans "
-                    f"({name}). Pass overwrite=True to start the run again."
-                )
-            self.finalists.add(Candidate.from_arrays(arrays))
-        self._previous, self._centre = (
-            CompressionPlan.from_json(str(state[name])) if str(state[name]) else None
-            for name in ("previous", "centre")
-        )
-        self.episodes.set_state(state)
-        self._network.seen = {bytes(key).decode() for key in state["seen"]}
+        try:
+            done, names = int(state["episodes"]), state["finalists"].tolist()
+            most = run.arguments.get("episodes", done)
+            if not 1 <= done <= most:
+                raise ValueError(f"it is of {done} episodes, of a search of {most}")
+            # They become names of files.
+            good = 1 <= len(names) <= self._settings.finalists and len(set(names)) == len(names)
+            if not good or not all(_FINALIST.fullmatch(str(name)) for name in names):
+                raise ValueError(f"it names the plans {str(names)[:80]}")
+        except Exception as error:
+            raise run.unreadable(LATEST, one_line(error)) from error
+        history = run.read_journal(done)
+        for name in names:
+            self.finalists.add(self._finalist(run, name))
+        try:
+            check_history(history)
+            self._previous, self._centre = (
+                plan_of(str(state[name]), self._network) if str(state[name]) else None
+                for name in ("previous", "centre")
+            )
+            self.episodes.set_state(state)
+            self._network.seen = digests_of(state["seen"])
+        except Exception as error:  # whatever else may be in a file
+            raise run.unreadable(LATEST, one_line(error)) from error
+        self.done, self.history, self._saved = done, history, names
+        self.seconds = sum(entry["seconds"] for entry in history)
+
+    def _finalist(self, run: RunDirectory, name: str) -> Candidate:
+        arrays = run.load_checkpoint(name)
+        if arrays is None:
+            raise RunError(
+                f"The run in {str(run.path)!r} lacks the checkpoint of one of its best plans "
+                f"({name}). Put a copy of it back, or pass overwrite=True to start the run again."
+            )
+        try:
+            return Candidate.from_arrays(arrays, self._network)
+        except Exception as error:
+            raise run.unreadable(name, one_line(error)) from error
+
+
+_NUMBERS = ("reward", "validation_metric", "sparsity", "seconds")
+
+
+def check_history(history: Sequence[Mapping[str, Any]]) -> None:
+    """Raises unless entries of a journal have what is made of them.
+
+    Raises:
+        ValueError: Naming the first that has not.
+    """
+    names = {operation.name.lower() for operation in Operation}
+    for number, entry in enumerate(history, 1):
+        operations = entry.get("operations")
+        numbers = [entry.get(name) for name in _NUMBERS]
+        if (
+            set(entry) != set(history[0])
+            or not all(isinstance(one, int | float) for one in numbers)
+            or not isinstance(operations, dict)
+            or set(operations) != names
+        ):
+            raise ValueError(f"line {number} of the journal lacks figures of its episode")

@@ -18,7 +18,7 @@ from rl_sparsity_tf.compile_state import copy_compile_state
 from rl_sparsity_tf.copy_checks import check_copy
 from rl_sparsity_tf.copying import copy_layer, copy_weights, freeze_alike
 from rl_sparsity_tf.errors import RLSparsityError, one_line
-from rl_sparsity_tf.kernels import find_kernels, walk
+from rl_sparsity_tf.kernels import find_kernels, layer_pairs
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.signature import is_graph
 from rl_sparsity_tf.tables import printing, table_lines
@@ -286,7 +286,7 @@ def _rebuilt(
         small = _cloned(model, [], visit)
     finally:
         keras.mixed_precision.set_global_policy(policy)
-    for (_, old), (_, new) in zip(walk(model), walk(small), strict=True):
+    for old, new in layer_pairs(model, small):
         if weights.get(id(old)):
             names = {id(getattr(old, name)): value for name, value in weights[id(old)].items()}
             new.set_weights([names.get(id(w), np.asarray(w)) for w in old.weights])

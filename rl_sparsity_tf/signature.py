@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
+
+from rl_sparsity_tf.shape_advice import fits
 
 # Size given to an axis that the model leaves open, such as an image's height.
 _OPEN_AXIS = 16
@@ -19,7 +21,7 @@ class InputSpec:
     """One input of a model.
 
     Attributes:
-        name: The input's Keras name, or its key where a subclassed model takes a dict.
+        name: The input's Keras name, or its key where a model takes a dict.
         shape: Shape of one row; None for an open axis.
         dtype: NumPy type name.
         batch: Rows per call, where the model fixes them.
@@ -32,10 +34,7 @@ class InputSpec:
 
     def accepts(self, array: np.ndarray) -> bool:
         """Whether an array is a batch of rows of this input."""
-        return array.ndim == len(self.shape) + 1 and all(
-            wanted is None or wanted == size
-            for wanted, size in zip(self.shape, array.shape[1:], strict=True)
-        )
+        return array.ndim > 0 and fits(array.shape[1:], self.shape)
 
     def batch_shape(self, rows: int) -> tuple[int, ...]:
         """Shape of a batch of rows, with a size for the axes that the model leaves open."""
@@ -60,14 +59,16 @@ def input_specs(model: keras.Model) -> tuple[InputSpec, ...]:
         One entry per input; empty if the model was never called or built.
     """
     if is_graph(model):
+        if not model.inputs:
+            return ()
         return tuple(
             InputSpec(
-                name=tensor.name.split(":")[0],
+                name=name,
                 shape=tuple(tensor.shape[1:]),
                 dtype=tf.as_dtype(tensor.dtype).name,
                 batch=tensor.shape[0],
             )
-            for tensor in model.inputs or ()
+            for name, tensor in zip(_graph_input_names(model), model.inputs, strict=True)
         )
     structure = _subclassed_structure(model)
     names = list(structure) if isinstance(structure, dict) else None
@@ -105,6 +106,40 @@ def flat_inputs(model: keras.Model, x: Any) -> list[Any]:
     if isinstance(x, dict):
         return [x[spec.name] for spec in input_specs(model)]
     return list(x) if isinstance(x, list | tuple) else [x]
+
+
+def output_names(model: keras.Model, outputs: Any) -> list[str]:
+    """The names of a model's outputs in Keras's order, as a `.tflite` file's signature has them.
+
+    Args:
+        model: A built model.
+        outputs: What the call of a subclassed model returned: its structure counts, and a None in
+            it is left out.
+
+    Returns:
+        The keys of a dict, sorted; the output layers' names, numbered as Keras numbers them where
+        one layer has several; else `output_1`, `output_2`, ...
+    """
+    if is_graph(model):
+        outputs = getattr(model, "_nested_outputs", model.outputs)
+    flat = tf.nest.flatten(outputs)
+    names = list(getattr(model, "output_names", None) or ())
+    if _is_flat_dict(outputs):
+        names = sorted(str(key) for key in outputs)
+    if len(names) != len(flat):
+        names = [f"output_{number}" for number in range(1, len(flat) + 1)]
+    return [name for name, output in zip(names, flat, strict=True) if output is not None]
+
+
+def _graph_input_names(model: keras.Model) -> list[str]:
+    nested: Any = getattr(model, "_nested_inputs", None)
+    if _is_flat_dict(nested):
+        return sorted(str(key) for key in nested)  # Keras takes a dict by its keys, in this order
+    return [tensor.name.split(":")[0] for tensor in model.inputs]
+
+
+def _is_flat_dict(structure: Any) -> TypeGuard[dict[Any, Any]]:
+    return isinstance(structure, dict) and not any(map(tf.nest.is_nested, structure.values()))
 
 
 def _subclassed_structure(model: keras.Model) -> Any:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rl_sparsity_tf.argument_checks import check_count, check_flag
 from rl_sparsity_tf.curriculum import Constant, Curriculum
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.objective import Metric
@@ -64,6 +65,18 @@ class Trial:
     held: bool
     proposed_by: str
     plan: str
+
+    def __post_init__(self) -> None:
+        sizes = [self.limit] if self.tflite_bytes is None else [self.limit, self.tflite_bytes]
+        for size in sizes:
+            check_count("a trial's bytes", size, 1)
+        check_flag("held", self.held)
+        judged = isinstance(self.validation_metric, int | float)
+        if self.held and (self.tflite_bytes is None or not judged):
+            raise ArgumentError(
+                f"A trial of {self.limit} bytes is said to have held, and has no file or no "
+                "metric. Expected both."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The trial as metrics.json lists it."""

@@ -178,9 +178,7 @@ def decode_sparse(raw: bytes, shape: Sequence[int], sparsity: Any, dtype: str) -
     for number, axis in enumerate(block_of):
         block_sizes[axis] = int(levels[order.index(rank + number)].denseSize)
     strides = np.cumprod([1, *shape[:0:-1]], dtype=np.int64)[::-1]
-    # A packed buffer's last byte may be half empty.
-    spare = 8 // _PACKED_BITS[dtype] - 1 if dtype in _PACKED_BITS else 0
-    _check_places(levels, shape, len(stored), spare)
+    most = max(len(stored), *(_length(level.arraySegments) for level in levels), 1)
     places = np.zeros(1, np.int64)
     for dimension, level in zip(order, levels, strict=True):
         inner = dimension >= rank
@@ -190,13 +188,17 @@ def decode_sparse(raw: bytes, shape: Sequence[int], sparsity: Any, dtype: str) -
         if level.format == schema.DimensionType.DENSE:
             if not 0 <= level.denseSize <= limit:
                 raise _contradiction(f"{level.denseSize} indices along axis {axis}", shape)
+            # Every place is followed by a segment or a value: known before they take memory.
+            if len(places) * level.denseSize > most:
+                found = f"{len(stored)} values for {len(places) * level.denseSize} places"
+                raise _contradiction(found, shape)
             offsets = np.arange(level.denseSize, dtype=np.int64) * step
             places = (places[:, None] + offsets).reshape(-1)
         else:
             segments, indices = _indices(level.arraySegments), _indices(level.arrayIndices)
             counts = np.diff(segments)
-            if (counts < 0).any() or segments[0] != 0:
-                raise _contradiction("segments that do not begin at 0 and rise", shape)
+            if len(counts) != len(places) or (counts < 0).any() or segments[0] != 0:
+                raise _contradiction(f"{len(segments)} segments for {len(places)} parents", shape)
             if segments[-1] != len(indices):
                 raise _contradiction(
                     f"{len(indices)} indices, {segments[-1]} of them in segments", shape
@@ -204,6 +206,10 @@ def decode_sparse(raw: bytes, shape: Sequence[int], sparsity: Any, dtype: str) -
             if len(indices) and not 0 <= indices.min() <= indices.max() < limit:
                 raise _contradiction(f"index {indices.max()} along axis {axis}", shape)
             places = np.repeat(places, counts) + indices * step
+    # A packed buffer's last byte may be half empty.
+    spare = 8 // _PACKED_BITS[dtype] - 1 if dtype in _PACKED_BITS else 0
+    if not 0 <= len(stored) - len(places) <= spare:
+        raise _contradiction(f"{len(stored)} values for {len(places)} places", shape)
     dense = np.zeros(math.prod(shape), stored.dtype)
     dense[places] = stored[: len(places)]
     return dense.reshape(shape)
@@ -229,21 +235,6 @@ def check_size(shape: Sequence[int], itemsize: int, stored: int) -> None:
             f"A sparse tensor of shape {shape} claims {claimed:,} bytes, of which {stored:,} are "
             f"stored. Expected at most {allowed:,}: the file is damaged. Export it again."
         )
-
-
-def _check_places(levels: Sequence[Any], shape: tuple[int, ...], stored: int, spare: int) -> None:
-    """Raises unless levels end in as many places as values are stored, before they are made."""
-    places = 1
-    for level in levels:
-        if level.format == schema.DimensionType.DENSE:
-            places *= max(int(level.denseSize), 0)
-            continue
-        segments, indices = _length(level.arraySegments), _length(level.arrayIndices)
-        if segments != places + 1:
-            raise _contradiction(f"{segments} segments for {places} parents", shape)
-        places = indices
-    if not 0 <= stored - places <= spare:
-        raise _contradiction(f"{stored} values for {places} places", shape)
 
 
 def _length(vector: Any) -> int:

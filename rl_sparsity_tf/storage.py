@@ -60,10 +60,10 @@ class Storage:
         """How a kernel is cut and stored."""
         return self.named.get(path, KernelStorage(self.group, self.default_bits))
 
-    @property
-    def key(self) -> bytes:
-        """Bytes that equal storages share, whatever the order in which kernels were named."""
-        return repr((self.group, self.default_bits, sorted(self.named.items()))).encode()
+    def key(self, kernels: Sequence[Kernel]) -> bytes:
+        """Bytes that equal storages of a network share, whatever its layers are called."""
+        named = [(n, self.of(one.path)) for n, one in enumerate(kernels) if one.path in self.named]
+        return repr((self.group, self.default_bits, named)).encode()
 
     def bits(self, paths: Iterable[str]) -> dict[str, int]:
         """The bits of kernels' integers, by path."""

@@ -41,6 +41,14 @@ def recurrent_layers(model: keras.Model) -> list[keras.layers.RNN]:
     return [layer for layer in all_layers(model) if isinstance(layer, keras.layers.RNN)]
 
 
+def is_fused(layer: keras.layers.Layer) -> bool:
+    """Whether a layer is an LSTM that becomes one operator of TFLite, if the batch is fixed.
+
+    Keras asks for the fused operator of a GPU, and TFLite has one, too.
+    """
+    return type(layer) is keras.layers.LSTM and layer._could_use_gpu_kernel and not layer.unroll
+
+
 def named_sublayers(layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
     """Yields `(path, sublayer)` of the direct sublayers that an attribute leads to, each once."""
     wanted = {id(sublayer) for sublayer in direct_sublayers(layer)}

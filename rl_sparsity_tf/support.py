@@ -9,6 +9,7 @@ from collections.abc import Callable
 import tf_keras as keras
 from rich.table import Table
 
+from rl_sparsity_tf.errors import ModelError
 from rl_sparsity_tf.export_modes import INTEGER_MODES
 from rl_sparsity_tf.kernel_selection import (
     EXCLUDED,
@@ -20,7 +21,7 @@ from rl_sparsity_tf.kernel_selection import (
 from rl_sparsity_tf.kernel_spec import KernelSpec
 from rl_sparsity_tf.kernels import Kernel, check_model, find_kernels, rank_of, walk
 from rl_sparsity_tf.registry import registered_base, wrong_registrations
-from rl_sparsity_tf.sublayers import unreachable_sublayers
+from rl_sparsity_tf.sublayers import all_layers, unreachable_sublayers
 from rl_sparsity_tf.tables import printing, table_lines
 from rl_sparsity_tf.wrapper import unwrapped
 
@@ -30,6 +31,16 @@ MODES = ("plan", "dynamic", "int8", "float16")
 # Below this many elements the converter's dynamic range leaves a tensor as it is.
 _DYNAMIC_ELEMENTS = 1024
 _WIDTH = 150
+_NO_WEIGHTS = "has no weights of rank 2 or more"
+# They look words and ids up in tables, hash or count them: TFLite has no builtin for that.
+_LOOKUPS = (
+    keras.layers.CategoryEncoding,
+    keras.layers.HashedCrossing,
+    keras.layers.Hashing,
+    keras.layers.IntegerLookup,
+    keras.layers.StringLookup,
+    keras.layers.TextVectorization,
+)
 _LEFT = {
     FROZEN: "frozen, and left alone unless include names it",
     EXCLUDED: "excluded",
@@ -114,6 +125,26 @@ def support_report(
     return reports
 
 
+def check_exportable(model: keras.Model) -> None:
+    """Raises if a model has layers that prepare its data in a way no .tflite file can.
+
+    Raises:
+        ModelError: Naming them.
+    """
+    found = [layer for layer in all_layers(model) if isinstance(layer, _LOOKUPS)]
+    inside = {id(part) for layer in found for part in all_layers(layer)[1:]}
+    found = [layer for layer in found if id(layer) not in inside]
+    if not found:
+        return
+    names = ", ".join(f"{layer.name!r} ({type(layer).__name__})" for layer in found)
+    raise ModelError(
+        f"Model {model.name!r} has the preprocessing layer{'s' * (len(found) > 1)} {names}, which "
+        "TFLite's builtin operators cannot compute. Put it in front of the model, in the data "
+        "pipeline: dataset.map(lambda x, y: (layer(x), y)); build the model without it, its input "
+        "being what the layer puts out, and copy the weights with set_weights."
+    )
+
+
 def stored_types(spec: KernelSpec, elements: int) -> dict[str, str]:
     """How a kernel is stored in each of [MODES][].
 
@@ -139,6 +170,8 @@ def _kernel_report(kernel: Kernel, left: str) -> KernelReport:
 
 
 def _reason(layer: keras.layers.Layer, kernels: list[Kernel], weights: int) -> str:
+    if isinstance(layer, _LOOKUPS):
+        return "cannot be exported: put it in front of the model, in the data pipeline"
     wrong = wrong_registrations(layer)
     if wrong:
         return "; ".join(wrong)
@@ -146,7 +179,7 @@ def _reason(layer: keras.layers.Layer, kernels: list[Kernel], weights: int) -> s
         left = weights - sum(kernel.size for kernel in kernels)
         return f"{left:,} of its weights are in no known kernel" if _rest(layer, left) else ""
     if not weights:
-        return "has no weights of rank 2 or more"
+        return _NO_WEIGHTS
     name = type(layer).__name__
     base = registered_base(layer)
     if base is not None:
@@ -215,7 +248,7 @@ def describe_support(
     for line in table_lines(table, _WIDTH):
         print_fn(line)
     for report in reports:
-        if report.reason and report.weights:
+        if report.reason not in ("", _NO_WEIGHTS):
             print_fn(f"{report.path}: {report.reason}")
         for kernel in report.kernels:
             if kernel.left:

@@ -6,6 +6,9 @@ import dataclasses
 
 import numpy as np
 
+_MOST_ACTIONS = 63
+"""As bits of a number they have to be saved."""
+
 
 @dataclasses.dataclass
 class _Node:
@@ -87,13 +90,26 @@ class Untried:
 
     @classmethod
     def from_array(cls, rows: np.ndarray) -> Untried:
-        """Reads what [to_array][] gave."""
+        """Reads what [to_array][] gave.
+
+        Raises:
+            ValueError: If it is no such array.
+        """
         found = cls()
-        for number in range(int(rows[:, 0].max()) + 1 if len(rows) else 0):
+        if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != 3:
+            raise ValueError(f"sequences are of type {rows.dtype} and shape {rows.shape}")
+        numbers = rows[:, 0]
+        if (np.diff(numbers, prepend=-1) > 1).any() or (np.diff(numbers, prepend=0) < 0).any():
+            raise ValueError("sequences are not numbered through")
+        for row in np.split(rows, np.flatnonzero(np.diff(numbers)) + 1) if len(rows) else ():
             found.restart()
-            for _, bits, action in rows[rows[:, 0] == number]:
-                found.offer(np.array([int(bits) >> place & 1 for place in range(63)], np.int32))
-                found.take(int(action))
+            for _, bits, action in row.tolist():
+                if not 0 <= action < _MOST_ACTIONS or not bits >> action & 1 or bits < 0:
+                    raise ValueError(f"sequences hold the action {action}, which was not legal")
+                found.offer(
+                    np.array([bits >> place & 1 for place in range(_MOST_ACTIONS)], np.int32)
+                )
+                found.take(action)
             found.finish()
         return found
 

@@ -19,6 +19,8 @@ _SINGLE_ROWS = 4
 # an output of narrow range around a large value must be allowed.
 _RANGE_FLOOR = 0.1
 _FLOAT_BITS = 32
+# The same call in two interpreters, which do the same sums in the same order.
+_REPEATED = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,6 +133,44 @@ def verify_outputs(
             worst = _worse(worst, compare_outputs(outputs, wanted, tolerance, how))
     assert worst is not None
     return worst
+
+
+def verify_calls(
+    worker: ConversionWorker,
+    path: str | os.PathLike[str],
+    inputs: Sequence[np.ndarray],
+    batch_size: int | None = None,
+) -> None:
+    """Checks that no call of a file depends on those before it, with and without XNNPACK.
+
+    Two calls are made in turns, twice each, by one interpreter that is not reset, and by fresh
+    ones.
+
+    Args:
+        worker: The conversion process.
+        path: The .tflite file.
+        inputs: One array of rows per input; the first and the last rows are taken.
+        batch_size: The file's fixed batch size, if it has one.
+
+    Raises:
+        VerificationError: If a call gives something else than the same call alone.
+    """
+    size = batch_size or 1
+    first, second = ([part[:size] for part in inputs], [part[-size:] for part in inputs])
+    for xnnpack in (True, False):
+        alone = [worker.run(path, one, batch_size=size, xnnpack=xnnpack) for one in (first, second)]
+        rows = [np.concatenate([a, b, a, b]) for a, b in zip(first, second, strict=True)]
+        outputs = worker.run(path, rows, batch_size=size, xnnpack=xnnpack, reset=False)
+        for index, found in enumerate(outputs):
+            wanted = np.concatenate([part[index] for part in alone] * 2)
+            if not np.allclose(found, wanted, rtol=_REPEATED, atol=0.0, equal_nan=True):
+                difference = float(np.max(np.abs(found.astype(np.float64) - wanted)))
+                raise VerificationError(
+                    f"Output {index} of the exported file depends on the calls before: the same "
+                    f"rows differ by up to {difference:.3g} from what a fresh interpreter gives. "
+                    "Expected a file that starts from zero at every call. Pass unroll=True, or "
+                    "stateful=True if the state is to be kept."
+                )
 
 
 def compare_outputs(

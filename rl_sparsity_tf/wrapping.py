@@ -16,7 +16,7 @@ from rl_sparsity_tf.errors import ModelError, PlanError, check_choice, did_you_m
 from rl_sparsity_tf.grouping import KINDS
 from rl_sparsity_tf.kernel_selection import KernelSelection, Patterns
 from rl_sparsity_tf.kernel_settings import KernelSettings
-from rl_sparsity_tf.kernels import Kernel, check_model, find_kernels, walk
+from rl_sparsity_tf.kernels import Kernel, check_model, find_kernels, layer_pairs, walk
 from rl_sparsity_tf.masks import MASKS
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
@@ -230,8 +230,7 @@ def _settings(kernel: Kernel, group: str, used: Collection[Operation]) -> Kernel
 
 
 def _copy_weights(source: keras.Model, destination: keras.Model) -> None:
-    pairs = list(zip(walk(source), walk(destination), strict=True))
-    for (_, old), (_, new) in pairs:
+    for old, new in layer_pairs(source, destination):
         inner = unwrapped(new)
         copy_weights(unwrapped(old), inner)
         if isinstance(old, CompressionWrapper):

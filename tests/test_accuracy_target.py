@@ -397,7 +397,7 @@ def test_trials_that_are_lost_are_named(tmp_path):
         with pytest.raises(StoppedError):
             run(searcher(directory=folder))
     (folder / "checkpoints" / "trials.npz").unlink()
-    with pytest.raises(RunError, match=r"lacks the checkpoint of its finished trials\. Pass over"):
+    with pytest.raises(RunError, match=r"lacks the checkpoint of its finished trials\. Put a copy"):
         run(searcher(directory=folder))
 
 

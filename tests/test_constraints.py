@@ -148,7 +148,7 @@ def recurrent():
     return model
 
 
-@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("shuffled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_under_masks_meets_the_constraints(shuffled):
     model = recurrent()
     plan = planned(model, Operation.SHUFFLE if shuffled else Operation.KEEP)
@@ -211,6 +211,7 @@ def test_a_constrained_bias_takes_up_no_constants():
         assert bool(Mix(layer).obstacle()) == (constraint is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_a_search_returns_a_model_that_meets_its_constraints(epochs):
     keras.utils.set_random_seed(5)

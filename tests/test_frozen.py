@@ -384,6 +384,7 @@ def test_the_summary_says_what_was_left_alone(found):
     assert "left alone (frozen): base/stem/kernel, base/deep/kernel" in lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recovery", ["finetune", "least_squares"])
 def test_a_model_that_is_frozen_as_a_whole_can_be_pruned_without_training(recovery):
     model = transfer()
@@ -446,6 +447,7 @@ def test_a_target_in_bytes_leaves_what_is_excluded_in_float(tmp_path):
         target=rls.Target(tflite_bytes=size - 900),
         include=["base", "hidden"],
         exclude="stem",
+        hierarchy=True,
     )
     assert one.group == "auto"
     result = search(one, finetune_epochs=0)

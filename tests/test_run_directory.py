@@ -1,33 +1,45 @@
 """The run directory: whose folder it is, what is in the journal, and files that are never torn."""
 
+import errno
 import json
 import os
 import stat
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras as keras
+from tiny_search import strip_seals
 
 import rl_sparsity_tf as rls
+from rl_sparsity_tf import run_directory, run_lock
 from rl_sparsity_tf.errors import FileExistsRLSparsityError, RunError
 from rl_sparsity_tf.files import check_new_file, replacing, sha256_of, write_text
 from rl_sparsity_tf.run_directory import (
     RESULT_FILES,
     RunDirectory,
     check_directory,
+    check_free,
+    check_unfinished,
     data_fingerprint,
     model_fingerprint,
     versions,
 )
 
 ARGUMENTS = {"target": {"sparsity": 0.9}, "seed": 0, "agent": {"name": "dqn"}}
-PRINTS = {"model": "abc", "train": "def"}
+ONE, TWO, THREE = (sha256_of(text) for text in (b"1", b"2", b"3"))
+PRINTS = {"model": ONE, "train": TWO}
 
 
-def opened(path, overwrite=False, prints=PRINTS, **changes):
-    run = RunDirectory(path, {**ARGUMENTS, **changes}, prints, overwrite)
-    run.start()
+def opened(path, overwrite=False, prints=PRINTS, any_versions=False, **changes):
+    """A run that was begun or continued, as if its process were gone by now."""
+    arguments = {**ARGUMENTS, **changes}
+    with RunDirectory(path, arguments, prints, overwrite, any_versions=any_versions) as run:
+        run.start()
     return run
 
 
@@ -104,7 +116,7 @@ def test_a_new_run_writes_its_manifest(tmp_path):
     assert not run.resumed
     assert listing(run.path) == ["checkpoints", "journal.jsonl", "manifest.json"]
     manifest = json.loads((run.path / "manifest.json").read_text())
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["arguments"] == ARGUMENTS
     assert manifest["fingerprints"] == PRINTS
     assert manifest["versions"]["tensorflow"] == tf.__version__
@@ -132,8 +144,8 @@ def test_equal_arguments_resume(tmp_path):
         ({"seed": 1}, r"unfinished run that differs in seed \(0, now 1\)\. Call with the same"),
         ({"target": {"sparsity": 0.8}}, r"differs in target \(\{'sparsity': 0.9\}, now"),
         ({"more": 1}, r"differs in more \(None, now 1\)"),
-        ({"seed": 1, "prints": {"model": "x", "train": "def"}}, r"seed \(0, now 1\), model\."),
-        ({"prints": {"model": "abc", "train": "x"}}, r"differs in train\."),
+        ({"seed": 1, "prints": {"model": THREE, "train": TWO}}, r"seed \(0, now 1\), model\."),
+        ({"prints": {"model": ONE, "train": THREE}}, r"differs in train\."),
     ],
 )
 def test_different_arguments_do_not_resume(tmp_path, changes, message):
@@ -146,8 +158,8 @@ def test_different_arguments_do_not_resume(tmp_path, changes, message):
 def test_another_format_does_not_resume(tmp_path):
     opened(tmp_path)
     manifest = tmp_path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(FileExistsRLSparsityError, match="differs in format_version 2"):
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 3'))
+    with pytest.raises(FileExistsRLSparsityError, match="differs in format_version 3"):
         opened(tmp_path)
 
 
@@ -193,7 +205,18 @@ def test_a_damaged_manifest(tmp_path, text):
     assert opened(tmp_path).resumed
 
 
-@pytest.mark.parametrize("text", ['{"format_version": 1}', '{"format_version": 1, "arguments": 3}'])
+LACKING = [
+    '{"format_version": 1}',
+    '{"format_version": 2, "arguments": 3}',
+    '{"format_version": 2, "arguments": [], "fingerprints": {}, "versions": {}}',
+    '{"format_version": 2, "arguments": {}, "fingerprints": {}, "versions": 1}',
+    '{"format_version": 2, "arguments": {}, "fingerprints": {}, "versions": {}, "id": "../x"}',
+    '{"format_version": 1, "arguments": {}, "fingerprints": {}, "versions": {}, "id": "0"}',
+    "[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("text", LACKING)
 def test_a_manifest_that_lacks_its_arguments(tmp_path, text):
     opened(tmp_path)
     (tmp_path / "manifest.json").write_text(text)
@@ -219,7 +242,8 @@ def test_a_torn_last_line_is_forgotten(tmp_path):
         run.append({"episode": episode, "reward": episode / 7})
     journal = tmp_path / "journal.jsonl"
     journal.write_text(journal.read_text()[:-9])  # the machine went down in the third line
-    entries = opened(tmp_path).read_journal(2)
+    run = opened(tmp_path)
+    entries = run.read_journal(2)
     assert [entry["reward"] for entry in entries] == [0.0, 1 / 7]
     run.append({"episode": 2})
     assert [entry["episode"] for entry in run.read_journal(3)] == [0, 1, 2]
@@ -244,8 +268,10 @@ def test_lines_behind_the_checkpoint_are_done_again(tmp_path):
         "3\n4\n",
     ],
 )
-def test_a_journal_that_lacks_what_the_checkpoint_needs(tmp_path, text):
+@pytest.mark.parametrize("is_sealed", [True, False])
+def test_a_journal_that_lacks_what_the_checkpoint_needs(tmp_path, text, is_sealed):
     run = opened(tmp_path)
+    run.sealed = is_sealed
     (tmp_path / "journal.jsonl").write_text(text)
     with pytest.raises(RunError, match=r"journal .* is damaged.*overwrite=True"):
         run.read_journal(2)
@@ -268,6 +294,86 @@ def test_lines_are_on_the_disk_when_append_returns(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(handle), real(handle)))
     run.append({"episode": 0})
     assert len(synced) == 1
+
+
+def three_lines(path):
+    run = opened(path)
+    for episode in range(3):
+        run.append({"episode": episode, "reward": episode / 8})
+    return run
+
+
+DAMAGE = {
+    "a digit": (
+        lambda a, b, c: a + b.replace(b"0.125", b"0.225") + c,
+        r"line 2 of 3: it does not ",
+    ),
+    "exchanged": (lambda a, b, c: b + a + c, r"line 1 of 3: it does not have the checksum"),
+    "lost": (lambda a, b, c: a + c, r"line 2 of 3: it does not have the checksum"),
+    "the last": (lambda a, b, c: a + b, r"line 3 of 3: it is missing; lines 1 to 2 are whole"),
+    "no checksum": (
+        lambda a, b, c: a[:-33] + b"}\n" + b + c,
+        "line 1 of 3: it does not end",
+    ),
+    "endless": (
+        lambda a, b, c: a + b"[" * 2**20 + b + c,
+        "line 2 of 3: it has more than",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_line_is_named_with_what_is_whole(tmp_path, damage):
+    run = three_lines(tmp_path)
+    run.save_checkpoint("finalist-1-dqn", {"x": np.zeros(1)})
+    journal = tmp_path / "journal.jsonl"
+    change, message = DAMAGE[damage]
+    damaged = change(*journal.read_bytes().splitlines(keepends=True))
+    journal.write_bytes(damaged)
+    with pytest.raises(RunError, match=message) as caught:
+        opened(tmp_path).read_journal(3)
+    assert "the agent after 3 episodes and 1 of its plans" in str(caught.value)
+    assert "Put a copy of journal.jsonl back, or pass overwrite=True" in str(caught.value)
+    assert journal.read_bytes() == damaged
+    if damage == "a digit":
+        assert "lines 1 and 3 are whole" in str(caught.value)
+
+
+def test_another_runs_journal_and_checkpoints_are_not_taken(tmp_path):
+    for name in ("one", "other"):
+        run = three_lines(tmp_path / name)
+        run.save_checkpoint("latest", {"x": np.zeros(1)})
+    for file in ("journal.jsonl", "checkpoints/latest.npz"):
+        (tmp_path / "one" / file).write_bytes((tmp_path / "other" / file).read_bytes())
+    run = opened(tmp_path / "one")
+    with pytest.raises(RunError, match=r"line 1 of 3.*no line is whole"):
+        run.read_journal(3)
+    with pytest.raises(RunError, match=r"latest.npz' cannot be read .*or is of another run"):
+        run.load_checkpoint("latest")
+    checkpoints = tmp_path / "other" / "checkpoints"
+    (checkpoints / "latest.npz").rename(checkpoints / "agent.npz")
+    with pytest.raises(RunError, match=r"agent.npz' cannot be read"):
+        opened(tmp_path / "other").load_checkpoint("agent")
+
+
+def test_runs_of_format_1_are_continued_in_it(tmp_path):
+    run = three_lines(tmp_path)
+    run.save_checkpoint("latest", {"weights:0:a": np.float32([1, 2])})
+    strip_seals(tmp_path)
+    again = opened(tmp_path, batch_size=32, shuffle=None)  # which it does not know
+    assert again.resumed
+    assert not again.sealed
+    assert [entry["reward"] for entry in again.read_journal(3)] == [0.0, 0.125, 0.25]
+    again.append({"episode": 3})
+    again.save_checkpoint("latest", again.load_checkpoint("latest"))
+    assert [entry["episode"] for entry in opened(tmp_path).read_journal(4)] == [0, 1, 2, 3]
+    assert "checksum" not in (tmp_path / "journal.jsonl").read_text()
+    assert list(opened(tmp_path).load_checkpoint("latest")) == ["weights:0:a"]
+    with pytest.raises(FileExistsRLSparsityError, match=r"differs in shuffle \(None, now 'x'\)"):
+        opened(tmp_path, shuffle="x")
+    again.save_checkpoint("latest", {"weights:0:a": np.float32([1, np.nan])})
+    with pytest.raises(RunError, match=r"'weights:0:a' holds 1 NaN or infinite"):
+        again.load_checkpoint("latest")
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -304,6 +410,200 @@ def test_damaged_checkpoints(tmp_path, damage):
         path.write_bytes(damaged[damage])
     with pytest.raises(RunError, match=r"checkpoint .*agent\.npz.* cannot be read.*overwrite"):
         run.load_checkpoint("agent")
+
+
+def npy(shape, dtype="<f4", body=b""):
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    header += b" " * (63 - (len(header) + 10) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + body
+
+
+BOMBS = {
+    "a shape of 4 TB": ({"x": npy(f"({10**12},)")}, 0, "0 bytes for"),
+    "compressed": ({"x": npy("(5000000,)", body=bytes(20_000_000))}, 8, "more bytes than it has"),
+    "slightly": (
+        {"x": npy("(16,)", body=bytes(64))},
+        8,
+        "compressed or there twice|more bytes than",
+    ),
+    "negative": ({"x": npy("(-2, -8)", body=bytes(64))}, 0, "bytes for the shape"),
+    "no bytes each": ({"x": npy(f"({10**12},)", "<U0")}, 0, "holds nothing in the shape"),
+    "records": ({"x": npy("(1,)", "|V4", bytes(4))}, 0, "of type .* where numbers and text"),
+    "objects": ({"x": npy("(1,)", "|O", bytes(8))}, 0, "of type object"),
+    "no array": ({"x": b"text, and no array"}, 0, "magic string is not correct"),
+    "no member": ({}, 0, "does not have the checksum"),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_checkpoints_take_no_more_memory_than_their_files(tmp_path, bomb):
+    run = opened(tmp_path)
+    members, method, message = BOMBS[bomb]
+    with zipfile.ZipFile(tmp_path / "checkpoints" / "latest.npz", "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    with pytest.raises(RunError, match=rf"latest\.npz' cannot be read \(.*{message}"):
+        run.load_checkpoint("latest")
+
+
+# ---------------------------------------------------------------------------- versions
+
+
+def test_other_versions_are_named_and_can_be_accepted(tmp_path, monkeypatch):
+    opened(tmp_path).append({"episode": 0})
+    now = {**versions(), "numpy": "9.9", "cpus": "1024"}
+    monkeypatch.setattr(run_directory, "versions", lambda: now)
+    with pytest.raises(
+        RunError, match=r"other versions: numpy \('[\d.]+', now '9.9'\), cpus \(.*,"
+    ) as e:
+        opened(tmp_path)
+    assert "would not end in the same bits. Go back to those to continue it" in str(e.value)
+    assert "pass any_versions=True to go on all the same, choose another folder" in str(e.value)
+    assert opened(tmp_path, any_versions=True).read_journal(1) == [{"episode": 0}]
+    assert not opened(tmp_path, overwrite=True).resumed
+    assert opened(tmp_path).resumed  # begun anew with these
+
+
+def test_descriptions_are_compared_place_by_place(tmp_path):
+    layers = [{"class": "Dense", "config": {"units": 3, "activation": "relu"}}, {"class": "ReLU"}]
+    prints = {**PRINTS, "architecture": {"layers": layers, "scale": float("nan")}}
+    opened(tmp_path, prints=prints)
+    assert opened(tmp_path, prints=prints).resumed
+    changed = json.loads(json.dumps(prints))
+    changed["architecture"]["layers"][0]["config"]["activation"] = "tanh"
+    message = r"differs in architecture\.layers 1\.config\.activation \('relu', now 'tanh'\)\. Call"
+    with pytest.raises(FileExistsRLSparsityError, match=message):
+        opened(tmp_path, prints=changed)
+    many = {**PRINTS, "architecture": {"layers": [{str(n): n} for n in range(40)]}}
+    with pytest.raises(FileExistsRLSparsityError, match=r"differs in .*, now \[\{'0': 0\}"):
+        opened(tmp_path, prints=many)
+
+
+# ---------------------------------------------------------------------------- killed too early
+
+
+def test_a_run_killed_before_it_had_a_journal_begins_again(tmp_path):
+    for name in (".manifest-abcd_123.json", f".manifest-{'0a' * 8}.json", f".try-{'0a' * 8}"):
+        (tmp_path / name).write_text("{")  # in the middle of its first file
+    (tmp_path / ".lock").touch()
+    run = opened(tmp_path)
+    assert not run.resumed
+    assert listing(tmp_path) == ["checkpoints", "journal.jsonl", "manifest.json"]
+    (tmp_path / "journal.jsonl").unlink()
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / ".model-abcd1234.keras").touch()
+    again = opened(tmp_path)
+    assert listing(tmp_path) == ["checkpoints", "manifest.json"]
+    assert again.load_checkpoint("latest") is None
+    again.begin_again()
+    again.append({"episode": 0})
+    assert opened(tmp_path).read_journal(1) == [{"episode": 0}]
+
+
+def test_a_users_hidden_files_are_not_ours(tmp_path):
+    for name in (".manifest-short.json", ".bashrc", ".notes-abcd1234.json"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(FileExistsRLSparsityError, match="holds no run of this package"):
+            opened(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_places_of_a_run_that_hold_something_else(tmp_path):
+    opened(tmp_path)
+    (tmp_path / "journal.jsonl").unlink()
+    (tmp_path / "journal.jsonl").mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(RunError, match=r"journal.jsonl' is no file, as a run has there"):
+            opened(tmp_path, overwrite)
+    (tmp_path / "journal.jsonl").rmdir()
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").symlink_to("/nowhere")
+    with pytest.raises(RunError, match=r"checkpoints' is no folder, as a run has there"):
+        opened(tmp_path)
+
+
+# ---------------------------------------------------------------------------- the lock
+
+
+def test_a_second_search_in_the_folder_is_refused_at_once(tmp_path):
+    path = tmp_path / "run"
+    with RunDirectory(path, ARGUMENTS, PRINTS) as first:
+        first.start()
+        in_use = rf"in use by another search \(process {os.getpid()} on .*\)\. Wait until that has"
+        for overwrite in (False, True):
+            with pytest.raises(RunError, match=in_use):
+                RunDirectory(path, ARGUMENTS, PRINTS, overwrite)
+        for check in (check_free, check_unfinished):
+            with pytest.raises(RunError, match=in_use):
+                check(path)
+    assert ".lock" not in listing(path)
+    check_free(path)
+    assert opened(path).resumed
+    with pytest.raises(FileExistsRLSparsityError, match="differs in seed"):
+        RunDirectory(path, {**ARGUMENTS, "seed": 1}, PRINTS)
+    assert opened(path).resumed  # a refusal holds no lock
+
+
+def test_two_that_begin_at_the_same_time(tmp_path):
+    one, other = (RunDirectory(tmp_path / "run", ARGUMENTS, PRINTS) for _ in range(2))
+    with one, other:
+        one.start()
+        with pytest.raises(RunError, match="in use by another search"):
+            other.start()
+        one.close()
+        with pytest.raises(RunError, match=r"Another process has just begun to write to .*Choose"):
+            other.start()
+
+
+def test_a_dead_processs_lock_is_taken_over(tmp_path):
+    opened(tmp_path)
+    child = """
+import sys, time
+from pathlib import Path
+from rl_sparsity_tf.run_lock import RunLock
+lock = RunLock(Path(sys.argv[1]))
+lock.acquire()
+print("held", flush=True)
+time.sleep(600)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(rls.__file__).parents[1])}
+    with subprocess.Popen(
+        [sys.executable, "-c", child, str(tmp_path)], stdout=subprocess.PIPE, env=environment
+    ) as process:
+        try:
+            assert process.stdout.readline() == b"held\n"
+            with pytest.raises(
+                RunError, match=rf"in use by another search \(process {process.pid} on"
+            ):
+                opened(tmp_path)
+        finally:
+            process.kill()
+    assert (tmp_path / ".lock").exists()
+    assert opened(tmp_path).resumed
+
+
+def test_where_there_are_no_locks(tmp_path, monkeypatch, caplog):
+    def none(descriptor, how):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", none)
+    opened(tmp_path)
+    assert "has no locks ([Errno 95] Operation not supported): make sure that no" in caplog.text
+    monkeypatch.setattr(run_lock, "fcntl", None)  # Windows
+    assert opened(tmp_path).resumed
+
+
+def test_a_lock_writes_to_no_other_file(tmp_path):
+    opened(tmp_path)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / ".lock").symlink_to("thesis.txt")
+    with pytest.raises(RunError, match=r"cannot be locked \(.*: \.lock\)\. Expected a"):
+        opened(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    (tmp_path / ".lock").unlink()
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(RunError, match=r"cannot be locked: \.lock is no file\. Remove it"):
+        opened(tmp_path)
 
 
 # ---------------------------------------------------------------------------- fingerprints

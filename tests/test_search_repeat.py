@@ -110,7 +110,7 @@ def test_the_journal_has_a_line_per_episode_and_the_manifest_the_arguments(whole
     keys = "episode proposed_by reward step_rewards validation_metric sparsity operations losses"
     assert all(set(keys.split()) <= set(entry) for entry in journal)
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["arguments"]["agent"] == json.loads(json.dumps(DQN.to_dict()))
     assert manifest["arguments"]["episodes"] == 4
     assert set(manifest["fingerprints"]) >= {"model", "train", "validation_data", "test_data"}

@@ -643,30 +643,30 @@ RUNTIME = {
     "predict with too many inputs": (
         lambda files: rls.predict_tflite(files / "real.tflite", [X, X]),
         rls.ArgumentError,
-        r"The file has 1 inputs \['input_0'\], received 2\. Expected one array per input",
+        r"The file has 1 inputs \['input_1'\], received 2\. Expected one array per input",
     ),
     **{
         f"predict with rows of shape {x.shape}": (
             lambda files, x=x: rls.predict_tflite(files / "real.tflite", x),
             rls.ArgumentError,
-            rf"shape {re.escape(str(x.shape))} for the file's input 'input_0'\. Expected .rows, 6.",
+            rf"shape {re.escape(str(x.shape))} for the file's input 'input_1'\. Expected .rows, 6.",
         )
         for x in (X[:, :5], X[:, :1], X[..., None], np.concatenate([X[:4], X[:4]], 1), X[0])
     },
     "predict with one row alone": (
         lambda files: rls.predict_tflite(files / "real.tflite", X[0]),
         rls.ArgumentError,
-        r"Expected \(rows, 6\)\. The first axis counts the rows: x\[None\] is one\.$",
+        r"Expected \(rows, 6\)\. The batch axis is missing: x\[None\], or \.batch\(32\) on a",
     ),
     "predict with too few channels": (
         lambda files: rls.predict_tflite(files / "open.tflite", np.zeros((2, 8, 8, 1))),
         rls.ArgumentError,
-        r"shape \(2, 8, 8, 1\) for the file's input 'input_0'\. Expected \(rows, any, any, 2\)\.$",
+        r"shape \(2, 8, 8, 1\) for the file's input 'input_1'\. Expected \(rows, any, any, 2\)\.$",
     ),
     "predict with fractions for ids": (
         lambda files: rls.predict_tflite(files / "ids.tflite", np.zeros((3, 4))),
         rls.ArgumentError,
-        r"type float64 for the file's input 'input_0'\. Expected int32: x\.astype\('int32'\) if",
+        r"type float64 for the file's input 'input_1'\. Expected int32: x\.astype\('int32'\) if",
     ),
     "predict with ids beyond their type": (
         lambda files: rls.predict_tflite(files / "ids.tflite", np.full((3, 4), 2**32)),

@@ -18,6 +18,7 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf import network as network_module
 from rl_sparsity_tf import search as search_module
 from rl_sparsity_tf.autoencoder import WeightAutoencoder
+from rl_sparsity_tf.checkpoint_files import read_arrays, write_arrays
 from rl_sparsity_tf.environment import LayerEnvironment
 from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.finishing import Figures
@@ -171,7 +172,25 @@ def interrupt(one: rls.Compressor, after: int, **options: Any) -> None:
 
 
 def journal_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    """A run's journal, without its lines' checksums."""
+    lines = (folder / "journal.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "checksum"} for line in lines]
+
+
+def strip_seals(folder: Path) -> None:
+    """Turns a run into what the version before checksums wrote."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    seal = manifest.pop("id")
+    manifest["format_version"] = 1
+    for name in ("batch_size", "latency_table"):
+        manifest["arguments"].pop(name, None)
+    for name in ("architecture", "compiled"):
+        manifest["fingerprints"].pop(name, None)
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    entries = journal_of(folder)
+    (folder / "journal.jsonl").write_text("".join(json.dumps(one) + "\n" for one in entries))
+    for path in (folder / "checkpoints").glob("*.npz"):
+        write_arrays(path, read_arrays(path, f"{seal} {path.stem}"), None)
 
 
 def figures_of(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
