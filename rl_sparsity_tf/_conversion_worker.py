@@ -353,24 +353,21 @@ def _private_stdout() -> TextIO:
     return replies
 
 
-def _remove_if_alone(folder: str, parent: int) -> None:
-    """Removes this process's folder if nobody is left who would."""
-    if os.getppid() != parent:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def main(folder: str) -> None:
-    """Answers requests until standard input ends.
+    """Answers requests until standard input ends, and removes its temporary files then.
 
     Args:
-        folder: Where this process's temporary files are.
+        folder: Where they are. It is the parent's as well, but the parent may have been killed; if
+            this process fails, the parent looks there for the reason, and removes it.
     """
     # Registered first, it runs last: after TensorFlow has removed files of its own.
-    atexit.register(_remove_if_alone, folder, os.getppid())
+    told: list[str] = []
+    atexit.register(lambda: [shutil.rmtree(one, ignore_errors=True) for one in told])
     replies = _private_stdout()
     for line in sys.stdin:
         replies.write(json.dumps(answer(line)) + "\n")
         replies.flush()
+    told.append(folder)
 
 
 if __name__ == "__main__":

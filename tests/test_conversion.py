@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,3 +78,71 @@ def test_a_worker_that_cannot_start_says_so(monkeypatch):
     monkeypatch.setattr("sys.executable", "/nowhere/python")
     with pytest.raises(ExportError, match="could not be started with '/nowhere/python'"):
         ConversionWorker().request("warm")
+
+
+def folder_of(worker):
+    """The child's folder, with something in it that the child would leave when it dies."""
+    folder = worker._folder
+    (folder / "__autograph_generated_file0.py").write_text("")
+    return folder
+
+
+def test_a_child_has_temporary_files_of_its_own_which_go_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with ConversionWorker() as worker:
+        ask(worker)
+        first = folder_of(worker)
+        environment = Path(f"/proc/{worker.pid}/environ").read_bytes().decode().split("\0")
+        assert {f"{name}={first}" for name in ("TMPDIR", "TEMP", "TMP")} <= set(environment)
+        end(worker)
+        assert first.exists()  # nobody has seen it die yet
+        ask(worker)
+        assert not first.exists()
+        second = folder_of(worker)
+        assert os.listdir(tmp_path) == [second.name]
+    assert not os.listdir(tmp_path)
+
+
+PARENT = """
+import os, signal, sys
+from rl_sparsity_tf.conversion import ConversionWorker, WorkerError
+worker = ConversionWorker()
+try:
+    worker.request("nothing")
+except WorkerError:
+    print(worker.pid, worker._folder, flush=True)
+sys.stdin.readline()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="waits for a process of another's")
+def test_a_child_whose_parent_was_killed_removes_its_files_itself(tmp_path):
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert parent.stdout is not None
+    pid, folder = parent.stdout.readline().split()
+    assert os.listdir(tmp_path) == [Path(folder).name]
+    child = os.pidfd_open(int(pid))
+    parent.communicate("die\n")
+    assert parent.returncode == -signal.SIGKILL
+    assert select.select([child], [], [], 60)[0]
+    os.close(child)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_forked_process_leaves_its_parents_child_and_files_alone():
+    with ConversionWorker() as worker:
+        ask(worker)
+        folder = folder_of(worker)
+        if (pid := os.fork()) == 0:
+            worker.close()
+            os._exit(0)
+        os.waitpid(pid, 0)
+        assert folder.exists()
+        ask(worker)
