@@ -360,14 +360,19 @@ def main(folder: str) -> None:
         folder: Where they are. It is the parent's as well, but the parent may have been killed; if
             this process fails, the parent looks there for the reason, and removes it.
     """
+    ended = False
+
+    def clean_up() -> None:
+        if ended:
+            shutil.rmtree(folder, ignore_errors=True)
+
     # Registered first, it runs last: after TensorFlow has removed files of its own.
-    told: list[str] = []
-    atexit.register(lambda: [shutil.rmtree(one, ignore_errors=True) for one in told])
+    atexit.register(clean_up)
     replies = _private_stdout()
     for line in sys.stdin:
         replies.write(json.dumps(answer(line)) + "\n")
         replies.flush()
-    told.append(folder)
+    ended = True
 
 
 if __name__ == "__main__":
