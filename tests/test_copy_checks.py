@@ -624,7 +624,7 @@ for inside in (True, False):
 with strategy.scope():
     for call in (
         lambda: rls.export_tflite(model, "scored.tflite", "none", test_data=(x, y)),
-        lambda: rls.Compressor(model, target=target).search((x, y), validation_data=(x, y), episodes=1),
+        lambda: rls.Compressor(model, target=target).search((x, y), validation_data=(x, y)),
     ):
         try:
             call()
