@@ -45,6 +45,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf import allocation
 from rl_sparsity_tf.batch_checks import Batch
+from rl_sparsity_tf.copy_checks import check_figures
 from rl_sparsity_tf.data import training_data
 from rl_sparsity_tf.dynamic_programming import dynamic_programming as dynamic_programming
 from rl_sparsity_tf.errors import DataError
@@ -237,11 +238,12 @@ def mean_gradients(
         DataError: If the data cannot be used, or nothing depends on it.
         ModelError: If the model is not compiled with a loss.
     """
-    arguments = search_compile_arguments(model, 1e-3)
+    search_compile_arguments(model, 1e-3)  # says in words what is missing
     pool = training_data(data, model, batch_size=_ROWS // _BATCHES, pool_size=_BATCHES).pool
     wrapped = wrap(model, include=include)
-    wrapped.compile(**arguments)
+    wrapped.compile(**search_compile_arguments(wrapped, 1e-3))
     choose_metric(wrapped, pool[0], "loss")  # says in words what a loss does not take
+    check_figures(model, wrapped, pool[0])
     statistics = StatisticsCollector(wrapped)(_first_rows(pool))
     gradients = {path: one.gradient for path, one in statistics.items()}
     if not any(gradient.any() for gradient in gradients.values()):

@@ -601,7 +601,7 @@ with strategy.scope():
     model.compile(keras.optimizers.Adam(0.1), "sparse_categorical_crossentropy", [top])
 model.fit(x, y, verbose=0)
 expected = model.evaluate(x, y, verbose=0)
-plan = rls.baselines.lamp(model, sparsity=0.5)
+plan, target = rls.baselines.lamp(model, sparsity=0.5), rls.Target(sparsity=0.5)
 for inside in (True, False):
     def within():
         return strategy.scope() if inside else tf.init_scope()
@@ -624,7 +624,7 @@ for inside in (True, False):
 with strategy.scope():
     for call in (
         lambda: rls.export_tflite(model, "scored.tflite", "none", test_data=(x, y)),
-        lambda: rls.Compressor(model, target=rls.Target(sparsity=0.5)).search((x, y), episodes=1),
+        lambda: rls.Compressor(model, target=target).search((x, y), validation_data=(x, y)),
     ):
         try:
             call()
