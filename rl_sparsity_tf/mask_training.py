@@ -211,7 +211,8 @@ class _BestEpoch(keras.callbacks.Callback):
         """Sets the best weights; returns their score, and what to say if they are the first."""
         if self._best is None:  # a single epoch of unknown length
             self._consider()
-        assert self._best is not None and self._before is not None
+        assert self._best is not None
+        assert self._before is not None
         (score, weights), (first, kept) = self._best, self._before
         worse = _is_finite(first) and (not _is_finite(score) or self._improves(first, score))
         if not worse:
