@@ -14,7 +14,7 @@ import tf_keras as keras
 from rl_sparsity_tf.candidates import PROPOSED, Candidate, digests_of, plan_of
 from rl_sparsity_tf.channel_finishing import Task, finish_candidate
 from rl_sparsity_tf.curriculum import Stage
-from rl_sparsity_tf.errors import RunError, TargetError, one_line
+from rl_sparsity_tf.errors import RunError, TargetError, VerificationError, one_line
 from rl_sparsity_tf.files import scratch_folder
 from rl_sparsity_tf.finishing import Finished
 from rl_sparsity_tf.kernels import walk
@@ -150,6 +150,7 @@ class AccuracySearch:
         return self._found(dense, self._finished, self._best)
 
     def _found(self, dense: Trial, finished: Finished, candidate: Candidate) -> SmallestFile:
+        assert finished.exported.report is not None  # a trial without a file does not hold
         size = finished.exported.report.tflite_bytes
         # Contenders meet the same size, as far as the budget's floor lets them.
         self._networks.limit(self._plain, max(size, self._networks.smallest))
@@ -196,7 +197,13 @@ class AccuracySearch:
             self._task, target=Target(tflite_bytes=_ANY), training=FineTuning(epochs=0)
         )
         finished = finish_candidate(task, candidate)
-        size = finished.exported.report.tflite_bytes
+        report = finished.exported.report
+        if finished.exported.failure or report is None:
+            raise VerificationError(
+                "The dense int8 file, which trials are held against, was not made before the "
+                f"search: {finished.exported.failure}"
+            )
+        size = report.tflite_bytes
         trial = self._judged(candidate, finished, size, "the dense int8 file", progress)
         return trial, candidate, finished
 
@@ -206,10 +213,15 @@ class AccuracySearch:
         progress.say(f"fine-tuning the best plan ({best.found_by}) and exporting it")
         name = f"trial {len(self.trials) + 1}"
         others = list(self._loop.proposed)
+        missed = ""
         try:
             finished = self._finish(best, limit, others)
+            # In another storage it is no file of this size.
+            missed = finished.exported.failure
         except TargetError as error:
-            progress.say(f"{name}: {error}")
+            missed = str(error)
+        if missed:
+            progress.say(f"{name}: {missed}")
             self.trials.append(
                 Trial(
                     limit=limit,
@@ -245,13 +257,16 @@ class AccuracySearch:
         name: str,
         progress: SearchProgress,
     ) -> Trial:
+        content, report = finished.exported.content, finished.exported.report
+        assert content is not None
+        assert report is not None
         with scratch_folder() as folder:
             path = folder / "model.tflite"
-            path.write_bytes(finished.exported.content)
+            path.write_bytes(content)
             figures = self._figures
             score = score_tflite(path, finished.model, figures.validation, figures.metric)
         held = self._wanted.holds(score.metric)
-        size = finished.exported.report.tflite_bytes
+        size = report.tflite_bytes
         progress.say(
             f"{name}: {size:,} bytes, validation {figures.metric.name} {score.metric:.4f} (dense "
             f"{self._wanted.dense:.4f}): {'held' if held else 'not held'}"

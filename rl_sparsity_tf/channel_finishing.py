@@ -15,7 +15,7 @@ from rl_sparsity_tf.channel_costs import count_macs
 from rl_sparsity_tf.channel_decisions import ChannelDecisions
 from rl_sparsity_tf.channel_plans import masks, only_pruned
 from rl_sparsity_tf.channel_programming import cost_of_plan, pruned_to
-from rl_sparsity_tf.errors import TargetError
+from rl_sparsity_tf.errors import ExportError, TargetError
 from rl_sparsity_tf.export import export_tflite
 from rl_sparsity_tf.files import scratch_folder
 from rl_sparsity_tf.finishing import Figures, Finished, RemovedChannels, all_quantized, finish
@@ -95,7 +95,13 @@ def finish_candidate(
             training=task.training,
             quantization=task.quantization,
         )
-    candidate, small, timing = _best_held(task, candidate, others)
+    unmeasured = ""
+    try:
+        candidate, small, timing = _best_held(task, candidate, others)
+    except ExportError as error:  # what was searched for is not lost with a file
+        timing = None
+        small = _Small(*without_channels(task.model, task.network.decisions, candidate))
+        unmeasured = f"the target was not held to, because no file could be measured: {error}"
     finished = finish(
         small.model,
         small.candidate,
@@ -107,6 +113,10 @@ def finish_candidate(
     )
     plan = task.network.decisions.kernel_plan(candidate.plan)
     removed = _removed(task, finished.model, plan, timing)
+    if unmeasured:
+        exported = dataclasses.replace(finished.exported, failure=unmeasured)
+        warnings = (*finished.warnings, unmeasured)
+        finished = dataclasses.replace(finished, exported=exported, warnings=warnings)
     return dataclasses.replace(finished, channels=removed, candidate=candidate)
 
 

@@ -27,7 +27,7 @@ from rl_sparsity_tf.errors import (
     check_choice,
 )
 from rl_sparsity_tf.finished_search import FinishedSearch
-from rl_sparsity_tf.finishing import Finished, export_and_score
+from rl_sparsity_tf.finishing import Finished, export_what_holds
 from rl_sparsity_tf.kernels import count_weights
 from rl_sparsity_tf.metrics import baseline_entry
 from rl_sparsity_tf.plan import CompressionPlan
@@ -319,7 +319,9 @@ class _Ring:
             )
             finished = self._exported(strip(wrap(trained.model, trained.plan)), trained.plan)
             report = finished.exported.report
-            if target.sparsity is not None or size_held(report, target) <= target.value:
+            if target.sparsity is not None or finished.exported.failure or report is None:
+                return finished, attempt
+            if size_held(report, target) <= target.value:
                 return finished, attempt
             sizes.append(size_held(report, target))
             share = share_to_keep(report, target, attempt, kernels=trained.plan.kernels)
@@ -334,13 +336,14 @@ class _Ring:
         """A model that is not fine-tuned any more, scored and exported as the others are."""
         search, figures = self.search, self.search.figures
         formats = formats_for(search.target)
-        exported = export_and_score(model, plan, figures, search.quantization, formats)
+        exported = export_what_holds(model, plan, figures, search.quantization, formats)
         return Finished(
             model=model,
             plan=plan,
             validation=score_model(model, figures.validation, figures.metric),
             test=score_model(model, figures.test, figures.metric) if figures.test else None,
             exported=exported,
+            warnings=(exported.failure,) if exported.failure else (),
         )
 
 
@@ -358,6 +361,8 @@ def comparison_table(metrics: dict[str, Any], print_fn: Callable[[str], Any] = p
     for title in ("", name, "sparsity", "bytes", "gzip bytes", "plans evaluated"):
         table.add_column(title, justify="left" if not title else "right")
 
+    sizes = ("tflite_bytes", "gzip_bytes")
+
     def row(title: str, entry: dict[str, Any], evaluations: Any) -> None:
         value = entry.get("tflite_metric") if tested else None
         value = entry.get(f"{prefix}metric") if value is None else value
@@ -365,8 +370,7 @@ def comparison_table(metrics: dict[str, Any], print_fn: Callable[[str], Any] = p
             title,
             "-" if value is None else f"{value:.4f}",
             f"{entry['sparsity']:.4f}" if "sparsity" in entry else "-",
-            f"{entry['tflite_bytes']:,}",
-            f"{entry['gzip_bytes']:,}",
+            *("-" if entry[key] is None else f"{entry[key]:,}" for key in sizes),
             "-" if evaluations is None else str(evaluations),
         )
 

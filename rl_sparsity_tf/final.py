@@ -37,7 +37,8 @@ def play_final(
 
     Returns:
         The finished model that is best on all of the validation data, and the candidate it was made
-        of: see [winner][]. One that misses the target is out.
+        of: see [winner][]. One that misses the target is out; one whose file failed, and is stored
+        in another way or not there at all, wins only where there is no other.
 
     Raises:
         TargetError: If all of them miss the target: what was said of the first.
@@ -57,13 +58,23 @@ def play_final(
         except TargetError as error:
             missed = missed or error
             continue
+        for warning in finished.warnings:
+            progress.say(f"warning: {warning}")
         found.append((finished, finished.candidate or candidate))
     if not found:
         assert missed is not None
         raise missed
     figures = task.figures
+    least = min(_shortfall(finished) for finished, _ in found)
+    found = [one for one in found if _shortfall(one[0]) == least]
     scores = [finished.validation for finished, _ in found]
     return found[winner(scores, figures.metric, count_rows(figures.validation))]
+
+
+def _shortfall(finished: Finished) -> int:
+    """0 for the file that was asked for, 1 for one in another storage, 2 for none."""
+    exported = finished.exported
+    return 2 if exported.report is None else int(bool(exported.failure))
 
 
 def winner(scores: Sequence[Score], metric: Metric, rows: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import numpy as np
 import tf_keras as keras
@@ -10,6 +11,7 @@ import tf_keras as keras
 from rl_sparsity_tf.candidates import Candidate
 from rl_sparsity_tf.compile_state import copy_compile_state
 from rl_sparsity_tf.data import Batch, TrainingData, inputs_of
+from rl_sparsity_tf.errors import ExportError
 from rl_sparsity_tf.export import export_tflite
 from rl_sparsity_tf.export_report import ExportReport
 from rl_sparsity_tf.files import scratch_folder
@@ -22,6 +24,8 @@ from rl_sparsity_tf.scoring import score_model, score_tflite
 from rl_sparsity_tf.signature import flat_inputs
 from rl_sparsity_tf.wrapping import plan_of, strip, wrap
 
+_log = logging.getLogger(__name__)
+
 _REPRESENTATIVE_ROWS = 512
 
 
@@ -30,14 +34,16 @@ class Exported:
     """A model's .tflite file and its figures.
 
     Attributes:
-        content: The file's bytes.
-        report: The export's report.
+        content: The file's bytes; None if there is no file.
+        report: The export's report; None if there is no file.
         test: The file's own score on test data, run in LiteRT; None without test data.
+        failure: Why the file is not the one that was asked for, or why there is none.
     """
 
-    content: bytes
-    report: ExportReport
+    content: bytes | None
+    report: ExportReport | None
     test: Score | None
+    failure: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,7 @@ class Finished:
         channels: What was removed from the original model, if channels were.
         candidate: The plan of channels that it was made of: the one given, pruned further where
             that was needed, or another.
+        warnings: What went wrong on the way.
     """
 
     model: keras.Model
@@ -89,6 +96,7 @@ class Finished:
     exported: Exported
     channels: RemovedChannels | None = None
     candidate: Candidate | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,8 +143,10 @@ def finish(
         teacher: What outputs are learned from, too; by default the model.
 
     Returns:
-        The finished model; its plan has the masks that were learned.
+        The finished model; its plan has the masks that were learned. What its file is where the one
+        asked for fails, see [export_what_holds][].
     """
+    warnings: list[str] = []
     wrapped = wrap(model, candidate.plan, mask=training.mask, train_masks=True)
     # Weights first, operations after: hard concrete logits and grids do not depend on them.
     candidate.put_weights(wrapped)
@@ -148,14 +158,22 @@ def finish(
         epochs=training.epochs,
         teacher=model if teacher is None else teacher,
         distillation=training.distillation,
+        warnings=warnings,
     )
     plan = _complete(plan_of(wrapped), candidate.plan)
     stripped = strip(wrapped)
     validation = score_model(stripped, figures.validation, figures.metric)
     test = score_model(stripped, figures.test, figures.metric) if figures.test else None
-    exported = export_and_score(stripped, plan, figures, quantization, formats)
+    exported = export_what_holds(stripped, plan, figures, quantization, formats)
     copy_compile_state(model, stripped)
-    return Finished(model=stripped, plan=plan, validation=validation, test=test, exported=exported)
+    return Finished(
+        model=stripped,
+        plan=plan,
+        validation=validation,
+        test=test,
+        exported=exported,
+        warnings=(*warnings, *filter(None, [exported.failure])),
+    )
 
 
 def _complete(learned: CompressionPlan, planned: CompressionPlan) -> CompressionPlan:
@@ -183,6 +201,47 @@ def export_and_score(
         )
         test = score_tflite(path, model, figures.test, figures.metric) if figures.test else None
         return Exported(content=path.read_bytes(), report=report, test=test)
+
+
+def export_what_holds(
+    model: keras.Model,
+    plan: CompressionPlan | None,
+    figures: Figures,
+    quantization: str,
+    formats: str = "dense",
+) -> Exported:
+    """Exports a model as asked, or else in a storage that asks less of converter and runtimes.
+
+    What a search has paid for is not lost with a file: after the storage that was asked for the
+    plan's integers with float activations are tried, and float32.
+
+    Args:
+        model: The finished model.
+        plan: Its plan.
+        figures: Data and metric.
+        quantization: How to export.
+        formats: Whether tensors may be stored sparse.
+
+    Returns:
+        The first file that is verified, or none; `failure` says why it is not the one asked for.
+    """
+    reasons = []
+    for mode in dict.fromkeys((quantization, "plan", "none")):
+        try:
+            exported = export_and_score(model, plan, figures, mode, formats)
+        except ExportError as error:
+            reasons.append(f"as {mode!r}: {' '.join(str(error).split())}")
+            continue
+        if not reasons:
+            return exported
+        assert exported.report is not None
+        failure = f"the .tflite file is stored as {mode!r}, because it failed {'; '.join(reasons)}"
+        _log.warning("%s", failure)
+        report = dataclasses.replace(exported.report, notes=(*exported.report.notes, failure))
+        return dataclasses.replace(exported, report=report, failure=failure)
+    failure = f"there is no .tflite file, because it failed {'; '.join(reasons)}"
+    _log.warning("%s", failure)
+    return Exported(content=None, report=None, test=None, failure=failure)
 
 
 def all_quantized(model: keras.Model) -> CompressionPlan:

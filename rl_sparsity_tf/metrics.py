@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import tf_keras as keras
@@ -28,6 +29,7 @@ def build_metrics(
     evaluations: int,
     seconds: float,
     dataset: str | None = None,
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Gathers the figures of a run.
 
@@ -35,7 +37,8 @@ def build_metrics(
     whose metric is not an accuracy, `accuracy` is null. `tflite_...` are of the file itself, run
     in LiteRT; those of `dense_int8` too. Where channels were removed, `macs` and
     `predicted_latency` are shares of the dense model's, and `latency` that of its file's time,
-    measured here; null if it was not.
+    measured here; null if it was not. Sizes are null where no file was verified, and `warnings`
+    says why.
 
     Args:
         model: The model that was compressed.
@@ -51,6 +54,7 @@ def build_metrics(
         evaluations: Distinct plans that it evaluated.
         seconds: Seconds that it took.
         dataset: Name of the data.
+        warnings: What went wrong; the result's own come on top.
 
     Returns:
         The document that `metrics.json` holds.
@@ -70,8 +74,8 @@ def build_metrics(
             **_figures(metric, finished.exported.test, "tflite_"),
             "sparsity": sparsity_of(finished.model, model),
             **_sizes(finished.exported),
-            "max_abs_difference": report.max_abs_difference,
-            "batch_size": report.batch_size,
+            "max_abs_difference": None if report is None else report.max_abs_difference,
+            "batch_size": None if report is None else report.batch_size,
             "proposed_by": proposed_by,
             **_channels(finished),
         },
@@ -82,6 +86,7 @@ def build_metrics(
             "operations": finished.plan.count_operations(),
         },
         "baselines": [],
+        "warnings": list(dict.fromkeys([*warnings, *finished.warnings])),
     }
 
 
@@ -98,6 +103,7 @@ def baseline_entry(
         "sparsity": sparsity_of(finished.model, model),
         "evaluations": evaluations,
         **_channels(finished),
+        **({"warnings": list(finished.warnings)} if finished.warnings else {}),
     }
 
 
@@ -113,8 +119,9 @@ def _figures(metric: Metric, score: Score | None, prefix: str = "") -> dict[str,
     }
 
 
-def _sizes(exported: Exported) -> dict[str, int]:
+def _sizes(exported: Exported) -> dict[str, int | None]:
+    report = exported.report
     return {
-        "tflite_bytes": exported.report.tflite_bytes,
-        "gzip_bytes": exported.report.gzip_bytes,
+        "tflite_bytes": None if report is None else report.tflite_bytes,
+        "gzip_bytes": None if report is None else report.gzip_bytes,
     }

@@ -24,7 +24,7 @@ from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.operations import Operation
 from rl_sparsity_tf.plan import CompressionPlan
 from rl_sparsity_tf.policy_files import SavedPolicy
-from rl_sparsity_tf.recipes import check_recipe_path, replacing_with_recipe
+from rl_sparsity_tf.recipes import check_recipe_path, recipe_path, replacing_with_recipe
 from rl_sparsity_tf.run_directory import RESULT_FILES, check_directory
 from rl_sparsity_tf.tables import printing, table_lines
 
@@ -41,7 +41,8 @@ class Result:
         channels: What was removed, if whole channels were decided: the plan of the original
             model's channels, and shares of multiplications and time. The model does not have them
             any more, and `plan` says how the kernels that are left are stored.
-        report: The report of the .tflite file.
+        report: The report of the .tflite file; None if none was verified. The search is not lost
+            with it: `metrics["warnings"]` says what went wrong.
         formats: Whether the file may hold sparse tensors, see `export_tflite`.
         policy: What the agent had learned in the end; None after a search in two levels.
     """
@@ -55,6 +56,7 @@ class Result:
         history: list[dict[str, Any]],
         candidate: Candidate,
         figures: Figures,
+        quantization: str = "plan",
         formats: str = "dense",
         policy: SavedPolicy | None = None,
     ):
@@ -64,12 +66,13 @@ class Result:
         self.metrics = metrics
         self.history = history
         self.candidate = candidate
-        self.report: ExportReport = finished.exported.report
+        self.report: ExportReport | None = finished.exported.report
         self.figures = figures
         self.formats = formats
         self.policy = policy
         self._dense = dense
         self._tflite = finished.exported.content
+        self._quantization = self.report.quantization if self.report else quantization
 
     def __repr__(self) -> str:
         compressed = self.metrics["compressed"]
@@ -110,22 +113,23 @@ class Result:
         Returns:
             The file's report.
         """
-        same = quantization in (None, self.report.quantization) and compute == "weight_only"
+        report, content = self.report, self._tflite
+        same = quantization in (None, self._quantization) and compute == "weight_only"
         same = (
             same
             and formats in (None, self.formats)
             and not (unroll or stateful or sparse_inference)
         )
-        if same and batch_size in (None, self.report.batch_size):
+        if same and report and content and batch_size in (None, report.batch_size):
             target = check_path(path, overwrite)
             check_recipe_path(target, overwrite)
-            with replacing_with_recipe(target, self.report.recipe) as temporary:
-                temporary.write_bytes(self._tflite)
-            return dataclasses.replace(self.report, path=os.fspath(path))
+            with replacing_with_recipe(target, report.recipe) as temporary:
+                temporary.write_bytes(content)
+            return dataclasses.replace(report, path=os.fspath(path))
         return export_tflite(
             self.model,
             path,
-            quantization or self.report.quantization,
+            quantization or self._quantization,
             plan=self.plan,
             representative_data=self.figures.representative(self.model),
             overwrite=overwrite,
@@ -188,8 +192,13 @@ class Result:
         """Writes the result's files, each in one step; metrics.json last."""
         with replacing(folder / "model.keras") as temporary:
             self.model.save(temporary)
-        with replacing_with_recipe(folder / "model.tflite", self.report.recipe) as temporary:
-            temporary.write_bytes(self._tflite)
+        file = folder / "model.tflite"
+        if self.report is not None and self._tflite is not None:
+            with replacing_with_recipe(file, self.report.recipe) as temporary:
+                temporary.write_bytes(self._tflite)
+        else:  # what an earlier result has left would be taken for this one's
+            file.unlink(missing_ok=True)
+            recipe_path(file).unlink(missing_ok=True)
         write_text(folder / "plan.json", self.plan.to_json())
         if self.channels is not None:
             write_text(folder / "channels.json", self.channels.plan.to_json())
@@ -229,7 +238,7 @@ class Result:
         """
         print_fn = printing(print_fn)
         stored: dict[str, list[TensorReport]] = {}
-        for tensor in self.report.tensors:
+        for tensor in self.report.tensors if self.report else ():
             if tensor.kernel:  # several tensors may hold one: the gates of an LSTM
                 stored.setdefault(tensor.kernel, []).append(tensor)
         table = Table(title="Compressed model", title_justify="left")
@@ -256,11 +265,13 @@ class Result:
         compressed, dense = self.metrics["compressed"], self.metrics["dense"]
         for line in table_lines(table, width=130):
             print_fn(line)
-        print_fn(
-            f"sparsity {compressed['sparsity']:.4f} of all weights; file "
-            f"{dense['tflite_bytes']:,} -> {compressed['tflite_bytes']:,} bytes, gzipped "
+        sizes = (
+            f"file {dense['tflite_bytes']:,} -> {compressed['tflite_bytes']:,} bytes, gzipped "
             f"{dense['gzip_bytes']:,} -> {compressed['gzip_bytes']:,}"
+            if self.report
+            else "no file"
         )
+        print_fn(f"sparsity {compressed['sparsity']:.4f} of all weights; {sizes}")
         if self.channels is not None:
             print_fn(self._channel_line())
         for reason, paths in self.metrics["search"].get("left_alone", {}).items():
@@ -269,9 +280,14 @@ class Result:
         name = self.metrics["metric"]["name"]
         print_fn(f"validation {name} {compressed['validation_metric']:.4f}")
         if compressed["metric"] is not None:
+            of_file = compressed["tflite_metric"]
             print_fn(
                 f"test {name}: dense {dense['metric']:.4f}, compressed {compressed['metric']:.4f}, "
-                f".tflite {compressed['tflite_metric']:.4f}"
+                f".tflite {'-' if of_file is None else format(of_file, '.4f')}"
             )
-        for note in self.report.notes:
-            print_fn(f"note: {note}")
+        warnings = self.metrics.get("warnings", [])
+        for warning in warnings:
+            print_fn(f"warning: {warning}")
+        for note in self.report.notes if self.report else ():
+            if note not in warnings:
+                print_fn(f"note: {note}")

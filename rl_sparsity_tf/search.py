@@ -28,12 +28,13 @@ from rl_sparsity_tf.curriculum import Curriculum, resolve_curriculum
 from rl_sparsity_tf.data import TrainingData, evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data_forms import as_rows
 from rl_sparsity_tf.descriptions import describe
+from rl_sparsity_tf.early_files import check_early, dense_files
 from rl_sparsity_tf.errors import ModelError
 from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.final import play_final
 from rl_sparsity_tf.fingerprints import fingerprints_of, name_of
 from rl_sparsity_tf.finished_search import FinishedSearch
-from rl_sparsity_tf.finishing import Figures, export_and_score, export_dense_int8
+from rl_sparsity_tf.finishing import Figures
 from rl_sparsity_tf.kernel_selection import KernelSelection, Patterns, as_patterns
 from rl_sparsity_tf.kernels import find_kernels
 from rl_sparsity_tf.latency_table import LatencyTable
@@ -360,6 +361,8 @@ class Compressor:
             seed=self.seed,
         )
         plain = build(decisions=decisions)
+        figures = Figures(train=data, validation=validation, test=test, metric=plain.metric)
+        dense, dense_int8, warnings = dense_files(model, figures, quantization)
         if run is not None:
             run.start()
             decision_choice.keep_table(decisions, run)
@@ -376,7 +379,6 @@ class Compressor:
         loop = SearchLoop(settings, network, run, interruptible=True)
         if loop.done:
             progress.say(f"going on after episode {loop.done} of {episodes}")
-        figures = Figures(train=data, validation=validation, test=test, metric=network.metric)
         task = Task(
             model=model,
             network=network,
@@ -387,7 +389,8 @@ class Compressor:
         )
         trials: dict[str, Any] = {}
         if self.target.max_accuracy_drop is None:
-            loop.run(episodes, progress)
+            checked = functools.partial(check_early, task, warnings, progress)
+            loop.run(episodes, progress, checked)
             finished, best = play_final(
                 task, [*loop.finalists, *others], loop.proposed, progress, seed=self.seed
             )
@@ -398,8 +401,8 @@ class Compressor:
         metrics = build_metrics(
             model=model,
             finished=finished,
-            dense=export_and_score(model, None, figures, "none"),
-            dense_int8=export_dense_int8(model, figures),
+            dense=dense,
+            dense_int8=dense_int8,
             dense_test=score(model, test, network.metric) if test else None,
             metric=network.metric,
             agent=self.agent.name,
@@ -409,6 +412,7 @@ class Compressor:
             evaluations=loop.evaluations,
             seconds=loop.seconds + time.monotonic() - started,
             dataset=dataset,
+            warnings=warnings,
         )
         metrics["search"].update(trials)
         if self.selection.left:
@@ -420,6 +424,7 @@ class Compressor:
             history=loop.history,
             candidate=best,
             figures=figures,
+            quantization=quantization,
             formats=formats_for(self.target),
             policy=None if self.hierarchy else SavedPolicy.of(self.agent, loop.episodes.agent),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,10 +100,20 @@ class SearchLoop:
         """The stage's best candidate."""
         return self.finalists.best
 
-    def run(self, episodes: int, progress: SearchProgress) -> Candidate:
+    def run(
+        self,
+        episodes: int,
+        progress: SearchProgress,
+        check: Callable[[Candidate], None] | None = None,
+    ) -> Candidate:
         """Runs the episodes that are left, stage by stage, and returns the last one's best.
 
         With no episode a policy's own plan is the only one.
+
+        Args:
+            episodes: Episodes of all stages.
+            progress: Where to show them.
+            check: Called once, before the first episode, with the best plan by then, if any.
 
         Raises:
             SearchInterrupted: After an episode in which Ctrl-C was pressed.
@@ -127,6 +137,8 @@ class SearchLoop:
 
         for stage in left[:1]:
             begin(stage)
+            if check is not None and self.best is not None and not self.done:
+                check(self.best)
         with progress.running(f"{self._settings.agent.name} search"):
             for stage in left:
                 if stage is not left[0]:

@@ -15,6 +15,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 import rl_sparsity_tf as rls
+from rl_sparsity_tf import early_files
 from rl_sparsity_tf import network as network_module
 from rl_sparsity_tf import search as search_module
 from rl_sparsity_tf.autoencoder import WeightAutoencoder
@@ -38,7 +39,7 @@ def quick_search() -> Iterator[None]:
         quick = functools.partial(WeightAutoencoder, epochs=1)
         patch.setattr(network_module, "WeightAutoencoder", quick)
         for name in ("export_and_score", "export_dense_int8"):
-            patch.setattr(search_module, name, once_per_model(getattr(search_module, name)))
+            patch.setattr(early_files, name, once_per_model(getattr(early_files, name)))
         yield
 
 
