@@ -27,7 +27,7 @@ from networks import NETWORKS, train
 from rows import append
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.datasets import load_dataset
+from rl_sparsity_tf.data.datasets import load_dataset
 
 import tf_keras as keras  # isort: skip
 

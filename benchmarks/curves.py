@@ -35,18 +35,18 @@ from networks import train
 from rows import append
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.agents import AgentConfig
-from rl_sparsity_tf.data import evaluation_data, sample_rows, training_data
-from rl_sparsity_tf.datasets import Data, load_dataset
-from rl_sparsity_tf.dynamic_programming import propose_all
-from rl_sparsity_tf.environment import LayerEnvironment
-from rl_sparsity_tf.episodes import LoopSettings
-from rl_sparsity_tf.network import CompressedNetwork
-from rl_sparsity_tf.plan_evaluation import evaluate_plan
-from rl_sparsity_tf.plan_search import climb, search_randomly
-from rl_sparsity_tf.progress import SearchProgress
-from rl_sparsity_tf.reward import Reward, bounded
-from rl_sparsity_tf.search_loop import SearchLoop
+from rl_sparsity_tf.agents.configs import AgentConfig
+from rl_sparsity_tf.allocation.dynamic_programming import propose_all
+from rl_sparsity_tf.console import SearchProgress
+from rl_sparsity_tf.data.batches import evaluation_data, sample_rows, training_data
+from rl_sparsity_tf.data.datasets import Data, load_dataset
+from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
+from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.reward import Reward, bounded
+from rl_sparsity_tf.search.episodes import LoopSettings
+from rl_sparsity_tf.search.loop import SearchLoop
+from rl_sparsity_tf.search.plan_search import climb, search_randomly
 
 import tf_keras as keras  # isort: skip
 

@@ -30,9 +30,9 @@ from networks import build, train
 from rows import append
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.comparison import CONTENDERS, compare
-from rl_sparsity_tf.datasets import Data, load_dataset
-from rl_sparsity_tf.layer_widths import widths_of
+from rl_sparsity_tf.channels.widths import widths_of
+from rl_sparsity_tf.data.datasets import Data, load_dataset
+from rl_sparsity_tf.search.comparison import CONTENDERS, compare
 
 import tf_keras as keras  # isort: skip  (after the package, which asks for Keras 2)
 

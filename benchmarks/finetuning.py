@@ -26,12 +26,12 @@ import tensorflow as tf
 from rows import append
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.data import TrainingData, evaluation_data, training_data
-from rl_sparsity_tf.datasets import Data, load_dataset
-from rl_sparsity_tf.mask_training import finetune
-from rl_sparsity_tf.objective import Evaluator, Metric
-from rl_sparsity_tf.plan import CompressionPlan
-from rl_sparsity_tf.rules import uniform_plan
+from rl_sparsity_tf.data.batches import TrainingData, evaluation_data, training_data
+from rl_sparsity_tf.data.datasets import Data, load_dataset
+from rl_sparsity_tf.data.metrics import Evaluator, Metric
+from rl_sparsity_tf.layers.plan import CompressionPlan
+from rl_sparsity_tf.layers.rules import uniform_plan
+from rl_sparsity_tf.training.mask_training import finetune
 
 import tf_keras as keras  # isort: skip  (after the package, which asks for Keras 2)
 

@@ -23,14 +23,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 
 import rl_sparsity_tf  # noqa: F401  (asks for Keras 2 before it is imported)
-from rl_sparsity_tf.channel_groups import find_groups
-from rl_sparsity_tf.channel_masks import mask_channels
-from rl_sparsity_tf.conversion import shared_worker
-from rl_sparsity_tf.export import convert_traced
-from rl_sparsity_tf.latency_measurement import measure_latency
-from rl_sparsity_tf.layer_widths import widths_of
-from rl_sparsity_tf.shrinking import shrink
-from rl_sparsity_tf.timing import LARGEST_SPREAD, FileTiming
+from rl_sparsity_tf.channels.channel_masks import mask_channels
+from rl_sparsity_tf.channels.groups import find_groups
+from rl_sparsity_tf.channels.latency_measurement import measure_latency
+from rl_sparsity_tf.channels.shrinking import shrink
+from rl_sparsity_tf.channels.widths import widths_of
+from rl_sparsity_tf.export.export import convert_traced
+from rl_sparsity_tf.tflite.timing import LARGEST_SPREAD, FileTiming
+from rl_sparsity_tf.tflite.worker import shared_worker
 
 import tf_keras as keras  # isort: skip  (after the package, which asks for Keras 2)
 from networks import build  # isort: skip

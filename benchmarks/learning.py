@@ -24,12 +24,12 @@ import numpy as np
 import tensorflow as tf
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.agents import AgentConfig
-from rl_sparsity_tf.data import evaluation_data, training_data
-from rl_sparsity_tf.datasets import load_digits_data
-from rl_sparsity_tf.episodes import Episodes, LoopSettings
-from rl_sparsity_tf.network import CompressedNetwork
-from rl_sparsity_tf.reward import Reward, bounded
+from rl_sparsity_tf.agents.configs import AgentConfig
+from rl_sparsity_tf.data.batches import evaluation_data, training_data
+from rl_sparsity_tf.data.datasets import load_digits_data
+from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.environment.reward import Reward, bounded
+from rl_sparsity_tf.search.episodes import Episodes, LoopSettings
 
 import tf_keras as keras  # isort: skip
 

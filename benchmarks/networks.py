@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import rl_sparsity_tf  # noqa: F401  (asks for Keras 2 before it is imported)
-from rl_sparsity_tf.datasets import Data
+from rl_sparsity_tf.data.datasets import Data
 
 import tf_keras as keras  # isort: skip
 

@@ -20,15 +20,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.agents import build_agent
-from rl_sparsity_tf.data import evaluation_data, training_data
-from rl_sparsity_tf.datasets import load_dataset
+from rl_sparsity_tf.agents.configs import build_agent
+from rl_sparsity_tf.agents.relaxation import Relaxation
+from rl_sparsity_tf.data.batches import evaluation_data, training_data
+from rl_sparsity_tf.data.datasets import load_dataset
 from rl_sparsity_tf.demo import base_network, train_base
-from rl_sparsity_tf.environment import LayerEnvironment
-from rl_sparsity_tf.network import CompressedNetwork
-from rl_sparsity_tf.recovery import Recovery
-from rl_sparsity_tf.relaxation import Relaxation
-from rl_sparsity_tf.reward import Reward, bounded
+from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
+from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.environment.reward import Reward, bounded
+from rl_sparsity_tf.training.recovery import Recovery
 
 
 def network_for(dataset: str, seed: int, sparsity: float, recovery: str) -> CompressedNetwork:

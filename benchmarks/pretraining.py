@@ -32,15 +32,15 @@ import numpy as np
 from random_networks import Drawn, draw, tiny_network
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.agents import AgentConfig, build_agent
-from rl_sparsity_tf.demonstrations import heuristic_plan
-from rl_sparsity_tf.environment import LayerEnvironment
-from rl_sparsity_tf.episodes import RELATIVE_GAIN, Episodes, LoopSettings
+from rl_sparsity_tf.agents.configs import AgentConfig, build_agent
+from rl_sparsity_tf.agents.demonstrations import heuristic_plan
+from rl_sparsity_tf.agents.policies import SavedPolicy, feature_names
+from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
+from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.environment.reward import Outcome
 from rl_sparsity_tf.files import replacing
-from rl_sparsity_tf.network import CompressedNetwork
-from rl_sparsity_tf.operations import Operation
-from rl_sparsity_tf.policy_files import SavedPolicy, feature_names
-from rl_sparsity_tf.reward import Outcome
+from rl_sparsity_tf.layers.operations import Operation
+from rl_sparsity_tf.search.episodes import RELATIVE_GAIN, Episodes, LoopSettings
 
 from tf_agents.trajectories import time_step as ts  # isort: skip
 
@@ -112,7 +112,7 @@ class Player:
         buckets: Decisions per kernel.
         choose: The reference.
         by_magnitude: How the weights of a layer are ordered, as in
-            [order_by_magnitude][rl_sparsity_tf.episodes.Episodes.order_by_magnitude].
+            [order_by_magnitude][rl_sparsity_tf.search.episodes.Episodes.order_by_magnitude].
     """
 
     def __init__(

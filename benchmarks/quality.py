@@ -50,12 +50,12 @@ from quality_tables import (
 )
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf import comparison
-from rl_sparsity_tf.datasets import Data, load_dataset
-from rl_sparsity_tf.finishing import Finished, all_quantized
-from rl_sparsity_tf.kernels import count_weights, find_kernels
-from rl_sparsity_tf.size_costs import size_budget
-from rl_sparsity_tf.storage import Storage
+from rl_sparsity_tf.allocation.size_costs import size_budget
+from rl_sparsity_tf.allocation.storage import Storage
+from rl_sparsity_tf.data.datasets import Data, load_dataset
+from rl_sparsity_tf.layers.kernels import count_weights, find_kernels
+from rl_sparsity_tf.search import comparison
+from rl_sparsity_tf.search.finishing import Finished, all_quantized
 
 import tf_keras as keras  # isort: skip  (after the package, which asks for Keras 2)
 

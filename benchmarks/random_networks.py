@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.data import evaluation_data, sample_rows, training_data
-from rl_sparsity_tf.datasets import Data, load_dataset
-from rl_sparsity_tf.network import CompressedNetwork
+from rl_sparsity_tf.data.batches import evaluation_data, sample_rows, training_data
+from rl_sparsity_tf.data.datasets import Data, load_dataset
+from rl_sparsity_tf.environment.network import CompressedNetwork
 
 import tf_keras as keras  # isort: skip  (after the package, which asks for Keras 2)
 

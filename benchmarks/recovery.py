@@ -32,19 +32,19 @@ import tensorflow as tf
 from networks import NETWORKS, train
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf import allocation
-from rl_sparsity_tf.candidates import Candidate
-from rl_sparsity_tf.data import TrainingData, evaluation_data, training_data
-from rl_sparsity_tf.datasets import Data, load_dataset
-from rl_sparsity_tf.demonstrations import proposals
-from rl_sparsity_tf.mask_training import finetune
-from rl_sparsity_tf.network import CompressedNetwork
-from rl_sparsity_tf.objective import Score
-from rl_sparsity_tf.operations import Operation
-from rl_sparsity_tf.plan import CompressionPlan
-from rl_sparsity_tf.plan_evaluation import evaluate_plan
-from rl_sparsity_tf.scoring import score_model
-from rl_sparsity_tf.wrapping import strip, wrap
+from rl_sparsity_tf.agents.demonstrations import proposals
+from rl_sparsity_tf.allocation import ranking
+from rl_sparsity_tf.data.batches import TrainingData, evaluation_data, training_data
+from rl_sparsity_tf.data.datasets import Data, load_dataset
+from rl_sparsity_tf.data.metrics import Score
+from rl_sparsity_tf.environment.candidates import Candidate
+from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.export.scoring import score_model
+from rl_sparsity_tf.layers.operations import Operation
+from rl_sparsity_tf.layers.plan import CompressionPlan
+from rl_sparsity_tf.layers.wrapping import strip, wrap
+from rl_sparsity_tf.training.mask_training import finetune
 
 import tf_keras as keras  # isort: skip  (after the package, which asks for Keras 2)
 
@@ -73,10 +73,10 @@ def random_plans(network: CompressedNetwork, count: int, seed: int) -> list[Comp
         scores = []
         for kernel in network.kernels:
             grouping = network.groupings[kernel.path]
-            saliency = allocation.mean_squares(network.originals[kernel.path], grouping)
-            ratio = allocation.erk_ratio(kernel.shape) * np.exp(rng.normal(0.0, 1.0))
-            scores.append(allocation.density_scores(saliency, grouping.sizes, ratio))
-        live = allocation.Ranking(scores, sizes).live(network.budget.wanted)
+            saliency = ranking.mean_squares(network.originals[kernel.path], grouping)
+            ratio = ranking.erk_ratio(kernel.shape) * np.exp(rng.normal(0.0, 1.0))
+            scores.append(ranking.density_scores(saliency, grouping.sizes, ratio))
+        live = ranking.Ranking(scores, sizes).live(network.budget.wanted)
         plans.append(network.storage.plan_from_live(network.kernels, live, quantize=False))
     return plans
 

@@ -26,13 +26,13 @@ import numpy as np
 import tensorflow as tf
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.agents import resolve_config
-from rl_sparsity_tf.data import evaluation_data, training_data
-from rl_sparsity_tf.episodes import LoopSettings
-from rl_sparsity_tf.network import CompressedNetwork
-from rl_sparsity_tf.plan_evaluation import evaluate_plan
-from rl_sparsity_tf.progress import SearchProgress
-from rl_sparsity_tf.search_loop import SearchLoop
+from rl_sparsity_tf.agents.configs import resolve_config
+from rl_sparsity_tf.console import SearchProgress
+from rl_sparsity_tf.data.batches import evaluation_data, training_data
+from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.search.episodes import LoopSettings
+from rl_sparsity_tf.search.loop import SearchLoop
 
 import tf_keras as keras  # isort: skip  (after the package, which asks for Keras 2)
 

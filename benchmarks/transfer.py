@@ -34,15 +34,15 @@ from random_networks import network_of
 from rows import append
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.datasets import Data, load_dataset
-from rl_sparsity_tf.demonstrations import heuristic_plan, proposals
-from rl_sparsity_tf.dynamic_programming import propose
-from rl_sparsity_tf.episodes import Episodes, LoopSettings
-from rl_sparsity_tf.network import CompressedNetwork
-from rl_sparsity_tf.plan_evaluation import evaluate_plan
-from rl_sparsity_tf.policy_files import SavedPolicy
-from rl_sparsity_tf.progress import SearchProgress
-from rl_sparsity_tf.search_loop import SearchLoop
+from rl_sparsity_tf.agents.demonstrations import heuristic_plan, proposals
+from rl_sparsity_tf.agents.policies import SavedPolicy
+from rl_sparsity_tf.allocation.dynamic_programming import propose
+from rl_sparsity_tf.console import SearchProgress
+from rl_sparsity_tf.data.datasets import Data, load_dataset
+from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.search.episodes import Episodes, LoopSettings
+from rl_sparsity_tf.search.loop import SearchLoop
 
 import tf_keras as keras  # isort: skip
 

@@ -3,7 +3,6 @@
 import os
 
 import rl_sparsity_tf as rls  # before tf_keras: it asks TensorFlow for Keras 2
-from rl_sparsity_tf.datasets import load_digits_data
 
 # isort: split
 import numpy as np
@@ -12,7 +11,7 @@ import tf_keras as keras
 quick = os.environ.get("RL_SPARSITY_QUICK") == "1"  # a run of seconds, for the tests
 output = os.environ.get("RL_SPARSITY_OUTPUT", "digits.tflite")
 
-data = load_digits_data()  # 8 x 8 images, shipped with scikit-learn
+data = rls.datasets.load_digits_data()  # 8 x 8 images, shipped with scikit-learn
 keras.utils.set_random_seed(0)
 model = keras.Sequential(
     [

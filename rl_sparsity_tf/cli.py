@@ -17,9 +17,9 @@ from rl_sparsity_tf.silence import quiet_libraries
 from rl_sparsity_tf.version import __version__
 
 if TYPE_CHECKING:
-    from rl_sparsity_tf.inspection import FileInspection
-    from rl_sparsity_tf.target import Target
-    from rl_sparsity_tf.timing import Timing
+    from rl_sparsity_tf.allocation.target import Target
+    from rl_sparsity_tf.tflite.inspection import FileInspection
+    from rl_sparsity_tf.tflite.timing import Timing
 
 _GROUPS = ("element", "block4", "block16", "channel", "auto")
 _SMALLEST = {"episodes": 1, "seed": 0, "batch_size": 1, "finetune_epochs": 0, "finalists": 1}
@@ -299,7 +299,7 @@ def _check_loss(name: str) -> None:
 
 
 def _target(options: argparse.Namespace) -> Target:
-    from rl_sparsity_tf.target import Target
+    from rl_sparsity_tf.allocation.target import Target
 
     given = {
         "sparsity": options.target_sparsity,
@@ -315,7 +315,7 @@ def _target(options: argparse.Namespace) -> Target:
 
 def _demo(options: argparse.Namespace) -> None:
     from rl_sparsity_tf.demo import run_demo
-    from rl_sparsity_tf.run_directory import check_unfinished
+    from rl_sparsity_tf.search.run_directory import check_unfinished
 
     # Before the demo trains the network that is to be compressed.
     target = _target(options)
@@ -337,20 +337,20 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _compress(options: argparse.Namespace) -> None:
-    from rl_sparsity_tf.user_modules import user_modules
+    from rl_sparsity_tf.layers.user_modules import user_modules
 
     with user_modules(options.imports):
         _compress_known(options)
 
 
 def _compress_known(options: argparse.Namespace) -> None:
-    from rl_sparsity_tf.comparison import compare, comparison_table
-    from rl_sparsity_tf.datasets import load_dataset, load_npz
+    from rl_sparsity_tf.agents.policies import check_policy_path
+    from rl_sparsity_tf.data.datasets import load_dataset, load_npz
     from rl_sparsity_tf.errors import ModelError
-    from rl_sparsity_tf.model_files import load_model
-    from rl_sparsity_tf.policy_files import check_policy_path
-    from rl_sparsity_tf.run_directory import check_directory, check_free
-    from rl_sparsity_tf.search import Compressor
+    from rl_sparsity_tf.layers.loading import load_model
+    from rl_sparsity_tf.search.comparison import compare, comparison_table
+    from rl_sparsity_tf.search.compressor import Compressor
+    from rl_sparsity_tf.search.run_directory import check_directory, check_free
 
     check_free(check_directory(options.output))
     target = _target(options)
@@ -419,13 +419,13 @@ def _compress_known(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from rl_sparsity_tf.inspection import inspect_tflite
+    from rl_sparsity_tf.tflite.inspection import inspect_tflite
 
     _print(inspect_tflite(options.file), options)
 
 
 def _benchmark(options: argparse.Namespace) -> None:
-    from rl_sparsity_tf.timing import benchmark_tflite
+    from rl_sparsity_tf.tflite.timing import benchmark_tflite
 
     timing = benchmark_tflite(
         options.file,

@@ -10,12 +10,12 @@ from typing import Any
 
 import tf_keras as keras
 
-from rl_sparsity_tf.comparison import compare, comparison_table
-from rl_sparsity_tf.datasets import Data, load_dataset
+from rl_sparsity_tf.console import SearchProgress
+from rl_sparsity_tf.data.datasets import Data, load_dataset
 from rl_sparsity_tf.errors import DataError
-from rl_sparsity_tf.progress import SearchProgress
-from rl_sparsity_tf.result import Result
-from rl_sparsity_tf.search import Compressor
+from rl_sparsity_tf.search.comparison import compare, comparison_table
+from rl_sparsity_tf.search.compressor import Compressor
+from rl_sparsity_tf.search.result import Result
 
 MAX_WEIGHTS = 40_000
 _TRAIN_STEPS = 900
@@ -115,13 +115,13 @@ def run_demo(
         curriculum: How it rises over the episodes: `"constant"`, `"linear"` or `"staged"`.
         finetune_epochs: Epochs of every fine-tuning; by default about 1,500 steps.
         memory_limit_mb: What the data set may take.
-        contenders: Whom to compare with, as in [compare][rl_sparsity_tf.comparison.compare].
+        contenders: Whom to compare with, as in [compare][rl_sparsity_tf.compare].
         verbose: As in `Compressor.search`.
 
     Returns:
         The result; its metrics hold the contenders as baselines.
     """
-    from rl_sparsity_tf.target import Target
+    from rl_sparsity_tf.allocation.target import Target
 
     started = time.monotonic()
     say = SearchProgress(episodes, "accuracy", verbose).say

@@ -1,6 +1,6 @@
 """Files on disk: written to a temporary name, synced and renamed, never half there.
 
-What the system refuses is turned into a [FileError][rl_sparsity_tf.errors.FileError] here and
+What the system refuses is turned into a [FileError][rl_sparsity_tf.FileError] here and
 nowhere else: [as_file][] looks before something is read, [check_new_file][] and [check_room][]
 before something is worked for that is to be written, and [replacing][], [writing][] and
 [scratch_folder][] say what went wrong all the same.
@@ -28,6 +28,9 @@ from rl_sparsity_tf.errors import (
     RLSparsityError,
     one_line,
 )
+
+PACKAGE_PARENT = Path(__file__).resolve().parent.parent
+"""The folder that holds the package, for child processes to import it from."""
 
 # What a place must have room for where nobody says how much will be written.
 LEAST_ROOM = 2**16

@@ -12,7 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # A process per core leaves nothing for threads to do but to wait for each other.
     for _name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(_name, "1")
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 import rl_sparsity_tf  # noqa: F401  (asks for Keras 2 before anything touches tf.keras)
 

@@ -22,7 +22,7 @@ def _run(script):
 @pytest.mark.parametrize("order", _GOOD)
 def test_imports_before_this_package_do_no_harm(order):
     script = _GOOD[order] + (
-        "import rl_sparsity_tf._tf_agents\n"
+        "import rl_sparsity_tf.environment._tf_agents\n"
         "import tensorflow as tf, tf_keras\n"
         "assert tf.keras.Model is tf_keras.Model\n"
     )

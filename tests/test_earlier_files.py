@@ -10,7 +10,7 @@ import pytest
 import tf_keras as keras
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.wrapping import plan_of
+from rl_sparsity_tf.layers.wrapping import plan_of
 
 FIXTURES = Path(__file__).with_name("fixtures")
 VERSIONS = sorted(path.name for path in FIXTURES.iterdir())

@@ -16,8 +16,8 @@ from nbclient import NotebookClient
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.cli import build_parser
-from rl_sparsity_tf.datasets import load_digits_data
-from rl_sparsity_tf.state import FEATURES
+from rl_sparsity_tf.data.datasets import load_digits_data
+from rl_sparsity_tf.environment.features import FEATURES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

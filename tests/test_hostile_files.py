@@ -16,7 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 import rl_sparsity_tf as rls
+from rl_sparsity_tf.agents.policies import SavedPolicy
+from rl_sparsity_tf.channels.latency_table import LatencyTable
 from rl_sparsity_tf.cli import main
+from rl_sparsity_tf.console import SearchProgress
+from rl_sparsity_tf.data.npz_files import read_npz
 from rl_sparsity_tf.errors import (
     ArgumentError,
     DataError,
@@ -28,15 +32,11 @@ from rl_sparsity_tf.errors import (
     one_line,
     printable,
 )
-from rl_sparsity_tf.inspection import inspect_tflite
 from rl_sparsity_tf.json_text import parse_strict
-from rl_sparsity_tf.latency_table import LatencyTable
-from rl_sparsity_tf.npz_files import read_npz
-from rl_sparsity_tf.plan import CompressionPlan, KernelPlan
-from rl_sparsity_tf.policy_files import SavedPolicy
-from rl_sparsity_tf.progress import SearchProgress
-from rl_sparsity_tf.sparse_format import encode_sparse
+from rl_sparsity_tf.layers.plan import CompressionPlan, KernelPlan
 from rl_sparsity_tf.tables import table_lines
+from rl_sparsity_tf.tflite.inspection import inspect_tflite
+from rl_sparsity_tf.tflite.sparse_encoding import encode_sparse
 
 HUGE = 10**400
 CLEARING = "w\x1b[2J\u202e[red]"
@@ -220,7 +220,7 @@ def test_a_hostile_plan_is_refused(case):
 
 
 def test_kernels_that_are_too_many_together_are_refused(monkeypatch):
-    monkeypatch.setattr("rl_sparsity_tf.plan._MOST_GROUPS", 20)
+    monkeypatch.setattr("rl_sparsity_tf.layers.plan._MOST_GROUPS", 20)
     entries = [{**PLAN, "path": f"{index}/kernel"} for index in range(3)]
     with pytest.raises(PlanError, match="has 24 groups up to '2/kernel'"):
         CompressionPlan.from_dict({"format_version": 1, "kernels": entries})

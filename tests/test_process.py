@@ -115,7 +115,7 @@ def compare(what):
         if after[key] != value:
             print(what, key, value, "->", after[key])
 
-from rl_sparsity_tf.conversion import shared_worker
+from rl_sparsity_tf.tflite.worker import shared_worker
 
 folder = sys.argv[1]
 for agent in ("dqn", "ppo"):

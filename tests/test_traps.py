@@ -15,14 +15,14 @@ import tflite_files as files
 import zoo
 from ai_edge_litert import schema_py_generated as schema
 
-from rl_sparsity_tf.conversion import ConversionWorker, WorkerError
-from rl_sparsity_tf.dequantized import IntegerForm, integer_form, store_dequantized
 from rl_sparsity_tf.errors import ArgumentError, VerificationError
-from rl_sparsity_tf.export import export_tflite
-from rl_sparsity_tf.flatbuffer import read_flat_model
-from rl_sparsity_tf.recipes import operator_entry, quantize_file, scope_of
-from rl_sparsity_tf.sparsify import choose_formats, sparsify_file, why_dense
-from rl_sparsity_tf.verification import TOLERANCES, verify_outputs
+from rl_sparsity_tf.export.export import export_tflite
+from rl_sparsity_tf.export.verification import TOLERANCES, verify_outputs
+from rl_sparsity_tf.tflite.integer_storage import IntegerForm, integer_form, store_dequantized
+from rl_sparsity_tf.tflite.reading import read_flat_model
+from rl_sparsity_tf.tflite.recipes import operator_entry, quantize_file, scope_of
+from rl_sparsity_tf.tflite.sparse_storage import choose_formats, sparsify_file, why_dense
+from rl_sparsity_tf.tflite.worker import ConversionWorker, WorkerError
 
 layers = keras.layers
 

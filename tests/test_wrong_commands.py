@@ -11,7 +11,7 @@ from wrong_calls import Files, StartedError, nothing_runs, tiny
 
 from rl_sparsity_tf import demo
 from rl_sparsity_tf.cli import main
-from rl_sparsity_tf.search_loop import SearchLoop
+from rl_sparsity_tf.search.loop import SearchLoop
 
 
 def compress(model: str = "good.keras", data: str | None = "data.npz", more: str = "") -> str:

@@ -1,0 +1,1 @@
+"""DQN, PPO and random: what they know, keep and explore."""

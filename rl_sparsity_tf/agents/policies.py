@@ -1,0 +1,310 @@
+"""Policies as files: what an agent has learned, to begin with in the search of another network."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rl_sparsity_tf.agents.base import Agent
+from rl_sparsity_tf.agents.configs import AgentConfig, Random, config_from_dict, resolve_config
+from rl_sparsity_tf.environment.features import FEATURES
+from rl_sparsity_tf.errors import ArgumentError, PolicyFileError, RLSparsityError, one_line
+from rl_sparsity_tf.files import as_file, check_new_file, replacing, sha256_of
+from rl_sparsity_tf.json_text import parse_strict
+from rl_sparsity_tf.layers.claims import ClaimError, check_archive
+from rl_sparsity_tf.layers.operations import Operation
+
+FORMAT_VERSION = 1
+PRETRAINED = "pretrained"
+"""The name of the policies that come with the package, one per agent; how they were taught is in
+`benchmarks/pretraining.py`."""
+
+_SHIPPED = "pretrained_{}.npz"
+_TEXTS = ("agent", "features", "operations")
+# Of the arrays as they are in memory: a small file may claim to hold anything.
+_LARGEST = 2**26
+
+
+def feature_names() -> tuple[str, ...]:
+    """The features that policies of this version decide by."""
+    return tuple(feature.name for feature in FEATURES)
+
+
+def operation_names() -> tuple[str, ...]:
+    """What policies of this version choose among."""
+    return tuple(operation.name.lower() for operation in Operation)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SavedPolicy:
+    """What an agent has learned, without the search it has learned it in.
+
+    Attributes:
+        agent: The agent's configuration.
+        weights: The weights of its networks, in order: of the Q-network for DQN, of the actor and
+            then the value network for PPO; kernels of shape `(inputs, outputs)`, biases of
+            shape `(outputs,)`.
+
+    Example:
+        >>> policy = SavedPolicy.load("policy.npz")
+        >>> compressor = rls.Compressor(model, rls.Target(sparsity=0.9), policy=policy)
+    """
+
+    agent: AgentConfig
+    weights: Sequence[np.ndarray]
+
+    @classmethod
+    def of(cls, config: AgentConfig, agent: Agent) -> SavedPolicy:
+        """What an agent has learned so far.
+
+        Args:
+            config: The configuration that the agent was built from.
+            agent: The agent.
+        """
+        return cls(config, agent.policy_arrays())
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that the policy's choices depend on."""
+        texts = [json.dumps(self.agent.to_dict(), sort_keys=True), *feature_names()]
+        return sha256_of(*(text.encode() for text in texts), *(w.tobytes() for w in self.weights))
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes a .npz file in one step; it holds numbers and text, nothing pickled.
+
+        Args:
+            path: The file.
+            overwrite: Whether an existing file may be replaced.
+
+        Raises:
+            ArgumentError: If the path cannot be written to, or there is nothing to save.
+            FileExistsRLSparsityError: If the file exists and `overwrite` is false.
+        """
+        path = check_policy_path(path, overwrite=overwrite)
+        if isinstance(self.agent, Random):
+            raise ArgumentError(
+                "agent='random' has learned nothing that could be saved. Expected a search with "
+                "agent='dqn' or agent='ppo'."
+            )
+        arrays = {
+            "format_version": np.array(FORMAT_VERSION),
+            "agent": np.array(json.dumps(self.agent.to_dict())),
+            "features": np.array(feature_names()),
+            "operations": np.array(operation_names()),
+            **{f"weights/{index}": weight for index, weight in enumerate(self.weights)},
+        }
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], agent: str = "dqn") -> SavedPolicy:
+        """Reads what [save][] wrote.
+
+        Args:
+            path: The file, or `"pretrained"` for a policy that comes with the package.
+            agent: Whose, if it is one of those.
+
+        Raises:
+            ArgumentError: If there is no such file.
+            PolicyFileError: If the file is damaged or foreign, or made for other features.
+        """
+        shipped = path == PRETRAINED
+        path = _shipped(agent) if shipped else as_file("policy", path, _EXPECTED)
+        if not path.is_file():
+            found = "is a folder" if path.is_dir() else "does not exist"
+            raise ArgumentError(f"policy={str(path)!r} {found}. Expected {_EXPECTED}.")
+        arrays = _read(path)
+        version = arrays.pop("format_version", np.array("none"))
+        if version.shape != () or version.dtype.kind not in "iu" or int(version) != FORMAT_VERSION:
+            raise _bad(path, f"is of format {version}", f"format {FORMAT_VERSION}")
+        _check_names(path, "features", arrays, feature_names())
+        _check_names(path, "operations", arrays, operation_names())
+        config = _config(path, arrays)
+        weights = _weights(path, arrays, config)
+        if shipped:  # the settings of a search are those of this version
+            present = resolve_config(agent)
+            sizes = (len(feature_names()), len(operation_names()))
+            if present.policy_shapes(*sizes) == config.policy_shapes(*sizes):
+                config = present
+        return cls(config, weights)
+
+
+_EXPECTED = "a .npz file that result.save_policy() wrote"
+
+
+def check_policy_path(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Checks that a policy can be written to a path, before any work is done for it.
+
+    Raises:
+        ArgumentError: If it cannot, or has not the ending .npz.
+        FileExistsRLSparsityError: If the file exists and `overwrite` is false.
+    """
+    path = check_new_file(path, overwrite)
+    if path.suffix != ".npz":
+        raise ArgumentError(f"{str(path)!r} ends in {path.suffix!r}. Expected a name in .npz.")
+    return path
+
+
+def resolve_policy(
+    policy: SavedPolicy | str | os.PathLike[str] | None,
+    agent: str | AgentConfig | None,
+    *,
+    hierarchy: bool = False,
+) -> tuple[SavedPolicy | None, AgentConfig]:
+    """The policy that a search starts from, and the configuration of its agent.
+
+    Args:
+        policy: A policy or its file, if any.
+        agent: The agent that was asked for, if any. A name leaves the settings to the policy.
+        hierarchy: Whether the search has two levels: the lower one meets goals, and policies do
+            not know any.
+
+    Returns:
+        The policy, and the agent: that of the policy unless a configuration is given.
+
+    Raises:
+        ArgumentError: If the agent has other networks than the policy, there is no such file, or
+            the search has two levels.
+        PolicyFileError: If the file cannot be used.
+    """
+    if policy is None:
+        return None, resolve_config("dqn" if agent is None else agent)
+    if hierarchy:
+        raise ArgumentError(
+            "policy=... does not go with hierarchy=True: in two levels the goals of layers are "
+            "chosen by another agent, and a policy has learned without it. Leave one of them out."
+        )
+    if not isinstance(policy, SavedPolicy):
+        name = "dqn" if agent is None else resolve_config(agent).name
+        policy = SavedPolicy.load(policy, name)
+    if agent is None:
+        return policy, policy.agent
+    config = resolve_config(agent)
+    if config.name != policy.agent.name:
+        raise ArgumentError(
+            f"agent={config.name!r} cannot go on from a policy of {policy.agent.name!r}. Expected "
+            f"agent={policy.agent.name!r}; leave agent out to take that of the policy."
+        )
+    if isinstance(agent, str):
+        return policy, policy.agent
+    sizes = (len(feature_names()), len(operation_names()))
+    if config.policy_shapes(*sizes) != policy.agent.policy_shapes(*sizes):
+        raise ArgumentError(
+            f"agent={config!r} has other networks than the policy, whose agent is "
+            f"{policy.agent!r}. Expected equal hidden_layers; leave agent out to take that of the "
+            "policy."
+        )
+    return policy, config
+
+
+def _shipped(agent: str) -> Path:
+    path = Path(str(resources.files("rl_sparsity_tf.agents") / _SHIPPED.format(agent)))
+    if not path.is_file():
+        raise ArgumentError(
+            f"policy={PRETRAINED!r}: no policy of agent={agent!r} comes with the package. Expected "
+            f"agent='dqn' or agent='ppo', or {_EXPECTED}."
+        )
+    return path
+
+
+def _bad(path: Path, found: str, expected: str = _EXPECTED) -> PolicyFileError:
+    return PolicyFileError(f"The policy file {str(path)!r} {found}. Expected {expected}.")
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            truncated = file.read(4) == b"PK\x03\x04"
+        raise _bad(path, "is truncated: its end is missing" if truncated else "is no .npz file")
+    arrays: dict[str, Any] = {}
+    name = ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            check_archive(archive, largest=_LARGEST)
+        with np.load(path, allow_pickle=False) as archive:
+            for name in archive.files:
+                arrays[name] = archive[name]
+    except ClaimError as error:
+        raise _bad(path, f"was not read: {error}") from error
+    except Exception as error:  # zlib, zipfile and numpy each have their own
+        if "allow_pickle" in str(error):
+            found = f"holds Python objects in {name!r}, which are never unpickled"
+            raise _bad(path, found) from error
+        raise _bad(path, f"is damaged at {name!r} ({one_line(error)})") from error
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # a member that is no array comes out as bytes
+            raise _bad(path, f"holds {name!r}, which is no array")
+    return arrays
+
+
+def _check_names(
+    path: Path, key: str, arrays: Mapping[str, np.ndarray], wanted: Sequence[str]
+) -> None:
+    found = _text(path, arrays, key, axes=1)
+    if found == list(wanted):
+        return
+    unknown = [name for name in found if name not in wanted]
+    missing = [name for name in wanted if name not in found]
+    parts = [f"knows {key} that this version has not: {unknown}"] if unknown else []
+    parts += [f"does not know the {key} {missing}"] if missing else []
+    raise _bad(
+        path,
+        " and ".join(parts) or f"has the {key} in another order",
+        f"the {len(wanted)} {key} of this version, in its order; train the policy anew with it",
+    )
+
+
+def _text(path: Path, arrays: Mapping[str, np.ndarray], key: str, axes: int) -> Any:
+    array = arrays.get(key)
+    if array is None:
+        raise _bad(path, f"holds no {key!r}")
+    if array.dtype.kind != "U" or array.ndim != axes:
+        raise _bad(path, f"holds {key!r} of type {array.dtype} and shape {array.shape}", "text")
+    return array.tolist()
+
+
+def _config(path: Path, arrays: Mapping[str, np.ndarray]) -> AgentConfig:
+    try:
+        values = parse_strict(_text(path, arrays, "agent", axes=0))
+        if not isinstance(values, dict):
+            raise ValueError(f"{values!r} is no dictionary")
+        config = config_from_dict(values)
+    except (ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, RLSparsityError) and not isinstance(error, ArgumentError):
+            raise
+        raise _bad(
+            path,
+            f"holds an agent that cannot be built ({one_line(error, 300)})",
+            "the configuration of a 'dqn' or 'ppo' agent of this version",
+        ) from error
+    if isinstance(config, Random):
+        raise _bad(path, "is of agent='random', which learns nothing", "one of 'dqn' or 'ppo'")
+    return config
+
+
+def _weights(path: Path, arrays: Mapping[str, np.ndarray], config: AgentConfig) -> list[np.ndarray]:
+    wanted = config.policy_shapes(len(feature_names()), len(operation_names()))
+    names = [f"weights/{index}" for index in range(len(wanted))]
+    others = set(arrays) - set(names) - set(_TEXTS)
+    missing = [name for name in names if name not in arrays]
+    if others or missing:
+        found = f"lacks {missing}" if missing else f"holds {sorted(others)}, which are not known"
+        raise _bad(path, found, f"{len(names)} arrays of weights, as {config!r} has")
+    for name, shape in zip(names, wanted, strict=True):
+        array = arrays[name]
+        if array.shape != shape or array.dtype != np.float32:
+            found = f"holds {name!r} of type {array.dtype} and shape {array.shape}"
+            raise _bad(path, found, f"float32 of shape {shape}, as {config!r} has")
+        bad = int(np.sum(~np.isfinite(array)))
+        if bad:
+            raise _bad(path, f"holds {bad} NaN or infinite values in {name!r}", "finite numbers")
+    return [arrays[name] for name in names]

@@ -1,0 +1,1 @@
+"""Targets, budgets, and every way to allocate without evaluating a network."""

@@ -1,0 +1,152 @@
+"""Plans of a network by the densities of its kernels, scaled to its target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rl_sparsity_tf.allocation import ranking as ranks
+from rl_sparsity_tf.allocation.budgets import CostBudget
+from rl_sparsity_tf.allocation.dynamic_programming import cost_of
+from rl_sparsity_tf.allocation.knapsack import fill
+from rl_sparsity_tf.allocation.layer_errors import FLOAT
+from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.errors import TargetError
+from rl_sparsity_tf.layers.operations import Operation
+from rl_sparsity_tf.layers.plan import CompressionPlan
+
+# Densities of a random plan are up to this factor above or below the others' middle.
+_SPREAD = 8.0
+# Largest factor of a step from one plan to another.
+_STEP = 2.0
+
+
+class PlanSpace:
+    """Turns densities into plans of a network that meet its target.
+
+    Within a kernel the least salient groups go first.
+
+    Args:
+        network: The network, of which nothing is changed.
+        quantize: Whether what lives is stored as integers, where that works.
+
+    Attributes:
+        totals: Weights of every kernel.
+    """
+
+    def __init__(self, network: CompressedNetwork, quantize: bool):
+        self._network = network
+        kernels = network.kernels
+        self._sizes = [network.groupings[kernel.path].sizes for kernel in kernels]
+        self.totals = np.array([float(size.sum()) for size in self._sizes])
+        self._saliency = [
+            # Of the trained weights: those of the moment may have recovered from another plan.
+            network.decisions.saliency(
+                kernel.path,
+                network.originals[kernel.path],
+                network.groupings[kernel.path],
+                network.least_squares,
+                1.0 - network.budget.pruned_share,
+            ).reshape(network.groupings[kernel.path].shape)
+            for kernel in kernels
+        ]
+        self._integers = [
+            ranks.survivors(kernel, quantize) == Operation.QUANTIZE for kernel in kernels
+        ]
+        self._pruned = network.budget.wanted
+
+    def prefer(self, live: Sequence[np.ndarray]) -> None:
+        """Ranks some groups above the others; within both, magnitude decides."""
+        for index, alive in enumerate(live):
+            order = np.argsort(self._saliency[index], axis=None, kind="stable")
+            rank = np.empty(order.size)
+            rank[order] = np.arange(order.size)
+            self._saliency[index] = rank.reshape(alive.shape) + alive * order.size
+
+    def scores(self, ratios: np.ndarray) -> list[np.ndarray]:
+        """Scores that give the kernels densities in proportion to ratios."""
+        return [
+            ranks.density_scores(saliency, size, float(ratio))
+            for saliency, size, ratio in zip(self._saliency, self._sizes, ratios, strict=True)
+        ]
+
+    def live(self, scores: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """What lives when the target is just met.
+
+        Raises:
+            TargetError: If a budget of bytes cannot be met without integers.
+        """
+        budget = self._network.budget
+        ranking = ranks.Ranking(scores, self._sizes, self._network.decisions.removable)
+        if not isinstance(budget, CostBudget):
+            return ranking.live(budget.wanted)
+
+        def fits(live: Sequence[np.ndarray]) -> bool:
+            return cost_of(self._network, live, self.bits(live)) <= budget.limit
+
+        live, reached = fill(ranking, fits, self._pruned)
+        if not reached:
+            size = cost_of(self._network, live, self.bits(live))
+            raise TargetError(
+                f"The file would have about {size:,.0f} bytes with every kernel pruned to its "
+                f"last group and stored as asked for; {budget.limit:,.0f} are left of the target "
+                "after the size model's margin. Expected a larger target, or quantize=True."
+            )
+        self._pruned = sum(
+            int(size[~alive].sum()) for size, alive in zip(self._sizes, live, strict=True)
+        )
+        return live
+
+    def bits(self, live: Sequence[np.ndarray]) -> dict[str, int]:
+        """How the kernels are stored: as integers where that is wanted, possible, and no larger.
+
+        The scales of a kernel with many outputs can cost more than a few integers save.
+        """
+        found = {}
+        for index, (kernel, alive) in enumerate(zip(self._network.kernels, live, strict=True)):
+            integers = self._integers[index]
+            budget = self._network.budget
+            if integers and isinstance(budget, CostBudget):
+                integers = budget.integers_pay(index, float(self._sizes[index][alive].sum()))
+            stored = self._network.storage.of(kernel.path).bits
+            found[kernel.path] = stored if integers else FLOAT
+        return found
+
+    def plan_of(self, live: Sequence[np.ndarray]) -> CompressionPlan:
+        """The plan in which some groups live."""
+        return self._network.storage.plan_at(self._network.kernels, live, self.bits(live))
+
+    def plan(self, ratios: np.ndarray) -> CompressionPlan:
+        """The plan of densities in proportion to ratios."""
+        return self.plan_of(self.live(self.scores(ratios)))
+
+    def lamp_scores(self) -> list[np.ndarray]:
+        """The scores of LAMP, by which a kernel's groups have the same order as by magnitude."""
+        network = self._network
+        return ranks.scores("lamp", network.kernels, network.groupings, network.originals)
+
+    def step(self, densities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Makes one kernel denser by a random factor, and takes the weights from another."""
+        taker, giver = rng.choice(len(densities), 2, replace=False)
+        factor = float(np.exp(rng.uniform(0.0, np.log(_STEP))))
+        wanted = densities[taker] * self.totals[taker] * (factor - 1.0)
+        room = (1.0 - densities[taker]) * self.totals[taker]
+        # The giver keeps at least its share of the same factor.
+        given = densities[giver] * self.totals[giver] * (1.0 - 1.0 / _STEP)
+        amount = min(wanted, room, given)
+        moved = densities.copy()
+        moved[taker] += amount / self.totals[taker]
+        moved[giver] -= amount / self.totals[giver]
+        return moved
+
+
+def random_ratios(generator: np.random.Generator, count: int) -> np.ndarray:
+    """Ratios of a random plan's densities, log-uniform within a factor of 8 around the middle."""
+    half = np.log(_SPREAD)
+    return np.exp(generator.uniform(-half, half, count))
+
+
+def shares(live: Sequence[np.ndarray]) -> np.ndarray:
+    """Share of the groups of every kernel that live."""
+    return np.array(ranks.densities(live))

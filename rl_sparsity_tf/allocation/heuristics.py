@@ -1,0 +1,245 @@
+"""Heuristics that allocate without evaluating a plan; users know them as `rls.baselines`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from rl_sparsity_tf.allocation import ranking
+from rl_sparsity_tf.allocation.problem import PlanRequest
+from rl_sparsity_tf.allocation.target import Target
+from rl_sparsity_tf.data.batches import training_data
+from rl_sparsity_tf.data.checks import Batch
+from rl_sparsity_tf.data.metrics import choose_metric, search_compile_arguments
+from rl_sparsity_tf.errors import DataError
+from rl_sparsity_tf.layers.copy_checks import check_figures
+from rl_sparsity_tf.layers.kernel_selection import Patterns
+from rl_sparsity_tf.layers.plan import CompressionPlan
+from rl_sparsity_tf.layers.wrapping import wrap
+from rl_sparsity_tf.quiet import quiet_tensorflow
+from rl_sparsity_tf.training.statistics import StatisticsCollector
+
+# Rows that a gradient is averaged over, and the batches in which arrays are read for it.
+_ROWS, _BATCHES = 4096, 64
+
+
+def uniform(
+    model: keras.Model,
+    data: Any = None,
+    target: Target | None = None,
+    *,
+    sparsity: float | None = None,
+    group: str = "element",
+    quantize: bool | None = None,
+    bits: int = 8,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+) -> CompressionPlan:
+    """The same density in every kernel, to the nearest group; smallest groups first.
+
+    The arguments are those of every function of this [module][rl_sparsity_tf.baselines].
+
+    Example:
+        >>> plan = rls.baselines.uniform(model, sparsity=0.8, group="channel")
+    """
+    return _heuristic(
+        "uniform", model, data, target, sparsity, group, quantize, bits, include, exclude
+    )
+
+
+def erk(
+    model: keras.Model,
+    data: Any = None,
+    target: Target | None = None,
+    *,
+    sparsity: float | None = None,
+    group: str = "element",
+    quantize: bool | None = None,
+    bits: int = 8,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+) -> CompressionPlan:
+    r"""Erdos-Renyi-kernel densities: small kernels stay denser than large ones.
+
+    Evci et al. 2020, "Rigging the lottery: making all tickets winners", arXiv 1911.11134, section
+    3: the density of a kernel of shape \((w, h, n_{l-1}, n_l)\) is in proportion to
+    \((n_{l-1} + n_l + w + h) / (n_{l-1} n_l w h)\), the sum of its dimensions over their product.
+    Kernels whose density would pass 1 are kept whole, and the factor is computed anew for the
+    others. Within a kernel the smallest groups go first.
+
+    The arguments are those of every function of this [module][rl_sparsity_tf.baselines].
+
+    Example:
+        >>> plan = rls.baselines.erk(model, sparsity=0.9)
+        >>> {path: entry.sparsity for path, entry in plan.kernels.items()}
+    """
+    return _heuristic("erk", model, data, target, sparsity, group, quantize, bits, include, exclude)
+
+
+def global_magnitude(
+    model: keras.Model,
+    data: Any = None,
+    target: Target | None = None,
+    *,
+    sparsity: float | None = None,
+    group: str = "element",
+    quantize: bool | None = None,
+    bits: int = 8,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+) -> CompressionPlan:
+    """The smallest groups of the whole network, by the mean square of their weights.
+
+    Kernels compete at their own scales: one of small weights loses most of them. Han et al. 2015,
+    "Learning both weights and connections", arXiv 1506.02626, with one threshold for all layers.
+
+    The arguments are those of every function of this [module][rl_sparsity_tf.baselines].
+
+    Example:
+        >>> plan = rls.baselines.global_magnitude(model, target=rls.Target(gzip_bytes=20_000))
+    """
+    return _heuristic(
+        "global_magnitude", model, data, target, sparsity, group, quantize, bits, include, exclude
+    )
+
+
+def lamp(
+    model: keras.Model,
+    data: Any = None,
+    target: Target | None = None,
+    *,
+    sparsity: float | None = None,
+    group: str = "element",
+    quantize: bool | None = None,
+    bits: int = 8,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+) -> CompressionPlan:
+    r"""Layer-adaptive magnitude: what a group weighs among those of its kernel that outlive it.
+
+    Lee et al. 2021, "Layer-adaptive sparsity for the magnitude-based pruning", arXiv 2010.07611,
+    equation 2: with the groups of a kernel sorted by norm, group u scores
+    \(\|W_u\|^2 / \sum_{v \ge u} \|W_v\|^2\), and the lowest scores of the network go. The largest
+    group of a kernel scores 1, so that scale does not matter.
+
+    The arguments are those of every function of this [module][rl_sparsity_tf.baselines].
+
+    Example:
+        >>> plan = rls.baselines.lamp(model, target=rls.Target(tflite_bytes=50_000))
+        >>> small = rls.strip(rls.wrap(model, plan))
+        >>> rls.export_tflite(small, "small.tflite", plan=plan, formats="raw")
+    """
+    return _heuristic(
+        "lamp", model, data, target, sparsity, group, quantize, bits, include, exclude
+    )
+
+
+def first_order(
+    model: keras.Model,
+    data: Any = None,
+    target: Target | None = None,
+    *,
+    sparsity: float | None = None,
+    group: str = "element",
+    quantize: bool | None = None,
+    bits: int = 8,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+) -> CompressionPlan:
+    r"""The groups whose removal changes the loss least, to first order.
+
+    A group scores \(|\sum_i g_i w_i|\) over its weights, with the gradient g of the compiled loss
+    averaged over up to 4,096 rows of the data. That is the root of the group contribution of
+    Molchanov et al. 2019, "Importance estimation for neural network pruning", arXiv 1906.10771,
+    section 3; for single weights it is the connection sensitivity of SNIP (Lee et al. 2019, arXiv
+    1810.02340) on a trained network.
+
+    The arguments are those of every function of this [module][rl_sparsity_tf.baselines]; the model
+    has to be compiled, and data is needed. Of a dataset the first batches count, 64 at most.
+
+    Example:
+        >>> plan = rls.baselines.first_order(model, (x_train, y_train), sparsity=0.8)
+    """
+    return _heuristic(
+        "first_order", model, data, target, sparsity, group, quantize, bits, include, exclude
+    )
+
+
+def mean_gradients(
+    model: keras.Model, data: Any, include: Patterns | None = None
+) -> dict[str, np.ndarray]:
+    """The gradient of the compiled loss by every kernel, over up to 4,096 rows.
+
+    Args:
+        model: A built and compiled model, not wrapped; it is not changed.
+        data: Training data as `fit` takes it.
+        include: Which kernels; by default all that are not frozen.
+
+    Returns:
+        Mean gradients by path, viewed as `(inputs, outputs)`.
+
+    Raises:
+        DataError: If the data cannot be used, or nothing depends on it.
+        ModelError: If the model is not compiled with a loss.
+    """
+    search_compile_arguments(model, 1e-3)  # says in words what is missing
+    pool = training_data(data, model, batch_size=_ROWS // _BATCHES, pool_size=_BATCHES).pool
+    wrapped = wrap(model, include=include)
+    wrapped.compile(**search_compile_arguments(wrapped, 1e-3))
+    choose_metric(wrapped, pool[0], "loss")  # says in words what a loss does not take
+    check_figures(model, wrapped, pool[0])
+    statistics = StatisticsCollector(wrapped)(_first_rows(pool))
+    gradients = {path: one.gradient for path, one in statistics.items()}
+    if not any(gradient.any() for gradient in gradients.values()):
+        raise DataError(
+            f"The gradient of the loss of model {model.name!r} is zero in every kernel, so that "
+            "first_order cannot tell groups apart. Expected data with examples that the model "
+            "does not fit perfectly yet; lamp needs no data."
+        )
+    return gradients
+
+
+def _first_rows(pool: Sequence[Batch]) -> list[Batch]:
+    """As many batches as it takes to have enough rows; all of them have the same number."""
+    rows = len(tf.nest.flatten(pool[0][0])[0])
+    return list(pool[: -(-_ROWS // rows)])
+
+
+def _heuristic(
+    name: str,
+    model: keras.Model,
+    data: Any,
+    target: Target | None,
+    sparsity: float | None,
+    group: str,
+    quantize: bool | None,
+    bits: int,
+    include: Patterns | None,
+    exclude: Patterns | None,
+) -> CompressionPlan:
+    request = PlanRequest.of(
+        model,
+        target,
+        sparsity=sparsity,
+        group=group,
+        quantize=quantize,
+        bits=bits,
+        include=include,
+        exclude=exclude,
+    )
+    with quiet_tensorflow():
+        gradients: Mapping[str, np.ndarray] | None = None
+        if name == "first_order":
+            if data is None:
+                raise DataError(
+                    "first_order was given no data, which it takes the gradient of the loss over. "
+                    "Pass data=(x, y) or a dataset as fit takes them; lamp needs no data."
+                )
+            gradients = mean_gradients(request.model, data, request.selection.paths)
+        matrices = {kernel.path: kernel.matrix() for kernel in request.kernels}
+        scores = ranking.scores(name, request.kernels, request.groupings, matrices, gradients)
+        return request.plan(scores)

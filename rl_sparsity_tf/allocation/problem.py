@@ -1,0 +1,198 @@
+"""What a plan without a search is wanted for, and how far a ranking is pruned to meet it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tf_keras as keras
+
+from rl_sparsity_tf.allocation import ranking as ranks
+from rl_sparsity_tf.allocation import size_costs
+from rl_sparsity_tf.allocation.budget import Budget
+from rl_sparsity_tf.allocation.storage import Storage
+from rl_sparsity_tf.allocation.target import Target
+from rl_sparsity_tf.data.extremes import check_weights
+from rl_sparsity_tf.errors import ArgumentError, ModelError, TargetError, check_choice
+from rl_sparsity_tf.layers.constraints import check_constraints
+from rl_sparsity_tf.layers.groups import GROUPS, Grouping
+from rl_sparsity_tf.layers.kernel_selection import KernelSelection, Patterns
+from rl_sparsity_tf.layers.kernels import Kernel, count_weights
+from rl_sparsity_tf.layers.operations import Operation
+from rl_sparsity_tf.layers.plan import CompressionPlan
+from rl_sparsity_tf.layers.wrapping import accepted, is_wrapped
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PlanRequest:
+    """What a plan is wanted for, checked: what all baselines have in common.
+
+    Attributes:
+        model: The model.
+        selection: Its kernels that may be changed, and those that may not.
+        kernels: The former.
+        target: What to reach.
+        group: Kind of groups.
+        quantize: Whether what lives is quantized.
+        bits: The grid if it is.
+    """
+
+    model: keras.Model
+    selection: KernelSelection
+    kernels: Sequence[Kernel]
+    target: Target
+    group: str
+    quantize: bool
+    bits: int
+
+    @classmethod
+    def of(
+        cls,
+        model: keras.Model,
+        target: Target | None = None,
+        *,
+        sparsity: float | None = None,
+        group: str = "element",
+        quantize: bool | None = None,
+        bits: int = 8,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
+    ) -> PlanRequest:
+        """Checks the arguments of a baseline.
+
+        Raises:
+            ArgumentError: If an argument cannot be used.
+            ModelError: If the model has nothing to compress, is wrapped, or holds NaN.
+        """
+        model = accepted(model)
+        if is_wrapped(model):
+            raise ModelError(
+                f"Model {model.name!r} is wrapped already. Call rl_sparsity_tf.strip(model) first."
+            )
+        target = _target(target, sparsity)
+        check_choice("group", group, GROUPS)
+        if quantize is None:
+            quantize = target.sparsity is None
+        if not isinstance(quantize, bool | np.bool_):
+            raise ArgumentError(
+                f"quantize={quantize!r} cannot be used. Expected True, False, or None: True for "
+                "targets in bytes and False for a sparsity."
+            )
+        if isinstance(bits, bool) or bits not in (8, 4):
+            raise ArgumentError(f"bits={bits!r} cannot be used. Expected 8 or 4.")
+        selection = KernelSelection.of(model, include, exclude).check(model)
+        selection.check_sparsity(model, target.sparsity)
+        kernels = selection.kernels(model)
+        check_constraints(kernels)
+        check_weights(model)
+        return cls(
+            model=model,
+            selection=selection,
+            kernels=kernels,
+            target=target,
+            group=group,
+            quantize=bool(quantize),
+            bits=int(bits),
+        )
+
+    @property
+    def groupings(self) -> dict[str, Grouping]:
+        """How the kernels are cut, by path."""
+        return {kernel.path: kernel.grouping(self.group) for kernel in self.kernels}
+
+    def plan(self, scores: Sequence[np.ndarray]) -> CompressionPlan:
+        """The plan that prunes the groups of lowest score until the target is met.
+
+        Args:
+            scores: For every kernel one score per group.
+
+        Raises:
+            TargetError: If it cannot be met.
+            ExportError: If the target is in bytes and the model cannot be converted.
+        """
+        sizes = [grouping.sizes for grouping in self.groupings.values()]
+        ranking = ranks.Ranking(scores, sizes)
+        if self.target.sparsity is not None:
+            _, elements = count_weights(self.model)
+            with self.selection.explained():
+                live = ranking.live(Budget(self.target.sparsity, elements, sizes).wanted)
+        else:
+            with self.selection.explained():
+                live = self._within_bytes(ranking)
+        return self.plan_from_live(live)
+
+    def plan_from_live(self, live: Sequence[np.ndarray]) -> CompressionPlan:
+        """The plan in which some groups live, quantized or kept as requested."""
+        storage = Storage(self.group, default_bits=self.bits)
+        return storage.plan_from_live(self.kernels, live, self.quantize)
+
+    def _within_bytes(self, ranking: ranks.Ranking) -> list[np.ndarray]:
+        kind, value = self.target.kind, self.target.value
+        predicted = _FileBytes(self)
+        share = 1.0 - size_costs.MARGINS[kind]
+        live, reached = ranking.least_pruned(lambda one: predicted(one) <= value * share)
+        if not reached:
+            stored = "integers" if self.quantize else "floats"
+            name = f"Target({kind}={value:,.0f})".replace(",", "_")
+            raise TargetError(
+                f"{name} cannot be reached: with every kernel pruned to its last group and stored "
+                f"as {stored}, the file would have about {math.ceil(predicted(live) / share):,} "
+                "bytes. Expected at least that many."
+            )
+        return live
+
+
+class _FileBytes:
+    """Predicts the bytes of the file that a request's plan would be exported to."""
+
+    def __init__(self, request: PlanRequest):
+        self._request = request
+        self._sizes = size_costs.size_model_for(request.model, request.target)
+        self._field = "raw" if request.target.kind == "tflite_bytes" else "gzip"
+        self._bits = {
+            kernel.path: request.bits
+            for kernel in request.kernels
+            if ranks.survivors(kernel, request.quantize) == Operation.QUANTIZE
+        }
+
+    def __call__(self, live: Sequence[np.ndarray]) -> float:
+        values = dict(self._values(live))
+        return float(getattr(self._sizes.file_size(values, self._bits), self._field))
+
+    def _values(self, live: Sequence[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+        groupings = self._request.groupings
+        for kernel, alive in zip(self._request.kernels, live, strict=True):
+            mask = groupings[kernel.path].expand_numpy(alive)
+            matrix = np.where(mask, kernel.matrix(), 0.0).astype(np.float32)
+            yield kernel.path, kernel.spec.from_matrix_numpy(matrix, kernel.shape)
+
+
+def _target(target: Target | None, sparsity: float | None) -> Target:
+    """The one of the two that was given."""
+    if (target is None) == (sparsity is None):
+        raise ArgumentError(
+            f"Received target={target!r} and sparsity={sparsity!r}. Expected exactly one of them: "
+            "sparsity=0.8, or target=rls.Target(tflite_bytes=50_000)."
+        )
+    if target is None:
+        return Target(sparsity=sparsity)
+    if not isinstance(target, Target):
+        raise ArgumentError(
+            f"target={target!r} is a {type(target).__name__}. Expected a Target, for example "
+            "rls.Target(tflite_bytes=50_000), or sparsity=0.8."
+        )
+    if target.needs_channels:
+        raise ArgumentError(
+            f"Target({target.kind}={target.value:g}) is met by removing whole channels, which the "
+            "baselines do not. Expected a sparsity or bytes; a search for the target evaluates the "
+            "heuristics for channels first, and rl_sparsity_tf.compare runs them."
+        )
+    if target.kind == "max_accuracy_drop":
+        raise ArgumentError(
+            f"Target(max_accuracy_drop={target.value:g}) is met by trying files of several sizes, "
+            "which only a search does. Expected a sparsity or bytes: Target(tflite_bytes=...) with "
+            "the bytes of the file that a search found makes a baseline comparable to it."
+        )
+    return target

@@ -1,0 +1,1 @@
+"""Which channels are one; shrink, permute, count, predict latency."""

@@ -1,0 +1,218 @@
+"""What a network costs by how many of its channels live: weights, multiplications, bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tf_keras as keras
+
+from rl_sparsity_tf.channels.graph import ChannelGraph, PlacedStep
+from rl_sparsity_tf.channels.groups import check_graph
+from rl_sparsity_tf.channels.steps import Depthwise, Mix
+from rl_sparsity_tf.channels.units import ChannelUnit
+from rl_sparsity_tf.errors import TargetError
+from rl_sparsity_tf.export.size_model import SizeModel
+from rl_sparsity_tf.layers.kernels import Kernel, find_kernels
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChannelCounts:
+    """How many channels lie along something, by the shares of the units' channels that live.
+
+    Attributes:
+        fixed: Channels that stay, shape `(things,)`.
+        shares: Channels of every unit, shape `(units, things)`.
+    """
+
+    fixed: np.ndarray
+    shares: np.ndarray
+
+    @classmethod
+    def of(cls, channels: Sequence[np.ndarray], units: Sequence[ChannelUnit]) -> ChannelCounts:
+        """Counts the channels of tensors, given as the graph's numbers."""
+        shares = np.zeros((len(units), len(channels)))
+        for index, unit in enumerate(units):
+            if unit.frozen is None:
+                shares[index] = [np.isin(some, unit.numbers).sum() for some in channels]
+        return cls(np.array([len(some) for some in channels]) - shares.sum(0), shares)
+
+    def __call__(self, live: np.ndarray) -> np.ndarray:
+        """The counts; any number of leading axes.
+
+        Args:
+            live: Share of every unit's channels that lives, shape `(..., units)`.
+        """
+        return self.fixed + live @ self.shares
+
+
+class ChannelCosts:
+    """The cost of every kernel as a product of the channels it reads and makes.
+
+    Args:
+        model: The plain model; its images have fixed sizes if multiplications are asked for.
+        graph: Its channels.
+        units: What is decided together.
+
+    Attributes:
+        taps: Weights of every kernel per pair of channels (depthwise: per channel).
+    """
+
+    def __init__(self, model: keras.Model, graph: ChannelGraph, units: Sequence[ChannelUnit]):
+        self._places = [p for p in graph.placed if isinstance(p.step, Mix | Depthwise)]
+        self._units = list(units)
+        self._inputs = ChannelCounts.of([graph.channels[p.inputs[0]] for p in self._places], units)
+        self._outputs = ChannelCounts.of(
+            [graph.channels[p.outputs[0]] for p in self._places], units
+        )
+        self._depthwise = np.array([isinstance(p.step, Depthwise) for p in self._places], bool)
+        self.paths = [f"{p.path}/{p.step.kernel}" for p in self._places]  # type: ignore[attr-defined]
+        kernels = {kernel.path: kernel for kernel in find_kernels(model)}
+        followed = set(self.paths)
+        self._others = [kernel for path, kernel in kernels.items() if path not in followed]
+        self.taps = np.array([_taps(place) for place in self._places])
+        self._owners = np.full(len(self._places), -1)
+        for index, unit in enumerate(units):
+            for member in unit.members:
+                if member.kernel.path in followed and member.kernel.spec.exports_int8:
+                    self._owners[self.paths.index(member.kernel.path)] = index
+
+    def _products(self, live: np.ndarray) -> np.ndarray:
+        """Pairs of channels of every kernel (depthwise: channels), shape `(..., kernels)`."""
+        made = self._outputs(live)
+        return np.where(self._depthwise, made, self._inputs(live) * made)
+
+    def weights(self, live: np.ndarray) -> np.ndarray:
+        """Weights of all kernels, shape `(...)`."""
+        others = sum(kernel.size for kernel in self._others)
+        return self._products(live) @ self.taps + others
+
+    def macs(self, live: np.ndarray) -> np.ndarray:
+        """Multiply-accumulates of one example, shape `(...)`."""
+        others, places = self._computed
+        return self._products(live) @ (self.taps * places) + others
+
+    @functools.cached_property
+    def _computed(self) -> tuple[int, np.ndarray]:
+        """Multiplications in kernels that are not followed, and how often others are used."""
+        others = sum(k.size * _positions(k.layer, "input") for k in self._others)
+        sides = [
+            "input" if "Transpose" in type(p.step.layer).__name__ else "output"
+            for p in self._places
+        ]
+        layers = [place.step.layer for place in self._places]
+        return others, np.array([_positions(*pair) for pair in zip(layers, sides, strict=True)])
+
+    def bytes(self, sizes: SizeModel, kind: str) -> FileBytes:
+        """The bytes of the file.
+
+        Args:
+            sizes: The size model of the dense model.
+            kind: `"tflite_bytes"` or `"gzip_bytes"`.
+        """
+        return FileBytes(self, sizes, kind, {k.path: k for k in self._kernels()})
+
+    def _kernels(self) -> list[Kernel]:
+        return [m.kernel for unit in self._units for m in unit.members]
+
+
+class FileBytes:
+    """The bytes of a file without its dead channels, every tensor dense.
+
+    Args:
+        costs: Counts the weights.
+        sizes: The size model of the dense model.
+        kind: `"tflite_bytes"` or `"gzip_bytes"`.
+        kernels: The kernels by path.
+    """
+
+    def __init__(
+        self, costs: ChannelCosts, sizes: SizeModel, kind: str, kernels: Mapping[str, Kernel]
+    ):
+        self._costs = costs
+        values = {path: kernel.value() for path, kernel in kernels.items()}
+        field = "raw" if kind == "tflite_bytes" else "gzip"
+
+        def stored(bits: int) -> np.ndarray:
+            found = []
+            for path in costs.paths:
+                if path not in kernels:
+                    found.append(0.0)
+                    continue
+                integers = bits == 8 and kernels[path].spec.exports_int8
+                size = sizes.kernel_size(path, values[path], 8 if integers else 32)
+                found.append(float(getattr(size, field)))
+            return np.array(found)
+
+        self._floats, self._integers = stored(32), stored(8)
+        whole = np.ones(len(costs._units))
+        self._pairs = costs._products(whole)
+        total = float(getattr(sizes.file_size(values, {}), field))
+        self._fixed = total - self._floats.sum()
+
+    def __call__(self, live: np.ndarray, integers: np.ndarray) -> np.ndarray:
+        """Bytes of the file.
+
+        Args:
+            live: Share of every unit's channels that lives, shape `(..., units)`.
+            integers: Whether a unit's kernels are stored as integers, shape `(units,)`.
+        """
+        owners = self._costs._owners
+        chosen = (owners >= 0) & integers[owners]
+        each = np.where(chosen, self._integers, self._floats)
+        return self._fixed + (self._costs._products(live) / self._pairs) @ each
+
+
+def _taps(place: PlacedStep) -> int:
+    kernel = getattr(place.step.layer, place.step.kernel)  # type: ignore[attr-defined]
+    if isinstance(place.step, Depthwise):
+        return math.prod(int(size) for size in kernel.shape[:-2])
+    assert isinstance(place.step, Mix)
+    inputs, outputs = place.step.matrices().shape[1:]
+    return math.prod(int(size) for size in kernel.shape) // (inputs * outputs)
+
+
+def _positions(layer: Any, side: str) -> int:
+    """Places of a layer's input or output at which its kernel is used, per example.
+
+    Raises:
+        TargetError: If there is no fixed number of them.
+    """
+    try:
+        shape = getattr(layer, f"{side}_shape")
+    except AttributeError:  # called several times, at shapes that differ
+        shape = getattr(layer, f"get_{side}_shape_at")(0)
+    shape = shape[0] if isinstance(shape, list) else shape
+    if any(size is None for size in shape[1:-1]):
+        raise TargetError(
+            f"The layer {layer.name!r} has an {side} of shape {shape}, so that its multiplications "
+            "cannot be counted. Expected a model whose images or sequences have a fixed size: "
+            "build it with Input(shape=(height, width, channels))."
+        )
+    return math.prod(shape[1:-1])
+
+
+def count_macs(model: keras.Model) -> int:
+    """Counts the multiply-accumulates of one example in a model's kernels.
+
+    Those of dense, convolutional and depthwise layers are exact; a recurrent layer counts its
+    kernels once per time step.
+
+    Args:
+        model: A built, plain `tf_keras` model with a graph.
+
+    Raises:
+        ModelError: If the model is not built, is wrapped, or has no graph.
+        TargetError: If the sizes of its images or sequences are not fixed.
+
+    Example:
+        >>> count_macs(small) / count_macs(model)
+        0.49
+    """
+    check_graph(model, "count_macs")
+    costs = ChannelCosts(model, ChannelGraph(model), [])
+    return int(costs.macs(np.zeros(0)))

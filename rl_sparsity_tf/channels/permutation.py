@@ -1,0 +1,370 @@
+r"""Looks for an order of channels in which blocks or N:M patterns keep more magnitude.
+
+The search is that of Pool and Yu 2021, "Channel permutations for N:M sparsity" (NeurIPS 34): greedy
+swaps of two channels, and jumps out of local optima that are taken back unless they pay. For blocks
+it needs a threshold. Be \(s_g\) the sum of squares of block g: the sum of the K largest blocks is
+the least value over t of \(K t + \sum_g \max(0, s_g - t)\), so that with t held at the K-th largest
+the blocks are independent of each other, as they are under a pattern. In both cases what a place in
+a block gains by a channel with the square w is \(\max(T, w)\) up to a constant: T is the N-th
+largest of the others in the block, or what the others lack to the threshold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from rl_sparsity_tf.errors import ArgumentError, check_choice
+from rl_sparsity_tf.layers.groups import PATTERNS, Grouping
+from rl_sparsity_tf.layers.masks import select_live
+
+PERMUTED = ("block4", "block16", *PATTERNS)
+"""What channels can be permuted for."""
+
+_SPARSITY = 0.8
+# Work is bounded in numbers looked at, not in time, so that the result depends on the seed alone.
+_NUMBERS = 2**18  # of a place's candidates at once; above it, columns are sampled
+_WORK = 2**31  # per group of channels
+_OVERHEAD = 2**10  # what a row of few numbers takes as long as
+_JUMPS = 60
+_TRIES = 16
+_LEAST_GAIN = 1e-9
+_ROUNDING = 1e-12
+_TINY = 1e-300
+
+
+def squares_of(matrix: np.ndarray) -> np.ndarray:
+    """The squares of a matrix in double precision."""
+    return np.square(matrix, dtype=np.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """What a matrix will be pruned to. Matrices are of squares here.
+
+    Attributes:
+        group: One of [PERMUTED][].
+        sparsity: Share of weights pruned by blocks; 0 for patterns.
+    """
+
+    group: str
+    sparsity: float
+
+    @classmethod
+    def of(cls, group: str, sparsity: float | None) -> Goal:
+        """Checks the arguments that say so.
+
+        Raises:
+            ArgumentError: If one cannot be used.
+        """
+        check_choice("group", group, PERMUTED)
+        if group in PATTERNS:
+            if sparsity is not None:
+                raise ArgumentError(
+                    f"sparsity={sparsity!r} was given with group={group!r}. Expected no sparsity: "
+                    "the pattern says how much is pruned."
+                )
+            return cls(group, 0.0)
+        if sparsity is None:
+            return cls(group, _SPARSITY)
+        number = isinstance(sparsity, int | float | np.number) and not isinstance(sparsity, bool)
+        if not number or not 0.0 < sparsity < 1.0:
+            raise ArgumentError(
+                f"sparsity={sparsity!r} cannot be used. Expected a number above 0 and below 1: the "
+                "share of weights that will be pruned by blocks."
+            )
+        return cls(group, float(sparsity))
+
+    def __str__(self) -> str:
+        return self.group if self.group in PATTERNS else f"{self.group}, {self.sparsity:.0%} pruned"
+
+    def kept(self, squares: np.ndarray) -> float:
+        """Share of their sum that stays."""
+        grouping = Grouping(self.group, *squares.shape)
+        total = squares.sum()
+        live = grouping.largest(squares) if grouping.pattern else self._live(squares, grouping)
+        return float((squares * grouping.expand_numpy(live)).sum() / total) if total > 0 else 1.0
+
+    def _live(self, squares: np.ndarray, grouping: Grouping) -> np.ndarray:
+        # As rules.prune_by_magnitude does, without the roots.
+        wanted = int(np.ceil(round(self.sparsity * squares.size, 6)))
+        means = grouping.sum_numpy(squares) / grouping.sizes
+        return select_live(means, grouping.sizes, wanted)
+
+    def threshold(self, squares: np.ndarray) -> float:
+        """The least mean square of the blocks that stay (t above); patterns have none."""
+        grouping = Grouping(self.group, *squares.shape)
+        if grouping.pattern:
+            return 0.0
+        means = grouping.sum_numpy(squares) / grouping.sizes
+        return float(means[self._live(squares, grouping)].min())
+
+    def value(self, squares: np.ndarray, threshold: float) -> float:
+        """What is kept, as far as it depends on the order with the threshold held."""
+        grouping = Grouping(self.group, *squares.shape)
+        if grouping.pattern:
+            return self.kept(squares)
+        beyond = grouping.sum_numpy(squares) - threshold * grouping.sizes
+        return float(np.maximum(beyond, 0.0).sum() / max(squares.sum(), _TINY))
+
+    def limits(self, squares: np.ndarray, threshold: float) -> np.ndarray:
+        """What the square in every place must pass to add to what is kept (T above)."""
+        grouping = Grouping(self.group, *squares.shape)
+        if grouping.pattern:
+            blocks = grouping.in_blocks(squares)
+            ordered = -np.sort(-blocks, axis=1)
+            ordered = np.pad(ordered, [(0, 0), (0, 1), (0, 0)])
+            most = grouping.most[:, None]
+            last, following = (
+                np.take_along_axis(ordered, most + offset, axis=1) for offset in (-1, 0)
+            )
+            limits = np.where(blocks >= last, following, last)
+            return limits.reshape(-1, squares.shape[1])[: len(squares)]
+        lacking = threshold * grouping.sizes - grouping.sum_numpy(squares)
+        return grouping.expand_numpy(lacking) + squares
+
+
+def rows_of(channels: np.ndarray, numbers: np.ndarray, rows: int) -> np.ndarray:
+    """Rows of a kernel's matrix that read channels: shape `(views, channels)`, -1 for none.
+
+    A view is one position of the kernel, and one of the occurrences of a channel (Flatten has a
+    channel once for every place).
+    """
+    places = [np.flatnonzero(channels == number) for number in numbers]
+    table = np.full((max(map(len, places)), len(numbers)), -1)
+    for column, found in enumerate(places):
+        table[: len(found), column] = found
+    starts = np.arange(0, rows, len(channels))[:, None, None]
+    return np.where(table < 0, -1, table + starts).reshape(-1, len(numbers))
+
+
+class Reader:
+    """A kernel that reads the channels of a group.
+
+    Args:
+        squares: The squares of its matrix.
+        rows: Its rows that read the channels, see [rows_of][].
+        goal: What it will be pruned to.
+        rng: Samples its columns.
+        size: Number of channels.
+    """
+
+    def __init__(
+        self,
+        squares: np.ndarray,
+        rows: np.ndarray,
+        goal: Goal,
+        rng: np.random.Generator,
+        size: int,
+    ):
+        self._squares, self._rows, self._goal = squares, rows, goal
+        self._scale = 1.0 / max(float(squares.sum()), _TINY)
+        of = Grouping(goal.group, *squares.shape)
+        block = of.pattern[1] if of.pattern else of.block
+        places = np.where(rows >= 0, rows // block, -1)
+        # Views whose blocks divide the channels in the same way are looked at together.
+        ways: dict[bytes, list[int]] = {}
+        for view, some in enumerate(places):
+            ways.setdefault(np.unique(some, return_inverse=True)[1].tobytes(), []).append(view)
+        most = max(1, _NUMBERS // size)
+        total = rows.shape[0] * squares.shape[1]
+        chosen = np.arange(total) if total <= most else rng.choice(total, most, replace=False)
+        views, outputs = np.divmod(chosen, squares.shape[1])
+        self.parts = []
+        for some in ways.values():
+            mine = np.isin(views, some)
+            same = places[some[0]][:, None] == places[some[0]]
+            if mine.any() and not same.all():
+                self.parts.append((rows[views[mine]].T, outputs[mine], same))
+
+    def reordered(self, order: np.ndarray) -> np.ndarray:
+        """The squares when channel `order[i]` goes to place i."""
+        squares = self._squares.copy()
+        there = self._rows >= 0
+        squares[self._rows[there]] = self._squares[self._rows[:, order][there]]
+        return squares
+
+    def kept(self, order: np.ndarray) -> float:
+        """Share of magnitude kept."""
+        return self._goal.kept(self.reordered(order))
+
+    def values(self) -> list[np.ndarray]:
+        """For every part the channels' squares in its columns."""
+        return [self._at(self._squares, *part) for part in self.parts]
+
+    def threshold(self, order: np.ndarray) -> float:
+        """See [Goal][]."""
+        return self._goal.threshold(self.reordered(order))
+
+    def value(self, order: np.ndarray, threshold: float) -> float:
+        """See [Goal][]."""
+        return self._goal.value(self.reordered(order), threshold)
+
+    def limits(self, order: np.ndarray, threshold: float) -> list[np.ndarray]:
+        """For every part what channels must pass in every place."""
+        limits = self._goal.limits(self.reordered(order), threshold)
+        return [self._at(limits, *part) for part in self.parts]
+
+    def _at(
+        self, matrix: np.ndarray, rows: np.ndarray, outputs: np.ndarray, _: np.ndarray
+    ) -> np.ndarray:
+        return np.where(rows >= 0, matrix[rows, outputs], 0.0) * self._scale
+
+
+class Search:
+    """Looks for an order of a group's channels.
+
+    Args:
+        readers: The kernels that read them.
+        alike: For every channel a number; only those of the same number can be exchanged.
+        rng: For the jumps.
+    """
+
+    def __init__(self, readers: Sequence[Reader], alike: np.ndarray, rng: np.random.Generator):
+        self.readers, self._rng = readers, rng
+        self._alike = alike
+        self._values = [reader.values() for reader in readers]
+        self._same = [part[2] for reader in readers for part in reader.parts]
+        self._touch = np.logical_or.reduce(self._same)
+        self._barred = alike[:, None] != alike
+        self._left = _WORK
+
+    def run(self) -> np.ndarray:
+        """The best order found in which no kernel keeps less than in the present one."""
+        identity = np.arange(len(self._alike))
+        if not self._same or self._barred[~np.eye(len(identity), dtype=bool)].all():
+            return identity
+        floor = self._kept(identity)
+        best, most = identity, floor.sum()
+
+        def consider(order: np.ndarray) -> None:
+            nonlocal best, most
+            kept = self._kept(order)
+            if (kept >= floor - _ROUNDING).all() and kept.sum() > most + _LEAST_GAIN:
+                best, most = order, kept.sum()
+
+        for start in self._starts():
+            consider(start)
+            consider(self._climb(start))
+        for _ in range(_JUMPS):
+            if self._left <= 0:
+                break
+            consider(self._climb(self._jump(best)))
+        return best
+
+    def _kept(self, order: np.ndarray) -> np.ndarray:
+        return np.array([reader.kept(order) for reader in self.readers])
+
+    def _starts(self) -> list[np.ndarray]:
+        """The present order, and one sorted by magnitude."""
+        weights = sum(part.sum(1) for parts in self._values for part in parts)
+        identity = np.arange(len(self._alike))
+        by_size = identity.copy()
+        for kind in np.unique(self._alike):
+            members = np.flatnonzero(self._alike == kind)
+            by_size[members] = members[np.argsort(-weights[members], kind="stable")]
+        return [identity, by_size]
+
+    def _jump(self, order: np.ndarray) -> np.ndarray:
+        """Swaps some channels at random."""
+        order = order.copy()
+        for _ in range(int(self._rng.integers(2, 7))):
+            one = int(self._rng.integers(len(order)))
+            others = np.flatnonzero(~self._barred[one])
+            other = int(self._rng.choice(others))
+            order[[one, other]] = order[[other, one]]
+        return order
+
+    def _climb(self, order: np.ndarray) -> np.ndarray:
+        """Swaps channels as long as that pays."""
+        most = self._kept(order).sum()
+        while self._left > 0:
+            thresholds = [reader.threshold(order) for reader in self.readers]
+            found = self._swap(order.copy(), thresholds)
+            kept = self._kept(found).sum()
+            if kept <= most + _LEAST_GAIN:
+                break
+            order, most = found, kept
+            if not any(thresholds):
+                break
+        return order
+
+    def _swap(self, order: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
+        """Swaps channels as long as that pays, with the thresholds held."""
+        tables = [np.empty((len(order), len(order))) for _ in self._same]
+        stale = np.arange(len(order))
+        value = self._value(order, thresholds)
+        while self._left > 0:
+            self._refresh(tables, stale, order, thresholds)
+            gains = self._gains(tables, order)
+            for pairs in (self._together(gains), *self._one_by_one(gains)):
+                tried = order.copy()
+                for one, other in pairs:
+                    tried[[one, other]] = tried[[other, one]]
+                found = self._value(tried, thresholds)
+                if found > value + _LEAST_GAIN:
+                    break
+            else:
+                return order
+            order, value = tried, found
+            touched = [self._touch[one] | self._touch[other] for one, other in pairs]
+            stale = np.flatnonzero(np.logical_or.reduce(touched))
+        return order
+
+    def _value(self, order: np.ndarray, thresholds: Sequence[float]) -> float:
+        pairs = zip(self.readers, thresholds, strict=True)
+        return sum(reader.value(order, threshold) for reader, threshold in pairs)
+
+    def _together(self, gains: np.ndarray) -> list[tuple[int, int]]:
+        """The best swaps, each in blocks of its own, so that the gains add up."""
+        gains = gains.copy()
+        pairs: list[tuple[int, int]] = []
+        while True:
+            one, other = map(int, np.unravel_index(np.argmax(gains), gains.shape))
+            self._left -= gains.size
+            if gains[one, other] <= _LEAST_GAIN:
+                return pairs
+            pairs.append((one, other))
+            touched = self._touch[one] | self._touch[other]
+            gains[touched], gains[:, touched] = 0.0, 0.0
+
+    def _one_by_one(self, gains: np.ndarray) -> Iterator[list[tuple[int, int]]]:
+        """The best swaps by themselves.
+
+        Where columns are sampled, or blocks reach over from one position of a kernel to the next,
+        gains are estimates, and those of several swaps may not add up.
+        """
+        upper = np.triu(gains, 1).ravel()
+        for flat in np.argsort(-upper, kind="stable")[:_TRIES]:
+            if upper[flat] <= 0.0:
+                return
+            one, other = divmod(int(flat), len(gains))
+            yield [(one, other)]
+
+    def _refresh(
+        self,
+        tables: list[np.ndarray],
+        places: np.ndarray,
+        order: np.ndarray,
+        thresholds: Sequence[float],
+    ) -> None:
+        """Computes what every channel is worth in some places, for every part."""
+        table = iter(tables)
+        for reader, values, threshold in zip(self.readers, self._values, thresholds, strict=True):
+            for value, limit in zip(values, reader.limits(order, threshold), strict=True):
+                rows = next(table)
+                for place in places:
+                    rows[place] = np.maximum(limit[place], value).sum(1)
+                self._left -= len(places) * (value.size + _OVERHEAD)
+
+    def _gains(self, tables: list[np.ndarray], order: np.ndarray) -> np.ndarray:
+        """What is gained by exchanging the channels of two places."""
+        gains = np.zeros((len(order), len(order)))
+        for table, same in zip(tables, self._same, strict=True):
+            there = table[:, order]
+            change = there + there.T - np.diag(there)[:, None] - np.diag(there)
+            gains += np.where(same, 0.0, change)
+        gains[self._barred] = 0.0
+        return gains

@@ -1,0 +1,1 @@
+"""What users pass to fit, checked: forms, labels, weights, metrics, data sets."""

@@ -1,0 +1,153 @@
+"""Plans that were evaluated, with the weights they were evaluated at."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tf_keras as keras
+
+from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.environment.reward import Outcome
+from rl_sparsity_tf.layers.kernels import walk
+from rl_sparsity_tf.layers.plan import CompressionPlan, KernelPlan
+from rl_sparsity_tf.layers.wrapper import unwrapped
+
+PROPOSED = -1
+"""The episode of plans that were evaluated before the first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A complete plan as the search found it.
+
+    Attributes:
+        plan: The plan; it meets the target.
+        weights: The recovered weights of every layer by path, before operations are applied.
+        outcome: Its outcome on validation data.
+        value: What the reward says of the finished network.
+        episode: The search episode that found it; -1 for a heuristic's plan, evaluated before.
+        proposed_by: Who did, e.g. `"dqn"`.
+    """
+
+    plan: CompressionPlan
+    weights: Mapping[str, list[np.ndarray]]
+    outcome: Outcome
+    value: float
+    episode: int
+    proposed_by: str
+
+    @classmethod
+    def of(
+        cls, network: CompressedNetwork, value: float, episode: int, proposed_by: str
+    ) -> Candidate:
+        """Takes what a network is at the end of an episode."""
+        weights = network.latent_weights()
+        return cls(network.plan, weights, network.outcome, value, episode, proposed_by)
+
+    @property
+    def found_by(self) -> str:
+        """Who proposed it, and when."""
+        if self.episode == PROPOSED:
+            return self.proposed_by
+        return f"{self.proposed_by}, episode {self.episode + 1}"
+
+    def put_weights(self, wrapped: keras.Model) -> None:
+        """Sets a wrapped model's layers to the candidate's weights."""
+        for path, layer in walk(wrapped):
+            unwrapped(layer).set_weights(self.weights[path])
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Arrays to save: everything as numbers and text, nothing pickled."""
+        arrays = {
+            f"weights:{index}:{path}": value
+            for path, values in self.weights.items()
+            for index, value in enumerate(values)
+        }
+        arrays["plan"] = np.array(self.plan.to_json())
+        arrays["layers"] = np.array(list(self.weights))
+        arrays["outcome"] = np.array(list(dataclasses.asdict(self.outcome).values()), np.float64)
+        arrays["value"] = np.array(self.value)
+        arrays["episode"] = np.array(self.episode)
+        arrays["proposed_by"] = np.array(self.proposed_by)
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], network: CompressedNetwork) -> Candidate:
+        """Reads what [to_arrays][] gave.
+
+        Args:
+            arrays: The arrays.
+            network: A network of the same model. The names of its layers may be others.
+
+        Raises:
+            ValueError: If they are no candidate of the network; also KeyError and TypeError.
+            PlanError: If they hold no plan.
+        """
+        shapes = {
+            path: [(weight.shape, weight.dtype) for weight in unwrapped(layer).get_weights()]
+            for path, layer in walk(network.model)
+        }
+        before = [str(path) for path in arrays["layers"].tolist()]
+        if len(before) != len(shapes):
+            raise ValueError(f"it has the weights of {len(before)} layers, not of {len(shapes)}")
+        weights: dict[str, list[np.ndarray]] = {}
+        for old, (path, wanted) in zip(before, shapes.items(), strict=True):
+            weights[path] = [arrays[f"weights:{index}:{old}"] for index in range(len(wanted))]
+            if [(value.shape, value.dtype) for value in weights[path]] != wanted:
+                raise ValueError(f"it has other weights for {path!r} than the model")
+        names = [field.name for field in dataclasses.fields(Outcome)]
+        figures: dict[str, Any] = dict(zip(names, arrays["outcome"].tolist(), strict=True))
+        if math.isnan(figures["progress"]):  # as None is saved
+            figures["progress"] = None
+        value = float(arrays["value"])
+        if not -1.0 <= value <= 1.0:
+            raise ValueError(f"it has the value {value}, which is not in [-1, 1]")
+        return cls(
+            plan=plan_of(str(arrays["plan"]), network),
+            weights=weights,
+            outcome=Outcome(**figures),
+            value=value,
+            episode=int(arrays["episode"]),
+            proposed_by=str(arrays["proposed_by"]),
+        )
+
+
+def plan_of(text: str, network: CompressedNetwork) -> CompressionPlan:
+    """Reads a plan of a network, whose layers may have had other names then.
+
+    Args:
+        text: The plan's JSON.
+        network: The network; how its kernels are cut and stored does not matter.
+
+    Raises:
+        ValueError: If it is of another network.
+        PlanError: If it is no plan.
+    """
+    plan = CompressionPlan.from_json(text)
+    entries = list(plan.kernels.values())
+    found = [(entry.shape, entry.layout) for entry in entries if isinstance(entry, KernelPlan)]
+    if found != [(kernel.shape, kernel.spec.layout) for kernel in network.kernels]:
+        raise ValueError("it has a plan of other kernels than the network's")
+    pairs = zip(entries, network.kernels, strict=True)
+    return CompressionPlan(dataclasses.replace(entry, path=one.path) for entry, one in pairs)
+
+
+def digests_of(array: np.ndarray) -> set[str]:
+    """The digests of plans that a checkpoint says were evaluated.
+
+    Raises:
+        ValueError: If they are none.
+    """
+    found = {bytes(one).decode("ascii") for one in array.tolist()} if array.ndim == 1 else {""}
+    if not all(len(one) == 64 for one in found) or array.dtype != np.dtype("S64"):
+        raise ValueError("the digests of its plans are none")
+    return found
+
+
+def is_better(value: float, outcome: Outcome, than: Candidate | None) -> bool:
+    """Whether a value is higher than a candidate's, or the same at a lower loss."""
+    return than is None or (value, -outcome.loss) > (than.value, -than.outcome.loss)

@@ -1,0 +1,273 @@
+"""The environment above the layers: an episode chooses layer after layer, each with its goal."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from rl_sparsity_tf.environment._tf_agents import array_spec, py_environment, types
+from rl_sparsity_tf.environment._tf_agents import time_step as ts
+from rl_sparsity_tf.environment.goals import (
+    FACTORS,
+    NEAR,
+    Goals,
+    density_of,
+    goals_of,
+    mean_density,
+    pressure,
+)
+from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
+from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.environment.reward import Reward, RewardFunction, bounded
+from rl_sparsity_tf.environment.selection_state import (
+    SELECTION_FEATURES,
+    SELECTION_STATE_SIZE,
+    SLOTS,
+    observe_selection,
+    portrait,
+)
+from rl_sparsity_tf.environment.snapshot import Snapshot
+from rl_sparsity_tf.errors import ArgumentError
+from rl_sparsity_tf.layers.operations import Operation
+
+PlayLayer = Callable[[str, float], Any]
+"""`(kernel_path, goal)`: decides every group of a kernel; what it returns is not looked at."""
+
+GOALS = len(FACTORS)
+ACTIONS = SLOTS * GOALS
+
+# Two buckets below the goal and two beyond: groups left over by a wall have where to go.
+_BUCKETS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class _State:
+    network: Snapshot
+    undecided: list[int]
+    current: ts.TimeStep
+
+
+class LayerSelectionEnvironment(py_environment.PyEnvironment):
+    """Compresses a network kernel by kernel: which comes next, and how much goes of it.
+
+    An episode decides every kernel once. The action is `slot * 5 + goal`: four slots hold the
+    smallest kernels that are still undecided, in the order of the network where they are equal;
+    the five goals are densities of 1/4, 1/2, 1, 2 and 4 times what the budget leaves on average
+    to the undecided kernels. So neither actions nor states depend on the network's size, and a
+    policy can be carried to another. Resetting goes back to the dense network.
+
+    The observation is a dict:
+
+    * `"state"`: float32 of shape `(SELECTION_STATE_SIZE,)`, see `describe_selection_state`;
+    * `"legal"`: int32 of shape `(20,)`, 1 for every action that is allowed: not those of empty
+      slots, of goals after which the others could not meet the target, nor of all but one of the
+      goals that come to the same. An illegal action is executed as the first legal one and
+      counted in `illegal_actions`.
+
+    Args:
+        network: The network being compressed.
+        reward: What an outcome is worth.
+        play_layer: Called as `play_layer(kernel_path, goal)` to decide the kernel chosen, `goal`
+            being the share of its weights to prune; [undecided][] are then those that come later.
+            By default the least salient groups are pruned to the goal and the others quantized,
+            where int8 can be stored.
+
+    Attributes:
+        illegal_actions: How many actions were not legal.
+
+    Raises:
+        ArgumentError: If the network is none, or `play_layer` cannot be called.
+
+    Example:
+        >>> env = LayerSelectionEnvironment(network)
+        >>> time_step = env.reset()
+        >>> time_step = env.step(2)  # the smallest kernel, pruned as the target asks on average
+    """
+
+    def __init__(
+        self,
+        network: CompressedNetwork,
+        *,
+        reward: RewardFunction | None = None,
+        play_layer: PlayLayer | None = None,
+    ):
+        super().__init__(handle_auto_reset=False)
+        if not isinstance(network, CompressedNetwork):
+            raise ArgumentError(
+                f"network={network!r} is a {type(network).__name__}. Expected a CompressedNetwork, "
+                "made of a model, its data and a target."
+            )
+        if play_layer is not None and not callable(play_layer):
+            raise ArgumentError(
+                f"play_layer={play_layer!r} cannot be called. Expected a function (kernel_path, "
+                "goal) that decides the kernel, or None."
+            )
+        self.network = network
+        self.reward: RewardFunction = reward if reward is not None else Reward()
+        self.play_layer: PlayLayer = play_layer or self._prune_to_goal
+        self.illegal_actions = 0
+        sizes = [kernel.size for kernel in network.kernels]
+        self._order = sorted(range(len(sizes)), key=lambda index: (sizes[index], index))
+        self.retarget()
+        self._undecided = list(self._order)
+        self._goals: list[Goals] = []
+        self._action_spec = array_spec.BoundedArraySpec(
+            (), np.int32, minimum=0, maximum=ACTIONS - 1, name="slot_and_goal"
+        )
+        self._observation_spec = {
+            "state": array_spec.BoundedArraySpec(
+                (SELECTION_STATE_SIZE,),
+                np.float32,
+                minimum=np.array([feature.low for feature in SELECTION_FEATURES], np.float32),
+                maximum=np.ones(SELECTION_STATE_SIZE, np.float32),
+                name="state",
+            ),
+            "legal": array_spec.BoundedArraySpec(
+                (ACTIONS,), np.int32, minimum=0, maximum=1, name="legal"
+            ),
+        }
+        self._reward_spec = array_spec.BoundedArraySpec(
+            (), np.float32, minimum=-1.0, maximum=1.0, name="reward"
+        )
+
+    def retarget(self) -> None:
+        """Follows the network to another budget, by which its kernels look different."""
+        self._portraits = [
+            portrait(self.network, index) for index in range(len(self.network.kernels))
+        ]
+        self.centre(None)
+
+    def centre(self, densities: Mapping[str, float] | None, near: bool = False) -> None:
+        """Puts the goals of every kernel around a plan's density, from the next reset on.
+
+        What was decided otherwise before is made up for by all that are left, in proportion.
+
+        Args:
+            densities: By kernel path; None for the same of all kernels.
+            near: Whether only densities near those are looked for.
+        """
+        self._factors = NEAR if near else FACTORS
+        self._reference: np.ndarray | None = None
+        if densities is not None:
+            kernels = self.network.kernels
+            self._reference = np.array([max(densities[k.path], 1.0 / k.size) for k in kernels])
+
+    def _density(self, index: int, mean: float) -> float:
+        if self._reference is None:
+            return mean
+        return density_of(self.network, index, self._undecided, mean, self._reference)
+
+    @property
+    def undecided(self) -> list[str]:
+        """Kernels that are still to be decided, the smallest first."""
+        return [self.network.kernels[index].path for index in self._undecided]
+
+    @property
+    def slots(self) -> list[str]:
+        """The kernels to choose from, four at most."""
+        return self.undecided[:SLOTS]
+
+    def action_spec(self) -> types.NestedArraySpec:
+        """A slot and a goal: a scalar int32 from 0 to 19."""
+        return self._action_spec
+
+    def observation_spec(self) -> types.NestedArraySpec:
+        """The state and the legal actions."""
+        return self._observation_spec
+
+    def reward_spec(self) -> types.NestedArraySpec:
+        """A float32 in [-1, 1]."""
+        return self._reward_spec
+
+    def goals(self, slot: int) -> list[float]:
+        """The shares to prune that the goals of a slot mean, hardest first.
+
+        Args:
+            slot: Number of a slot that holds a kernel.
+        """
+        return [self._goals[slot].share(level) for level in range(GOALS)]
+
+    def _reset(self) -> ts.TimeStep:
+        self.network.reset()
+        self._undecided = list(self._order)
+        return ts.restart(self._observe(), reward_spec=self._reward_spec)
+
+    def _step(self, action: types.NestedArray) -> ts.TimeStep:
+        if self._current_time_step is None or self._current_time_step.is_last():
+            return self.reset()
+        previous = self.network.outcome
+        legal = self._legal()
+        chosen = int(action)
+        if not legal[chosen]:
+            self.illegal_actions += 1
+            chosen = int(np.argmax(legal))
+        slot, level = divmod(chosen, GOALS)
+        path, goal = self.slots[slot], self._goals[slot].share(level)
+        del self._undecided[slot]
+        self.play_layer(path, goal)
+        if not self.network.decided[path].all():
+            raise ArgumentError(
+                f"play_layer({path!r}, {goal:g}) left "
+                f"{int((~self.network.decided[path]).sum())} groups undecided. Expected it to "
+                "decide them all, for example by playing a LayerEnvironment to its end."
+            )
+        outcome = self.network.outcome if self._undecided else self.network.finish()
+        reward = np.float32(bounded(self.reward, outcome, previous))
+        observation = self._observe()
+        if not self._undecided:
+            return ts.termination(observation, reward)
+        return ts.transition(observation, reward, discount=1.0)
+
+    def _prune_to_goal(self, path: str, goal: float) -> None:
+        layer = LayerEnvironment(
+            self.network,
+            path,
+            reward=self.reward,
+            buckets=_BUCKETS,
+            later=self.undecided,
+            evaluate=False,
+        )
+        layer.aim(goal)
+        layer.commit()
+        time_step, count = layer.reset(), layer.grouping.count
+        while not time_step.is_last():
+            legal = time_step.observation["legal"]
+            below = layer.bucket_span[0] * count + 0.5 < goal * count
+            wishes = [Operation.QUANTIZE, Operation.KEEP, Operation.PRUNE]
+            wishes = [Operation.PRUNE, *wishes] if below else wishes
+            operation = next(wish for wish in wishes if legal[wish])
+            time_step = layer.step(np.int32(operation))
+
+    def _legal(self) -> np.ndarray:
+        if not self._undecided:  # a mask has to allow something at the end of an episode, too
+            return np.ones(ACTIONS, np.int32)
+        legal = np.zeros((SLOTS, GOALS), np.int32)
+        for slot, goals in enumerate(self._goals):
+            legal[slot] = goals.legal
+        return legal.reshape(-1)
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        network, undecided = self.network, self._undecided
+        density = mean_density(network, undecided)
+        self._goals = [
+            goals_of(network, index, undecided, self._density(index, density), self._factors)
+            for index in undecided[:SLOTS]
+        ]
+        state = observe_selection(
+            network, self._portraits, undecided, density, pressure(network, undecided)
+        )
+        return {"state": state, "legal": self._legal()}
+
+    def get_state(self) -> Any:
+        """Everything needed to come back to this point of the episode with `set_state`."""
+        return _State(self.network.snapshot(), list(self._undecided), self._current_time_step)
+
+    def set_state(self, state: Any) -> None:
+        """Comes back to a point saved with `get_state`."""
+        self.network.restore(state.network)
+        self._undecided = list(state.undecided)
+        self._current_time_step = state.current
+        self._observe()

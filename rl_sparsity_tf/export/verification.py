@@ -1,0 +1,321 @@
+"""Checks that a .tflite file does what the Keras model does, in LiteRT with and without XNNPACK."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from rl_sparsity_tf.errors import VerificationError
+from rl_sparsity_tf.export.matching import MatchedTensor, could_hold
+from rl_sparsity_tf.tflite.reading import FlatTensor
+from rl_sparsity_tf.tflite.worker import ConversionWorker, WorkerError
+
+# Rows run one by one; each is a call of its own.
+_SINGLE_ROWS = 4
+# Float32 sums in another order differ by some units in the last place of the largest value, which
+# an output of narrow range around a large value must be allowed.
+_RANGE_FLOOR = 0.1
+_FLOAT_BITS = 32
+# The same call in two interpreters, which do the same sums in the same order.
+_REPEATED = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """How far a file may be from its Keras model.
+
+    Attributes:
+        difference: Largest allowed absolute difference, relative to the output's range.
+        top1: Share of rows with the same largest output that is enough where `judge_difference`
+            is false, among the rows whose largest two outputs differ by more than twice the
+            tolerated difference (any other row may turn either way by rounding alone), or among
+            all rows if there are none of those.
+        judge_difference: Whether the difference has to be within its bound in any case. If not,
+            an output with a top-1 may pass by that instead.
+    """
+
+    difference: float
+    top1: float
+    judge_difference: bool = True
+
+
+TOLERANCES = {
+    "none": Tolerance(difference=1e-4, top1=0.99),
+    "float16": Tolerance(difference=1e-2, top1=0.99),
+    "plan": Tolerance(difference=5e-2, top1=0.98),
+    # 15 levels instead of 255 in a kernel.
+    "plan4": Tolerance(difference=0.5, top1=0.9),
+    "dynamic": Tolerance(difference=0.1, top1=0.95),
+    # Calibration clips what its rows did not reach: only the ranking is promised.
+    "int8": Tolerance(difference=0.25, top1=0.9, judge_difference=False),
+    "int4": Tolerance(difference=0.5, top1=0.9, judge_difference=False),
+}
+
+
+def tolerance_for(quantization: str, compute: str, bits: int) -> Tolerance:
+    """How far a file may be from Keras by default.
+
+    Args:
+        quantization: The mode of the export.
+        compute: How the kernels that a plan quantizes compute.
+        bits: The fewest bits of a kernel, 32 if none is quantized.
+    """
+    if quantization != "plan" or compute == "weight_only" or bits == _FLOAT_BITS:
+        mode = "plan4" if (quantization, bits) == ("plan", 4) else quantization
+    elif compute == "static":
+        mode = "int4" if bits == 4 else "int8"
+    else:
+        mode = "plan4" if bits == 4 else "dynamic"
+    return TOLERANCES[mode]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """What was measured between a file and its Keras model.
+
+    Attributes:
+        max_abs_difference: Largest absolute difference, of the output where it is largest relative
+            to its range.
+        output_range: That output's largest minus smallest value in Keras.
+        top1_agreement: Share of rows with the same largest output; None if no output is a matrix
+            with more than one column.
+    """
+
+    max_abs_difference: float
+    output_range: float
+    top1_agreement: float | None
+
+
+def verify_outputs(
+    worker: ConversionWorker,
+    path: str | os.PathLike[str],
+    inputs: Sequence[np.ndarray],
+    expected: Sequence[np.ndarray],
+    tolerance: Tolerance,
+    batch_size: int | None = None,
+) -> Agreement:
+    """Runs a file with and without XNNPACK, row by row and in one batch, and compares.
+
+    Args:
+        worker: The conversion process.
+        path: The .tflite file.
+        inputs: One array of rows per input.
+        expected: Keras's outputs for them.
+        tolerance: What is allowed.
+        batch_size: The file's fixed batch size, if it has one.
+
+    Returns:
+        The worst agreement over all runs.
+
+    Raises:
+        VerificationError: If the file does not run, gives NaN, or differs by more than allowed.
+    """
+    worst: Agreement | None = None
+    rows = len(inputs[0])
+    # With a fixed batch size both runs would be the same one.
+    sizes = [(1, min(rows, _SINGLE_ROWS)), (rows, rows)] if batch_size is None else [(rows, rows)]
+    for xnnpack in (True, False):
+        for batch, count in sizes:
+            how = f"{'with' if xnnpack else 'without'} XNNPACK, batch size {batch_size or batch}"
+            try:
+                outputs = worker.run(
+                    path, [array[:count] for array in inputs], batch_size=batch, xnnpack=xnnpack
+                )
+            except WorkerError as error:
+                raise VerificationError(
+                    f"The exported file does not run in LiteRT ({how}): {_one_line(error.detail)} "
+                    "Choose another quantization, or quantization='none'."
+                ) from error
+            wanted = [array[:count] for array in expected]
+            worst = _worse(worst, compare_outputs(outputs, wanted, tolerance, how))
+    assert worst is not None
+    return worst
+
+
+def verify_calls(
+    worker: ConversionWorker,
+    path: str | os.PathLike[str],
+    inputs: Sequence[np.ndarray],
+    batch_size: int | None = None,
+) -> None:
+    """Checks that no call of a file depends on those before it, with and without XNNPACK.
+
+    Two calls are made in turns, twice each, by one interpreter that is not reset, and by fresh
+    ones.
+
+    Args:
+        worker: The conversion process.
+        path: The .tflite file.
+        inputs: One array of rows per input; the first and the last rows are taken.
+        batch_size: The file's fixed batch size, if it has one.
+
+    Raises:
+        VerificationError: If a call gives something else than the same call alone.
+    """
+    size = batch_size or 1
+    first, second = ([part[:size] for part in inputs], [part[-size:] for part in inputs])
+    for xnnpack in (True, False):
+        alone = [worker.run(path, one, batch_size=size, xnnpack=xnnpack) for one in (first, second)]
+        rows = [np.concatenate([a, b, a, b]) for a, b in zip(first, second, strict=True)]
+        outputs = worker.run(path, rows, batch_size=size, xnnpack=xnnpack, reset=False)
+        for index, found in enumerate(outputs):
+            wanted = np.concatenate([part[index] for part in alone] * 2)
+            if not np.allclose(found, wanted, rtol=_REPEATED, atol=0.0, equal_nan=True):
+                difference = float(np.max(np.abs(found.astype(np.float64) - wanted)))
+                raise VerificationError(
+                    f"Output {index} of the exported file depends on the calls before: the same "
+                    f"rows differ by up to {difference:.3g} from what a fresh interpreter gives. "
+                    "Expected a file that starts from zero at every call. Pass unroll=True, or "
+                    "stateful=True if the state is to be kept."
+                )
+
+
+def compare_outputs(
+    outputs: Sequence[np.ndarray], expected: Sequence[np.ndarray], tolerance: Tolerance, how: str
+) -> Agreement:
+    """Compares a file's outputs with Keras's.
+
+    Args:
+        outputs: The file's, one array per output.
+        expected: Keras's.
+        tolerance: What is allowed.
+        how: How the file was run, for messages.
+
+    Raises:
+        VerificationError: If a value is NaN or they differ by more than allowed.
+    """
+    if [array.shape for array in outputs] != [array.shape for array in expected]:
+        raise VerificationError(
+            f"The exported file ({how}) gives outputs of the shapes "
+            f"{[array.shape for array in outputs]}, Keras {[array.shape for array in expected]}. "
+            "Export again; if it stays so, the model uses an operation that TFLite computes "
+            "differently."
+        )
+    worst: Agreement | None = None
+    for index, (output, wanted) in enumerate(zip(outputs, expected, strict=True)):
+        output, wanted = output.astype(np.float64), wanted.astype(np.float64)
+        if not np.isfinite(wanted).all():
+            raise VerificationError(
+                f"The Keras model's own output {index} contains NaN or infinite values on the "
+                "sample inputs, so nothing can be compared. Pass representative_data that the "
+                "model was made for, or repair its weights."
+            )
+        if np.isnan(output).any():
+            raise VerificationError(
+                f"Output {index} of the exported file contains NaN ({how}), Keras's does not. "
+                "Choose another quantization."
+            )
+        difference = float(np.max(np.abs(output - wanted), initial=0.0))
+        extent = float(np.ptp(wanted)) if wanted.size else 0.0
+        scale = max(extent, _RANGE_FLOOR * float(np.max(np.abs(wanted), initial=0.0)), 1e-6)
+        close = difference <= tolerance.difference * scale
+        top1, misranked = None, ""
+        if wanted.ndim == 2 and wanted.shape[1] > 1:
+            top1, misranked = _top1(output, wanted, tolerance, scale)
+            # Within the tolerance no decided row can turn, so the difference alone decides, unless
+            # the ranking is all that is promised: then either will do, since a matrix may also be
+            # an autoencoder's output, several regressions or several labels.
+        ranked = top1 is not None and not misranked and not tolerance.judge_difference
+        if not close and not ranked:
+            raise VerificationError(
+                f"Output {index} of the exported file ({how}) differs from Keras by up to "
+                f"{difference:.3g}, {difference / scale:.3g} of the output range {scale:.3g}"
+                f"{misranked}. Expected at most {tolerance.difference:g} of it"
+                f"{_or_ranked(tolerance) if misranked else ''}. Give representative_data like the "
+                "data the model was trained on, choose another quantization, or pass a larger "
+                "tolerance= if that is good enough."
+            )
+        found = Agreement(max_abs_difference=difference, output_range=scale, top1_agreement=top1)
+        worst = _worse(worst, found)
+    assert worst is not None
+    return worst
+
+
+def verify_zeros(
+    kernels: Mapping[str, np.ndarray],
+    matches: Mapping[str, Sequence[MatchedTensor]],
+    tensors: Sequence[FlatTensor],
+) -> list[str]:
+    """Checks that every weight that is zero in Keras is zero in the file.
+
+    Args:
+        kernels: Kernel values by path.
+        matches: The tensors that hold them.
+        tensors: All tensors of the file.
+
+    Returns:
+        Notes on kernels with zeros of which the file has nothing that could hold them.
+
+    Raises:
+        VerificationError: If a zero was lost, or a kernel's zeros cannot be found although a tensor
+            could hold them.
+    """
+    notes = []
+    taken = {id(match.tensor) for held in matches.values() for match in held}
+    for path, kernel in kernels.items():
+        zeros = int(kernel.size - np.count_nonzero(kernel))
+        if not zeros:
+            continue
+        if not matches[path]:
+            free = [t for t in tensors if id(t) not in taken and could_hold(kernel, t)]
+            if free:
+                raise VerificationError(
+                    f"The kernel {path!r} has {zeros} zeros in Keras, and no tensor of the "
+                    f"exported file holds its values, though {free[0].name!r} has its shape: the "
+                    "zeros were lost. Choose another quantization."
+                )
+            notes.append(
+                f"{path}: not found in the file (the converter may have folded it into other "
+                f"constants), so its {zeros} zeros were not checked"
+            )
+            continue
+        lost = sum(
+            int(np.count_nonzero(match.values(kernel)[match.part(kernel) == 0]))
+            for match in matches[path]
+        )
+        if lost:
+            raise VerificationError(
+                f"{lost} of the {zeros} zeros of the kernel {path!r} are not zero in the exported "
+                f"file (tensor {matches[path][0].tensor.name!r}). Choose another quantization."
+            )
+    return notes
+
+
+def _top1(
+    output: np.ndarray, wanted: np.ndarray, tolerance: Tolerance, scale: float
+) -> tuple[float, str]:
+    """Returns the share of rows with the same largest value, and what to say if it is too small."""
+    same = np.argmax(output, axis=1) == np.argmax(wanted, axis=1)
+    ranked = np.sort(wanted, axis=1)
+    # Two outputs may each move by the tolerated difference before they change places.
+    decided = ranked[:, -1] - ranked[:, -2] > 2 * tolerance.difference * scale
+    rows, which = (same[decided], " that are clearly decided") if decided.any() else (same, "")
+    share = float(np.mean(rows))
+    if share >= tolerance.top1:
+        return float(np.mean(same)), ""
+    return float(np.mean(same)), (
+        f", and its largest value is Keras's in {share:.1%} of the {rows.size} rows{which}"
+    )
+
+
+def _or_ranked(tolerance: Tolerance) -> str:
+    return (
+        ""
+        if tolerance.judge_difference
+        else f", or the same largest value in {tolerance.top1:.1%} of the rows"
+    )
+
+
+def _worse(first: Agreement | None, second: Agreement) -> Agreement:
+    if first is None:
+        return second
+    top1 = [a.top1_agreement for a in (first, second) if a.top1_agreement is not None]
+    worst = max(first, second, key=lambda a: a.max_abs_difference / a.output_range)
+    return dataclasses.replace(worst, top1_agreement=min(top1, default=None))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()) or "it gave no reason."

@@ -1,0 +1,1 @@
+"""A Keras model and its kernels: groups, operations, plans; wrap and strip."""

@@ -1,0 +1,208 @@
+"""The four operations, as pure functions on kernels viewed as matrices.
+
+A kernel is viewed as a matrix of shape `(inputs, outputs)` and cut into groups by a
+[Grouping][rl_sparsity_tf.layers.groups.Grouping]. Its effective value is
+
+    quantize(mask * permute(W))
+
+with one decision per group. Everything here is vectorised, differentiable where that makes sense,
+and gives the same bits eagerly and inside a `tf.function`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from rl_sparsity_tf.layers.groups import Grouping
+
+
+class Operation(enum.IntEnum):
+    """What is done to one group of weights."""
+
+    KEEP = 0
+    """The group stays as it is, at full precision."""
+    PRUNE = 1
+    """The group's mask is 0."""
+    QUANTIZE = 2
+    """The group's weights are put on TFLite's symmetric integer grid."""
+    SHUFFLE = 3
+    """The group asks to swap contents with its neighbour along the inputs."""
+
+
+def stored_as_integers(operations: np.ndarray) -> bool:
+    """Whether a kernel is stored as integers: some group is quantized and none is kept."""
+    quantized = (operations == Operation.QUANTIZE).any()
+    return bool(quantized and not (operations == Operation.KEEP).any())
+
+
+def grid_groups(operations: np.ndarray) -> np.ndarray:
+    """Which groups are put on the integer grid.
+
+    The quantized ones; and in a kernel that is stored as integers, because no living group is
+    kept at full precision, every group.
+
+    Args:
+        operations: One operation per group.
+
+    Returns:
+        Booleans of the same shape.
+    """
+    if stored_as_integers(operations):
+        return np.ones(operations.shape, bool)
+    return operations == Operation.QUANTIZE
+
+
+def swaps_of(operations: np.ndarray, grouping: Grouping) -> np.ndarray:
+    """Finds which neighbours swap: pair `(2i, 2i+1)` does when exactly one of the two asks.
+
+    Args:
+        operations: One [Operation][] per group, shape `grouping.shape`.
+        grouping: How the kernel is cut.
+
+    Returns:
+        Booleans of shape `(grouping.pairs, outputs)`. A last group without a neighbour, or whose
+        neighbour is a shorter tail block, stays where it is.
+    """
+    asks = np.asarray(operations) == Operation.SHUFFLE
+    pairs = grouping.pairs
+    return asks[0 : 2 * pairs : 2] != asks[1 : 2 * pairs : 2]
+
+
+def permute(matrix: tf.Tensor, swaps: tf.Tensor, grouping: Grouping) -> tf.Tensor:
+    """Swaps the contents of neighbouring groups; its own inverse.
+
+    Args:
+        matrix: Kernel, shape `(inputs, outputs)`.
+        swaps: Booleans, shape `(grouping.pairs, outputs)`.
+        grouping: How the kernel is cut.
+
+    Returns:
+        A matrix of the same shape and dtype.
+    """
+    pairs, block = grouping.pairs, grouping.block
+    if pairs == 0:
+        return matrix
+    head_rows = 2 * pairs * block
+    head = tf.reshape(matrix[:head_rows], (pairs, 2, block, grouping.outputs))
+    swapped = tf.where(swaps[:, tf.newaxis, tf.newaxis, :], tf.reverse(head, axis=[1]), head)
+    swapped = tf.reshape(swapped, (head_rows, grouping.outputs))
+    if head_rows == grouping.inputs:
+        return swapped
+    return tf.concat([swapped, matrix[head_rows:]], axis=0)
+
+
+def mask_weights(matrix: tf.Tensor, mask: tf.Tensor, grouping: Grouping) -> tf.Tensor:
+    """Multiplies every group by its mask value; gradients of masked weights are masked too.
+
+    Args:
+        matrix: Kernel, shape `(inputs, outputs)`.
+        mask: Mask values, shape `grouping.shape`.
+        grouping: How the kernel is cut.
+
+    Returns:
+        A matrix of the same shape and dtype.
+    """
+    return matrix * grouping.expand(tf.cast(mask, matrix.dtype))
+
+
+def mask_weights_straight_through(
+    matrix: tf.Tensor, mask: tf.Tensor, logits: tf.Tensor, grouping: Grouping
+) -> tf.Tensor:
+    r"""Masks the groups, and lets gradients pass as if the mask were not there.
+
+    Forward: \(y = m \odot W\) with the hard mask \(m\). Backward:
+    \(\partial L/\partial W = \partial L/\partial y\), also where \(m = 0\) (the "dense shadow
+    weights" of Lin et al. 2020, "Dynamic model pruning with feedback", arXiv 2006.07253), and
+    \(\partial L/\partial \ell_g = \sum_{i \in g} W_i \, \partial L/\partial y_i\) for the logit of
+    group g (Bengio et al. 2013, arXiv 1308.3432), so that a pruned group can come back.
+
+    Args:
+        matrix: Kernel, shape `(inputs, outputs)`.
+        mask: Hard 0/1 mask, shape `grouping.shape`.
+        logits: One logit per group, shape `grouping.shape`; receives the mask's gradient.
+        grouping: How the kernel is cut.
+
+    Returns:
+        A matrix of the same shape and dtype.
+    """
+
+    @tf.custom_gradient
+    def masked(
+        weights: tf.Tensor, hard: tf.Tensor, _: tf.Tensor
+    ) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, None, tf.Tensor]]]:
+        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, None, tf.Tensor]:
+            return upstream, None, grouping.reduce_sum(upstream * weights)
+
+        return weights * grouping.expand(hard), gradient
+
+    return masked(matrix, tf.cast(mask, matrix.dtype), tf.cast(logits, matrix.dtype))
+
+
+def grid_scale(
+    matrix: tf.Tensor, levels: tf.Tensor, per_output: bool = True, gates: int = 1
+) -> tf.Tensor:
+    """The step of TFLite's symmetric grid: largest magnitude / levels.
+
+    Args:
+        matrix: Masked kernel, shape `(inputs, outputs)`.
+        levels: Largest integer of the grid, scalar: 127 for int8, 7 for int4. Pass a variable or an
+            input rather than a constant: graph optimisation turns a division by a constant into
+            a multiplication, which rounds differently.
+        per_output: One scale per output unit (convolutions, dense layers) or one per tensor.
+        gates: Tensors that lie side by side in the matrix, where there is one scale per tensor.
+
+    Returns:
+        Scales of shape `(1, outputs)` or `(1, 1)`; 0 where all weights are 0.
+    """
+    largest = tf.reduce_max(tf.abs(matrix), axis=0, keepdims=True)
+    if not per_output and gates > 1:
+        parts = tf.reshape(largest, (gates, -1))
+        parts = tf.broadcast_to(tf.reduce_max(parts, axis=1, keepdims=True), tf.shape(parts))
+        largest = tf.reshape(parts, tf.shape(largest))
+    elif not per_output:
+        largest = tf.reduce_max(largest, keepdims=True)
+    return largest / tf.cast(levels, matrix.dtype)
+
+
+def quantize(
+    matrix: tf.Tensor,
+    on_grid: tf.Tensor,
+    levels: tf.Tensor,
+    grouping: Grouping,
+    per_output: bool = True,
+    gates: int = 1,
+) -> tf.Tensor:
+    r"""Puts chosen groups on TFLite's symmetric integer grid, with a straight-through gradient.
+
+    Forward: \(s \cdot \mathrm{clip}(\mathrm{round}(W / s), -q, q)\) with \(q\) = `levels` and the
+    scale \(s\) taken over all weights of the scale's range, on the grid or not. Backward: identity.
+
+    Args:
+        matrix: Masked kernel, shape `(inputs, outputs)`.
+        on_grid: Booleans, shape `grouping.shape`: the groups to put on the grid.
+        levels: Largest integer of the grid, scalar (see [grid_scale][]).
+        grouping: How the kernel is cut.
+        per_output: One scale per output unit, or one per tensor.
+        gates: Tensors side by side in the matrix (see [grid_scale][]).
+
+    Returns:
+        A matrix of the same shape and dtype.
+    """
+    # Read outside: a custom gradient refuses trainable variables that are read inside it.
+    q = tf.cast(tf.convert_to_tensor(levels), matrix.dtype)
+
+    @tf.custom_gradient
+    def rounded(
+        weights: tf.Tensor,
+    ) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+        scale = grid_scale(weights, q, per_output, gates)
+        safe = tf.where(scale > 0, scale, tf.ones_like(scale))
+        integers = tf.clip_by_value(tf.round(weights / safe), -q, q)
+        chosen = grouping.expand(tf.cast(on_grid, weights.dtype)) > 0
+        return tf.where(chosen, integers * safe, weights), lambda upstream: upstream
+
+    return rounded(matrix)

@@ -1,0 +1,1 @@
+"""The search: episodes, finals, the run's folder, the result, comparisons."""

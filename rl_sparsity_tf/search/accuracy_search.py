@@ -1,0 +1,346 @@
+"""The smallest file that holds an accuracy: searches at several sizes, found by bisection."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from rl_sparsity_tf.allocation.target import Target
+from rl_sparsity_tf.console import SearchProgress
+from rl_sparsity_tf.environment.candidates import PROPOSED, Candidate, digests_of, plan_of
+from rl_sparsity_tf.environment.curriculum import Stage
+from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.reward import bounded
+from rl_sparsity_tf.errors import RunError, TargetError, VerificationError, one_line
+from rl_sparsity_tf.export.scoring import score_model, score_tflite
+from rl_sparsity_tf.files import scratch_folder
+from rl_sparsity_tf.layers.kernels import walk
+from rl_sparsity_tf.layers.plan import CompressionPlan
+from rl_sparsity_tf.search.channel_finishing import Task, finish_candidate
+from rl_sparsity_tf.search.finishing import Finished
+from rl_sparsity_tf.search.run_directory import TRIALS, RunDirectory
+from rl_sparsity_tf.search.size_trials import Requirement, Trial, next_limit
+from rl_sparsity_tf.search.storage_choice import StorageChooser
+from rl_sparsity_tf.search.trial_networks import TrialNetworks, is_stored_as
+from rl_sparsity_tf.training.mask_training import FineTuning
+
+if TYPE_CHECKING:
+    from rl_sparsity_tf.search.episodes import LoopSettings
+    from rl_sparsity_tf.search.loop import SearchLoop
+
+MOST_TRIALS = 6
+"""Sizes that are searched at most."""
+_ANY = 2**62
+DENSE_INT8 = "dense_int8"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SmallestFile:
+    """The smallest file that held.
+
+    Attributes:
+        task: What it was finished for: a target of its own bytes.
+        finished: The finished model.
+        best: The plan that it was made of.
+        metrics: What metrics.json says of the trials.
+    """
+
+    task: Task
+    finished: Finished
+    best: Candidate
+    metrics: dict[str, Any]
+
+
+def first_target(model: keras.Model, target: Target) -> Target:
+    """The target that a network is made for: more bytes than any file of it, for an accuracy."""
+    if target.max_accuracy_drop is None:
+        return target
+    weights = sum(int(np.prod(variable.shape)) for variable in model.weights)
+    return Target(tflite_bytes=8 * weights + 2**24)
+
+
+class AccuracySearch:
+    """Looks for the smallest file that meets `Target(max_accuracy_drop=...)`.
+
+    Six trials at most, or as many as there are episodes, share the episodes. Each searches at a
+    size of its own, as `Target(tflite_bytes=...)` does; the agent keeps what it has learned, and
+    the best plan of the next larger size is evaluated first, pruned further, if its kernels are
+    stored in the same way. The trial's best plan is fine-tuned and exported, and the file is run on
+    all of the validation data. A trial that holds is followed by a smaller size, another by a
+    larger one, up to the dense int8 file, which is tried as it is.
+
+    Args:
+        task: The model, the searched network, data and training; its target is the drop.
+        settings: What the episodes depend on.
+        loop: The episodes.
+        run: Where to keep what the trials came to, if anywhere.
+        chooser: What chooses how kernels are cut and stored, if that is left open.
+
+    Attributes:
+        trials: The trials so far, the dense int8 file not among them.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        settings: LoopSettings,
+        loop: SearchLoop,
+        run: RunDirectory | None = None,
+        chooser: StorageChooser | None = None,
+    ):
+        self._task, self._settings, self._loop, self._run = task, settings, loop, run
+        self._networks, self._figures = TrialNetworks(task.network, chooser), task.figures
+        self._plain = task.network
+        dense = score_model(task.model, self._figures.validation, self._figures.metric).metric
+        self._wanted = Requirement(
+            metric=self._figures.metric, dense=dense, drop=task.target.max_accuracy_drop or 0.0
+        )
+        self.trials: list[Trial] = []
+        self._best: Candidate | None = None
+        self._others: list[tuple[str, CompressionPlan]] = []
+        self._finished: Finished | None = None
+
+    def run(self, episodes: int, progress: SearchProgress) -> SmallestFile:
+        """Runs the trials that are left.
+
+        Args:
+            episodes: Episodes of all trials together.
+            progress: Where to say what becomes of them.
+
+        Returns:
+            The smallest file that held.
+
+        Raises:
+            TargetError: If none did, not even the dense int8 file; it names the best.
+        """
+        count = min(MOST_TRIALS, episodes)
+        edges = [episodes * number // count for number in range(count + 1)]
+        self._resume(edges)
+        dense, unpruned, dense_finished = self._dense_int8(progress)
+        assert dense.tflite_bytes is not None
+        with progress.running(f"{self._settings.agent.name} search"):
+            for number in range(len(self.trials), count):
+                limit = next_limit(self._networks.smallest, dense.tflite_bytes, self.trials)
+                if limit is None:
+                    break
+                start, end = edges[number : number + 2]
+                notes = {"trial": number + 1, "limit": limit}
+                stage = Stage(start=start, end=end, notes=notes)
+                progress.say(f"trial {number + 1} of {count}: at most {limit:,} bytes")
+                network = self._move_to(limit)
+                self._loop.begin(stage, network.budget, self._larger(limit), progress)
+                self._loop.play(progress)
+                self._try(limit, progress)
+        if self._best is None and dense.held:
+            self._best, self._finished = unpruned, dense_finished
+        if self._best is None:
+            raise self._unmet([dense, *self.trials])
+        if self._finished is None:  # held before the run was cut off
+            limit = next(one.limit for one in reversed(self.trials) if one.held)
+            progress.say("fine-tuning the plan that held, and exporting it")
+            self._move_to(limit)
+            self._finished = self._finish(self._best, limit, self._others)
+        return self._found(dense, self._finished, self._best)
+
+    def _found(self, dense: Trial, finished: Finished, candidate: Candidate) -> SmallestFile:
+        assert finished.exported.report is not None  # a trial without a file does not hold
+        size = finished.exported.report.tflite_bytes
+        # Contenders meet the same size, as far as the budget's floor lets them.
+        self._networks.limit(self._plain, max(size, self._networks.smallest))
+        return SmallestFile(
+            task=dataclasses.replace(
+                self._task, network=self._loop.network, target=Target(tflite_bytes=size)
+            ),
+            finished=finished,
+            best=finished.candidate or candidate,
+            metrics={
+                "max_accuracy_drop": self._wanted.drop,
+                "dense_validation_metric": self._wanted.dense,
+                "trials": [trial.to_dict() for trial in (dense, *self.trials)],
+            },
+        )
+
+    # ------------------------------------------------------------------ one trial
+
+    def _move_to(self, limit: int) -> CompressedNetwork:
+        """Goes on with the network for a limit."""
+        self._plain.seen |= self._loop.network.seen
+        self._loop.move_to(self._networks.at(limit))
+        return self._loop.network
+
+    def _larger(self, limit: int) -> CompressionPlan | None:
+        """The plan of the smallest trial that was larger, if kernels were stored as they are."""
+        larger = [trial for trial in self.trials if trial.limit > limit]
+        if not larger:
+            return None
+        plan = CompressionPlan.from_json(min(larger, key=lambda one: one.limit).plan)
+        return plan if is_stored_as(self._loop.network, plan) else None
+
+    def _dense_int8(self, progress: SearchProgress) -> tuple[Trial, Candidate, Finished]:
+        """The file with nothing pruned, all that can be as int8, and the trained weights."""
+        network = self._plain
+        network.reset()
+        weights = {path: layer.get_weights() for path, layer in walk(self._task.model)}
+        whole = [np.ones(network.groupings[kernel.path].shape, bool) for kernel in network.kernels]
+        plan = network.storage.plan_from_live(network.kernels, whole)
+        outcome = evaluate_plan(network, plan)
+        value = bounded(self._settings.reward, outcome, None)
+        candidate = Candidate(plan, weights, outcome, value, PROPOSED, DENSE_INT8)
+        task = dataclasses.replace(
+            self._task, target=Target(tflite_bytes=_ANY), training=FineTuning(epochs=0)
+        )
+        finished = finish_candidate(task, candidate)
+        report = finished.exported.report
+        if finished.exported.failure or report is None:
+            raise VerificationError(
+                "The dense int8 file, which trials are held against, was not made before the "
+                f"search: {finished.exported.failure}"
+            )
+        size = report.tflite_bytes
+        trial = self._judged(candidate, finished, size, "the dense int8 file", progress)
+        return trial, candidate, finished
+
+    def _try(self, limit: int, progress: SearchProgress) -> None:
+        best = self._loop.best
+        assert best is not None
+        progress.say(f"fine-tuning the best plan ({best.found_by}) and exporting it")
+        name = f"trial {len(self.trials) + 1}"
+        others = list(self._loop.proposed)
+        missed = ""
+        try:
+            finished = self._finish(best, limit, others)
+            # In another storage it is no file of this size.
+            missed = finished.exported.failure
+        except TargetError as error:
+            missed = str(error)
+        if missed:
+            progress.say(f"{name}: {missed}")
+            self.trials.append(
+                Trial(
+                    limit=limit,
+                    tflite_bytes=None,
+                    validation_metric=None,
+                    held=False,
+                    proposed_by=best.proposed_by,
+                    plan=best.plan.to_json(),
+                )
+            )
+        else:
+            self.trials.append(self._judged(best, finished, limit, name, progress))
+            if self.trials[-1].held:
+                self._best, self._others, self._finished = best, others, finished
+        self._save()
+
+    def _finish(
+        self,
+        candidate: Candidate,
+        limit: int,
+        others: Sequence[tuple[str, CompressionPlan]] = (),
+    ) -> Finished:
+        tf.random.set_seed(self._settings.seed)
+        network = self._loop.network
+        task = dataclasses.replace(self._task, network=network, target=Target(tflite_bytes=limit))
+        return finish_candidate(task, candidate, others)
+
+    def _judged(
+        self,
+        candidate: Candidate,
+        finished: Finished,
+        limit: int,
+        name: str,
+        progress: SearchProgress,
+    ) -> Trial:
+        content, report = finished.exported.content, finished.exported.report
+        assert content is not None
+        assert report is not None
+        with scratch_folder() as folder:
+            path = folder / "model.tflite"
+            path.write_bytes(content)
+            figures = self._figures
+            score = score_tflite(path, finished.model, figures.validation, figures.metric)
+        held = self._wanted.holds(score.metric)
+        size = report.tflite_bytes
+        progress.say(
+            f"{name}: {size:,} bytes, validation {figures.metric.name} {score.metric:.4f} (dense "
+            f"{self._wanted.dense:.4f}): {'held' if held else 'not held'}"
+        )
+        return Trial(
+            limit=limit,
+            tflite_bytes=size,
+            validation_metric=score.metric,
+            held=held,
+            proposed_by=(finished.candidate or candidate).proposed_by,
+            plan=candidate.plan.to_json(),
+        )
+
+    def _unmet(self, trials: Sequence[Trial]) -> TargetError:
+        judged = [one for one in trials if one.validation_metric is not None]
+        best = min(judged, key=lambda one: self._wanted.lost(one.validation_metric or 0.0))
+        name, wanted = self._figures.metric.name, self._wanted
+        assert best.validation_metric is not None
+        return TargetError(
+            f"Target(max_accuracy_drop={wanted.drop:g}) cannot be met: of {len(trials)} files, the "
+            f"dense int8 one among them, the best has {best.tflite_bytes:,} bytes and the "
+            f"validation {name} {best.validation_metric:.4f}, which is "
+            f"{wanted.lost(best.validation_metric):.4f} worse than the dense model's "
+            f"{wanted.dense:.4f}. Expected a larger drop, or more finetune_epochs."
+        )
+
+    # ------------------------------------------------------------------ going on
+
+    def _save(self) -> None:
+        if self._run is None:
+            return
+        arrays = {
+            "trials": np.array(json.dumps([dataclasses.asdict(trial) for trial in self.trials])),
+            "others": np.array(json.dumps([(n, plan.to_json()) for n, plan in self._others])),
+            "seen": np.array(sorted(self._loop.network.seen), dtype="S64"),
+        }
+        if self._best is not None:
+            held = self._best.to_arrays()
+            arrays |= {f"held:{name}": value for name, value in held.items()}
+        self._run.save_checkpoint(TRIALS, arrays)
+
+    def _resume(self, edges: Sequence[int]) -> None:
+        """Takes up what the trials of a run that was cut off came to."""
+        if self._run is None or not self._run.resumed:
+            return
+        arrays = self._run.load_checkpoint(TRIALS)
+        if arrays is not None:
+            try:
+                self._take(arrays)
+                if len(self.trials) >= len(edges):
+                    raise ValueError(f"it has {len(self.trials)} trials of {len(edges) - 1}")
+            except Exception as error:  # whatever may be in a file
+                raise self._run.unreadable(TRIALS, one_line(error)) from error
+        number = len(self.trials)
+        if not edges[number] <= self._loop.done <= edges[min(number + 1, len(edges) - 1)]:
+            raise RunError(
+                f"The run in {str(self._run.path)!r} lacks the checkpoint of its finished trials. "
+                "Put a copy of it back, or pass overwrite=True to start the run again."
+            )
+
+    def _take(self, arrays: Mapping[str, np.ndarray]) -> None:
+        network = self._plain
+        trials = [Trial(**values) for values in json.loads(str(arrays["trials"]))]
+        self.trials = [
+            dataclasses.replace(one, plan=plan_of(one.plan, network).to_json()) for one in trials
+        ]
+        network.seen |= digests_of(arrays["seen"])
+        others = json.loads(str(arrays["others"]))
+        self._others = [(str(name), plan_of(text, network)) for name, text in others]
+        held = {
+            name.removeprefix("held:"): value
+            for name, value in arrays.items()
+            if name.startswith("held:")
+        }
+        if bool(held) != any(trial.held for trial in self.trials):
+            raise ValueError("it does not have the plan that held")
+        self._best = Candidate.from_arrays(held, network) if held else None

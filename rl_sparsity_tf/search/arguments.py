@@ -1,0 +1,237 @@
+"""What a search decides on, as its target and the arguments about groups say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+
+import numpy as np
+import tf_keras as keras
+
+from rl_sparsity_tf.allocation.channel_decisions import ChannelDecisions, removable_channels
+from rl_sparsity_tf.allocation.decisions import KernelDecisions
+from rl_sparsity_tf.allocation.size_costs import size_model_for
+from rl_sparsity_tf.allocation.target import Target
+from rl_sparsity_tf.channels.latency_measurement import measure_latency
+from rl_sparsity_tf.channels.latency_table import LatencyTable
+from rl_sparsity_tf.channels.widths import widths_of
+from rl_sparsity_tf.errors import ArgumentError, RunError, TargetError, check_choice, one_line
+from rl_sparsity_tf.layers.groups import GROUPS
+from rl_sparsity_tf.layers.kernel_selection import KernelSelection
+from rl_sparsity_tf.search.run_directory import LATEST, TIMES, RunDirectory
+from rl_sparsity_tf.search.storage_choice import INT4
+
+AUTO = "auto"
+"""Groups and bits of every kernel as the bytes of a target want them."""
+
+SHUFFLES = ("neighbours", "channels")
+"""How Shuffle moves weights, see [Compressor][rl_sparsity_tf.Compressor]."""
+
+_log = logging.getLogger(__name__)
+
+
+def group_for(
+    model: keras.Model,
+    target: Target,
+    group: str | None,
+    selection: KernelSelection | None = None,
+) -> str:
+    """The kind of groups that a search decides on.
+
+    Args:
+        model: The model.
+        target: The target.
+        group: The kind that was asked for, if any.
+        selection: The kernels that are decided on; by default all that are not frozen.
+
+    Raises:
+        ArgumentError: If it is not known, or cannot meet the target.
+        TargetError: If the target needs channels to be removed, and none can be.
+    """
+    if group is None:
+        by_kernel = AUTO if target.tflite_bytes is not None else "element"
+        group = "channel" if target.needs_channels else by_kernel
+    check_choice("group", group, (*GROUPS, AUTO))
+    if group == AUTO and not target.in_bytes:
+        raise ArgumentError(
+            f"group='auto' does not go with Target({target.kind}={target.value:g}): it weighs ways "
+            "to store kernels by the bytes that they take. Expected Target(tflite_bytes=...), "
+            "Target(gzip_bytes=...) or Target(max_accuracy_drop=...), or one of the other groups."
+        )
+    if not target.needs_channels:
+        return group
+    if group != "channel":
+        raise ArgumentError(
+            f"Target({target.kind}={target.value:g}) does not go with group={group!r}: zeros save "
+            "no multiplications, only whole channels that are removed do. Leave group out, or "
+            "pass group='channel'."
+        )
+    selection = KernelSelection.of(model) if selection is None else selection
+    if not removable_channels(model, selection):
+        with selection.explained():
+            raise TargetError(
+                f"Target({target.kind}={target.value:g}) cannot be met: no channel of the model "
+                f"{model.name!r} can be removed. rl_sparsity_tf.describe_groups(model) says why "
+                "each has to stay; Target(sparsity=...) or Target(tflite_bytes=...) can be met by "
+                "zeros."
+            )
+    return group
+
+
+def table_for(
+    target: Target, table: LatencyTable | str | os.PathLike[str] | None
+) -> LatencyTable | None:
+    """The table of a target of latency, read if it is given as a file.
+
+    Raises:
+        ArgumentError: If the target is another, or the table is none.
+    """
+    if table is None:
+        return None
+    if target.kind != "latency":
+        raise ArgumentError(
+            f"latency_table was given, but Target({target.kind}=...) does not need it. Leave it "
+            "out, or give Target(latency=0.5)."
+        )
+    if isinstance(table, str | os.PathLike):
+        return LatencyTable.load(table)
+    if not isinstance(table, LatencyTable):
+        raise ArgumentError(
+            f"latency_table={table!r} is a {type(table).__name__}. Expected a LatencyTable, as "
+            "rl_sparsity_tf.measure_latency(model) returns, or the path of its JSON file."
+        )
+    return table
+
+
+def check_shuffle(shuffle: str, group: str) -> str:
+    """How Shuffle moves weights, if that goes with the kind of groups.
+
+    Raises:
+        ArgumentError: If it does not.
+    """
+    check_choice("shuffle", shuffle, SHUFFLES)
+    if shuffle == "channels" and group not in ("block4", "block16"):
+        raise ArgumentError(
+            f"shuffle='channels' does not go with group={group!r}: the order of channels only "
+            "matters to blocks. Pass group='block4' or group='block16', or leave shuffle out."
+        )
+    return shuffle
+
+
+def check_int4(int4: str | None, group: str) -> str:
+    """Which kernels may be stored in 4 bits, if the kind of groups leaves that open.
+
+    Args:
+        int4: What was asked for, if anything.
+        group: The kind of groups.
+
+    Raises:
+        ArgumentError: If it does not.
+    """
+    if int4 is None:
+        return "fast" if group == AUTO else "none"
+    check_choice("int4", int4, INT4)
+    if group != AUTO:
+        raise ArgumentError(
+            f"int4={int4!r} does not go with group={group!r}, where every kernel has 8 bits. Pass "
+            "group='auto', which chooses the bits, or leave int4 out."
+        )
+    return int4
+
+
+def decisions_for(
+    model: keras.Model,
+    target: Target,
+    group: str,
+    table: LatencyTable | None,
+    quantization: str,
+    shuffle: str = "neighbours",
+    selection: KernelSelection | None = None,
+) -> KernelDecisions:
+    """What is decided on: channels, or groups of single kernels.
+
+    Channels of a model whose graph is not known, or that all have to stay, are decided kernel by
+    kernel: they become zero, and stay in the file. The log says so.
+
+    Args:
+        model: The model.
+        target: The target.
+        group: The kind of groups.
+        table: Times of the layers, for a target of latency; by default they are measured.
+        quantization: How the result is exported.
+        shuffle: How Shuffle moves weights.
+        selection: The kernels that are decided on; by default all that are not frozen.
+
+    Raises:
+        ArgumentError: If the table was made for another quantization.
+    """
+    if group != "channel":
+        if group == AUTO:  # several networks will need the sizes
+            sizes = size_model_for(model, target)
+            return KernelDecisions("element", sizes=sizes, selection=selection)
+        return KernelDecisions(group, shuffles=shuffle == "neighbours", selection=selection)
+    if not removable_channels(model, selection):
+        _log.warning(
+            "No channel of %r can be removed (describe_groups says why), so that pruned channels "
+            "become zero, and stay in the file.",
+            model.name,
+        )
+        return KernelDecisions(group, selection=selection)
+    if target.kind != "latency":
+        return ChannelDecisions(selection=selection)
+    if table is None:
+        table = measure_latency(model, quantization=quantization)
+    elif table.quantization != quantization:
+        raise ArgumentError(
+            f"The latency table is of quantization={table.quantization!r} files, but the search "
+            f"exports quantization={quantization!r}. Pass search(quantization="
+            f"{table.quantization!r}), or a table of the other."
+        )
+    return ChannelDecisions(table, selection)
+
+
+def kept_table(model: keras.Model, target: Target, run: RunDirectory | None) -> LatencyTable | None:
+    """The times that a run which is continued measured: measured again they would be others.
+
+    Args:
+        model: The model. The names of its layers may be others now.
+        target: The target.
+        run: The run, if any.
+
+    Raises:
+        RunError: If they are missing or damaged.
+    """
+    if run is None or not run.resumed or target.kind != "latency":
+        return None
+    arrays = run.load_checkpoint(TIMES)
+    if arrays is None:
+        if run.has_checkpoint(LATEST) and not run.any_versions:
+            raise RunError(
+                f"The run in {str(run.path)!r} lacks the times of the layers that it measured. "
+                "Measured again they would be others, and the search would not end in the same "
+                "bits. Put a copy of checkpoints/times.npz back, pass any_versions=True to go on "
+                "all the same, or pass overwrite=True to start the run again."
+            )
+        return None
+    try:
+        table = LatencyTable.from_dict(json.loads(str(arrays["table"])))
+        layers = zip(widths_of(model), table.layers.values(), strict=True)
+        table = dataclasses.replace(table, layers=dict(layers))
+        table.check(model)
+    except Exception as error:  # whatever may be in a file
+        raise run.unreadable(TIMES, one_line(error)) from error
+    return table
+
+
+def keep_table(decisions: KernelDecisions, run: RunDirectory | None) -> None:
+    """Keeps the times that a search was given or has measured, for when it is cut off.
+
+    Args:
+        decisions: What is decided on.
+        run: The run, if any.
+    """
+    table = decisions.table if isinstance(decisions, ChannelDecisions) else None
+    if run is not None and table is not None and not run.has_checkpoint(TIMES):
+        run.save_checkpoint(TIMES, {"table": np.array(json.dumps(table.to_dict()))})

@@ -1,0 +1,509 @@
+"""The search: an agent compresses a model layer by layer, and learns from what it costs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+
+import tensorflow as tf
+import tf_keras as keras
+
+from rl_sparsity_tf.agents.configs import AgentConfig, Random
+from rl_sparsity_tf.agents.policies import SavedPolicy, resolve_policy
+from rl_sparsity_tf.allocation.size_costs import formats_for
+from rl_sparsity_tf.allocation.target import Target
+from rl_sparsity_tf.channels.channel_permutation import permute_channels
+from rl_sparsity_tf.channels.latency_table import LatencyTable
+from rl_sparsity_tf.checks import check_count, check_flag, check_share, check_type
+from rl_sparsity_tf.console import SearchProgress
+from rl_sparsity_tf.data.batches import TrainingData, evaluation_data, sample_rows, training_data
+from rl_sparsity_tf.data.checks import fixed_batch
+from rl_sparsity_tf.data.forms import as_rows
+from rl_sparsity_tf.data.weights import weight_table
+from rl_sparsity_tf.environment.curriculum import Curriculum, resolve_curriculum
+from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.environment.reward import Reward, RewardFunction, resolve_reward
+from rl_sparsity_tf.errors import ModelError
+from rl_sparsity_tf.export.recurrent import unrolled_copy
+from rl_sparsity_tf.export.repeatability import check_repeatable
+from rl_sparsity_tf.export.scoring import score_model as score
+from rl_sparsity_tf.files import sha256_of
+from rl_sparsity_tf.layers.constraints import check_constraints
+from rl_sparsity_tf.layers.kernel_selection import KernelSelection, Patterns, as_patterns
+from rl_sparsity_tf.layers.kernels import find_kernels
+from rl_sparsity_tf.layers.support import check_exportable
+from rl_sparsity_tf.layers.wrapping import accepted, is_wrapped
+from rl_sparsity_tf.quiet import quiet_tensorflow
+from rl_sparsity_tf.search.accuracy_search import AccuracySearch, first_target
+from rl_sparsity_tf.search.arguments import (
+    AUTO,
+    check_int4,
+    check_shuffle,
+    decisions_for,
+    group_for,
+    keep_table,
+    kept_table,
+    table_for,
+)
+from rl_sparsity_tf.search.channel_finishing import Task
+from rl_sparsity_tf.search.descriptions import describe
+from rl_sparsity_tf.search.early_files import check_early, dense_files
+from rl_sparsity_tf.search.final import play_final
+from rl_sparsity_tf.search.fingerprints import fingerprints_of, name_of
+from rl_sparsity_tf.search.finished_search import FinishedSearch
+from rl_sparsity_tf.search.finishing import Figures
+from rl_sparsity_tf.search.metrics import build_metrics
+from rl_sparsity_tf.search.result import Result
+from rl_sparsity_tf.search.run_directory import RunDirectory, bytes_of, check_directory, check_free
+from rl_sparsity_tf.search.search_checks import check_search
+from rl_sparsity_tf.search.size_trials import check_alone
+from rl_sparsity_tf.search.storage_choice import StorageChoice, StorageChooser
+from rl_sparsity_tf.tflite.worker import start_worker
+from rl_sparsity_tf.training.mask_training import DISTILLATION, FineTuning, default_epochs
+from rl_sparsity_tf.training.recovery import Recovery, as_recovery
+
+if TYPE_CHECKING:
+    from rl_sparsity_tf.search.episodes import LoopSettings
+
+
+_P = ParamSpec("_P")
+
+
+def _letting_go(
+    search: Callable[Concatenate[Compressor, _P], Result],
+) -> Callable[Concatenate[Compressor, _P], Result]:
+    """Lets go of the run directory when a search ends, however it does."""
+
+    @functools.wraps(search)
+    def searching(self: Compressor, *args: _P.args, **kwargs: _P.kwargs) -> Result:
+        with contextlib.ExitStack() as self._held:
+            return search(self, *args, **kwargs)
+
+    return searching
+
+
+class Compressor:
+    """Compresses a trained model to a target by reinforcement learning.
+
+    Args:
+        model: A built and compiled `tf_keras` model: Sequential, functional, or subclassed with its
+            layers in attributes. It is not changed.
+        target: What to reach.
+        agent: `"dqn"` (the default), `"ppo"`, `"random"` (a baseline), or a configuration such as
+            `rls.DQN(learning_rate=1e-3)`. With a policy the default is its own agent.
+        group: The smallest unit one operation applies to: `"element"`, the default but for some
+            targets, `"block4"`, `"block16"`, or `"channel"` (for macs and latency): whole channels
+            with all that is tied to them, which the result does not have any more. `"auto"` (for
+            `tflite_bytes`; other sizes and an accuracy's drop may have it) chooses single weights,
+            blocks of 4, or 4 bits for every kernel before the search (see
+            [storage_choice][rl_sparsity_tf.search.storage_choice]).
+        directory: Folder for manifest, journal, checkpoints and the result. The same call
+            continues a run that was cut off; other folders that are not empty are refused, and so
+            is one that another process is at work in.
+        seed: Everything random follows from it. TF-Agents and dropout draw from TensorFlow's
+            global generator, which is seeded at the start of every episode.
+        reward: The reward; a callable `(outcome, previous) -> float` replaces the default.
+        recovery: How the network recovers before it is evaluated: `"least_squares"`,
+            `"finetune"`, `"none"` or a [Recovery][rl_sparsity_tf.Recovery]; by default least
+            squares, where the layers allow it.
+        metric: Which of the model's metrics to keep: its name, or its name and `"max"` or `"min"`.
+            By default the first; the loss for models without one, and for those with several
+            outputs, as it covers them all.
+        buckets: Decisions per kernel and episode.
+        warm_start: Whether the plans of known heuristics are evaluated before the first episode,
+            and played in the first episodes (see
+            [demonstrations][rl_sparsity_tf.agents.demonstrations]), so that the agent learns from
+            them. The best plan evaluated is returned, whoever proposed it.
+        curriculum: How the target rises over the episodes: `"constant"` (not at all), `"linear"`,
+            `"staged"`, or a configuration such as `rls.Staged(stages=(0.5, 1.0))`. The last
+            episodes have the full target, and only their plans are returned.
+        latency_table: Times of the model's layers, for a target of latency: a
+            [LatencyTable][rl_sparsity_tf.LatencyTable] or its JSON file, made on any
+            device. By default the layers are measured here before the search.
+        shuffle: How Shuffle moves weights: `"neighbours"`, as an operation that the agent chooses,
+            which swaps the contents of neighbouring groups and changes what the network computes;
+            or `"channels"`, for groups of `"block4"` and `"block16"`: before the search the
+            channels are permuted so that blocks keep more
+            ([permute_channels][rl_sparsity_tf.permute_channels]), which changes nothing but
+            rounding, and Shuffle is no operation then.
+        int4: Which kernels `group="auto"` may store in 4 bits: `"fast"` (the default), where LiteRT
+            is as fast as with 8 bits (Dense layers and Embeddings, but not convolutions, which
+            XNNPACK then leaves alone); `"all"` for the smallest file; or `"none"`.
+        policy: `"pretrained"`, or what [save_policy][rl_sparsity_tf.Result.save_policy] wrote: what
+            an agent has learned on other networks. Its plan is evaluated first, whatever
+            `warm_start` says; the agent goes on from it, explores less, and learns how much better
+            than that a plan is.
+        hierarchy: Whether a second agent chooses the next layer and how much is to go of it; the
+            first then meets that goal. Else the layers come in their order.
+        include: What alone is compressed: names of layers, paths of layers or kernels
+            (`"base/conv"`, `"lstm/cell/recurrent_kernel"`), or patterns of them (`"block*"`); one
+            or a list. By default all kernels that are not frozen. A frozen layer
+            (`layer.trainable = False`, or a model around it) that is included is pruned and
+            quantized as it is, never fitted or trained.
+        exclude: What is left as it is, in the same words; it wins over `include`. Kernels that are
+            left alone are in no plan, are stored as floats and keep their channels; only the
+            fine-tuning changes them, unless they are frozen. They count in a sparsity and in the
+            file's bytes.
+
+    Raises:
+        RLSparsityError: If an argument cannot be used; nothing has been trained by then.
+
+    Example:
+        >>> compressor = rls.Compressor(model, target=rls.Target(sparsity=0.9))
+        >>> result = compressor.search((x, y), validation_data=(x_val, y_val))
+        >>> result.summary()
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        target: Target | None = None,
+        agent: str | AgentConfig | None = None,
+        group: str | None = None,
+        directory: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+        *,
+        reward: RewardFunction | None = None,
+        recovery: Recovery | str | None = None,
+        metric: str | tuple[str, str] | None = None,
+        buckets: int = 8,
+        warm_start: bool = True,
+        curriculum: str | Curriculum = "constant",
+        latency_table: LatencyTable | str | os.PathLike[str] | None = None,
+        shuffle: str = "neighbours",
+        int4: str | None = None,
+        policy: SavedPolicy | str | os.PathLike[str] | None = None,
+        hierarchy: bool = False,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
+    ):
+        self.model = accepted(model)
+        check_exportable(self.model)
+        if is_wrapped(self.model):
+            raise ModelError(
+                f"Model {model.name!r} is wrapped already. Call rl_sparsity_tf.strip(model) first."
+            )
+        self.target = Target(sparsity=0.9) if target is None else target
+        check_type("target", self.target, Target, "rls.Target(sparsity=0.9)")
+        self.policy, self.agent = resolve_policy(policy, agent, hierarchy=bool(hierarchy))
+        self.include, self.exclude = (
+            as_patterns("include", include),
+            as_patterns("exclude", exclude),
+        )
+        self.selection = KernelSelection.of(self.model, include, exclude).check(self.model)
+        self.selection.check_sparsity(self.model, self.target.sparsity)
+        check_constraints(self.selection.kernels(self.model))
+        self.group = group_for(self.model, self.target, group, self.selection)
+        self.latency_table = table_for(self.target, latency_table)
+        self.shuffle = check_shuffle(shuffle, self.group)
+        self.int4 = check_int4(int4, self.group)
+        self.directory = (
+            None if directory is None else check_directory(directory, bytes_of(self.model))
+        )
+        self.seed = check_count("seed", seed, 0)
+        self.reward = resolve_reward(reward)
+        self.recovery = as_recovery(recovery)
+        self.metric = metric
+        self.buckets = check_count("buckets", buckets, 1)
+        self.warm_start = check_flag("warm_start", warm_start) and not isinstance(
+            self.agent, Random
+        )
+        self.curriculum = check_alone(self.target, resolve_curriculum(curriculum))
+        self.hierarchy = check_flag("hierarchy", hierarchy)
+        self.last: FinishedSearch | None = None
+        self._held = contextlib.ExitStack()
+
+    @quiet_tensorflow()
+    @_letting_go
+    def search(
+        self,
+        train: Any,
+        validation_data: Any = None,
+        test_data: Any = None,
+        episodes: int = 24,
+        *,
+        batch_size: int = 128,
+        finetune_epochs: int | None = None,
+        mask: str = "straight_through",
+        distillation: float = DISTILLATION,
+        quantization: str = "plan",
+        validation_rows: int = 2000,
+        class_weight: dict[int, float] | None = None,
+        unroll: bool = False,
+        finalists: int = 3,
+        dataset: str | None = None,
+        overwrite: bool = False,
+        any_versions: bool = False,
+        verbose: int = 1,
+    ) -> Result:
+        """Searches, fine-tunes the best plan, and exports it.
+
+        In every episode each kernel's buckets are decided one after the other, by one policy for
+        all kernels; at its end (or, without least squares, after every decision) the network
+        recovers and is evaluated on the validation data.
+
+        In the main thread the first Ctrl-C lets the present episode end; a second one, and any
+        before and after the episodes, is a `KeyboardInterrupt` at once.
+
+        Args:
+            train: Training data as `fit` takes it: `(x, y)`, `(x, y, sample_weight)`, a batched
+                `tf.data.Dataset` or a `keras.utils.Sequence`. All labels are checked against the
+                model's outputs and loss first.
+            validation_data: Validation data in the same forms. It steers the search.
+            test_data: Test data in the same forms; only the final figures use it.
+            episodes: Passes over all kernels; 0, with a policy, for its plan as it is.
+            batch_size: Rows in a batch, where `train` is not batched already.
+            finetune_epochs: Epochs of the final fine-tuning; by default about 1,500 steps.
+            mask: How masks learn in the final fine-tuning: `"straight_through"` or
+                `"hard_concrete"`.
+            distillation: The dense model's share of the loss there, from 0 to 1.
+            quantization: How the result is exported, see `export_tflite`.
+            validation_rows: Rows of the validation data that plans are evaluated on during the
+                search, drawn once; the final figures are over all of them.
+            class_weight: `{class: weight}` as `fit` takes it, for models with one output: how
+                much the training rows of each class count, in recoveries and the fine-tuning.
+                Validation and test data are not weighted.
+            unroll: Compresses and exports the recurrent layers without a loop: their kernels can
+                then be stored as int8 and the file's batch size stays open, but the file grows
+                with the number of time steps, which has to be fixed.
+            finalists: How many plans are fine-tuned at the end, the best of every proposer: what
+                is best after a fit in closed form is not always best after the fine-tuning, so
+                the validation data decides among them; with `group="auto"` and two or more, the
+                plan of dynamic programming for single weights is one more. With a limit on the
+                accuracy's drop it is always one.
+            dataset: Name of the data, for metrics.json.
+            overwrite: Whether a run in `directory` may be replaced.
+            any_versions: Whether one that was begun with other versions of libraries, or another
+                number of threads, may be continued. It then ends in other bits than it would have.
+            verbose: 0 silent, 1 a progress display, 2 a line per episode.
+
+        Returns:
+            The finished model with its plan, figures and .tflite file.
+
+        Raises:
+            RLSparsityError: If the data does not fit, or the target is out of reach; nothing has
+                been trained by then.
+            SearchInterrupted: After an episode in which Ctrl-C was pressed. Everything is saved in
+                `directory`, and the error has the best plan so far.
+        """
+        check_search(
+            self.target,
+            episodes=episodes,
+            least_episodes=0 if self.policy else 1,
+            batch_size=batch_size,
+            validation_rows=validation_rows,
+            finetune_epochs=finetune_epochs,
+            finalists=finalists,
+            mask=mask,
+            quantization=quantization,
+            dataset=dataset,
+            overwrite=overwrite,
+            verbose=verbose,
+            validation_data=validation_data,
+        )
+        check_flag("any_versions", any_versions)
+        if self.directory is not None:
+            check_free(self.directory)
+        distillation = check_share("distillation", distillation)
+        table = weight_table(class_weight)
+        # Only now: wrapping, plans and export work without TF-Agents.
+        from rl_sparsity_tf.search.loop import SearchLoop
+
+        started = time.monotonic()
+        model = unrolled_copy(self.model) if check_flag("unroll", unroll) else self.model
+        # A shuffled dataset's order also depends on the global seed at the time it is made.
+        tf.random.set_seed(self.seed)
+        if self.shuffle == "channels":
+            model = permute_channels(
+                model,
+                group=self.group,
+                sparsity=self.target.sparsity,
+                seed=self.seed,
+                exclude=tuple(self.selection.left),
+            )
+        train, batch_size = as_rows(train, "train", batch_size)
+        data = training_data(
+            train, model, batch_size=batch_size, seed=self.seed, class_weight=table
+        )
+        check_repeatable(model, data.pool[0][0])
+        validation = evaluation_data(validation_data, model, "validation_data")
+        test = None if test_data is None else evaluation_data(test_data, model, "test_data")
+        epochs = default_epochs(data) if finetune_epochs is None else finetune_epochs
+        arguments = {
+            "episodes": episodes,
+            "finetune_epochs": epochs,
+            "mask": mask,
+            "distillation": distillation,
+            "validation_rows": validation_rows,
+            "quantization": quantization,
+            "class_weight": table,
+            "unroll": unroll,
+            "finalists": finalists,
+            "batch_size": len(tf.nest.flatten(data.pool[0])[0]),
+        }
+        run = self._open_run(
+            *(model, train, data, validation, test, arguments, overwrite, any_versions)
+        )
+        start_worker()  # its imports overlap the search
+        sample = sample_rows(validation, validation_rows, seed=self.seed, fixed=fixed_batch(model))
+        decisions = decisions_for(
+            model,
+            self.target,
+            self.group,
+            kept_table(model, self.target, run) or self.latency_table,
+            quantization,
+            self.shuffle,
+            self.selection,
+        )
+        build = functools.partial(
+            CompressedNetwork,
+            *(model, data, sample),
+            target=first_target(model, self.target),
+            recovery=self.recovery,
+            metric=self.metric,
+            seed=self.seed,
+        )
+        plain = build(decisions=decisions)
+        figures = Figures(train=data, validation=validation, test=test, metric=plain.metric)
+        dense, dense_int8, warnings = dense_files(model, figures, quantization)
+        if run is not None:
+            run.start()
+            keep_table(decisions, run)
+        progress = SearchProgress(episodes, plain.metric.name, verbose)
+        choice, chooser = StorageChoice(plain), None
+        if self.group == AUTO:
+            build = functools.partial(build, like=plain)
+            chooser = StorageChooser(build=build, reward=self.reward, int4=self.int4)
+        if chooser and self.target.max_accuracy_drop is None:
+            progress.say("choosing groups and bits for every kernel")
+            choice = chooser.choose(plain)
+        network, others = choice.network, choice.others if finalists > 1 else ()
+        settings = dataclasses.replace(self.loop_settings(), finalists=finalists)
+        loop = SearchLoop(settings, network, run, interruptible=True)
+        if loop.done:
+            progress.say(f"going on after episode {loop.done} of {episodes}")
+        task = Task(
+            model=model,
+            network=network,
+            figures=figures,
+            target=self.target,
+            training=FineTuning(epochs=epochs, mask=mask, distillation=distillation),
+            quantization=quantization,
+        )
+        trials: dict[str, Any] = {}
+        if self.target.max_accuracy_drop is None:
+            checked = functools.partial(check_early, task, warnings, progress)
+            loop.run(episodes, progress, checked)
+            finished, best = play_final(
+                task, [*loop.finalists, *others], loop.proposed, progress, seed=self.seed
+            )
+        else:
+            sizes = AccuracySearch(task, settings, loop, run, chooser)
+            found = sizes.run(episodes, progress)
+            task, finished, best, trials = found.task, found.finished, found.best, found.metrics
+        metrics = build_metrics(
+            model=model,
+            finished=finished,
+            dense=dense,
+            dense_int8=dense_int8,
+            dense_test=score(model, test, network.metric) if test else None,
+            metric=network.metric,
+            agent=self.agent.name,
+            seed=self.seed,
+            proposed_by=best.proposed_by,
+            episodes=loop.done,
+            evaluations=loop.evaluations,
+            seconds=loop.seconds + time.monotonic() - started,
+            dataset=dataset,
+            warnings=warnings,
+        )
+        metrics["search"].update(trials)
+        if self.selection.left:
+            metrics["search"]["left_alone"] = self.selection.to_dict()
+        result = Result(
+            dense=model,
+            finished=finished,
+            metrics=metrics,
+            history=loop.history,
+            candidate=best,
+            figures=figures,
+            quantization=quantization,
+            formats=formats_for(self.target),
+            policy=None if self.hierarchy else SavedPolicy.of(self.agent, loop.episodes.agent),
+        )
+        if run is not None:
+            result.write_files(run.path)
+        self.last = FinishedSearch(
+            **vars(task), plain=plain, loop=loop, result=result, episodes=loop.done
+        )
+        return result
+
+    def loop_settings(self) -> LoopSettings:
+        """What the episodes depend on beside the network."""
+        from rl_sparsity_tf.search.episodes import LoopSettings
+
+        return LoopSettings(
+            agent=self.agent,
+            reward=self.reward,
+            buckets=self.buckets,
+            seed=self.seed,
+            warm_start=self.warm_start,
+            curriculum=self.curriculum,
+            policy=self.policy,
+            hierarchy=self.hierarchy,
+        )
+
+    def _open_run(
+        self,
+        model: keras.Model,
+        train: Any,
+        data: TrainingData,
+        validation: list[Any],
+        test: list[Any] | None,
+        search_arguments: dict[str, Any],
+        overwrite: bool,
+        any_versions: bool,
+    ) -> RunDirectory | None:
+        if self.directory is None:
+            return None
+        reward = self.reward
+        described = reward.to_dict() if isinstance(reward, Reward) else name_of(reward)
+        arguments = {
+            "target": self.target.to_dict(),
+            "agent": self.agent.to_dict(),
+            "group": self.group,
+            "shuffle": self.shuffle,
+            "int4": self.int4,
+            "seed": self.seed,
+            "reward": described,
+            "recovery": self.recovery.to_dict(),
+            "metric": list(self.metric) if isinstance(self.metric, tuple) else self.metric,
+            "buckets": self.buckets,
+            "warm_start": self.warm_start,
+            "curriculum": self.curriculum.to_dict(),
+            "policy": self.policy and self.policy.digest,
+            "hierarchy": self.hierarchy,
+            "latency_table": None,
+            "include": self.include and list(self.include),
+            "exclude": self.exclude and list(self.exclude),
+            **search_arguments,
+        }
+        if self.latency_table is not None:
+            table = json.dumps(self.latency_table.to_dict())
+            arguments["latency_table"] = sha256_of(table.encode())
+        fingerprints = fingerprints_of(model, train, data, validation, test)
+        if self.selection.left:  # under other names patterns may match other layers
+            kernels = find_kernels(self.model)
+            fingerprints["decided"] = [one.path not in self.selection.left for one in kernels]
+        if not isinstance(reward, Reward):
+            fingerprints["reward_code"] = describe(reward)
+        run = RunDirectory(
+            self.directory, arguments, fingerprints, overwrite, any_versions=any_versions
+        )
+        return self._held.enter_context(run)

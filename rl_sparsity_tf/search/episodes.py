@@ -1,0 +1,281 @@
+"""Search episodes: every bucket of every kernel is decided once, by one agent."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from rl_sparsity_tf.agents.configs import Agent, AgentConfig, build_agent
+from rl_sparsity_tf.agents.demonstrations import Demonstration, random_demonstration
+from rl_sparsity_tf.agents.exploration import Anchor
+from rl_sparsity_tf.agents.policies import SavedPolicy
+from rl_sparsity_tf.agents.relaxation import Relaxation
+from rl_sparsity_tf.agents.untried import Untried
+from rl_sparsity_tf.environment.curriculum import Constant, Curriculum
+from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
+from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.environment.reward import RewardFunction
+from rl_sparsity_tf.layers.plan import CompressionPlan
+
+RELATIVE_GAIN = 10.0
+"""What a value less a policy's own is multiplied by, before it is learned: plans that are worth
+comparing hardly differ otherwise. The result is clipped to [-1, 1]."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """What the episodes of a search depend on beside the network.
+
+    Attributes:
+        agent: Configuration of the agent.
+        reward: What an outcome is worth.
+        buckets: Decisions per kernel and episode.
+        seed: Seed of the agent and of every episode.
+        finalists: How many plans go into the final, at most one of each proposer.
+        warm_start: Whether the plans of heuristics are evaluated and demonstrated first.
+        curriculum: How the target rises over the episodes.
+        policy: What the agent has learned elsewhere, if anything.
+        hierarchy: Whether a second agent chooses the order of the kernels and their goals.
+    """
+
+    agent: AgentConfig
+    reward: RewardFunction
+    buckets: int
+    seed: int
+    warm_start: bool
+    finalists: int = 1
+    curriculum: Curriculum = dataclasses.field(default_factory=Constant)
+    policy: SavedPolicy | None = None
+    hierarchy: bool = False
+
+
+class Episodes:
+    """Plays search episodes, the smallest kernel first, and lets the agent learn from them.
+
+    No two episodes take the same decisions, as long as others are left.
+
+    Args:
+        settings: Agent, reward and seed.
+        network: The network.
+
+    Attributes:
+        reference: What values are learned relative to, if the agent begins with a policy.
+    """
+
+    def __init__(self, settings: LoopSettings, network: CompressedNetwork):
+        self.network = network
+        # The last kernel takes what the others have left of the budget. A large one hardly notices;
+        # a small one would be emptied by a step of its neighbour.
+        kernels = sorted(network.kernels, key=lambda kernel: kernel.size)
+        self.environments = [
+            LayerEnvironment(
+                network,
+                kernel.path,
+                reward=settings.reward,
+                buckets=settings.buckets,
+                later=[one.path for one in kernels[place + 1 :]],
+                evaluate=kernel is kernels[-1],
+            )
+            for place, kernel in enumerate(kernels)
+        ]
+        first = self.environments[0]
+        self.agent = build_agent(
+            settings.agent, first.time_step_spec(), first.action_spec(), seed=settings.seed
+        )
+        self._policy = settings.policy
+        if settings.policy is not None:
+            self.agent.set_policy_arrays(settings.policy.weights)
+        self.reference = 0.0
+        self.untried = Untried()
+        self._anchor = Anchor(np.random.default_rng([settings.seed, 3]))
+        self._relaxation: Relaxation | None = None
+        if getattr(settings.agent, "relaxed_reward", 0.0):
+            self._relaxation = Relaxation(network, reward=settings.reward, seed=settings.seed)
+            cast(Any, self.agent).attach(self._relaxation)
+        self._demonstrated = False
+        self._played = list(self.environments)
+
+    def centre(self, plan: CompressionPlan, near: bool = False) -> None:
+        """Cuts the buckets of all kernels so that a plan's densities are among the choices.
+
+        Args:
+            plan: The plan.
+            near: Whether the others are to be near that.
+        """
+        for environment in self.environments:
+            environment.centre(plan.kernels[environment.kernel].sparsity, near)
+
+    def begin_anew(self) -> None:
+        """Lets decisions that were played be played again: they lead to other plans now."""
+        self.untried = Untried()
+        self._anchor.forget()
+
+    def retarget(self, anew: bool = True) -> None:
+        """Follows the network to another budget; what the agent has learned stays with it.
+
+        Args:
+            anew: Whether the decisions that were played before may be played again.
+        """
+        for environment in self.environments:
+            environment.retarget()
+        if anew:
+            self.begin_anew()
+
+    @property
+    def illegal_actions(self) -> int:
+        """Actions so far that were not legal."""
+        return sum(environment.illegal_actions for environment in self.environments)
+
+    def play(self, demonstration: Demonstration | None = None) -> float:
+        """Plays an episode; the network is left with its plan.
+
+        Args:
+            demonstration: What decides in place of the agent, if anything.
+
+        Returns:
+            The sum of the steps' rewards.
+        """
+        self.network.reset()
+        self.untried.restart()
+        self._demonstrated = demonstration is not None
+        demonstration = demonstration or self._random_densities()
+        self._anchor.restart(sum(environment.steps for environment in self.environments))
+        total = sum(self._play_layer(one, demonstration) for one in self.environments)
+        self.untried.finish()
+        return total
+
+    def _random_densities(self) -> Demonstration | None:
+        """What an agent that learns from any behaviour begins with, if it was shown nothing.
+
+        Random decisions of single buckets make plans that say little: nearly every kernel has some
+        group that is kept, and is stored as floats.
+        """
+        if not self.agent.off_policy or not self._anchor.free:
+            return None
+        return random_demonstration(self.network, self._anchor.generator)
+
+    def _play_layer(
+        self, environment: LayerEnvironment, demonstration: Demonstration | None
+    ) -> float:
+        environment.commit()
+        time_step = environment.reset()
+        total = 0.0
+        while not time_step.is_last():
+            forced = None
+            if demonstration is not None:
+                forced = demonstration.action(environment, time_step)
+            action = self._decide(self.agent, time_step, forced)
+            time_step = environment.step(np.int32(action))
+            self.agent.observe(time_step)
+            total += float(time_step.reward)
+        return total
+
+    def play_policy(self) -> list[int]:
+        """Plays the plan that the policy of the settings likes best; nothing is learned from it.
+
+        The network is left with the plan, evaluated.
+
+        Returns:
+            The actions.
+        """
+        assert self._policy is not None
+        state = self.agent.get_state()
+        self.agent.set_policy_arrays(self._policy.weights)
+        self.network.reset()
+        actions = []
+        for environment in self.environments:
+            environment.commit()
+            time_step = environment.reset()
+            while not time_step.is_last():
+                actions.append(self.agent.act(time_step))
+                time_step = environment.step(np.int32(actions[-1]))
+        self.agent.set_state(state)
+        return actions
+
+    def order_by_magnitude(self, wanted: bool) -> None:
+        """Lets the least salient groups be those of least magnitude, or those as layers need it.
+
+        Args:
+            wanted: Whether magnitude is to decide, in all kernels.
+        """
+        self.network.decisions.by_magnitude = wanted
+        self.network.standings.forget()
+        for environment in self.environments:
+            environment.forget()
+
+    def begin_with(self, actions: Sequence[int], value: float) -> None:
+        """Explores from a sequence of actions, as from the best episode so far.
+
+        Args:
+            actions: What was done.
+            value: What the plan was worth.
+        """
+        self._anchor.restart(len(actions))
+        for action in actions:
+            self._anchor.take(action)
+        self._anchor.finish(value, demonstrated=True)
+
+    def _decide(self, agent: Agent, time_step: Any, forced: int | None) -> int:
+        """An agent's action, or the one it is given, that leads to something new if it can."""
+        allowed = self.untried.offer(time_step.observation["legal"])
+        if forced is None and agent.off_policy:
+            allowed = self._anchor.offer(allowed)
+        action = agent.step(time_step, action=forced, allowed=allowed)
+        self._anchor.take(action)
+        self.untried.take(action)
+        return action
+
+    def learn(self, value: float) -> dict[str, float]:
+        """Lets the agent learn from the episode played last.
+
+        Args:
+            value: What its plan turned out to be worth.
+
+        Returns:
+            Losses by name.
+        """
+        self._anchor.finish(value, self._demonstrated)
+        return self._learn(value)
+
+    def _learn(self, value: float | Sequence[float]) -> dict[str, float]:
+        if self._relaxation is not None and not self._demonstrated:
+            self._relaxation.follow([d for env in self._played for d in env.decisions])
+        if self._policy is not None:
+            value = float(np.clip(RELATIVE_GAIN * (np.mean(value) - self.reference), -1.0, 1.0))
+        if self.network.least_squares is None:
+            return self.agent.end_episode(bonus=value)
+        # The steps were paid by estimates, which must not count in the end.
+        return self.agent.end_episode(worth=value)
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """Everything to go on from, as arrays."""
+        return {
+            **{f"agent:{key}": value for key, value in self.agent.get_state().items()},
+            "untried": self.untried.to_array(),
+            **self._anchor.get_state(),
+            "reference": np.array(self.reference),
+            "illegal_actions": np.array([one.illegal_actions for one in self.environments]),
+        }
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what [get_state][] gave.
+
+        Raises:
+            AgentStateError: If it is the state of another agent.
+            ValueError: If it is none of these episodes; also KeyError and TypeError.
+        """
+        counts, reference = state["illegal_actions"], float(state["reference"])
+        whole = counts.dtype.kind == "i" and counts.shape == (len(self.environments),)
+        if not whole or (counts < 0).any() or not -1.0 <= reference <= 1.0:
+            raise ValueError("the counts of illegal actions or the policy's value do not fit")
+        self.agent.set_state(
+            {key.removeprefix("agent:"): v for key, v in state.items() if key.startswith("agent:")}
+        )
+        self.untried = Untried.from_array(state["untried"])
+        self._anchor.set_state(state)
+        self.reference = reference
+        for environment, count in zip(self.environments, counts, strict=True):
+            environment.illegal_actions = int(count)

@@ -1,0 +1,377 @@
+"""Searches that learn nothing: random densities, and hill climbing from a heuristic's plan.
+
+What a learned policy has to beat, at the same number of evaluated plans, on the same network, with
+the same recovery and reward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import tf_keras as keras
+
+from rl_sparsity_tf.allocation.decisions import KernelDecisions
+from rl_sparsity_tf.allocation.density_plans import PlanSpace, random_ratios, shares
+from rl_sparsity_tf.allocation.problem import PlanRequest
+from rl_sparsity_tf.allocation.target import Target
+from rl_sparsity_tf.data.batches import evaluation_data, sample_rows, training_data
+from rl_sparsity_tf.data.checks import fixed_batch
+from rl_sparsity_tf.data.forms import as_rows
+from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.reward import Outcome, Reward, RewardFunction, bounded
+from rl_sparsity_tf.errors import ArgumentError, DataError, PlanError
+from rl_sparsity_tf.export.repeatability import check_repeatable
+from rl_sparsity_tf.files import sha256_of
+from rl_sparsity_tf.layers.kernel_selection import Patterns
+from rl_sparsity_tf.layers.operations import Operation
+from rl_sparsity_tf.layers.plan import CompressionPlan
+from rl_sparsity_tf.layers.rules import resolve
+from rl_sparsity_tf.quiet import quiet_tensorflow
+from rl_sparsity_tf.training.recovery import Recovery, as_recovery
+
+# Proposals in a row that were evaluated before, after which there is nothing new to find.
+_PATIENCE = 200
+# As the search has it: rows of the validation data, and decisions per kernel.
+_ROWS, _DECISIONS, _BATCH = 2000, 8, 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoundPlan:
+    """What a search of plans found.
+
+    Attributes:
+        plan: The best plan; it meets the target.
+        outcome: Its outcome on validation data, after recovery.
+        value: What the reward says of it, in [-1, 1], as for the search's candidates.
+        history: The best value after every evaluation; every plan is evaluated once.
+    """
+
+    plan: CompressionPlan
+    outcome: Outcome
+    value: float
+    history: list[float]
+
+    @property
+    def evaluations(self) -> int:
+        """How many plans were evaluated."""
+        return len(self.history)
+
+
+def random_search(
+    model: keras.Model,
+    data: Any = None,
+    target: Target | None = None,
+    *,
+    sparsity: float | None = None,
+    validation_data: Any = None,
+    evaluations: int = 50,
+    seed: int = 0,
+    group: str = "element",
+    quantize: bool | None = None,
+    reward: RewardFunction | None = None,
+    recovery: Recovery | str | None = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+) -> CompressionPlan:
+    """The best of many random allocations, each recovered and evaluated on validation data.
+
+    Every kernel draws a density, log-uniform within a factor of 8 around the others'; all are
+    scaled to the target, and the smallest groups go first.
+
+    Args:
+        model: A built and compiled `tf_keras` model. It is not changed.
+        data: Training data as `fit` takes it, for the recovery.
+        target: The target; or `sparsity`.
+        sparsity: Short for `Target(sparsity=...)`.
+        validation_data: What plans are evaluated on, up to 2,000 rows of it.
+        evaluations: Plans to evaluate; the same plan is not evaluated twice.
+        seed: Everything random follows from it.
+        group: The smallest unit that is pruned.
+        quantize: Whether what lives is quantized, see [baselines][rl_sparsity_tf.baselines].
+        reward: What an outcome is worth, as in `Compressor`.
+        recovery: How plans recover before they are evaluated, as in `Compressor`.
+        include: What alone is changed, see [baselines][rl_sparsity_tf.baselines].
+        exclude: What is left as it is.
+
+    Raises:
+        RLSparsityError: If an argument cannot be used, or the target is out of reach.
+
+    Example:
+        >>> plan = rls.baselines.random_search(
+        ...     model, (x, y), sparsity=0.9, validation_data=(x_val, y_val), evaluations=100
+        ... )
+    """
+    request = PlanRequest.of(
+        model,
+        target,
+        sparsity=sparsity,
+        group=group,
+        quantize=quantize,
+        include=include,
+        exclude=exclude,
+    )
+    _check_counts(evaluations, seed)
+    with quiet_tensorflow():
+        network, reward = _prepared(
+            "random_search", request, data, validation_data, seed, reward, recovery
+        )
+        return search_randomly(
+            network, reward, evaluations, seed=seed, quantize=request.quantize
+        ).plan
+
+
+def hill_climbing(
+    model: keras.Model,
+    data: Any = None,
+    target: Target | None = None,
+    *,
+    sparsity: float | None = None,
+    validation_data: Any = None,
+    evaluations: int = 50,
+    seed: int = 0,
+    group: str = "element",
+    quantize: bool | None = None,
+    reward: RewardFunction | None = None,
+    recovery: Recovery | str | None = None,
+    start: CompressionPlan | None = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+) -> CompressionPlan:
+    """Moves density between two kernels at a time, and keeps what improves the reward.
+
+    Args:
+        model: A built and compiled `tf_keras` model. It is not changed.
+        data: Training data as `fit` takes it, for the recovery.
+        target: The target; or `sparsity`.
+        sparsity: Short for `Target(sparsity=...)`.
+        validation_data: What plans are evaluated on, up to 2,000 rows of it.
+        evaluations: Plans to evaluate; the same plan is not evaluated twice.
+        seed: Everything random follows from it.
+        group: The smallest unit that is pruned.
+        quantize: Whether what lives is quantized, see [baselines][rl_sparsity_tf.baselines].
+        reward: What an outcome is worth, as in `Compressor`.
+        recovery: How plans recover before they are evaluated, as in `Compressor`.
+        start: The plan to begin with, scaled to the target; by default that of `lamp`. The groups
+            that live in it are the last to go.
+        include: What alone is changed, see [baselines][rl_sparsity_tf.baselines].
+        exclude: What is left as it is.
+
+    Raises:
+        RLSparsityError: If an argument cannot be used, or the target is out of reach.
+
+    Example:
+        >>> plan = rls.baselines.hill_climbing(
+        ...     model, (x, y), sparsity=0.9, validation_data=(x_val, y_val)
+        ... )
+    """
+    request = PlanRequest.of(
+        model,
+        target,
+        sparsity=sparsity,
+        group=group,
+        quantize=quantize,
+        include=include,
+        exclude=exclude,
+    )
+    _check_counts(evaluations, seed)
+    if start is not None:
+        start = _checked_start(start, request)
+    with quiet_tensorflow():
+        network, reward = _prepared(
+            "hill_climbing", request, data, validation_data, seed, reward, recovery
+        )
+        return climb(
+            network, reward, evaluations, seed=seed, quantize=request.quantize, start=start
+        ).plan
+
+
+def search_randomly(
+    network: CompressedNetwork,
+    reward: RewardFunction,
+    evaluations: int,
+    *,
+    seed: int = 0,
+    quantize: bool = True,
+    steps: int = _DECISIONS,
+) -> FoundPlan:
+    """[random_search][] on a network that is there already.
+
+    Args:
+        network: The network; it is left with the last plan applied.
+        reward: What an outcome is worth.
+        evaluations: Plans to evaluate.
+        seed: Which.
+        quantize: Whether what lives is quantized.
+        steps: Training steps per kernel, where the recovery is fine-tuning.
+
+    Raises:
+        TargetError: If a budget of bytes cannot be met without integers.
+    """
+    rng = np.random.default_rng([seed, 1])
+    space = PlanSpace(network, quantize)
+    trials = _Trials(network, reward, evaluations, steps)
+    while trials.going:
+        trials.run(space.plan(random_ratios(rng, len(network.kernels))))
+    return trials.found()
+
+
+def climb(
+    network: CompressedNetwork,
+    reward: RewardFunction,
+    evaluations: int,
+    *,
+    seed: int = 0,
+    quantize: bool = True,
+    start: CompressionPlan | None = None,
+    steps: int = _DECISIONS,
+) -> FoundPlan:
+    """[hill_climbing][] on a network that is there already.
+
+    Args:
+        network: The network; it is left with the last plan applied.
+        reward: What an outcome is worth.
+        evaluations: Plans to evaluate.
+        seed: Which steps are tried.
+        quantize: Whether what lives is quantized.
+        start: The plan to begin with, of the network's kernels and groups; by default LAMP's.
+        steps: Training steps per kernel, where the recovery is fine-tuning.
+
+    Raises:
+        TargetError: If a budget of bytes cannot be met without integers.
+    """
+    rng = np.random.default_rng([seed, 2])
+    space = PlanSpace(network, quantize)
+    if start is None:
+        live = space.live(space.lamp_scores())
+    else:
+        live = [start.kernels[k.path].operations != Operation.PRUNE for k in network.kernels]
+        space.prefer(live)
+        live = space.live(space.scores(shares(live)))
+    trials = _Trials(network, reward, evaluations, steps)
+    trials.run(space.plan_of(live))
+    densities = shares(live)
+    # Within a kernel LAMP's order is that of magnitudes, so that densities say all of a plan.
+    while trials.going and len(densities) > 1:
+        moved = space.step(densities, rng)
+        live = space.live(space.scores(moved))
+        if trials.run(space.plan_of(live)):
+            densities = shares(live)
+    return trials.found()
+
+
+class _Trials:
+    """Evaluates plans, each once, and remembers the best."""
+
+    def __init__(
+        self, network: CompressedNetwork, reward: RewardFunction, evaluations: int, steps: int
+    ):
+        self._network, self._reward = network, reward
+        self._evaluations, self._steps = evaluations, steps
+        self._seen: set[str] = set()
+        self._repeated = 0
+        self._best: tuple[float, Outcome, CompressionPlan] | None = None
+        self._history: list[float] = []
+
+    @property
+    def going(self) -> bool:
+        """Whether there are evaluations left, and plans to be expected that were not seen."""
+        return len(self._history) < self._evaluations and self._repeated < _PATIENCE
+
+    def run(self, plan: CompressionPlan) -> bool:
+        """Evaluates a plan if it is new; whether it is the best so far."""
+        digest = sha256_of(*(entry.operations.tobytes() for entry in plan.kernels.values()))
+        if digest in self._seen:
+            self._repeated += 1
+            return False
+        self._seen.add(digest)
+        self._repeated = 0
+        steps = self._steps * self._network.recovery.steps
+        outcome = evaluate_plan(self._network, plan, steps)
+        value = bounded(self._reward, outcome, None)
+        improved = self._best is None or (value, -outcome.loss) > (
+            self._best[0],
+            -self._best[1].loss,
+        )
+        if improved:
+            self._best = (value, outcome, plan)
+        assert self._best is not None
+        self._history.append(self._best[0])
+        return improved
+
+    def found(self) -> FoundPlan:
+        """The best plan."""
+        assert self._best is not None
+        value, outcome, plan = self._best
+        return FoundPlan(plan=plan, outcome=outcome, value=value, history=self._history)
+
+
+# ---------------------------------------------------------------------- arguments
+
+
+def _prepared(
+    name: str,
+    request: PlanRequest,
+    data: Any,
+    validation_data: Any,
+    seed: int,
+    reward: RewardFunction | None,
+    recovery: Recovery | str | None,
+) -> tuple[CompressedNetwork, RewardFunction]:
+    """The network that plans are evaluated on, as a search's."""
+    for what, given, use in (
+        ("data", data, "plans recover on before they are evaluated. Pass data=(x, y)"),
+        ("validation_data", validation_data, "plans are evaluated on. Pass validation_data=(x, y)"),
+    ):
+        if given is None:
+            raise DataError(f"{name} was given no {what}, which {use} as fit takes it.")
+    reward = Reward() if reward is None else reward
+    if isinstance(reward, type) or not callable(reward):
+        raise ArgumentError(
+            f"reward={reward!r} cannot be used. Expected rls.Reward(...) or a function "
+            "(outcome, previous) -> float."
+        )
+    model = request.model
+    rows, batch_size = as_rows(data, "train", _BATCH)
+    train = training_data(rows, model, batch_size=batch_size, seed=seed)
+    check_repeatable(model, train.pool[0][0])
+    validation = evaluation_data(validation_data, model, "validation_data")
+    network = CompressedNetwork(
+        model,
+        train,
+        sample_rows(validation, _ROWS, seed=seed, fixed=fixed_batch(model)),
+        target=request.target,
+        decisions=KernelDecisions(request.group, selection=request.selection),
+        recovery=as_recovery(recovery),
+        seed=seed,
+    )
+    return network, reward
+
+
+def _check_counts(evaluations: object, seed: object) -> None:
+    for name, value, least in (("evaluations", evaluations, 1), ("seed", seed, 0)):
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not whole or int(value) < least:  # type: ignore[call-overload]
+            raise ArgumentError(
+                f"{name}={value!r} cannot be used. Expected a whole number of at least {least}."
+            )
+
+
+def _checked_start(start: object, request: PlanRequest) -> CompressionPlan:
+    if not isinstance(start, CompressionPlan):
+        raise ArgumentError(
+            f"start={start!r} is a {type(start).__name__}. Expected a CompressionPlan, for "
+            "example rls.baselines.erk(model, sparsity=0.9), or None for that of lamp."
+        )
+    plan = resolve(start, request.model, request.selection)
+    for kernel in request.kernels:
+        entry = plan.kernels.get(kernel.path)
+        if entry is None or entry.group != request.group:
+            found = "no entry" if entry is None else f"groups of {entry.group!r}"
+            raise PlanError(
+                f"start has {found} for the kernel {kernel.path!r}. Expected a plan with groups "
+                f"of {request.group!r} for every kernel; pass group=... to both."
+            )
+    return plan

@@ -1,0 +1,293 @@
+"""What a search returns."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tf_keras as keras
+from rich.table import Table
+
+from rl_sparsity_tf.agents.policies import SavedPolicy
+from rl_sparsity_tf.environment.candidates import Candidate
+from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError
+from rl_sparsity_tf.export.export import check_path, export_tflite
+from rl_sparsity_tf.export.report import ExportReport, TensorReport
+from rl_sparsity_tf.files import replacing, write_text, writing
+from rl_sparsity_tf.layers.kernels import find_kernels
+from rl_sparsity_tf.layers.operations import Operation
+from rl_sparsity_tf.layers.plan import CompressionPlan
+from rl_sparsity_tf.search.finishing import Figures, Finished, RemovedChannels
+from rl_sparsity_tf.search.run_directory import RESULT_FILES, check_directory
+from rl_sparsity_tf.tables import printing, table_lines
+from rl_sparsity_tf.tflite.recipes import check_recipe_path, recipe_path, replacing_with_recipe
+
+
+class Result:
+    """A compressed model with everything that is known of it.
+
+    Attributes:
+        model: The compressed model, plain Keras, compiled as the original.
+        plan: The plan with the final masks.
+        metrics: The figures, as written to metrics.json.
+        history: One dict per search episode.
+        candidate: The plan as the search found it, before the final fine-tuning.
+        channels: What was removed, if whole channels were decided: the plan of the original
+            model's channels, and shares of multiplications and time. The model does not have them
+            any more, and `plan` says how the kernels that are left are stored.
+        report: The report of the .tflite file; None if none was verified. The search is not lost
+            with it: `metrics["warnings"]` says what went wrong.
+        formats: Whether the file may hold sparse tensors, see `export_tflite`.
+        policy: What the agent had learned in the end; None after a search in two levels.
+    """
+
+    def __init__(
+        self,
+        *,
+        dense: keras.Model,
+        finished: Finished,
+        metrics: dict[str, Any],
+        history: list[dict[str, Any]],
+        candidate: Candidate,
+        figures: Figures,
+        quantization: str = "plan",
+        formats: str = "dense",
+        policy: SavedPolicy | None = None,
+    ):
+        self.model: keras.Model = finished.model
+        self.plan: CompressionPlan = finished.plan
+        self.channels: RemovedChannels | None = finished.channels
+        self.metrics = metrics
+        self.history = history
+        self.candidate = candidate
+        self.report: ExportReport | None = finished.exported.report
+        self.figures = figures
+        self.formats = formats
+        self.policy = policy
+        self._dense = dense
+        self._tflite = finished.exported.content
+        self._quantization = self.report.quantization if self.report else quantization
+
+    def __repr__(self) -> str:
+        compressed = self.metrics["compressed"]
+        return (
+            f"Result(sparsity={compressed['sparsity']:.4f}, "
+            f"tflite_bytes={compressed['tflite_bytes']}, "
+            f"validation_metric={compressed['validation_metric']:.4f})"
+        )
+
+    def export_tflite(
+        self,
+        path: str | os.PathLike[str],
+        quantization: str | None = None,
+        *,
+        overwrite: bool = False,
+        batch_size: int | None = None,
+        unroll: bool = False,
+        stateful: bool = False,
+        compute: str = "weight_only",
+        formats: str | None = None,
+        sparse_inference: str | None = None,
+    ) -> ExportReport:
+        """Writes the verified .tflite file, or makes one in another mode.
+
+        Args:
+            path: Where to write.
+            quantization: A mode of `export_tflite`; by default the file that the search made.
+            overwrite: Whether an existing file may be replaced.
+            batch_size: Fixes the batch size of the file, as `export_tflite` does.
+            unroll: Writes recurrent layers without a loop, as `export_tflite` does.
+            stateful: Lets LSTM layers keep their state between calls, as `export_tflite` does.
+            compute: How the plan's integers compute, as in `export_tflite`.
+            formats: Whether tensors may be stored sparse, as in `export_tflite`; by default as the
+                target of the search wants it.
+            sparse_inference: `"arm"` for a file whose zeros XNNPACK skips on ARM, as in
+                `export_tflite`.
+
+        Returns:
+            The file's report.
+        """
+        report, content = self.report, self._tflite
+        same = quantization in (None, self._quantization) and compute == "weight_only"
+        same = (
+            same
+            and formats in (None, self.formats)
+            and not (unroll or stateful or sparse_inference)
+        )
+        if same and report and content and batch_size in (None, report.batch_size):
+            target = check_path(path, overwrite)
+            check_recipe_path(target, overwrite)
+            with replacing_with_recipe(target, report.recipe) as temporary:
+                temporary.write_bytes(content)
+            return dataclasses.replace(report, path=os.fspath(path))
+        return export_tflite(
+            self.model,
+            path,
+            quantization or self._quantization,
+            plan=self.plan,
+            representative_data=self.figures.representative(self.model),
+            overwrite=overwrite,
+            batch_size=batch_size,
+            unroll=unroll,
+            stateful=stateful,
+            compute=compute,
+            formats=self.formats if formats is None else formats,
+            sparse_inference=sparse_inference,
+        )
+
+    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes model.keras, model.tflite, plan.json, metrics.json and history.csv.
+
+        Beside model.tflite comes model.recipe.json, if LiteRT's quantizer had a part in it; and
+        channels.json, the plan of the original model's channels, if channels were decided.
+
+        Args:
+            directory: A folder; made if it is missing.
+            overwrite: Whether files of these names may be replaced.
+
+        Raises:
+            FileExistsRLSparsityError: If one of the files is there and `overwrite` is false.
+        """
+        folder = check_directory(directory)
+        present = [name for name in RESULT_FILES if (folder / name).exists()]
+        if present and not overwrite:
+            raise FileExistsRLSparsityError(
+                f"The folder {str(folder)!r} already holds {present}. Choose another folder, or "
+                "pass overwrite=True."
+            )
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+        self.write_files(folder)
+
+    def save_policy(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes what the agent has learned, to start the search of another network from.
+
+        Args:
+            path: A .npz file.
+            overwrite: Whether it may be replaced.
+
+        Raises:
+            ArgumentError: If the agent was random, the search had two levels, or the path cannot
+                be written to.
+            FileExistsRLSparsityError: If the file exists and `overwrite` is false.
+
+        Example:
+            >>> result.save_policy("policy.npz")
+            >>> rls.Compressor(other_model, target, policy="policy.npz").search(data, ...)
+        """
+        if self.policy is None:
+            raise ArgumentError(
+                "hierarchy=True searches with two agents, of which none can decide alone. Expected "
+                "a search without it to save the policy of."
+            )
+        self.policy.save(path, overwrite=overwrite)
+
+    def write_files(self, folder: Path) -> None:
+        """Writes the result's files, each in one step; metrics.json last."""
+        with replacing(folder / "model.keras") as temporary:
+            self.model.save(temporary)
+        file = folder / "model.tflite"
+        if self.report is not None and self._tflite is not None:
+            with replacing_with_recipe(file, self.report.recipe) as temporary:
+                temporary.write_bytes(self._tflite)
+        else:  # what an earlier result has left would be taken for this one's
+            file.unlink(missing_ok=True)
+            recipe_path(file).unlink(missing_ok=True)
+        write_text(folder / "plan.json", self.plan.to_json())
+        if self.channels is not None:
+            write_text(folder / "channels.json", self.channels.plan.to_json())
+        write_text(folder / "history.csv", self._history_csv())
+        write_text(folder / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
+
+    def _history_csv(self) -> str:
+        text = io.StringIO()
+        first = self.history[0] if self.history else {}
+        names = [key for key in first if key not in ("operations", "losses")]
+        counts = [operation.name.lower() for operation in Operation]
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([*names, *counts])
+        for entry in self.history:
+            row = [entry[name] for name in names]
+            writer.writerow([*row, *(entry["operations"][name] for name in counts)])
+        return text.getvalue()
+
+    def _channel_line(self) -> str:
+        assert self.channels is not None
+        macs, latency = self.channels.macs, self.channels.latency
+        parts = [] if macs is None else [f"{macs:.4f} of the multiplications"]
+        if latency is not None:
+            parts.append(f"{latency:.4f} of the dense file's time (measured)")
+        elif self.channels.predicted_latency is not None:
+            parts.append(
+                f"{self.channels.predicted_latency:.4f} of the dense file's time (predicted; not "
+                f"measured, as the samples scatter by {self.channels.latency_spread or 0:.0%})"
+            )
+        return "left: " + ", ".join(parts or ["see channels.json"])
+
+    def summary(self, print_fn: Callable[[str], Any] = print) -> None:
+        """Prints, for every kernel, what was done to it and what it costs in the file.
+
+        Args:
+            print_fn: Called with every line.
+        """
+        print_fn = printing(print_fn)
+        stored: dict[str, list[TensorReport]] = {}
+        for tensor in self.report.tensors if self.report else ():
+            if tensor.kernel:  # several tensors may hold one: the gates of an LSTM
+                stored.setdefault(tensor.kernel, []).append(tensor)
+        table = Table(title="Compressed model", title_justify="left")
+        table.add_column("kernel", overflow="fold")
+        for title in ("shape", "keep", "prune", "quantize", "shuffle"):
+            table.add_column(title, justify="right")
+        for title in ("sparsity", "bits", "bytes before", "bytes after"):
+            table.add_column(title, justify="right")
+        for kernel in find_kernels(self.model):
+            entry = self.plan.kernels.get(kernel.path)
+            tensors = stored.get(kernel.path, [])
+            counts = [
+                str(entry.weights_under(operation)) if entry else "-" for operation in Operation
+            ]
+            table.add_row(
+                kernel.path,
+                "x".join(map(str, kernel.shape)),
+                *counts,
+                f"{entry.sparsity:.4f}" if entry else "0",
+                "/".join(sorted({tensor.dtype for tensor in tensors})) or "?",
+                f"{kernel.size * 4:,}",
+                f"{sum(tensor.bytes for tensor in tensors):,}" if tensors else "?",
+            )
+        compressed, dense = self.metrics["compressed"], self.metrics["dense"]
+        for line in table_lines(table, width=130):
+            print_fn(line)
+        sizes = (
+            f"file {dense['tflite_bytes']:,} -> {compressed['tflite_bytes']:,} bytes, gzipped "
+            f"{dense['gzip_bytes']:,} -> {compressed['gzip_bytes']:,}"
+            if self.report
+            else "no file"
+        )
+        print_fn(f"sparsity {compressed['sparsity']:.4f} of all weights; {sizes}")
+        if self.channels is not None:
+            print_fn(self._channel_line())
+        for reason, paths in self.metrics["search"].get("left_alone", {}).items():
+            print_fn(f"left alone ({reason}): {', '.join(paths)}")
+        print_fn(f"plan proposed by {self.candidate.found_by}")
+        name = self.metrics["metric"]["name"]
+        print_fn(f"validation {name} {compressed['validation_metric']:.4f}")
+        if compressed["metric"] is not None:
+            of_file = compressed["tflite_metric"]
+            print_fn(
+                f"test {name}: dense {dense['metric']:.4f}, compressed {compressed['metric']:.4f}, "
+                f".tflite {'-' if of_file is None else format(of_file, '.4f')}"
+            )
+        warnings = self.metrics.get("warnings", [])
+        for warning in warnings:
+            print_fn(f"warning: {warning}")
+        for note in self.report.notes if self.report else ():
+            if note not in warnings:
+                print_fn(f"note: {note}")

@@ -1,0 +1,244 @@
+"""Which groups and how many bits each kernel should have, where a target in bytes leaves it open.
+
+A sparse int8 weight takes two or three bytes with its index, one in a block of four a byte and a
+quarter, a dense int4 weight half a byte: which is best depends on the kernel, on what the others
+take, and on the size wanted. The knapsack of [dynamic_programming][] is given all of them; what it
+finds, and the plain ways to store everything alike, are compared by the networks they lead to.
+
+Bytes are not time: XNNPACK restores int8 constants when LiteRT loads a file, but no int4 ones, and
+computes convolutions with constant kernels only. Those in 4 bits are left to slower kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from rl_sparsity_tf.allocation.decisions import KernelDecisions
+from rl_sparsity_tf.allocation.dynamic_programming import POWERS, affordable, propose_all
+from rl_sparsity_tf.allocation.knapsack import LARGEST_ERROR, POWER, knapsack
+from rl_sparsity_tf.allocation.layer_errors import FLOAT, KernelErrors, kernel_errors
+from rl_sparsity_tf.allocation.size_budget import KernelCosts, SizeBudget
+from rl_sparsity_tf.allocation.size_costs import kernel_costs
+from rl_sparsity_tf.allocation.storage import KernelStorage, Storage
+from rl_sparsity_tf.environment.candidates import PROPOSED, Candidate
+from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.reward import Outcome, RewardFunction, bounded
+from rl_sparsity_tf.errors import TargetError
+from rl_sparsity_tf.export.size_model import SizeModel
+from rl_sparsity_tf.layers.export_modes import INT4_AS_FAST, has_int4
+from rl_sparsity_tf.layers.kernels import Kernel
+
+GROUPS = ("element", "block4")
+"""The kinds of groups that are compared. Blocks of 16 were 1.6, 1.2 and 0.3 points behind those of
+4 (LeNet-300-100, Fashion-MNIST, one seed, 12, 20 and 40 % of the dense int8 file)."""
+
+INT4 = ("all", "fast", "none")
+"""Which kernels may have 4 bits, where TFLite has them: any, those with which LiteRT is as fast as
+in 8 bits ([INT4_AS_FAST][rl_sparsity_tf.layers.export_modes.INT4_AS_FAST]), or none."""
+
+_UNITS = 8192
+
+SINGLE_WEIGHTS = "dynamic_programming_element"
+"""Who proposed the plan of a [StorageChoice][]."""
+
+Build = Callable[..., CompressedNetwork]
+"""Makes a network of `decisions=KernelDecisions(...)`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StorageChoice:
+    """What to search, and what the choice is held against in the end.
+
+    Attributes:
+        network: The network whose best plan by dynamic programming has the lowest validation loss
+            after recovery, with nothing decided. All plans that were evaluated count as its
+            evaluations.
+        others: The plan of dynamic programming for single weights at 8 bits: what is behind after a
+            recovery in closed form may be ahead after the fine-tuning.
+    """
+
+    network: CompressedNetwork
+    others: Sequence[Candidate] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StorageChooser:
+    """What [choose_storage][] needs beside a network.
+
+    Attributes:
+        build: Makes another network of the same model.
+        reward: What a plan's outcome is worth.
+        int4: Which kernels may have 4 bits, one of [INT4][].
+    """
+
+    build: Build
+    reward: RewardFunction
+    int4: str = "all"
+
+    def choose(self, network: CompressedNetwork) -> StorageChoice:
+        """The best storage for a network's budget."""
+        return choose_storage(network, self.build, self.reward, self.int4)
+
+
+def choose_storage(
+    network: CompressedNetwork, build: Build, reward: RewardFunction, int4: str = "all"
+) -> StorageChoice:
+    """Compares how kernels can be cut and stored for a target in bytes.
+
+    Args:
+        network: The network with all kernels in single weights, at 8 bits.
+        build: Makes another of the same model.
+        reward: What a plan's outcome is worth.
+        int4: Which kernels may have 4 bits, one of [INT4][].
+    """
+    decisions = network.decisions
+    sizes = decisions.sizes
+    assert sizes is not None
+    wanted = [Storage("block4"), *propose_storages(network, sizes, int4)]
+    single_weights = []
+    best, lowest = network, math.inf
+    for power, outcome in _evaluated(network):
+        lowest = _lower(lowest, outcome)
+        if power == POWER:  # what the contender of that name is given
+            value = bounded(reward, outcome, None)
+            single_weights.append(Candidate.of(network, value, PROPOSED, SINGLE_WEIGHTS))
+    seen = set(network.seen)
+    for number, storage in enumerate(wanted):
+        if storage in wanted[:number] or storage == network.storage:
+            continue
+        try:
+            other = build(
+                decisions=KernelDecisions(storage, decisions.shuffles, sizes, decisions.selection)
+            )
+        except TargetError:  # the last block of every kernel takes more than a last single weight
+            continue
+        loss = math.inf
+        for _, outcome in _evaluated(other):
+            loss = _lower(loss, outcome)
+        seen |= other.seen
+        if loss < lowest:
+            best, lowest = other, loss
+    best.seen |= seen
+    return StorageChoice(best, single_weights)
+
+
+def propose_storages(
+    network: CompressedNetwork, sizes: SizeModel, int4: str = "all"
+) -> list[Storage]:
+    """What the knapsack chooses when every kernel may be cut and stored in any way.
+
+    Args:
+        network: The network with all kernels in single weights, at 8 bits.
+        sizes: The model of the size.
+        int4: Which kernels may have 4 bits, one of [INT4][].
+
+    Returns:
+        A storage for each of several powers of the layers' errors.
+    """
+    budget = network.budget
+    assert isinstance(budget, SizeBudget)
+    limit = budget.limit - budget.fixed
+    density = 1.0 - budget.goal
+    options = [
+        _options(network, one, sizes, density, limit, _may_have_int4(one, int4))
+        for one in network.kernels
+    ]
+    costs = [np.concatenate([option.costs for option in one]) for one in options]
+    found = []
+    for power in POWERS:
+        errors = [
+            np.concatenate([option.errors for option in one]).clip(0, LARGEST_ERROR) ** power
+            for one in options
+        ]
+        entries = knapsack(errors, costs, limit, _UNITS)
+        if entries is None:
+            continue
+        named = {}
+        for kernel, one, entry in zip(network.kernels, options, entries, strict=True):
+            sizes_of = np.cumsum([len(option.costs) for option in one])
+            named[kernel.path] = one[int(np.searchsorted(sizes_of, entry, side="right"))].storage
+        found.append(Storage("element", named))
+    return found
+
+
+def _may_have_int4(kernel: Kernel, int4: str) -> bool:
+    """Whether a kernel can, and may, be stored in 4 bits."""
+    kind = kernel.spec.kind
+    allowed = int4 == "all" or (int4 == "fast" and kind in INT4_AS_FAST)
+    return allowed and kernel.spec.exports_int8 and has_int4(kind)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Option:
+    """One way to cut and store a kernel: errors and costs by how much of it lives."""
+
+    storage: KernelStorage
+    errors: np.ndarray
+    costs: np.ndarray
+
+
+def _options(
+    network: CompressedNetwork,
+    kernel: Kernel,
+    sizes: SizeModel,
+    density: float,
+    limit: float,
+    int4: bool,
+) -> list[_Option]:
+    kind = network.target.kind
+    fits = network.least_squares
+    problem = None if fits is None else fits.problems.get(kernel.path)
+    matrix = network.originals[kernel.path]
+    found = []
+    for group in GROUPS:
+        grouping = kernel.grouping(group)
+        costs = kernel_costs(sizes, kernel, KernelStorage(group), kind)
+        errors = kernel_errors(
+            matrix,
+            grouping,
+            kernel.spec,
+            None if problem is None else problem.regrouped(grouping),
+            bits=[FLOAT, 8] if kernel.spec.exports_int8 else [FLOAT],
+            density=density,
+            most=affordable(costs, limit),
+        )
+        for bits in errors.errors:
+            found.append(_option(errors, costs, KernelStorage(group), bits))
+    if int4:
+        # There is no sparse form of 4 bits, so that zeros save nothing: only the whole kernel.
+        storage = KernelStorage("element", 4)
+        costs = kernel_costs(sizes, kernel, storage, kind)
+        errors = kernel_errors(
+            matrix,
+            kernel.grouping("element"),
+            kernel.spec,
+            problem,
+            bits=[4],
+            counts=[kernel.size],
+        )
+        found.append(_option(errors, costs, storage, 4))
+    return found
+
+
+def _option(errors: KernelErrors, costs: KernelCosts, storage: KernelStorage, bits: int) -> _Option:
+    prices = np.array([costs.cost(float(live), bits < FLOAT) for live in errors.live])
+    return _Option(storage, errors.errors[bits], prices)
+
+
+def _evaluated(network: CompressedNetwork) -> Iterator[tuple[float, Outcome]]:
+    """The outcome of what dynamic programming proposes at each power of the layers' errors.
+
+    While one is looked at, the network is as it was evaluated; afterwards nothing is decided.
+    """
+    for power, plan in zip(POWERS, propose_all(network, POWERS), strict=True):
+        yield power, evaluate_plan(network, plan, network.recovery.steps)
+    network.reset()
+
+
+def _lower(loss: float, outcome: Outcome) -> float:
+    return loss if math.isnan(outcome.loss) else min(loss, outcome.loss)

@@ -1,0 +1,1 @@
+"""Files as files: read, edit, store sparse or as integers, run, time, inspect."""

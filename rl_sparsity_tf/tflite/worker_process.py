@@ -1,0 +1,379 @@
+"""The child process that converts, quantizes and runs .tflite files.
+
+Started by [conversion][rl_sparsity_tf.tflite.worker] as `python -m
+rl_sparsity_tf.tflite.worker_process`, because converters and runtimes may abort the process they
+run in. It reads one JSON request per line from standard input and answers with one JSON line each:
+
+    {"id": 1, "command": "run", ...}  ->  {"id": 1, "ok": true, "result": {...}}
+                                      or  {"id": 1, "ok": false, "error": "...", "message": "..."}
+
+Arrays travel as .npz files. The process ends when standard input does.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from rl_sparsity_tf.tflite.file_inputs import by_names, check_rows, names_in_order
+
+# Of the "time" command: single calls of small models are too short to be timed.
+_WARM_UP_SECONDS = 0.1
+_SAMPLE_SECONDS = 0.005
+
+
+def warm() -> dict[str, Any]:
+    """Imports what conversions need, ahead of the first one."""
+    import tensorflow as tf
+
+    return {"tensorflow": tf.__version__}
+
+
+def convert(
+    saved_model: str, output: str, quantization: str, representative: str | None
+) -> dict[str, Any]:
+    """Converts a SavedModel's serving_default signature with builtin operators only.
+
+    Args:
+        saved_model: Folder of the SavedModel.
+        output: The .tflite file to write.
+        quantization: "none", "dynamic", "float16" or "int8".
+        representative: For "int8", an .npz file with one array of rows per signature input.
+    """
+    import tensorflow as tf
+
+    converter = tf.lite.TFLiteConverter.from_saved_model(
+        saved_model, signature_keys=["serving_default"]
+    )
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    if quantization != "none":
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    if quantization == "float16":
+        converter.target_spec.supported_types = [tf.float16]
+    if quantization == "int8":
+        rows = _load(str(representative))
+        batch = _fixed_batch(saved_model)
+
+        def batches() -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+            count = len(next(iter(rows.values())))
+            for start in range(0, count - batch + 1, batch):
+                part = {name: array[start : start + batch] for name, array in rows.items()}
+                yield "serving_default", part
+
+        converter.representative_dataset = batches
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+        converter.inference_input_type = tf.int8
+        converter.inference_output_type = tf.int8
+    content = converter.convert()
+    Path(output).write_bytes(content)
+    return {"bytes": len(content)}
+
+
+def _fixed_batch(saved_model: str) -> int:
+    """The batch size that a SavedModel's signature fixes, or 1."""
+    import tensorflow as tf
+
+    signature = tf.saved_model.load(saved_model).signatures["serving_default"]
+    specs = signature.structured_input_signature[1].values()
+    sizes = [spec.shape[0] for spec in specs if spec.shape.rank and spec.shape[0] is not None]
+    return int(sizes[0]) if sizes else 1
+
+
+def quantize(
+    source: str,
+    output: str,
+    entries: list[dict[str, Any]],
+    compute: str = "weight_only",
+    representative: str | None = None,
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """Quantizes weights of a float32 file, by [quantize_file][rl_sparsity_tf.tflite.recipes].
+
+    Args:
+        source: A float32 .tflite file with one signature.
+        output: The file to write.
+        entries: The operators that read the kernels, and the kernels' bits.
+        compute: "weight_only", "dynamic" or "static".
+        representative: For "static", an .npz file with one array of rows per signature input.
+        batch_size: Rows at a time; a file with a fixed batch size uses its own.
+    """
+    from rl_sparsity_tf.tflite.recipes import quantize_file
+
+    batches = None if representative is None else _batches(source, representative, batch_size)
+    return quantize_file(source, output, entries, compute, batches)
+
+
+def _batches(path: str, inputs: str, batch_size: int) -> list[dict[str, np.ndarray]]:
+    """Whole batches of the rows in an .npz file, for the inputs of a file's signature."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=path)
+    fixed = _batch_of(interpreter.get_input_details()[0])
+    ports = interpreter.get_input_details()
+    names = names_in_order(interpreter.get_signature_runner().get_input_details(), ports)
+    rows = dict(zip(names, _load(inputs).values(), strict=True))
+    count, size = len(next(iter(rows.values()))), fixed or batch_size
+    whole = range(0, count - (size - 1 if fixed else 0), size)
+    return [{name: array[start : start + size] for name, array in rows.items()} for start in whole]
+
+
+def run(
+    path: str,
+    inputs: str,
+    outputs: str,
+    batch_size: int,
+    xnnpack: bool,
+    reset: bool = True,
+    given: list[str] | None = None,
+) -> dict[str, Any]:
+    """Runs a file over all rows of its inputs.
+
+    Args:
+        path: The .tflite file, with one signature.
+        inputs: An .npz file with one array of rows per signature input, in real values.
+        outputs: The .npz file to write: `output_0`, ... in the order of the file's outputs, in real
+            values.
+        batch_size: Rows at a time; a file with a fixed batch size uses its own.
+        xnnpack: Whether the default delegate (XNNPACK) may be used.
+        reset: Whether what the file keeps from call to call is reset before each of them.
+        given: Names of the inputs that the arrays are for; by default they are in the file's order.
+    """
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    resolver = OpResolverType.AUTO if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+
+    def begin() -> tuple[Any, Any, bool, Any, Any]:
+        interpreter = Interpreter(model_path=path, experimental_op_resolver_type=resolver)
+        signatures = interpreter.get_signature_list()
+        if len(signatures) != 1:
+            raise ValueError(
+                f"The file has {len(signatures)} signatures, expected one. Export it with "
+                "export_tflite."
+            )
+        ports = interpreter.get_input_details(), interpreter.get_output_details()
+        fixed = _batch_of(ports[0][0]) is not None
+        if fixed:
+            # Before the runner exists: with it the interpreter refuses, and state needs memory.
+            interpreter.allocate_tensors()
+        return interpreter, interpreter.get_signature_runner(), fixed, *ports
+
+    interpreter, runner, fixed, ports_in, ports_out = begin()
+    into, out_of = runner.get_input_details(), runner.get_output_details()
+    arrays = list(_load(inputs).values())
+    names = names_in_order(into, ports_in)
+    if given is not None:
+        arrays = by_names(names, given, arrays)
+    check_rows([into[name] | {"name": name} for name in names], arrays)
+    batch = _batch_of(into[names[0]]) or batch_size
+    rows = len(arrays[0])
+    collected: dict[str, list[np.ndarray]] = {name: [] for name in out_of}
+    for start in range(0, rows, batch):
+        count = min(batch, rows - start)
+        fed = {}
+        for name, array in zip(names, arrays, strict=True):
+            part = array[start : start + count]
+            if fixed and count < batch:
+                part = np.concatenate([part, np.repeat(part[-1:], batch - count, axis=0)])
+            fed[name] = _to_stored(part, into[name])
+        if fixed and reset:
+            # Fused recurrent operators, which fix the batch size, may keep their state between
+            # calls; Keras starts every call afresh.
+            try:
+                interpreter.reset_all_variables()
+            except RuntimeError:
+                # LiteRT cannot reset a file that has loops beside such operators.
+                interpreter, runner, *_ = begin()
+        for name, value in runner(**fed).items():
+            collected[name].append(_to_real(value, out_of[name])[:count])
+    ordered = [np.concatenate(collected[name]) for name in names_in_order(out_of, ports_out)]
+    named: dict[str, Any] = {f"output_{index}": value for index, value in enumerate(ordered)}
+    np.savez(outputs, **named)
+    return {"outputs": len(ordered)}
+
+
+def time_files(
+    paths: list[str],
+    index_limits: list[int],
+    runs: int,
+    threads: int,
+    xnnpack: bool,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Times files in turns, so that what else the machine does meets all of them alike.
+
+    Args:
+        paths: The .tflite files; of each the first subgraph is run on random inputs.
+        index_limits: For each file, what integer inputs must stay below.
+        runs: Number of samples of each file.
+        threads: Threads of the interpreters.
+        xnnpack: Whether the default delegate (XNNPACK) may be used.
+        batch_size: Rows of the inputs that leave it open.
+
+    Returns:
+        {"seconds": one list of samples per file}, each the mean of so many calls that they take
+        about as long as the clock and the scheduler need not to matter.
+    """
+    calls = []
+    for path, limit in zip(paths, index_limits, strict=True):
+        try:
+            calls.append(_prepared(path, limit, threads, xnnpack, batch_size))
+        except (RuntimeError, ValueError) as error:
+            raise RuntimeError(f"{path}: {error}") from error
+    counts = [_warmed_up(call) for call in calls]
+    samples: list[list[float]] = [[] for _ in calls]
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(runs):
+            for call, count, collected in zip(calls, counts, samples, strict=True):
+                begin = time.perf_counter()
+                for _ in range(count):
+                    call()
+                collected.append((time.perf_counter() - begin) / count)
+    finally:
+        gc.enable()
+    return {"seconds": samples}
+
+
+def _prepared(
+    path: str, limit: int, threads: int, xnnpack: bool, batch_size: int
+) -> Callable[[], None]:
+    """An interpreter's invoke, its inputs filled, after one successful call."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    resolver = OpResolverType.AUTO if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    interpreter = Interpreter(
+        model_path=path, experimental_op_resolver_type=resolver, num_threads=threads
+    )
+    for details in interpreter.get_input_details():
+        signature, shape = details["shape_signature"], details["shape"]
+        if len(signature) and signature[0] < 0:
+            interpreter.resize_tensor_input(details["index"], [batch_size, *shape[1:]])
+    interpreter.allocate_tensors()
+    rng = np.random.default_rng(0)
+    for details in interpreter.get_input_details():
+        interpreter.set_tensor(details["index"], _random_input(details, limit, rng))
+    interpreter.invoke()
+    return interpreter.invoke
+
+
+def _random_input(details: dict[str, Any], limit: int, rng: np.random.Generator) -> np.ndarray:
+    dtype, shape = np.dtype(details["dtype"]), tuple(details["shape"])
+    if dtype.kind == "f":
+        return rng.standard_normal(shape).astype(dtype)
+    if dtype.kind == "b":
+        return rng.integers(0, 2, shape).astype(dtype)
+    if dtype.kind not in "iu":
+        raise ValueError(f"there are no random inputs of type {dtype} ({details['name']})")
+    if details["quantization"][0] or dtype.itemsize == 1:
+        limits = np.iinfo(dtype)
+        return rng.integers(limits.min, limits.max, shape, dtype=dtype, endpoint=True)
+    # Integers that are not quantized are mostly rows of a table, which must exist.
+    return rng.integers(0, limit, shape).astype(dtype)
+
+
+def _warmed_up(call: Callable[[], None]) -> int:
+    """Calls until caches and clock rates have settled; returns the calls that make a sample."""
+    begin, done = time.perf_counter(), 0
+    while done < 3 or time.perf_counter() - begin < _WARM_UP_SECONDS:
+        call()
+        done += 1
+    mean = (time.perf_counter() - begin) / done
+    return max(1, round(_SAMPLE_SECONDS / mean))
+
+
+def _batch_of(details: dict[str, Any]) -> int | None:
+    signature = details["shape_signature"]
+    size = int(signature[0]) if len(signature) else -1
+    return None if size < 0 else size
+
+
+def _to_stored(values: np.ndarray, details: dict[str, Any]) -> np.ndarray:
+    dtype = np.dtype(details["dtype"])
+    scale, zero_point = details["quantization"]
+    if scale and dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        return np.clip(np.round(values / scale) + zero_point, limits.min, limits.max).astype(dtype)
+    return values.astype(dtype)
+
+
+def _to_real(values: np.ndarray, details: dict[str, Any]) -> np.ndarray:
+    scale, zero_point = details["quantization"]
+    if scale and values.dtype.kind in "iu":
+        return ((values.astype(np.float32) - zero_point) * scale).astype(np.float32)
+    return values
+
+
+def _numbered(name: str) -> tuple[str, int]:
+    # "input_10" comes after "input_2", as Keras counts, not before it.
+    stem, _, number = name.rpartition("_")
+    return (stem, int(number)) if number.isdigit() else (name, -1)
+
+
+def _load(path: str) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in sorted(arrays.files, key=_numbered)}
+
+
+_COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "warm": warm,
+    "convert": convert,
+    "quantize": quantize,
+    "run": run,
+    "time": time_files,
+}
+
+
+def answer(line: str) -> dict[str, Any]:
+    """Carries out one request line and returns the reply."""
+    request = json.loads(line)
+    number, command = request.pop("id"), request.pop("command")
+    try:
+        return {"id": number, "ok": True, "result": _COMMANDS[command](**request)}
+    except Exception as error:
+        # Everything must reach the parent, which turns it into an error of its own.
+        return {"id": number, "ok": False, "error": type(error).__name__, "message": str(error)}
+
+
+def _private_stdout() -> TextIO:
+    """Keeps standard output for replies: what libraries print goes to standard error instead."""
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    return replies
+
+
+def main(folder: str) -> None:
+    """Answers requests until standard input ends, and removes its temporary files then.
+
+    Args:
+        folder: Where they are. It is the parent's as well, but the parent may have been killed; if
+            this process fails, the parent looks there for the reason, and removes it.
+    """
+    ended = False
+
+    def clean_up() -> None:
+        if ended:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    # Registered first, it runs last: after TensorFlow has removed files of its own.
+    atexit.register(clean_up)
+    replies = _private_stdout()
+    for line in sys.stdin:
+        replies.write(json.dumps(answer(line)) + "\n")
+        replies.flush()
+    ended = True
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

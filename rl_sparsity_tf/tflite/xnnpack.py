@@ -1,0 +1,354 @@
+"""Whether XNNPACK computes a convolution of a .tflite file with its sparse kernel, and if not, why.
+
+On ARM, XNNPACK turns a cluster of float operators to channels-first order and skips zero weights in
+its 1x1 convolutions. It does so only for a cluster that starts with a 3x3 convolution of stride 2
+on 3 channels, ends in a global average pooling, holds nothing else that it cannot turn, and has
+more than two thirds of zeros in its 1x1 convolutions. On x86 with AVX it never does. Seen in LiteRT
+2.3 on emulated aarch64, with float32, float16 and int8 weights behind DENSIFY.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from rl_sparsity_tf.tflite.flat_model import FlatModel, FlatOperator, FlatTensor
+
+# What may stand between the cluster's ends besides convolutions, on tensors of rank 4.
+_ELEMENTWISE = {
+    *("ABS", "CEIL", "ELU", "FLOOR", "GELU", "HARD_SWISH", "LEAKY_RELU", "LOGISTIC", "NEG"),
+    *("RELU", "RELU6", "RELU_N1_TO_1", "ROUND", "SQUARE", "TANH"),
+}
+_COMBINING = {"ADD", "MUL"}
+_PASSING = {"DENSIFY", "DEQUANTIZE"}
+_SAME = 0
+START = (
+    "the cluster does not start with a 3x3 convolution of stride 2 on 3 channels padded by 1 on "
+    "every side (ZeroPadding2D(1), then padding='valid')"
+)
+END = "the cluster does not end in a global average pooling"
+# What is unpacked to float32 when the file is loaded, so that zeros can be counted. Integers and
+# half floats behind DENSIFY and DEQUANTIZE were seen to be skipped just as floats are.
+_UNPACKED_TYPES = ("float32", "float16", "int8")
+# Only a graph with one of these is looked at for clusters at all.
+_ENDING = {"MEAN", "SUM", "DEPTH_TO_SPACE"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A condition that a cluster does not meet.
+
+    Attributes:
+        operator: The operator that is in the way; None if one is missing.
+        reason: What is wrong with it; empty if one is missing.
+        side: What the cluster lacks as a whole.
+    """
+
+    operator: FlatOperator | None
+    reason: str
+    side: str
+
+    def __str__(self) -> str:
+        return f"{self.side}: {self.reason}" if self.reason else self.side
+
+
+class SparseClusters:
+    """Answers for one file which of its operators are part of a sparse cluster.
+
+    Args:
+        model: The file's content.
+
+    Example:
+        >>> clusters = SparseClusters(read_flat_model("model.tflite"))
+        >>> clusters.obstacle(operator)
+        'only 1x1 convolutions have a sparse kernel'
+    """
+
+    def __init__(self, model: FlatModel) -> None:
+        self._operators = model.operators
+        self._tensors = {(tensor.subgraph, tensor.index): tensor for tensor in model.tensors}
+        self._producers: dict[tuple[int, int], FlatOperator] = {}
+        self._consumers: dict[tuple[int, int], list[FlatOperator]] = {}
+        for operator in model.operators:
+            for index in operator.outputs:
+                self._producers[operator.subgraph, index] = operator
+            for index in operator.inputs:
+                self._consumers.setdefault((operator.subgraph, index), []).append(operator)
+        self._outputs = {
+            (number, index) for number, graph in enumerate(model.graphs) for index in graph.outputs
+        }
+
+    def obstacle(self, operator: FlatOperator) -> str | None:
+        """The first condition that fails for a 1x1 convolution to run sparse.
+
+        Args:
+            operator: The operator that reads the weights, directly or behind DENSIFY.
+
+        Returns:
+            The condition in words, None if all hold.
+        """
+        if not self.pointwise(operator):
+            return "only 1x1 convolutions have a sparse kernel"
+        reason = self._unfit(operator)
+        if reason:
+            return reason
+        if not self._densified(operator.subgraph):
+            return "no tensor is stored sparse, which is what switches it on"
+        cluster, failures = self.cluster(operator)
+        if failures:
+            return str(failures[0])
+        zeros, elements = self.zeros(cluster)
+        if 3 * zeros <= 2 * elements:
+            return (
+                f"the cluster's 1x1 convolutions have {zeros / max(elements, 1):.1%} zeros, more "
+                "than two thirds are needed"
+            )
+        return None
+
+    def pointwise(self, operator: FlatOperator) -> bool:
+        """Whether an operator is a 1x1 convolution, the only kind with a sparse kernel."""
+        return operator.name == "CONV_2D" and self._kernel(operator) == (1, 1)
+
+    def weights(self, operator: FlatOperator) -> FlatTensor | None:
+        """The constant that a convolution's weights are unpacked from, as it is stored."""
+        return self._constant(operator, 1)
+
+    def zeros(self, cluster: list[FlatOperator]) -> tuple[int, int]:
+        """Zeros and elements of the weights of a cluster's 1x1 convolutions."""
+        filters = [self.weights(member) for member in cluster if self.pointwise(member)]
+        return (
+            sum(tensor.zeros or 0 for tensor in filters if tensor is not None),
+            sum(tensor.elements for tensor in filters if tensor is not None),
+        )
+
+    def broken(self) -> FlatOperator | None:
+        """An operator whose chain XNNPACK would compute wrongly if the file had a DENSIFY.
+
+        It turns the operators behind the start of a cluster to channels-first order up to one that
+        has no such form, and does not turn back what that one reads: with more than two thirds of
+        zeros, results are wrong on ARM (and on x86 without AVX), and nowhere else.
+
+        Returns:
+            The start of a chain that does not reach the end of a cluster; None if there is none.
+        """
+        pointwise = [operator for operator in self._operators if self.pointwise(operator)]
+        whole: set[int] = set()
+        for operator in pointwise:
+            members, failures = self.cluster(operator)
+            if not failures:
+                whole |= {id(member) for member in members}
+        outside = [operator for operator in pointwise if id(operator) not in whole]
+        skipping = {
+            operator.subgraph
+            for operator in outside
+            for zeros, elements in [self.zeros([operator])]
+            if 3 * zeros > 2 * elements
+        }
+        ending = {operator.subgraph for operator in self._operators if operator.name in _ENDING}
+        broken = (
+            operator
+            for operator in self._operators
+            if operator.subgraph in skipping & ending
+            and id(operator) not in whole
+            and self._starts(operator)
+        )
+        return next(broken, None)
+
+    def cluster(self, first: FlatOperator) -> tuple[list[FlatOperator], list[Failure]]:
+        """The operators connected with a 1x1 convolution, and why they are no cluster.
+
+        Args:
+            first: The convolution.
+
+        Returns:
+            The operators that fit, up to the first on every way that does not, and what fails; the
+            zeros are not looked at.
+        """
+        reason = self._unfit(first)
+        if reason:
+            return [], [Failure(operator=first, reason=reason, side="")]
+        found, waiting = [first], [first]
+        failures: list[Failure] = []
+        starts = ends = 0
+        while waiting:
+            operator = waiting.pop(0)
+            around = []
+            if self._starts(operator):
+                starts += 1
+            else:
+                for index in self._moving_inputs(operator):
+                    producer = self._before(operator, index)
+                    if producer is None:
+                        failures.append(Failure(operator=None, reason="", side=START))
+                        continue
+                    around.append((producer, START))
+            if operator.name == "MEAN":
+                ends += 1
+            else:
+                for index in operator.outputs:
+                    readers = self._after(operator.subgraph, index)
+                    if not readers or (operator.subgraph, index) in self._outputs:
+                        failures.append(Failure(operator=None, reason="", side=END))
+                        continue
+                    around.extend((reader, END) for reader in readers)
+            for neighbour, side in around:
+                reason = self._unfit(neighbour)
+                # A convolution that could start the cluster cannot stand inside it.
+                if reason is None and self._starts(neighbour) and side is END:
+                    reason = "a 3x3 convolution of stride 2 can only be its first operator"
+                if reason:
+                    failures.append(Failure(operator=neighbour, reason=reason, side=side))
+                elif not any(neighbour is member for member in found):
+                    found.append(neighbour)
+                    waiting.append(neighbour)
+        for count, side in ((starts, START), (ends, END)):
+            if not count and not any(failure.side is side for failure in failures):
+                failures.append(Failure(operator=None, reason="", side=side))
+        return found, failures
+
+    def _unfit(self, operator: FlatOperator) -> str | None:
+        """Why an operator cannot be part of a cluster beyond its first operator."""
+        name = operator.name
+        if any(self._at(operator, index).dtype != "float32" for index in operator.outputs) or any(
+            self._at(operator, index).dtype != "float32" for index in self._moving_inputs(operator)
+        ):
+            return f"{name} does not compute in float32"
+        if name in ("CONV_2D", "DEPTHWISE_CONV_2D"):
+            weights = self._constant(operator, 1)
+            read = self._at(operator, operator.inputs[1])
+            if weights is None or read.dtype != "float32" or weights.dtype not in _UNPACKED_TYPES:
+                return f"the weights of {name} are not float32 when the file is loaded"
+            return self._unfit_convolution(operator)
+        if name == "MEAN":
+            axes = self._constant(operator, 1)
+            pooled = axes is not None and axes.raw is not None
+            if pooled and sorted(np.asarray(axes.raw).reshape(-1) % 4) == [1, 2]:  # type: ignore[union-attr]
+                return None
+            return "MEAN is not over height and width"
+        if name in _ELEMENTWISE or name in _COMBINING or name == "RESIZE_BILINEAR":
+            count = 2 if name in _COMBINING else 1
+            ranks = [len(self._at(operator, index).shape) for index in operator.inputs[:count]]
+            return None if ranks == [4] * count else f"{name} works on tensors of rank {ranks}"
+        return f"{name} has no channels-first form"
+
+    def _unfit_convolution(self, operator: FlatOperator) -> str | None:
+        name, options = operator.name, operator.options
+        kernel, padding = self._kernel(operator), self._padding(operator)
+        stride = (options.get("strideH"), options.get("strideW"))
+        dilation = (options.get("dilationHFactor", 1), options.get("dilationWFactor", 1))
+        shown = f"{name} {kernel[0]}x{kernel[1]}"
+        if dilation != (1, 1):
+            return f"{shown} is dilated"
+        if name == "CONV_2D":
+            weights = self._constant(operator, 1)
+            if weights is not None and weights.shape[-1] != self._channels(operator):
+                return f"{shown} is grouped"
+            if kernel == (1, 1) and stride == (1, 1):
+                return None if padding == (0, 0, 0, 0) else f"{shown} is padded"
+            if kernel == (1, 1):
+                return f"{shown} has stride {stride[0]}x{stride[1]}"
+            if kernel != (3, 3):
+                return f"{shown} has no channels-first form"
+            if stride != (2, 2):
+                return f"{shown} has stride {stride[0]}x{stride[1]}, not 2x2"
+            if padding != (1, 1, 1, 1):
+                return f"{shown} is not padded by 1 on every side"
+            if self._channels(operator) != 3:
+                return f"{shown} reads {self._channels(operator)} channels, not 3"
+            return None
+        if options.get("depthMultiplier", 1) > 1:
+            return f"{shown} has a depth multiplier of {options['depthMultiplier']}"
+        if kernel not in ((3, 3), (5, 5)):
+            return f"{shown} has no channels-first form"
+        if stride not in ((1, 1), (2, 2)):
+            return f"{shown} has stride {stride[0]}x{stride[1]}"
+        if padding != (kernel[0] // 2,) * 4:
+            return f"{shown} is not padded by {kernel[0] // 2} on every side"
+        return None
+
+    def _starts(self, operator: FlatOperator) -> bool:
+        fits = operator.name == "CONV_2D" and self._kernel(operator) == (3, 3)
+        return fits and self._unfit(operator) is None
+
+    def _padding(self, operator: FlatOperator) -> tuple[int, ...] | None:
+        """Rows and columns of zeros on the four sides; None if it depends on the input's size."""
+        pad = self._padding_before(operator)
+        if pad is not None:
+            values = np.asarray(self._constant(pad, 1).raw)  # type: ignore[union-attr]
+            return tuple(int(value) for value in values[1:3].reshape(-1))
+        if operator.options.get("padding") != _SAME:
+            return (0, 0, 0, 0)
+        kernel = self._kernel(operator)
+        stride = (operator.options.get("strideH"), operator.options.get("strideW"))
+        if kernel == (1, 1):
+            return (0, 0, 0, 0)
+        if stride != (1, 1) or not kernel[0] % 2 or not kernel[1] % 2:
+            return None
+        return (kernel[0] // 2, kernel[0] // 2, kernel[1] // 2, kernel[1] // 2)
+
+    def _padding_before(self, operator: FlatOperator) -> FlatOperator | None:
+        """The PAD operator that XNNPACK makes part of an unpadded convolution."""
+        if operator.options.get("padding") == _SAME:
+            return None
+        key = (operator.subgraph, operator.inputs[0])
+        pad = self._producers.get(key)
+        if pad is None or pad.name != "PAD" or len(self._consumers[key]) > 1:
+            return None
+        sizes = self._constant(pad, 1)
+        if sizes is None or sizes.raw is None or sizes.shape != (4, 2):
+            return None
+        return None if sizes.raw[0].any() or sizes.raw[3].any() else pad
+
+    def _before(self, operator: FlatOperator, index: int) -> FlatOperator | None:
+        """The operator that an input comes from, over a padding that is part of the reader."""
+        convolution = operator.name in ("CONV_2D", "DEPTHWISE_CONV_2D")
+        pad = self._padding_before(operator) if convolution else None
+        return self._producers.get((operator.subgraph, index if pad is None else pad.inputs[0]))
+
+    def _after(self, subgraph: int, index: int) -> list[FlatOperator]:
+        """The operators that read an output, over paddings that are part of their readers."""
+        readers = []
+        for reader in self._consumers.get((subgraph, index), []):
+            behind: list[FlatOperator] = []
+            if reader.name == "PAD":
+                behind = self._consumers.get((subgraph, reader.outputs[0]), [])
+            one = len(behind) == 1 and behind[0].name in ("CONV_2D", "DEPTHWISE_CONV_2D")
+            readers.append(behind[0] if one and self._padding_before(behind[0]) else reader)
+        return readers
+
+    def _moving_inputs(self, operator: FlatOperator) -> list[int]:
+        return [
+            index
+            for number, index in enumerate(operator.inputs)
+            if index >= 0 and self._constant(operator, number) is None
+        ]
+
+    def _constant(self, operator: FlatOperator, position: int) -> FlatTensor | None:
+        """The constant an operator reads at an input, through DENSIFY and DEQUANTIZE."""
+        if position >= len(operator.inputs):
+            return None
+        key = (operator.subgraph, operator.inputs[position])
+        while True:
+            tensor, producer = self._tensors.get(key), self._producers.get(key)
+            if tensor is None or tensor.constant:
+                return tensor
+            if producer is None or producer.name not in _PASSING:
+                return None
+            key = (producer.subgraph, producer.inputs[0])
+
+    def _densified(self, subgraph: int) -> bool:
+        return any(
+            operator.name == "DENSIFY" and operator.subgraph == subgraph
+            for operator in self._producers.values()
+        )
+
+    def _at(self, operator: FlatOperator, index: int) -> FlatTensor:
+        return self._tensors[operator.subgraph, index]
+
+    def _channels(self, operator: FlatOperator) -> int:
+        return self._at(operator, operator.inputs[0]).shape[-1]
+
+    def _kernel(self, operator: FlatOperator) -> tuple[int, int]:
+        weights = self._at(operator, operator.inputs[1])
+        return (weights.shape[1], weights.shape[2])

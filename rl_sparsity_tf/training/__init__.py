@@ -1,0 +1,1 @@
+"""How a network recovers: least squares, masks that learn, statistics."""

@@ -1,0 +1,303 @@
+"""The least-squares problem of one kernel: to give back the dense layer's outputs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from rl_sparsity_tf.errors import DataError
+from rl_sparsity_tf.layers import operations as ops
+from rl_sparsity_tf.layers.constraints import constraint_of, project
+from rl_sparsity_tf.layers.groups import Grouping
+from rl_sparsity_tf.layers.kernels import Kernel
+from rl_sparsity_tf.training.error_feedback import round_with_feedback
+from rl_sparsity_tf.training.layer_rows import RowSource
+from rl_sparsity_tf.training.ridge import fit_depthwise, fit_masked
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """What the rows say, and all that a fit needs of them.
+
+    Attributes:
+        mean: Mean of the rows, shape `(inputs,)`, or `(positions, channels)` for depthwise kernels;
+            0 where the layer has no bias that could make up for it.
+        gram: Second moments about the mean, shape `(inputs, inputs)` or
+            `(channels, positions, positions)`.
+        cross: Moments of the rows and the wanted outputs, shape `(inputs, outputs)`.
+    """
+
+    mean: np.ndarray
+    gram: np.ndarray
+    cross: np.ndarray
+
+
+# Ordinary activations are computed with as they are, in the unit 1.
+_FAR = 2.0**30
+
+
+def _unit(largest: float, far: float) -> float:
+    """A power of two near a magnitude, or 1 if that is not far from it; changes no digit."""
+    if largest == 0 or 1 / far <= largest <= far:
+        return 1.0
+    return float(np.ldexp(1.0, int(np.frexp(largest)[1])))
+
+
+class LayerProblem:
+    """One kernel's rows, wanted outputs and moments.
+
+    Args:
+        kernel: The wrapped kernel, with its trained weights.
+        grouping: How it is cut.
+        source: Where its rows come from.
+        inputs: The layer's inputs in the dense network.
+        ridge: Strength of the ridge.
+        fixed: Whether kernel and bias stay as they were trained: nothing is fitted, and what is
+            asked for says what masks and grids alone make of them.
+        fixed_bias: Whether the bias does.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        grouping: Grouping,
+        source: RowSource,
+        inputs: np.ndarray,
+        *,
+        ridge: float,
+        fixed: bool = False,
+        fixed_bias: bool = False,
+    ):
+        self.kernel = kernel
+        self.grouping = grouping
+        self._source = source
+        self.ridge = ridge
+        self.fixed = fixed
+        self._constrained = constraint_of(kernel.variable) is not None
+        self.original = kernel.matrix().astype(np.float32)
+        layer: Any = kernel.layer
+        adapts = getattr(layer, "use_bias", False) and not (fixed or fixed_bias)
+        self.bias = layer.bias if adapts else None
+        self._bias0 = None if self.bias is None else np.asarray(self.bias)
+        rows = source.take(inputs)
+        with np.errstate(over="ignore", invalid="ignore"):  # what that means is said in words
+            outputs = self._product(rows, self.original)
+            self._output_mean = outputs.mean(axis=0, dtype=np.float64)
+            if self.bias is None:
+                self._output_mean = np.zeros_like(self._output_mean)
+            self._wanted, self._wanted_unit = self._in_units(outputs - self._output_mean)
+        self.dense = self.moments(rows)
+        # Single precision will do for comparing errors, and takes half the time.
+        self._energy_unit = _unit(float(self.dense.gram.max()), _FAR**2)
+        self._gram32 = (self.dense.gram / self._energy_unit).astype(np.float32)
+        least = 1e-30 * self._energy_unit
+        self.energy = max(self._energy(self.original, self._gram32) * self._energy_unit, least)
+
+    def regrouped(self, grouping: Grouping) -> LayerProblem:
+        """The same problem of a kernel that is cut in another way; what is known stays shared."""
+        other = copy.copy(self)
+        other.grouping = grouping
+        return other
+
+    def take(self, inputs: np.ndarray) -> np.ndarray:
+        """The rows of the layer's inputs."""
+        return self._source.take(inputs)
+
+    def moments(self, rows: np.ndarray) -> Moments:
+        """Computes the moments of rows taken from the same places as the dense network's."""
+        count = len(rows)
+        mean = rows.mean(axis=0, dtype=np.float64)
+        if self.bias is None:
+            mean = np.zeros_like(mean)
+        with np.errstate(over="ignore", invalid="ignore"):
+            centred, unit = self._in_units(rows - mean.astype(np.float32))
+        squared, mixed = unit * unit, unit * self._wanted_unit
+        if not self._source.depthwise:
+            gram = (centred.T @ centred).astype(np.float64) / count * squared
+            cross = (centred.T @ self._wanted).astype(np.float64) / count * mixed
+            return Moments(mean, gram, cross)
+        by_channel = centred.transpose(2, 1, 0)  # (channels, positions, rows)
+        gram = (by_channel @ by_channel.transpose(0, 2, 1)).astype(np.float64) / count * squared
+        channels = by_channel.shape[0]
+        wanted = self._wanted.reshape(count, channels, -1).transpose(1, 0, 2)
+        cross = (by_channel @ wanted).astype(np.float64) / count * mixed
+        return Moments(mean, gram, cross.transpose(1, 0, 2).reshape(by_channel.shape[1], -1))
+
+    def _in_units(self, values: np.ndarray) -> tuple[np.ndarray, float]:
+        """Values in a unit that their products stay within single precision in, and the unit.
+
+        Raises:
+            DataError: If they are not finite.
+        """
+        largest = max(float(values.max()), -float(values.min()))
+        if not np.isfinite(largest):
+            raise DataError(
+                f"With the training data the layer {self.kernel.layer.name!r} is given, or gives, "
+                "values beyond float32. Expected inputs of the scale that the model was trained "
+                "on: scale them as for its training, or remove the rows with huge numbers."
+            )
+        unit = _unit(largest, _FAR)
+        if unit != 1.0:
+            values = np.ldexp(values, -int(np.log2(unit)))
+        return values.astype(np.float32, copy=False), unit
+
+    def _product(self, rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+        if not self._source.depthwise:
+            return rows @ matrix
+        channels = rows.shape[2]
+        parts = matrix.reshape(matrix.shape[0], channels, -1).transpose(1, 0, 2)
+        return (rows.transpose(2, 0, 1) @ parts).transpose(1, 0, 2).reshape(len(rows), -1)
+
+    def _per_output(self, gram: np.ndarray) -> np.ndarray:
+        """A depthwise kernel's Gram matrices, one per output."""
+        return np.repeat(gram, self.grouping.outputs // gram.shape[0], axis=0)
+
+    def _energy(self, matrix: np.ndarray, gram: np.ndarray) -> float:
+        if not self._source.depthwise:
+            # Rows that are zero everywhere take no part.
+            used = np.flatnonzero(np.any(matrix != 0, axis=1))
+            if 2 * len(used) < len(matrix):
+                matrix, gram = matrix[used], gram[np.ix_(used, used)]
+            return float(np.vdot(matrix, gram @ matrix))
+        return float(np.einsum("ko,okl,lo->", matrix, self._per_output(gram), matrix))
+
+    def error(self, matrix: np.ndarray) -> float:
+        r"""How far the layer's outputs move if its kernel becomes another, without a forward pass.
+
+        \(e = \mathrm{tr}(\Delta^T G \Delta) / \mathrm{tr}(W^T G W)\) with the Gram matrix G of the
+        dense network's inputs (about their mean where there is a bias, which recovery adapts).
+
+        Args:
+            matrix: The other kernel, shape `(inputs, outputs)`.
+
+        Returns:
+            `e / (1 + e)`, in [0, 1); 1 if the kernel is not finite.
+        """
+        error = self.relative_error(matrix)
+        return error / (1.0 + error) if np.isfinite(error) else 1.0
+
+    def relative_error(self, matrix: np.ndarray) -> float:
+        """The error as it is, before it is squeezed: energy of the change over the outputs' own."""
+        change = np.asarray(matrix, np.float32) - self.original
+        return self._energy(change, self._gram32) * self._energy_unit / self.energy
+
+    @property
+    def input_energy(self) -> np.ndarray:
+        """Mean square of what every weight is multiplied with, shape `(inputs, outputs)` or 1."""
+        if not self._source.depthwise:
+            return np.diag(self.dense.gram)[:, None]
+        return np.einsum("okk->ko", self._per_output(self.dense.gram))
+
+    def fit(self, operations: np.ndarray, bits: int, moments: Moments) -> None:
+        """Sets the kernel and bias to what gives the dense layer's outputs back best.
+
+        Args:
+            operations: One operation per group.
+            bits: 8 or 4, the grid of the quantized groups.
+            moments: Of the compressed network's rows.
+        """
+        if self.fixed:
+            return
+        grouping, spec = self.grouping, self.kernel.spec
+        exact = self._fitted(operations, moments)
+        weights = self._on_grid(exact, operations, bits, moments)
+        live = grouping.expand_numpy(operations != ops.Operation.PRUNE)
+
+        def permute(matrix: np.ndarray) -> np.ndarray:
+            return self._permuted(matrix, operations)
+
+        # Groups that are pruned keep what they were trained to, in case they come back.
+        stays = exact if self._constrained else weights  # the constraint comes before the grid
+        latent = permute(np.where(live, stays, permute(self.original)))
+        self.kernel.variable.assign(spec.from_matrix_numpy(latent, self.kernel.shape))
+        if self.bias is not None and self._bias0 is not None:
+            shift = self._mean_product(moments.mean, weights)
+            bias = self._bias0 + (self._output_mean - shift).astype(np.float32)
+            self.bias.assign(project(self.bias, bias))
+
+    def solve(self, operations: np.ndarray, bits: int, moments: Moments) -> np.ndarray:
+        """The effective kernel that gives the dense layer's outputs back best; sets nothing.
+
+        Args:
+            operations: One operation per group.
+            bits: 8 or 4, the grid of the quantized groups.
+            moments: Of the rows that the layer is given.
+
+        Returns:
+            Float32 of shape `(inputs, outputs)`, after permutation; 0 where groups are pruned.
+        """
+        exact = self._fitted(operations, moments)
+        return self._on_grid(exact, operations, bits, moments)
+
+    def _gram_of(self, moments: Moments) -> np.ndarray:
+        return self._per_output(moments.gram) if self._source.depthwise else moments.gram
+
+    def _fitted(self, operations: np.ndarray, moments: Moments) -> np.ndarray:
+        """The effective kernel before it is rounded, as its constraint wants it."""
+        live = self.grouping.expand_numpy(operations != ops.Operation.PRUNE)
+        if self.fixed:
+            weights = np.where(live, self._permuted(self.original, operations), np.float32(0))
+        else:
+            fit = fit_depthwise if self._source.depthwise else fit_masked
+            gram = self._gram_of(moments)
+            fitted = fit(gram, moments.cross, self.original, live, ridge=self.ridge)
+            weights = fitted.astype(np.float32)
+        return self._projected(weights, live) if self._constrained else weights
+
+    def _on_grid(
+        self, weights: np.ndarray, operations: np.ndarray, bits: int, moments: Moments
+    ) -> np.ndarray:
+        """An effective kernel with its quantized groups on the grid."""
+        spec = self.kernel.spec
+        grid = ops.grid_groups(operations)
+        if grid.any():
+            levels = 7.0 if bits == 4 else 127.0
+            scale = ops.grid_scale(
+                tf.constant(weights), tf.constant(levels), spec.per_output_scale, spec.gates
+            ).numpy()
+            on_grid = self.grouping.expand_numpy(grid)
+            if self.fixed or self._constrained:  # to cancel others' errors may break it
+                return _rounded(weights, scale, levels, on_grid)
+            live = self.grouping.expand_numpy(operations != ops.Operation.PRUNE)
+            gram = self._gram_of(moments)
+            weights = round_with_feedback(weights, gram, scale, levels, on_grid, live)
+        return weights
+
+    def _projected(self, weights: np.ndarray, live: np.ndarray) -> np.ndarray:
+        """What the kernel's constraint makes of an effective kernel; what is pruned stays 0."""
+        kernel = self.kernel
+        value = kernel.spec.from_matrix_numpy(weights, kernel.shape)
+        projected = kernel.spec.to_matrix_numpy(project(kernel.variable, value))
+        return np.where(live, projected, np.float32(0))
+
+    def _permuted(self, matrix: np.ndarray, operations: np.ndarray) -> np.ndarray:
+        swaps = ops.swaps_of(operations, self.grouping)
+        if not swaps.any():
+            return matrix
+        return ops.permute(tf.constant(matrix), tf.constant(swaps), self.grouping).numpy()
+
+    def _mean_product(self, mean: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        if not self._source.depthwise:
+            return mean @ weights
+        repeated = np.repeat(mean, self.grouping.outputs // mean.shape[1], axis=1)
+        return (repeated * weights).sum(axis=0)
+
+    def restore(self) -> None:
+        """Puts the trained weights back."""
+        self.kernel.variable.assign(
+            self.kernel.spec.from_matrix_numpy(self.original, self.kernel.shape)
+        )
+        if self.bias is not None:
+            self.bias.assign(self._bias0)
+
+
+def _rounded(
+    weights: np.ndarray, scale: np.ndarray, levels: float, on_grid: np.ndarray
+) -> np.ndarray:
+    step = np.where(scale > 0, scale, np.float32(1.0))
+    integers = np.clip(np.rint(weights / step), -levels, levels)
+    return np.where(on_grid, integers * step, weights).astype(np.float32)

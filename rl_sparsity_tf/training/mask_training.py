@@ -1,0 +1,232 @@
+"""Fine-tuning with masks that learn: they may come back, every kernel's sparsity is held."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from typing import Any
+
+import numpy as np
+import tf_keras as keras
+
+from rl_sparsity_tf.data.batches import Batch, TrainingData
+from rl_sparsity_tf.data.metrics import Evaluator, Metric, Score, search_compile_arguments
+from rl_sparsity_tf.errors import ArgumentError
+from rl_sparsity_tf.layers.wrapper import CompressionWrapper
+from rl_sparsity_tf.layers.wrapping import wrappers_of
+from rl_sparsity_tf.training.distillation import distilled
+from rl_sparsity_tf.training.mask_selection import freeze_masks, start_gates, update_masks
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_STEPS = 1500
+DISTILLATION = 0.0
+"""The teacher's share of the loss. With all labels at hand straight-through masks were no better
+with a teacher (benchmarks/finetuning.py); fixed and hard concrete ones were, at 0.5."""
+LEARNING_RATE = 2e-3
+# Adam moves a pruned weight as far as a living one, whatever its gradient's scale: at 2e-3 the
+# weights behind a straight-through mask grow back at random, and the masks follow them.
+STRAIGHT_THROUGH_LEARNING_RATE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FineTuning:
+    """How finished plans are trained.
+
+    Attributes:
+        epochs: Epochs; 0 leaves the weights as they are.
+        mask: How masks learn, `"straight_through"` or `"hard_concrete"`.
+        distillation: The dense model's share of the loss, from 0 to 1.
+    """
+
+    epochs: int
+    mask: str = "straight_through"
+    distillation: float = DISTILLATION
+
+
+class MaskTraining(keras.callbacks.Callback):
+    """Lets the masks of a model wrapped with `train_masks=True` follow their scores.
+
+    Every few steps each kernel's mask is set to the groups of highest score (the magnitude of the
+    dense weights behind the mask plus the mask's logit), as many as before; for the last part of
+    training the masks are frozen, so that the surviving weights settle (Lin et al. 2020, "Dynamic
+    model pruning with feedback", arXiv 2006.07253). Masks of layers that are not trainable stay as
+    they are.
+
+    Args:
+        every: Training steps between selections.
+        freeze_after: Share of all steps after which the masks are frozen.
+
+    Example:
+        >>> wrapped = rls.wrap(model, plan, train_masks=True)
+        >>> wrapped.fit(x, y, epochs=5, callbacks=[rls.MaskTraining()])
+    """
+
+    def __init__(self, every: int = 16, freeze_after: float = 0.7):
+        super().__init__()
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ArgumentError(f"every={every!r} cannot be used. Expected an integer above 0.")
+        if not isinstance(freeze_after, int | float) or not 0.0 <= freeze_after <= 1.0:
+            raise ArgumentError(
+                f"freeze_after={freeze_after!r} cannot be used. Expected a share from 0 to 1."
+            )
+        self.every = every
+        self.freeze_after = freeze_after
+        self.frozen = False
+        self._step = 0
+        self._wrappers: list[CompressionWrapper] = []
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Starts counting, and gives untrained hard concrete gates their start."""
+        self.frozen, self._step = False, 0
+        self._wrappers = wrappers_of(self.model)
+        trained = {id(variable) for variable in self.model.trainable_variables}
+        for wrapper in self._wrappers:
+            start_gates(wrapper)
+            freeze_masks(wrapper, lambda logits: id(logits) not in trained)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Freezes by epoch where the number of steps is not known."""
+        if not self.params.get("steps"):
+            self._freeze_at(epoch / self.params["epochs"])
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Selects or freezes."""
+        self._step += 1
+        steps = self.params.get("steps")
+        if steps:
+            self._freeze_at(self._step / (steps * self.params["epochs"]))
+        if not self.frozen and self._step % self.every == 0:
+            for wrapper in self._wrappers:
+                update_masks(wrapper)
+
+    def _freeze_at(self, share: float) -> None:
+        if not self.frozen and share >= self.freeze_after:
+            self.frozen = True
+            for wrapper in self._wrappers:
+                freeze_masks(wrapper)
+
+
+def default_epochs(train: TrainingData) -> int:
+    """Epochs that give about 1,500 steps: 3 to 60."""
+    steps = train.steps or len(train.pool)
+    return int(np.clip(math.ceil(DEFAULT_STEPS / steps), 3, 60))
+
+
+def finetune(
+    wrapped: keras.Model,
+    train: TrainingData,
+    validation: list[Batch],
+    metric: Metric,
+    *,
+    epochs: int,
+    learning_rate: float | None = None,
+    callbacks: list[keras.callbacks.Callback] | None = None,
+    teacher: keras.Model | None = None,
+    distillation: float = DISTILLATION,
+    warnings: list[str] | None = None,
+) -> Score:
+    """Trains a wrapped model, its masks included, and keeps the best epoch after they froze.
+
+    Where validation data says that the training made the model worse, or nothing finite came out
+    of it, what is kept is the model from before it.
+
+    Args:
+        wrapped: A model wrapped with `train_masks=True`; trained in place.
+        train: Training data.
+        validation: Validation batches, which choose the epoch.
+        metric: The metric to choose by.
+        epochs: Epochs to train; 0 leaves the model as it is.
+        learning_rate: First learning rate of Adam; it falls to 0 as a cosine. By default 2e-3, and
+            1e-3 for straight-through masks that learn.
+        callbacks: Further callbacks.
+        teacher: A model whose outputs are learned, too, usually the dense one; it is not changed.
+        distillation: The teacher's share of the loss, from 0 to 1 (see
+            [distilled][rl_sparsity_tf.training.distillation.distilled]).
+        warnings: Where to add what went wrong, which also goes to the log.
+
+    Returns:
+        The validation score of what was kept.
+    """
+    if learning_rate is None:
+        learns = any(w.train_masks and w.mask == "straight_through" for w in wrappers_of(wrapped))
+        learning_rate = STRAIGHT_THROUGH_LEARNING_RATE if learns else LEARNING_RATE
+    steps = (train.steps or len(train.pool)) * max(1, epochs)
+    arguments = search_compile_arguments(wrapped, learning_rate)
+    schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
+    arguments["optimizer"] = keras.optimizers.Adam(schedule)
+    wrapped.compile(**arguments)
+    evaluator = Evaluator(wrapped, metric)
+    masks = MaskTraining()
+    keeper = _BestEpoch(evaluator, validation, masks)
+    followers = [masks, keeper, *(callbacks or [])]
+    if not epochs:
+        return evaluator(validation)
+    keeper.begin()
+    with distilled(wrapped, teacher, distillation, train.pool):
+        wrapped.fit(train.dataset, epochs=epochs, verbose=0, callbacks=followers)
+    score, warning = keeper.restore()
+    if warning:
+        _log.warning("%s", warning)
+        if warnings is not None:
+            warnings.append(warning)
+    return score
+
+
+class _BestEpoch(keras.callbacks.Callback):
+    """Keeps the weights of the best epoch after the masks froze, and those from before them all."""
+
+    def __init__(self, evaluator: Evaluator, validation: list[Batch], masks: MaskTraining):
+        super().__init__()
+        self._evaluator, self._validation, self._masks = evaluator, validation, masks
+        self._before: tuple[Score, list[np.ndarray]] | None = None
+        self._best: tuple[Score, list[np.ndarray]] | None = None
+
+    def begin(self) -> None:
+        """Takes what there is before the training."""
+        self._before = self._present()
+        self._evaluator.model.reset_states()  # an evaluation is no part of a stateful training
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if self._masks.frozen:
+            self._consider()
+
+    def _present(self) -> tuple[Score, list[np.ndarray]]:
+        return self._evaluator(self._validation), self._evaluator.model.get_weights()
+
+    def _consider(self) -> None:
+        found = self._present()
+        if self._best is None or self._improves(found[0], self._best[0]):
+            self._best = found
+
+    def _improves(self, score: Score, best: Score) -> bool:
+        if not _is_finite(best) or not _is_finite(score):
+            return _is_finite(score)
+        if score.metric == best.metric:
+            return score.loss < best.loss
+        return self._evaluator.metric.better(score.metric, best.metric)
+
+    def restore(self) -> tuple[Score, str]:
+        """Sets the best weights; returns their score, and what to say if they are the first."""
+        if self._best is None:  # a single epoch of unknown length
+            self._consider()
+        assert self._best is not None
+        assert self._before is not None
+        (score, weights), (first, kept) = self._best, self._before
+        worse = _is_finite(first) and (not _is_finite(score) or self._improves(first, score))
+        if not worse:
+            self._evaluator.model.set_weights(weights)
+            return score, ""
+        self._evaluator.model.set_weights(kept)
+        name = self._evaluator.metric.name
+        figures = "" if name == "loss" else f", {name} {first.metric:.4g} -> {score.metric:.4g}"
+        return first, (
+            "the fine-tuning made the network worse on the validation data (loss "
+            f"{first.loss:.4g} -> {score.loss:.4g}{figures}), so the weights from before it are "
+            "kept: look at the training data and labels, or set another number of finetune_epochs"
+        )
+
+
+def _is_finite(score: Score) -> bool:
+    return math.isfinite(score.metric) and math.isfinite(score.loss)
