@@ -31,11 +31,11 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf.allocation.density_plans import PlanSpace
 from rl_sparsity_tf.data.datasets import Data, load_dataset
 from rl_sparsity_tf.environment.candidates import Candidate
-from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.network import evaluate_plan
 from rl_sparsity_tf.environment.reward import bounded
 from rl_sparsity_tf.layers.plan import CompressionPlan
-from rl_sparsity_tf.search.channel_finishing import finish_candidate
-from rl_sparsity_tf.search.finished_search import FinishedSearch
+from rl_sparsity_tf.search.final import finish_candidate
+from rl_sparsity_tf.search.result import FinishedSearch
 
 import tf_keras as keras  # isort: skip
 

@@ -41,8 +41,7 @@ from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.data.batches import evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data.datasets import Data, load_dataset
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
-from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reward import Reward, bounded
 from rl_sparsity_tf.search.episodes import LoopSettings
 from rl_sparsity_tf.search.loop import SearchLoop

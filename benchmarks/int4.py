@@ -22,9 +22,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.layers.export_modes import has_int4
-from rl_sparsity_tf.layers.kernel_rule import KernelRule
+from rl_sparsity_tf.layers.kernel_spec import has_int4
 from rl_sparsity_tf.layers.kernels import Kernel, find_kernels
+from rl_sparsity_tf.layers.plan import KernelRule
 from rl_sparsity_tf.layers.rules import resolve
 from rl_sparsity_tf.tflite.worker import shared_worker
 

@@ -23,10 +23,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 
 import rl_sparsity_tf  # noqa: F401  (asks for Keras 2 before it is imported)
-from rl_sparsity_tf.channels.channel_masks import mask_channels
 from rl_sparsity_tf.channels.groups import find_groups
 from rl_sparsity_tf.channels.latency_measurement import measure_latency
 from rl_sparsity_tf.channels.shrinking import shrink
+from rl_sparsity_tf.channels.units import mask_channels
 from rl_sparsity_tf.channels.widths import widths_of
 from rl_sparsity_tf.export.export import convert_traced
 from rl_sparsity_tf.tflite.timing import LARGEST_SPREAD, FileTiming

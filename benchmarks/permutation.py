@@ -27,13 +27,12 @@ from networks import train
 from rows import append
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.channels.channel_permutation import permutation_report, permute_channels
+from rl_sparsity_tf.channels.permutation import permutation_report, permute_channels
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
 from rl_sparsity_tf.data.datasets import Data, load_dataset
 from rl_sparsity_tf.data.metrics import Evaluator, Metric
-from rl_sparsity_tf.layers.kernel_rule import KernelRule
 from rl_sparsity_tf.layers.kernels import find_kernels
-from rl_sparsity_tf.layers.plan import CompressionPlan
+from rl_sparsity_tf.layers.plan import CompressionPlan, KernelRule
 from rl_sparsity_tf.training.mask_training import finetune
 
 import tf_keras as keras  # isort: skip  (after the package, which asks for Keras 2)

@@ -50,7 +50,7 @@ from quality_tables import (
 )
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.allocation.size_costs import size_budget
+from rl_sparsity_tf.allocation.size_budget import size_budget
 from rl_sparsity_tf.allocation.storage import Storage
 from rl_sparsity_tf.data.datasets import Data, load_dataset
 from rl_sparsity_tf.layers.kernels import count_weights, find_kernels

@@ -38,9 +38,8 @@ from rl_sparsity_tf.data.batches import TrainingData, evaluation_data, training_
 from rl_sparsity_tf.data.datasets import Data, load_dataset
 from rl_sparsity_tf.data.metrics import Score
 from rl_sparsity_tf.environment.candidates import Candidate
-from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
-from rl_sparsity_tf.export.scoring import score_model
+from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
+from rl_sparsity_tf.export.verification import score_model
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.wrapping import strip, wrap

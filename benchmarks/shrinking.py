@@ -18,8 +18,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.channels.channel_masks import mask_channels
 from rl_sparsity_tf.channels.groups import find_groups
+from rl_sparsity_tf.channels.units import mask_channels
 
 import tf_keras as keras  # isort: skip  (after the package, which asks for Keras 2)
 

@@ -29,8 +29,7 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf.agents.configs import resolve_config
 from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
-from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.search.episodes import LoopSettings
 from rl_sparsity_tf.search.loop import SearchLoop
 

@@ -39,8 +39,7 @@ from rl_sparsity_tf.agents.policies import SavedPolicy
 from rl_sparsity_tf.allocation.dynamic_programming import propose
 from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.data.datasets import Data, load_dataset
-from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.search.episodes import Episodes, LoopSettings
 from rl_sparsity_tf.search.loop import SearchLoop
 

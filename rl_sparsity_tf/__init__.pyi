@@ -3,30 +3,30 @@ from rl_sparsity_tf.agents.configs import DQN as DQN
 from rl_sparsity_tf.agents.configs import PPO as PPO
 from rl_sparsity_tf.agents.configs import Random as Random
 from rl_sparsity_tf.allocation.target import Target as Target
-from rl_sparsity_tf.channels.channel_masks import mask_channels as mask_channels
-from rl_sparsity_tf.channels.channel_permutation import permutation_report as permutation_report
-from rl_sparsity_tf.channels.channel_permutation import permute_channels as permute_channels
-from rl_sparsity_tf.channels.channel_plans import tie_channels as tie_channels
 from rl_sparsity_tf.channels.costs import count_macs as count_macs
 from rl_sparsity_tf.channels.groups import describe_groups as describe_groups
 from rl_sparsity_tf.channels.groups import find_groups as find_groups
 from rl_sparsity_tf.channels.latency_measurement import measure_latency as measure_latency
 from rl_sparsity_tf.channels.latency_table import LatencyTable as LatencyTable
+from rl_sparsity_tf.channels.permutation import permutation_report as permutation_report
+from rl_sparsity_tf.channels.permutation import permute_channels as permute_channels
 from rl_sparsity_tf.channels.shrinking import shrink as shrink
+from rl_sparsity_tf.channels.units import mask_channels as mask_channels
+from rl_sparsity_tf.channels.units import tie_channels as tie_channels
 from rl_sparsity_tf.channels.widths import widths_of as widths_of
 from rl_sparsity_tf.data import datasets as datasets
 from rl_sparsity_tf.environment.curriculum import Constant as Constant
 from rl_sparsity_tf.environment.curriculum import Linear as Linear
 from rl_sparsity_tf.environment.curriculum import Staged as Staged
+from rl_sparsity_tf.environment.features import (
+    describe_selection_state as describe_selection_state,
+)
 from rl_sparsity_tf.environment.features import describe_state as describe_state
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment as LayerEnvironment
 from rl_sparsity_tf.environment.reward import Outcome as Outcome
 from rl_sparsity_tf.environment.reward import Reward as Reward
 from rl_sparsity_tf.environment.selection_environment import (
     LayerSelectionEnvironment as LayerSelectionEnvironment,
-)
-from rl_sparsity_tf.environment.selection_state import (
-    describe_selection_state as describe_selection_state,
 )
 from rl_sparsity_tf.errors import ArgumentError as ArgumentError
 from rl_sparsity_tf.errors import DataError as DataError
@@ -42,8 +42,8 @@ from rl_sparsity_tf.errors import TargetError as TargetError
 from rl_sparsity_tf.errors import VerificationError as VerificationError
 from rl_sparsity_tf.export.export import export_tflite as export_tflite
 from rl_sparsity_tf.export.export import predict_tflite as predict_tflite
+from rl_sparsity_tf.export.micro import MicroReport as MicroReport
 from rl_sparsity_tf.export.micro import export_micro as export_micro
-from rl_sparsity_tf.export.micro_report import MicroReport as MicroReport
 from rl_sparsity_tf.export.report import ExportReport as ExportReport
 from rl_sparsity_tf.export.size_model import SizeModel as SizeModel
 from rl_sparsity_tf.layers.loading import load_model as load_model

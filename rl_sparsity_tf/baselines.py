@@ -37,8 +37,14 @@ compressible kernels, with NaN, or wrapped already, `DataError` for data that do
 from __future__ import annotations
 
 from rl_sparsity_tf.allocation.dynamic_programming import dynamic_programming
-from rl_sparsity_tf.allocation.heuristics import erk, first_order, global_magnitude, lamp, uniform
-from rl_sparsity_tf.allocation.patterns import n_m
+from rl_sparsity_tf.allocation.heuristics import (
+    erk,
+    first_order,
+    global_magnitude,
+    lamp,
+    n_m,
+    uniform,
+)
 from rl_sparsity_tf.allocation.tfmot import tfmot
 from rl_sparsity_tf.search.plan_search import hill_climbing, random_search
 

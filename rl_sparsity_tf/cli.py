@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rl_sparsity_tf.console import quiet_libraries
 from rl_sparsity_tf.errors import ArgumentError, RLSparsityError, one_line, printable
-from rl_sparsity_tf.silence import quiet_libraries
 from rl_sparsity_tf.version import __version__
 
 if TYPE_CHECKING:
@@ -337,7 +337,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _compress(options: argparse.Namespace) -> None:
-    from rl_sparsity_tf.layers.user_modules import user_modules
+    from rl_sparsity_tf.layers.loading import user_modules
 
     with user_modules(options.imports):
         _compress_known(options)

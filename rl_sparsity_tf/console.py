@@ -1,10 +1,16 @@
-"""What a search shows while it runs."""
+"""What a command shows on the terminal: progress and tables, and no chatter of the libraries."""
 
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
+import os
+import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -15,6 +21,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from rl_sparsity_tf.errors import printable
 
@@ -83,3 +90,120 @@ class SearchProgress:
         """Writes a line, unless silent."""
         if self._verbose:
             self._console.print(printable(text), soft_wrap=True, markup=False, emoji=False)
+
+
+def table_lines(table: Table, width: int) -> list[str]:
+    """A table drawn without colours; what stands in it is text, no markup.
+
+    Args:
+        table: The table.
+        width: Characters in a line at most.
+    """
+    text = io.StringIO()
+    console = Console(file=text, width=width, color_system=None, markup=False, emoji=False)
+    console.print(table)
+    return [printable(line) for line in text.getvalue().rstrip().split("\n")]
+
+
+def printing(print_fn: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The function that lines are printed with, control characters in them written out.
+
+    Args:
+        print_fn: Called with every line.
+    """
+    return lambda line: print_fn(printable(line))
+
+
+@contextlib.contextmanager
+def quiet_tensorflow() -> Iterator[None]:
+    """Holds back TensorFlow's warnings of deprecated calls in TF-Agents and of new functions.
+
+    Every search makes models and traces their functions once; TensorFlow takes the fresh
+    functions for retracing. Saving a SavedModel prints a line about assets. The logger's level is
+    put back afterwards, and the rest of logging with it, see [logging_kept][]. Works as a
+    decorator, too.
+    """
+    logger = logging.getLogger("tensorflow")
+    level = logger.level
+    with logging_kept():
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def logging_kept() -> Iterator[None]:
+    """Leaves the process's logging as the caller configured it. Works as a decorator, too.
+
+    A message through absl configures the root logger where nobody has, so that everything in the
+    process is printed twice from then on; TensorFlow, when it saves, fixes the level of absl's
+    logger.
+    """
+    root, absl = logging.getLogger(), logging.getLogger("absl")
+    level = absl.level
+    # What Python itself prints through where nothing is configured: no message gets lost, or is
+    # printed in another form.
+    stand_in = None if root.handlers else logging.lastResort or logging.NullHandler()
+    if stand_in is not None:
+        root.addHandler(stand_in)
+    try:
+        yield
+    finally:
+        if stand_in is not None:
+            root.removeHandler(stand_in)
+        absl.setLevel(level)
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keeps the libraries' own chatter off the terminal while they are imported and used."""
+    loggers = [logging.getLogger(name) for name in ("tensorflow", "absl")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _import_silently()
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _import_silently() -> None:
+    # While TensorFlow is loaded its C++ side writes to file descriptor 2 whatever the log level
+    # is; gym, which TF-Agents imports, greets on sys.stderr. Both only on the first import.
+    if "tensorflow" in sys.modules:
+        return
+    level = os.environ.get("TF_CPP_MIN_LOG_LEVEL")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        with _descriptor_silenced(2), contextlib.redirect_stderr(io.StringIO()):
+            # What is missing is said by the module that needs it.
+            with contextlib.suppress(ImportError):
+                import tensorflow  # noqa: F401
+            with contextlib.suppress(ImportError):
+                import gym  # noqa: F401
+    finally:
+        if level is None:
+            del os.environ["TF_CPP_MIN_LOG_LEVEL"]
+
+
+@contextlib.contextmanager
+def _descriptor_silenced(descriptor: int) -> Iterator[None]:
+    try:
+        kept = os.dup(descriptor)
+    except OSError:  # closed, as under some service managers: nothing to silence
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, descriptor)
+        os.close(kept)

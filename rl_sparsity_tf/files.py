@@ -1,4 +1,4 @@
-"""Files on disk: written to a temporary name, synced and renamed, never half there.
+"""Files on disk: written in one step and never half there; JSON read strictly.
 
 What the system refuses is turned into a [FileError][rl_sparsity_tf.FileError] here and
 nowhere else: [as_file][] looks before something is read, [check_new_file][] and [check_room][]
@@ -12,6 +12,8 @@ import contextlib
 import errno
 import gzip
 import hashlib
+import json
+import math
 import os
 import secrets
 import shutil
@@ -25,6 +27,7 @@ from rl_sparsity_tf.errors import (
     ArgumentError,
     FileError,
     FileExistsRLSparsityError,
+    PlanError,
     RLSparsityError,
     one_line,
 )
@@ -382,3 +385,97 @@ def sha256_of(*chunks: Any) -> str:
     for chunk in chunks:
         digest.update(chunk)
     return digest.hexdigest()
+
+
+# More digits than any number that is written here; a double's have 17, a 64-bit integer's 19.
+_MOST_DIGITS = 20
+
+
+def parse_strict(text: Any) -> Any:
+    """Parses JSON of finite numbers and objects without a name twice.
+
+    Args:
+        text: A str of JSON.
+
+    Raises:
+        ValueError: If it is no JSON (then a `json.JSONDecodeError`), or holds a number that is not
+            finite or has too many digits, or an object with a name twice.
+        TypeError: If it is no text.
+        RecursionError: If it is nested too deeply.
+
+    Example:
+        >>> parse_strict('{"a": 1, "a": 2}')
+        Traceback (most recent call last):
+        ...
+        ValueError: the name 'a' is there twice
+    """
+    return json.loads(
+        text,
+        parse_constant=_refuse,
+        parse_float=_finite,
+        parse_int=_short,
+        object_pairs_hook=_once,
+    )
+
+
+def _refuse(text: str) -> Any:
+    raise ValueError(f"{text} is no finite number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:_MOST_DIGITS]} is no finite number")
+    return value
+
+
+def _short(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"the number {text[:_MOST_DIGITS]}... has {len(text)} digits")
+    return int(text)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(
+            f"the name {next(n for n in names if names.count(n) > 1)!r} is there twice"
+        )
+    return values
+
+
+def read_text(path: Path) -> str:
+    """Reads a plan's file.
+
+    Raises:
+        PlanError: If it is missing or no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(
+            f"The plan {str(path)!r} cannot be read ({error}). Expected a JSON file written by "
+            "plan.save."
+        ) from error
+
+
+def parse_json(text: Any) -> Any:
+    """Parses a plan's text.
+
+    Raises:
+        PlanError: If it is no JSON.
+        RecursionError: If it is nested too deeply.
+    """
+    try:
+        return parse_strict(text)
+    except json.JSONDecodeError as error:
+        raise PlanError(
+            f"The plan is not valid JSON (line {error.lineno}, column {error.colno}: "
+            f"{error.msg}). Mend that place, or write the plan again with plan.save(path)."
+        ) from error
+    except (TypeError, ValueError) as error:  # no text; bytes of none; endless digits, NaN
+        raise PlanError(
+            f"The plan's text cannot be read ({error}). Expected a str of JSON, as plan.to_json() "
+            "returns it."
+        ) from error

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from rl_sparsity_tf.shape_advice import fits, shape_advice
+from rl_sparsity_tf.checks import fits, shape_advice
 
 # Received, with the rows' axis; wanted of a row; the advised call. None: nothing is advised.
 ADVICE = [

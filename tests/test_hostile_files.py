@@ -19,8 +19,8 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf.agents.policies import SavedPolicy
 from rl_sparsity_tf.channels.latency_table import LatencyTable
 from rl_sparsity_tf.cli import main
-from rl_sparsity_tf.console import SearchProgress
-from rl_sparsity_tf.data.npz_files import read_npz
+from rl_sparsity_tf.console import SearchProgress, table_lines
+from rl_sparsity_tf.data.datasets import read_npz
 from rl_sparsity_tf.errors import (
     ArgumentError,
     DataError,
@@ -32,9 +32,8 @@ from rl_sparsity_tf.errors import (
     one_line,
     printable,
 )
-from rl_sparsity_tf.json_text import parse_strict
+from rl_sparsity_tf.files import parse_strict
 from rl_sparsity_tf.layers.plan import CompressionPlan, KernelPlan
-from rl_sparsity_tf.tables import table_lines
 from rl_sparsity_tf.tflite.inspection import inspect_tflite
 from rl_sparsity_tf.tflite.sparse_encoding import encode_sparse
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import absl.logging
 import pytest
 
-from rl_sparsity_tf.quiet import logging_kept, quiet_tensorflow
+from rl_sparsity_tf.console import logging_kept, quiet_tensorflow
 
 ABSL, ROOT = logging.getLogger("absl"), logging.getLogger()
 

@@ -57,7 +57,7 @@ from wrong_calls import (
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.errors import FileExistsRLSparsityError
-from rl_sparsity_tf.layers.kernel_rule import KernelRule
+from rl_sparsity_tf.layers.plan import KernelRule
 from rl_sparsity_tf.search.loop import SearchLoop
 
 MODELS = {

@@ -8,14 +8,13 @@ import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.allocation import ranking
-from rl_sparsity_tf.allocation.budget import Budget
+from rl_sparsity_tf.allocation.budgets import Budget
 from rl_sparsity_tf.allocation.channel_budget import ChannelBudget, ChannelCost
 from rl_sparsity_tf.allocation.decisions import KernelDecisions, PartMatrix
-from rl_sparsity_tf.allocation.size_costs import MARGINS
+from rl_sparsity_tf.allocation.size_budget import MARGINS
 from rl_sparsity_tf.allocation.storage import Storage
 from rl_sparsity_tf.allocation.target import Target
-from rl_sparsity_tf.channels.channel_latency import latency_of
-from rl_sparsity_tf.channels.costs import ChannelCosts
+from rl_sparsity_tf.channels.costs import ChannelCosts, latency_of
 from rl_sparsity_tf.channels.elimination import ChannelErrors, eliminate
 from rl_sparsity_tf.channels.graph import ChannelGraph, has_graph
 from rl_sparsity_tf.channels.latency_table import LatencyTable
@@ -23,10 +22,10 @@ from rl_sparsity_tf.channels.units import ChannelUnit, UnitOperations, find_unit
 from rl_sparsity_tf.environment.buckets import saliency_of
 from rl_sparsity_tf.export.size_model import SizeModel
 from rl_sparsity_tf.layers.groups import Grouping
-from rl_sparsity_tf.layers.kernel_selection import KernelSelection
 from rl_sparsity_tf.layers.kernels import Kernel
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
+from rl_sparsity_tf.layers.rules import KernelSelection
 from rl_sparsity_tf.layers.wrapping import wrap
 from rl_sparsity_tf.training.least_squares import LeastSquares
 from rl_sparsity_tf.training.statistics import KernelStatistics

@@ -8,17 +8,17 @@ import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.allocation import ranking
-from rl_sparsity_tf.allocation.budget import Budget
+from rl_sparsity_tf.allocation.budgets import Budget
 from rl_sparsity_tf.allocation.layer_errors import best_saliency
-from rl_sparsity_tf.allocation.size_costs import make_budget
+from rl_sparsity_tf.allocation.size_budget import make_budget
 from rl_sparsity_tf.allocation.storage import Storage
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.environment.buckets import saliency_of
 from rl_sparsity_tf.export.size_model import SizeModel
 from rl_sparsity_tf.layers.groups import Grouping
-from rl_sparsity_tf.layers.kernel_selection import KernelSelection
 from rl_sparsity_tf.layers.kernels import Kernel
 from rl_sparsity_tf.layers.operations import Operation
+from rl_sparsity_tf.layers.rules import KernelSelection
 from rl_sparsity_tf.layers.wrapping import wrap
 from rl_sparsity_tf.training.least_squares import LeastSquares
 from rl_sparsity_tf.training.statistics import KernelStatistics

@@ -10,18 +10,17 @@ import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.allocation import ranking as ranks
-from rl_sparsity_tf.allocation import size_costs
-from rl_sparsity_tf.allocation.budget import Budget
+from rl_sparsity_tf.allocation import size_budget
+from rl_sparsity_tf.allocation.budgets import Budget
 from rl_sparsity_tf.allocation.storage import Storage
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.data.extremes import check_weights
 from rl_sparsity_tf.errors import ArgumentError, ModelError, TargetError, check_choice
-from rl_sparsity_tf.layers.constraints import check_constraints
 from rl_sparsity_tf.layers.groups import GROUPS, Grouping
-from rl_sparsity_tf.layers.kernel_selection import KernelSelection, Patterns
 from rl_sparsity_tf.layers.kernels import Kernel, count_weights
-from rl_sparsity_tf.layers.operations import Operation
+from rl_sparsity_tf.layers.operations import Operation, check_constraints
 from rl_sparsity_tf.layers.plan import CompressionPlan
+from rl_sparsity_tf.layers.rules import KernelSelection, Patterns
 from rl_sparsity_tf.layers.wrapping import accepted, is_wrapped
 
 
@@ -131,7 +130,7 @@ class PlanRequest:
     def _within_bytes(self, ranking: ranks.Ranking) -> list[np.ndarray]:
         kind, value = self.target.kind, self.target.value
         predicted = _FileBytes(self)
-        share = 1.0 - size_costs.MARGINS[kind]
+        share = 1.0 - size_budget.MARGINS[kind]
         live, reached = ranking.least_pruned(lambda one: predicted(one) <= value * share)
         if not reached:
             stored = "integers" if self.quantize else "floats"
@@ -149,7 +148,7 @@ class _FileBytes:
 
     def __init__(self, request: PlanRequest):
         self._request = request
-        self._sizes = size_costs.size_model_for(request.model, request.target)
+        self._sizes = size_budget.size_model_for(request.model, request.target)
         self._field = "raw" if request.target.kind == "tflite_bytes" else "gzip"
         self._bits = {
             kernel.path: request.bits

@@ -11,10 +11,11 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.allocation import ranking
-from rl_sparsity_tf.allocation.budget import Budget
+from rl_sparsity_tf.allocation.budgets import Budget
 from rl_sparsity_tf.allocation.problem import PlanRequest
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.checks import check_count
+from rl_sparsity_tf.console import quiet_tensorflow
 from rl_sparsity_tf.data.batches import TrainingData, training_data
 from rl_sparsity_tf.data.extremes import check_weights
 from rl_sparsity_tf.data.metrics import search_compile_arguments
@@ -25,13 +26,12 @@ from rl_sparsity_tf.errors import (
     TargetError,
     one_line,
 )
-from rl_sparsity_tf.layers.compile_state import copy_compile_state
-from rl_sparsity_tf.layers.kernel_selection import Patterns
+from rl_sparsity_tf.layers.copying import copy_compile_state
 from rl_sparsity_tf.layers.kernels import Kernel, count_weights
 from rl_sparsity_tf.layers.plan import CompressionPlan
-from rl_sparsity_tf.layers.signature import is_graph
+from rl_sparsity_tf.layers.rules import Patterns
+from rl_sparsity_tf.layers.structure import is_graph
 from rl_sparsity_tf.layers.wrapping import strip
-from rl_sparsity_tf.quiet import quiet_tensorflow
 from rl_sparsity_tf.training.mask_training import default_epochs
 
 # What TFMOT's guide begins with, where the end is not below it.

@@ -1,11 +1,11 @@
-"""What a network costs by how many of its channels live: weights, multiplications, bytes."""
+"""What a network costs by how many of its channels live: weights, multiplications, bytes, time."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,10 @@ import tf_keras as keras
 
 from rl_sparsity_tf.channels.graph import ChannelGraph, PlacedStep
 from rl_sparsity_tf.channels.groups import check_graph
+from rl_sparsity_tf.channels.latency_table import LatencyTable
 from rl_sparsity_tf.channels.steps import Depthwise, Mix
 from rl_sparsity_tf.channels.units import ChannelUnit
+from rl_sparsity_tf.channels.widths import LayerWidths
 from rl_sparsity_tf.errors import TargetError
 from rl_sparsity_tf.export.size_model import SizeModel
 from rl_sparsity_tf.layers.kernels import Kernel, find_kernels
@@ -216,3 +218,37 @@ def count_macs(model: keras.Model) -> int:
     check_graph(model, "count_macs")
     costs = ChannelCosts(model, ChannelGraph(model), [])
     return int(costs.macs(np.zeros(0)))
+
+
+def latency_of(
+    table: LatencyTable, model: keras.Model, units: Sequence[ChannelUnit]
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The predicted time as a function of what lives.
+
+    Args:
+        table: Times of the layers of the model.
+        model: The plain model.
+        units: What is decided together.
+
+    Returns:
+        `live -> milliseconds`: the shares of the units' channels that live, of shape
+        `(..., units)`, to times of shape `(...)`.
+
+    Raises:
+        ArgumentError: If the table is of another model.
+    """
+    table.check(model)
+    chains = LayerWidths(model).chains
+    inputs = ChannelCounts.of([chain.channels_in for chain in chains], units)
+    outputs = ChannelCounts.of([chain.channels_out for chain in chains], units)
+
+    def milliseconds(live: np.ndarray) -> np.ndarray:
+        # Shares are between whole channels, and every layer keeps one.
+        counted = (np.maximum(np.rint(count(live)), 1) for count in (inputs, outputs))
+        read, made = (widths.astype(np.int64) for widths in counted)
+        total = np.full(live.shape[:-1], table.overhead_ms)
+        for index, chain in enumerate(chains):
+            total = total + table.layer_ms(chain.path, read[..., index], made[..., index])
+        return total
+
+    return milliseconds

@@ -12,11 +12,15 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.channels.channel_operations import is_operation, operation_steps
-from rl_sparsity_tf.channels.layer_rules import NotFollowedError, steps_of
+from rl_sparsity_tf.channels.layer_rules import (
+    NotFollowedError,
+    is_operation,
+    operation_steps,
+    steps_of,
+)
 from rl_sparsity_tf.channels.steps import Mix, Opaque, Step
 from rl_sparsity_tf.layers.kernels import walk
-from rl_sparsity_tf.layers.signature import is_graph
+from rl_sparsity_tf.layers.structure import is_graph
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,10 +14,10 @@ from rich.table import Table
 
 from rl_sparsity_tf.channels.graph import ChannelGraph, PlacedStep, has_graph
 from rl_sparsity_tf.channels.steps import Depthwise, Mix
+from rl_sparsity_tf.console import printing, table_lines
 from rl_sparsity_tf.errors import ModelError
 from rl_sparsity_tf.layers.kernels import check_model
 from rl_sparsity_tf.layers.wrapping import is_wrapped
-from rl_sparsity_tf.tables import printing, table_lines
 
 _WIDTH = 150
 

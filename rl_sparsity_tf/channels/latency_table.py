@@ -16,10 +16,9 @@ import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.channels.widths import LayerWidths, Width
+from rl_sparsity_tf.console import printing
 from rl_sparsity_tf.errors import ArgumentError, check_choice, did_you_mean
-from rl_sparsity_tf.files import as_file, check_new_file, write_text
-from rl_sparsity_tf.json_text import parse_strict
-from rl_sparsity_tf.tables import printing
+from rl_sparsity_tf.files import as_file, check_new_file, parse_strict, write_text
 
 FORMAT_VERSION = 1
 QUANTIZATIONS = ("none", "int8", "plan")

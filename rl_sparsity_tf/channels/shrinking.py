@@ -10,19 +10,18 @@ import numpy as np
 import tf_keras as keras
 from rich.table import Table
 
-from rl_sparsity_tf.channels.channel_plans import masks, only_pruned, tie_channels
 from rl_sparsity_tf.channels.graph import ChannelGraph, PlacedStep, has_graph
 from rl_sparsity_tf.channels.groups import check_plain, no_graph
 from rl_sparsity_tf.channels.steps import Depthwise, Mix
+from rl_sparsity_tf.channels.units import masks, only_pruned, tie_channels
+from rl_sparsity_tf.console import printing, table_lines
 from rl_sparsity_tf.errors import RLSparsityError, one_line
-from rl_sparsity_tf.layers.compile_state import copy_compile_state
 from rl_sparsity_tf.layers.copy_checks import check_copy
-from rl_sparsity_tf.layers.copying import copy_layer, copy_weights, freeze_alike
+from rl_sparsity_tf.layers.copying import copy_compile_state, copy_layer, copy_weights, freeze_alike
 from rl_sparsity_tf.layers.kernels import find_kernels, layer_pairs
 from rl_sparsity_tf.layers.plan import CompressionPlan
-from rl_sparsity_tf.layers.signature import is_graph
+from rl_sparsity_tf.layers.structure import is_graph
 from rl_sparsity_tf.layers.wrapping import accepted, strip, wrap
-from rl_sparsity_tf.tables import printing, table_lines
 
 _WIDTH = 120
 

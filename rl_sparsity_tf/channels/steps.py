@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.layers.constraints import constraint_of
+from rl_sparsity_tf.layers.operations import constraint_of
 
 
 class Ties(Protocol):

@@ -1,21 +1,32 @@
-"""What is decided together when channels are: whole sets of tied kernels, as if they were one."""
+"""Channels that are decided together: units of tied kernels, their masks and plans."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import tf_keras as keras
 
 from rl_sparsity_tf.channels.graph import ChannelGraph
-from rl_sparsity_tf.channels.groups import ChannelGroup, groups_of
+from rl_sparsity_tf.channels.groups import (
+    ChannelGroup,
+    ChannelUse,
+    check_graph,
+    check_plain,
+    find_groups,
+    groups_of,
+)
 from rl_sparsity_tf.channels.steps import Depthwise
-from rl_sparsity_tf.errors import PlanError
+from rl_sparsity_tf.errors import ArgumentError, PlanError
 from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.kernel_spec import KernelSpec
-from rl_sparsity_tf.layers.kernels import Kernel
+from rl_sparsity_tf.layers.kernels import Kernel, find_kernels
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan, KernelPlan
+from rl_sparsity_tf.layers.rules import resolve
+from rl_sparsity_tf.layers.wrapping import strip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,3 +328,122 @@ def _check_tied(unit: ChannelUnit, plan: CompressionPlan, pruned: Mapping[int, s
                     "keeps the channels that are tied to it. Expected tied kernels to be pruned "
                     "alike; rl_sparsity_tf.describe_groups(model) prints which are tied."
                 )
+
+
+def mask_channels(model: keras.Model, live: Mapping[int, Any]) -> keras.Model:
+    """Sets whole channels to zero: what makes them, and what would make them differ from zero.
+
+    That is the columns of the kernels, biases, the gamma and beta of batch normalizations (the
+    mean where there is no gamma), depthwise kernels and their biases.
+
+    Args:
+        model: A built, plain `tf_keras` model; it is not changed.
+        live: Index of a group of [find_groups][rl_sparsity_tf.find_groups] -> one
+            bool per channel, False for channels to set to zero. Other groups stay as they are.
+
+    Returns:
+        A copy, compiled as the model is, of which
+        [shrink][rl_sparsity_tf.shrink] removes those channels.
+
+    Raises:
+        ArgumentError: If a group does not exist or is frozen, or a mask does not fit it.
+        ModelError: If the model is not built, is wrapped, or cannot be copied.
+
+    Example:
+        >>> masked = mask_channels(model, {0: [True, False, True, True]})
+    """
+    check_plain(model, "mask_channels")
+    copy = strip(model)
+    groups = find_groups(copy)
+    for index, given in live.items():
+        if index not in range(len(groups)):
+            raise ArgumentError(
+                f"live names group {index!r}. Expected the index of one of the {len(groups)} "
+                "groups that find_groups(model) lists."
+            )
+        group = groups[index]
+        mask = np.asarray(given)
+        if mask.dtype != bool or mask.shape != (group.size,):
+            raise ArgumentError(
+                f"The mask of group {index} has shape {mask.shape} and type {mask.dtype}. Expected "
+                f"one bool for each of its {group.size} channels."
+            )
+        if group.frozen:
+            raise ArgumentError(
+                f"Group {index} is frozen: {group.frozen}. Leave it out; groups whose `frozen` is "
+                "None can be masked."
+            )
+        if not mask.any():
+            raise ArgumentError(
+                f"The mask of group {index} leaves no channel. Expected at least one True."
+            )
+        paths = {use.path for use in group.followers}
+        for use in (*group.producers, *group.followers):
+            owner, _, attribute = use.path.rpartition("/")
+            # A gamma of zero is enough, and fine-tuning may need the statistics.
+            kept = attribute == "moving_mean" and f"{owner}/gamma" in paths
+            if not kept and attribute not in ("alpha", "moving_variance"):
+                _set_to_zero(use, mask)
+    return copy
+
+
+def _set_to_zero(use: ChannelUse, mask: np.ndarray) -> None:
+    dead = (use.channels >= 0) & ~mask[use.channels]
+    value = np.moveaxis(np.array(use.variable), use.axis, -1)
+    value[..., dead] = 0
+    use.variable.assign(np.moveaxis(value, -1, use.axis))
+    if use.bias_variable is not None:
+        bias = np.array(use.bias_variable)
+        bias[dead] = 0
+        use.bias_variable.assign(bias)
+
+
+def tie_channels(model: keras.Model, plan: CompressionPlan) -> CompressionPlan:
+    """The plan of single weights that a plan of channels means.
+
+    A plan that prunes a channel masks the weights that make it. Biases and batch normalizations
+    can still give it a value, and training will. Here the weights that read the channel are masked
+    too, so that nothing depends on it any more, in fine-tuning either;
+    [shrink][rl_sparsity_tf.shrink] removes it.
+
+    Args:
+        model: A built, plain `tf_keras` model with a graph.
+        plan: A plan with groups of `"channel"`. Kernels that it leaves out are kept.
+
+    Returns:
+        A plan with groups of `"element"`, for `wrap`.
+
+    Raises:
+        ModelError: If the model is not built, is wrapped, or has no graph.
+        PlanError: If the plan does not fit the model, prunes channels that have to stay, or prunes
+            tied kernels differently.
+
+    Example:
+        >>> wrapped = rls.wrap(model, rls.tie_channels(model, plan))
+        >>> wrapped.fit(x, y)
+        >>> small = rls.shrink(rls.strip(wrapped))
+    """
+    check_graph(model, "tie_channels")
+    kernels = find_kernels(model)
+    operations = UnitOperations(find_units(ChannelGraph(model), kernels))
+    decided = operations.of_units(resolve(plan, model))
+    return masks(kernels, {k.path: operations.of(k.path, decided) for k in kernels})
+
+
+def masks(kernels: Sequence[Kernel], operations: Mapping[str, np.ndarray]) -> CompressionPlan:
+    """The plan of operations on single weights.
+
+    Args:
+        kernels: The kernels.
+        operations: Their operations by path, shape `(inputs, outputs)`.
+    """
+    return CompressionPlan(
+        KernelPlan(k.path, k.shape, k.spec.layout, "element", 8, operations[k.path])
+        for k in kernels
+    )
+
+
+def only_pruned(operations: np.ndarray) -> np.ndarray:
+    """The same operations with all that is not pruned kept."""
+    pruned = operations == Operation.PRUNE
+    return np.where(pruned, Operation.PRUNE, Operation.KEEP).astype(np.uint8)

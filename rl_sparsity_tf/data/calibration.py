@@ -11,11 +11,10 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from rl_sparsity_tf.checks import fits, shape_advice
 from rl_sparsity_tf.data.forms import reason_of
 from rl_sparsity_tf.errors import ArgumentError, DataError, did_you_mean
-from rl_sparsity_tf.layers.signature import InputSpec, input_specs, is_graph
-from rl_sparsity_tf.layers.structure import all_layers
-from rl_sparsity_tf.shape_advice import fits, shape_advice
+from rl_sparsity_tf.layers.structure import InputSpec, all_layers, input_specs, is_graph
 
 _SMALL_INTEGERS = 2
 

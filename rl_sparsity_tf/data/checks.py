@@ -8,12 +8,12 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from rl_sparsity_tf.checks import fits, shape_advice
 from rl_sparsity_tf.data.extremes import LargeRowFinder, LargeRows
 from rl_sparsity_tf.data.labels import Output, check_labels, model_outputs, per_output
 from rl_sparsity_tf.data.weights import ClassWeights, SampleWeightCheck
 from rl_sparsity_tf.errors import DataError, ModelError
-from rl_sparsity_tf.layers.signature import InputSpec, input_specs
-from rl_sparsity_tf.shape_advice import fits, shape_advice
+from rl_sparsity_tf.layers.structure import InputSpec, input_specs
 
 Batch = tuple[Any, Any, Any]
 """`(x, y, sample_weight or None)`, each a tensor or a structure of tensors."""

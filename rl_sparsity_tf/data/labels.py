@@ -9,9 +9,9 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from rl_sparsity_tf.checks import fits, shape_advice
 from rl_sparsity_tf.errors import DataError
-from rl_sparsity_tf.layers.signature import input_specs
-from rl_sparsity_tf.shape_advice import fits, shape_advice
+from rl_sparsity_tf.layers.structure import input_specs
 
 _KINDS = {
     "sparse_categorical_crossentropy": "sparse",

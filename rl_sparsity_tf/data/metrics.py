@@ -19,7 +19,7 @@ from rl_sparsity_tf.errors import (
     RLSparsityError,
     did_you_mean,
 )
-from rl_sparsity_tf.layers.compile_state import compile_arguments
+from rl_sparsity_tf.layers.copying import compile_arguments
 
 _HIGHER = (
     "acc auc precision recall f1 f2 fbeta iou dice top cosine r2 kappa sensitivity specificity "

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 
 from rl_sparsity_tf.layers.groups import Grouping
-from rl_sparsity_tf.layers.masks import magnitude
+from rl_sparsity_tf.layers.operations import magnitude
 
 # Of the steps towards the edge: 1 would be a plain geometric row.
 _NARROWING = 1.5

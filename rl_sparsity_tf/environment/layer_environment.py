@@ -14,9 +14,8 @@ from rl_sparsity_tf.environment._tf_agents import array_spec, py_environment, ty
 from rl_sparsity_tf.environment._tf_agents import time_step as ts
 from rl_sparsity_tf.environment.buckets import bucket_edges, near_edges, split_buckets
 from rl_sparsity_tf.environment.features import STATE_SIZE, BucketView, lower_bounds, observe
-from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.environment.network import CompressedNetwork, Snapshot
 from rl_sparsity_tf.environment.reward import Outcome, Reward, RewardFunction, bounded
-from rl_sparsity_tf.environment.snapshot import Snapshot
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.layers.operations import Operation, stored_as_integers
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.allocation.budget import Budget
-from rl_sparsity_tf.allocation.budgets import KernelState
+from rl_sparsity_tf.allocation.budgets import Budget, CostBudget, KernelState
 from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.data.batches import Batch, TrainingData
@@ -18,17 +20,14 @@ from rl_sparsity_tf.data.extremes import check_loss, check_training, check_weigh
 from rl_sparsity_tf.data.metrics import Evaluator, Metric, Score, choose_metric
 from rl_sparsity_tf.data.metrics import search_compile_arguments as search_arguments
 from rl_sparsity_tf.environment.autoencoder import WeightAutoencoder
-from rl_sparsity_tf.environment.effective_kernels import EffectiveKernels
-from rl_sparsity_tf.environment.outcomes import outcome_of, retargeted
 from rl_sparsity_tf.environment.reward import Outcome
-from rl_sparsity_tf.environment.snapshot import Snapshot
 from rl_sparsity_tf.environment.standings import Standings
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.layers.copy_checks import check_figures
 from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.kernels import Kernel, walk
-from rl_sparsity_tf.layers.operations import Operation
+from rl_sparsity_tf.layers.operations import Operation, stored_as_integers
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.wrapper import unwrapped
 from rl_sparsity_tf.layers.wrapping import wrapped_kernels
@@ -36,6 +35,137 @@ from rl_sparsity_tf.training.least_squares import LeastSquares, closed_form
 from rl_sparsity_tf.training.preparation import prepare_for_short_recovery
 from rl_sparsity_tf.training.recovery import Recovery
 from rl_sparsity_tf.training.statistics import KernelStatistics, StatisticsCollector, WeightMoments
+
+
+def outcome_of(network: CompressedNetwork, score: Score) -> Outcome:
+    """The outcome of a network with its present decisions.
+
+    Args:
+        network: The network.
+        score: Its score on validation data, or an estimate of it.
+    """
+    altered = sum(network.errors[kernel.path] * kernel.size for kernel in network.kernels)
+    sizes = sum(kernel.size for kernel in network.kernels)
+    budget, progress = network.budget, None
+    if isinstance(budget, CostBudget):
+        states = network.states()
+        stored_bits, progress = budget.stored_share(states), budget.saved(states)
+    else:
+        stored_bits = _stored_bits(network)
+    return Outcome(
+        metric=score.metric,
+        dense_metric=network.dense.metric,
+        loss=score.loss,
+        retention=network.metric.retention(score.metric, network.dense.metric),
+        sparsity=budget.sparsity,
+        target_sparsity=budget.goal,
+        stored_bits=stored_bits,
+        reconstruction_error=altered / sizes,
+        output_error=float(np.mean(list(network.output_errors.values()))),
+        progress=progress,
+    )
+
+
+def retargeted(network: CompressedNetwork, outcome: Outcome) -> Outcome:
+    """An outcome of the present decisions, by the budget that the network has now.
+
+    What was measured does not depend on the target; how much of it is reached does.
+    """
+    budget, progress = network.budget, None
+    if isinstance(budget, CostBudget):
+        progress = budget.saved(network.states())
+    return dataclasses.replace(outcome, target_sparsity=budget.goal, progress=progress)
+
+
+def _stored_bits(network: CompressedNetwork) -> float:
+    stored = 0.0
+    for kernel in network.kernels:
+        integers = stored_as_integers(network.operations[kernel.path])
+        stored += kernel.size * (0.25 if integers else 1.0)
+    return stored / sum(kernel.size for kernel in network.kernels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """Everything that a decision changes: to go back to, or to save.
+
+    Attributes:
+        weights: Weights of the wrapped model, masks and grids included; None where decisions do
+            not train, and they follow from the operations.
+        optimizer: The optimizer's variables.
+        operations: Operations by kernel path.
+        decided: Per kernel and group, whether it has been decided.
+        errors: The autoencoder's error per kernel, as of the kernel's last decision.
+        output_errors: How far each layer's outputs move, as of the kernel's last decision.
+        pruned: Weights pruned per kernel.
+        clock: Training steps taken.
+        outcome: The last outcome.
+    """
+
+    weights: list[np.ndarray] | None
+    optimizer: list[np.ndarray]
+    operations: dict[str, np.ndarray]
+    decided: dict[str, np.ndarray]
+    errors: dict[str, float]
+    output_errors: dict[str, float]
+    pruned: np.ndarray
+    clock: int
+    outcome: Outcome
+
+    @classmethod
+    def of(cls, network: CompressedNetwork) -> Snapshot:
+        """Copies what a network is now."""
+        trained = network.least_squares is None
+        return cls(
+            weights=[one.numpy() for one in network.model.weights] if trained else None,
+            optimizer=[one.numpy() for one in network.model.optimizer.variables],
+            operations={path: value.copy() for path, value in network.operations.items()},
+            decided={path: value.copy() for path, value in network.decided.items()},
+            errors=dict(network.errors),
+            output_errors=dict(network.output_errors),
+            pruned=network.budget.pruned.copy(),
+            clock=network.clock,
+            outcome=network.outcome,
+        )
+
+
+class EffectiveKernels:
+    """Traced once per kernel.
+
+    Args:
+        kernels: Wrapped kernels.
+    """
+
+    def __init__(self, kernels: Sequence[Kernel]):
+        self._kernels = {kernel.path: kernel for kernel in kernels}
+        self._traced: dict[str, Any] = {
+            kernel.path: tf.function(
+                functools.partial(kernel.wrapper.effective_kernel, kernel.spec.attribute)
+            )
+            for kernel in kernels
+            if kernel.wrapper is not None
+        }
+        self._known: dict[str, np.ndarray] = {}
+
+    @property
+    def functions(self) -> list[Any]:
+        """The traced functions."""
+        return list(self._traced.values())
+
+    def matrix(self, path: str) -> np.ndarray:
+        """A kernel's effective weights, viewed as `(inputs, outputs)`."""
+        if path not in self._known:
+            value = self._traced[path]().numpy()
+            self._known[path] = self._kernels[path].spec.to_matrix_numpy(value)
+        return self._known[path]
+
+    def forget(self, path: str | None = None) -> None:
+        """To be called when a kernel, or by default any of them, has changed."""
+        if path is None:
+            self._known.clear()
+        else:
+            self._known.pop(path, None)
+
 
 _STATISTICS_BATCHES = 8
 
@@ -400,3 +530,23 @@ class CompressedNetwork:
         weights = {path: unwrapped(layer).get_weights() for path, layer in walk(self.model)}
         self._undo_recovery()
         return weights
+
+
+def evaluate_plan(network: CompressedNetwork, plan: CompressionPlan, steps: int = 0) -> Outcome:
+    """Puts a plan on the dense network, lets it recover, and evaluates it once.
+
+    Args:
+        network: The network; it is left with the plan applied.
+        plan: A plan with operations for every kernel, of the network's kind of groups.
+        steps: Training steps per kernel, where the recovery is fine-tuning.
+
+    Returns:
+        The outcome after recovery.
+    """
+    network.reset()
+    for kernel in network.kernels:
+        operations = plan.kernels[kernel.path].operations
+        network.assign(kernel.path, operations)
+        if network.recovery.method == "finetune":
+            network.train_steps(steps)
+    return network.finish(evaluated=False)

@@ -18,7 +18,7 @@ from rl_sparsity_tf.export.recurrent import check_unroll, looping_layers, names_
 from rl_sparsity_tf.files import check_new_file
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.rules import resolve
-from rl_sparsity_tf.layers.signature import input_specs
+from rl_sparsity_tf.layers.structure import input_specs
 from rl_sparsity_tf.layers.support import check_exportable
 from rl_sparsity_tf.layers.wrapping import accepted, is_wrapped, plan_of, strip
 from rl_sparsity_tf.tflite.recipes import COMPUTES

@@ -28,16 +28,15 @@ from rl_sparsity_tf.export.arguments import (
     planned_kernels,
     sample_rows,
 )
-from rl_sparsity_tf.export.export_errors import conversion_error
-from rl_sparsity_tf.export.export_precision import in_float32
-from rl_sparsity_tf.export.file_ports import name_ports
-from rl_sparsity_tf.export.matching import match_kernels
-from rl_sparsity_tf.export.recurrent import stateless, unrolled
-from rl_sparsity_tf.export.recurrent_states import kept_states, start_at_zero
-from rl_sparsity_tf.export.repeatability import check_repeatable
+from rl_sparsity_tf.export.matching import match_kernels, name_ports
+from rl_sparsity_tf.export.recurrent import kept_states, start_at_zero, stateless, unrolled
 from rl_sparsity_tf.export.report import ExportReport, TensorReport, tensor_reports
-from rl_sparsity_tf.export.saved_model import reference_outputs, write_saved_model
-from rl_sparsity_tf.export.scoring import compare_scores
+from rl_sparsity_tf.export.saved_model import (
+    conversion_error,
+    in_float32,
+    reference_outputs,
+    write_saved_model,
+)
 from rl_sparsity_tf.export.sparse_inference import (
     check_sparse_inference,
     store_for_sparse_inference,
@@ -45,13 +44,15 @@ from rl_sparsity_tf.export.sparse_inference import (
 from rl_sparsity_tf.export.stored_weights import FORMATS, broken_chain, make_sparse, store_weights
 from rl_sparsity_tf.export.verification import (
     Tolerance,
+    check_repeatable,
+    compare_scores,
     tolerance_for,
     verify_calls,
     verify_outputs,
     verify_zeros,
 )
 from rl_sparsity_tf.files import as_file, gzip_size, scratch_folder
-from rl_sparsity_tf.layers.signature import input_specs
+from rl_sparsity_tf.layers.structure import input_specs
 from rl_sparsity_tf.tflite.prediction import run_rows
 from rl_sparsity_tf.tflite.reading import read_flat_model
 from rl_sparsity_tf.tflite.recipes import Recipe, check_recipe_path, replacing_with_recipe

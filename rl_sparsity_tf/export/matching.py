@@ -1,4 +1,6 @@
-"""Finds a Keras model's kernels among the tensors of a .tflite file, by content.
+"""Which tensors of a .tflite file are a Keras model's kernels, inputs and outputs.
+
+Finds a Keras model's kernels among the tensors of a .tflite file, by content.
 
 Names do not survive conversion reliably: kernels are transposed, reshaped, scaled by a folded batch
 normalisation, merged when equal and split into gates. What survives is the pattern of values of
@@ -11,14 +13,17 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
+from ai_edge_litert import schema_py_generated as schema
 
 from rl_sparsity_tf.errors import PlanError, did_you_mean
 from rl_sparsity_tf.layers.kernels import find_kernels, rank_of, walk
-from rl_sparsity_tf.tflite.reading import FlatTensor
+from rl_sparsity_tf.tflite.reading import FlatTensor, pack_model
 
 # A tensor at most this far from a kernel (relative to the kernel's norm) is the kernel itself, no
 # batch normalisation folded in. Rounding to 4 bits moves a kernel by up to about 0.15.
@@ -330,3 +335,36 @@ def _gate_columns(columns: int, gates: Sequence[int]) -> list[tuple[int, int]]:
     width = columns // sum(gates)
     ends = [width * end for end in itertools.accumulate(gates)]
     return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def name_ports(file: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Gives a converted file's signature Keras's names, and Keras's order to its subgraph.
+
+    The converter takes no names with capitals, spaces or letters beyond ASCII, and orders inputs
+    and outputs as it likes.
+
+    Args:
+        file: A .tflite file whose signature has the inputs `input_0`, `input_1`, ... and the
+            outputs `output_0`, ...; it is rewritten.
+        inputs: The names of the inputs.
+        outputs: The names of the outputs.
+    """
+    content = file.read_bytes()
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    graph, signature = model.subgraphs[0], model.signatureDefs[0]
+    given, made = _numbered(signature.inputs), _numbered(signature.outputs)
+    for name, entry in zip(inputs, given, strict=True):
+        # What interpreters without signatures go by; other tools give it this prefix, too.
+        graph.tensors[entry.tensorIndex].name = f"serving_default_{name}:0".encode()
+    for names, entries in ((inputs, given), (outputs, made)):
+        for name, entry in zip(names, entries, strict=True):
+            entry.name = name.encode()
+    graph.inputs = np.array([entry.tensorIndex for entry in given], np.int32)
+    graph.outputs = np.array([entry.tensorIndex for entry in made], np.int32)
+    signature.inputs, signature.outputs = given, made
+    file.write_bytes(pack_model(model, content))
+
+
+def _numbered(entries: Sequence[Any]) -> list[Any]:
+    """A signature's entries by the number that their names end in: `input_10` after `input_2`."""
+    return sorted(entries, key=lambda entry: int(entry.name.decode().rpartition("_")[2]))

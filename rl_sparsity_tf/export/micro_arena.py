@@ -14,7 +14,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from rl_sparsity_tf.tflite.flat_model import FlatModel, FlatOperator, FlatTensor
+from rl_sparsity_tf.tflite.reading import FlatModel, FlatOperator, FlatTensor
 
 ALIGNMENT = 16
 # Bytes of the runtime's structures, as seen: the allocators and the graph; one tensor; one node

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rl_sparsity_tf.console import printing
 from rl_sparsity_tf.export.matching import MatchedTensor
-from rl_sparsity_tf.tables import printing
-from rl_sparsity_tf.tflite.exploitation import Exploitation
-from rl_sparsity_tf.tflite.flat_model import FlatModel, FlatTensor
+from rl_sparsity_tf.tflite.reading import FlatModel, FlatTensor
+from rl_sparsity_tf.tflite.xnnpack import Exploitation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

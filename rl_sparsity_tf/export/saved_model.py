@@ -1,8 +1,10 @@
-"""Writes a model as a SavedModel with one signature, so that converting needs none of its code."""
+"""From Keras to the converter: a SavedModel in float32, and what a failed conversion means."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,17 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from rl_sparsity_tf.console import quiet_tensorflow
 from rl_sparsity_tf.errors import ExportError
-from rl_sparsity_tf.layers.signature import input_specs, is_graph, output_names, pack_inputs
-from rl_sparsity_tf.quiet import quiet_tensorflow
+from rl_sparsity_tf.export.recurrent import can_unroll, looping_layers, names_of
+from rl_sparsity_tf.layers.structure import (
+    all_layers,
+    input_specs,
+    is_graph,
+    output_names,
+    pack_inputs,
+)
+from rl_sparsity_tf.tflite.worker import WorkerError
 
 
 def flat_call(model: keras.Model) -> Callable[[Sequence[Any]], list[tf.Tensor]]:
@@ -122,3 +132,180 @@ def reference_outputs(
                 )
         parts.append([np.asarray(output)[:count] for output in outputs])
     return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
+
+
+_REASON_CHARACTERS = 300
+
+
+def conversion_error(model: keras.Model, quantization: str, error: WorkerError) -> ExportError:
+    """Explains why a model could not be converted.
+
+    Args:
+        model: The model.
+        quantization: The mode it was exported in.
+        error: What the conversion process reported, or how it died.
+
+    Returns:
+        The error to raise.
+    """
+    text = error.detail
+    loops = looping_layers(model)
+    if error.reason == "died" and quantization == "int8" and loops:
+        unrolled = ", or unroll=True, which exports them without a loop"
+        if not can_unroll(model):
+            unrolled = ""
+        return ExportError(
+            f"The TFLite converter crashed on model {model.name!r} with quantization='int8': it "
+            f"has no integer form of the loops of its recurrent layers {names_of(loops)}. Your "
+            "program is not affected and nothing was written. Pass quantization='dynamic' or "
+            f"'plan'{unrolled}."
+        )
+    if error.reason in ("died", "timeout"):
+        return ExportError(f"Model {model.name!r} could not be converted. {error}")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if "TensorList" in text:
+        return ExportError(
+            f"Model {model.name!r} loops over a list of tensors, as recurrent layers do, which "
+            "TFLite's builtin operators take only with a fixed batch size. Pass batch_size=1."
+        )
+    lacking = sorted(set(re.findall(r"'tf\.(\w+)' op is neither a custom op nor a flex op", text)))
+    lacking += [line for line in lines if line.startswith(("Flex ops:", "Custom ops:"))]
+    if lacking:
+        return ExportError(
+            f"Model {model.name!r} uses operations that TFLite's builtins lack: "
+            f"{', '.join(lacking)}. Replace the layers that use them; files with Select TF ops do "
+            "not run in LiteRT."
+        )
+    # The converter ends its errors with a dump of the graph; its reason is on an "error:" line.
+    reasons = [line.split("error: ", 1)[1] for line in lines if "error: " in line]
+    reason = (reasons or lines or ["no reason given"])[-1][:_REASON_CHARACTERS]
+    return ExportError(
+        f"Model {model.name!r} could not be converted with quantization={quantization!r}: "
+        f"{error.reason}: {reason}. Try quantization='none' to see whether the model or the "
+        "quantization is the cause."
+    )
+
+
+_FLOAT32 = "float32"
+
+
+@contextlib.contextmanager
+def in_float32(model: keras.Model) -> Iterator[tuple[keras.Model, list[str]]]:
+    """Gives a model that computes in float32, and notes on what was changed to get it.
+
+    Layers of a mixed precision keep float32 variables and only compute in 16 bits: they compute in
+    float32 while the context is open, which also reaches layers that cannot be rebuilt. Models
+    whose variables are of another type (float64, float16) are rebuilt from their config.
+
+    Args:
+        model: A built model. It is as it was when the context ends.
+
+    Yields:
+        The model or its float32 copy, and the notes.
+
+    Raises:
+        ExportError: If variables are of another type and the model cannot be rebuilt.
+    """
+    others = _other_types(model)
+    if others:
+        note = f"computes in float32; the weights are {' and '.join(others)} in Keras"
+        yield _rebuilt(model, others), [note]
+        return
+    mixed = [layer for layer in all_layers(model) if _computes_otherwise(layer)]
+    policies = sorted({layer.dtype_policy.name for layer in mixed})
+    kept = [(layer, layer.dtype_policy) for layer in mixed]
+    try:
+        for layer in mixed:
+            layer._set_dtype_policy(_FLOAT32)
+        notes = [
+            f"computes in float32 and was compared with Keras in float32; the model's policy is "
+            f"{' and '.join(policies)}"
+        ]
+        yield model, notes if mixed else []
+    finally:
+        for layer, policy in kept:
+            layer._set_dtype_policy(policy)
+
+
+def _other_types(model: keras.Model) -> list[str]:
+    types = {variable.dtype for variable in model.variables}
+    return sorted(dtype.name for dtype in types if dtype.is_floating and dtype != tf.float32)
+
+
+def _computes_otherwise(layer: keras.layers.Layer) -> bool:
+    # Integer policies belong to layers that make ids; None to layers that take what comes.
+    name = layer.compute_dtype
+    return name is not None and tf.as_dtype(name).is_floating and name != _FLOAT32
+
+
+def _rebuilt(model: keras.Model, others: list[str]) -> keras.Model:
+    advice = (
+        f"Model {model.name!r} has weights of type {' and '.join(others)}, and TFLite's kernels "
+        "compute in float32. Build it with dtype='float32' (keras.backend.set_floatx('float32')) "
+        "and copy the weights with set_weights."
+    )
+    if not is_graph(model):
+        raise ExportError(advice)
+    classes = {type(layer).__name__: type(layer) for layer in all_layers(model)}
+    try:
+        with _float32_by_default():
+            config = _with_float32(model.get_config())
+            copy = type(model).from_config(config, custom_objects=classes)
+            if not copy.inputs:
+                copy.build(model.input_shape)
+            copy.set_weights(
+                [
+                    value.astype(np.float32) if np.issubdtype(value.dtype, np.floating) else value
+                    for value in model.get_weights()
+                ]
+            )
+    except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
+        lines = str(error).strip().splitlines()
+        raise ExportError(
+            f"{advice} A float32 copy could not be made: {lines[0] if lines else error!r}"
+        ) from error
+    if any(
+        variable.dtype.is_floating and variable.dtype != tf.float32 for variable in copy.weights
+    ):
+        raise ExportError(advice)
+    return copy
+
+
+def _with_float32(config: Any) -> Any:
+    """A copy of a Keras config whose dtype policies are all float32, at any depth."""
+    if isinstance(config, dict):
+        return {
+            key: _FLOAT32 if key == "dtype" and _is_floating_policy(value) else _with_float32(value)
+            for key, value in config.items()
+        }
+    if isinstance(config, (list, tuple)):
+        return type(config)(_with_float32(value) for value in config)
+    return config
+
+
+def _is_floating_policy(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = value.get("config", {}).get("name", "")
+    return isinstance(value, str) and value.removeprefix("mixed_") in (
+        "float16",
+        "bfloat16",
+        "float64",
+    )
+
+
+@contextlib.contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """Sublayers that a layer makes for itself follow the defaults, not the config."""
+    floatx = keras.backend.floatx()
+    keras.backend.set_floatx(_FLOAT32)
+    # The policy follows the default type unless it was set by itself.
+    policy = keras.mixed_precision.global_policy()
+    own = policy.name != _FLOAT32
+    try:
+        if own:
+            keras.mixed_precision.set_global_policy(_FLOAT32)
+        yield
+    finally:
+        if own:
+            keras.mixed_precision.set_global_policy(policy)
+        keras.backend.set_floatx(floatx)

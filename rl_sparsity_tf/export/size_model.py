@@ -18,20 +18,18 @@ import tf_keras as keras
 
 from rl_sparsity_tf.errors import ArgumentError, check_choice
 from rl_sparsity_tf.export.export import convert_traced, file_batch_size
-from rl_sparsity_tf.export.export_precision import in_float32
 from rl_sparsity_tf.export.matching import MatchedTensor, match_kernels
 from rl_sparsity_tf.export.recurrent import stateless
+from rl_sparsity_tf.export.saved_model import in_float32
 from rl_sparsity_tf.export.stored_weights import FORMATS, make_sparse, store_weights
 from rl_sparsity_tf.files import gzip_size, scratch_folder
-from rl_sparsity_tf.layers.export_modes import has_int4
-from rl_sparsity_tf.layers.kernel_rule import KernelRule
+from rl_sparsity_tf.layers.kernel_spec import has_int4
 from rl_sparsity_tf.layers.kernels import Kernel, find_kernels
-from rl_sparsity_tf.layers.plan import CompressionPlan
+from rl_sparsity_tf.layers.plan import CompressionPlan, KernelRule
 from rl_sparsity_tf.layers.rules import resolve
 from rl_sparsity_tf.layers.wrapping import strip, wrap
-from rl_sparsity_tf.tflite.flat_model import FlatModel, FlatTensor
 from rl_sparsity_tf.tflite.integer_storage import pack_integers
-from rl_sparsity_tf.tflite.reading import read_flat_model
+from rl_sparsity_tf.tflite.reading import FlatModel, FlatTensor, read_flat_model
 from rl_sparsity_tf.tflite.sparse_storage import saved_bytes, smallest_format
 
 _LEVEL = 9

@@ -17,8 +17,7 @@ import numpy as np
 
 from rl_sparsity_tf.errors import ArgumentError, check_choice
 from rl_sparsity_tf.export.matching import match_kernels
-from rl_sparsity_tf.tflite.flat_model import FlatModel, FlatOperator
-from rl_sparsity_tf.tflite.reading import read_flat_model
+from rl_sparsity_tf.tflite.reading import FlatModel, FlatOperator, read_flat_model
 from rl_sparsity_tf.tflite.sparse_storage import choose_formats, sparsify_file, why_dense
 from rl_sparsity_tf.tflite.xnnpack import END, START, Failure, SparseClusters
 

@@ -1,4 +1,4 @@
-"""How the weights of a converted file are stored: in the plan's bits, dense or sparse."""
+"""Which weights of a converted file become integers or sparse, and storing them so."""
 
 from __future__ import annotations
 
@@ -10,20 +10,67 @@ from typing import Any
 import numpy as np
 
 from rl_sparsity_tf.export.matching import MatchedTensor, match_kernels
-from rl_sparsity_tf.export.plan_entries import FLOAT_BITS, quantization_entries
 from rl_sparsity_tf.files import gzip_size
-from rl_sparsity_tf.tflite.flat_model import FlatModel, FlatTensor
 from rl_sparsity_tf.tflite.integer_storage import (
     IntegerForm,
     integer_form,
     same_tensor,
     store_dequantized,
 )
-from rl_sparsity_tf.tflite.reading import read_flat_model
-from rl_sparsity_tf.tflite.recipes import Recipe
+from rl_sparsity_tf.tflite.reading import FlatModel, FlatTensor, read_flat_model
+from rl_sparsity_tf.tflite.recipes import Recipe, operator_entry
 from rl_sparsity_tf.tflite.sparse_storage import choose_formats, is_native, sparsify_file
 from rl_sparsity_tf.tflite.worker import WorkerError, save_inputs, shared_worker
 from rl_sparsity_tf.tflite.xnnpack import SparseClusters
+
+FLOAT_BITS = 32
+
+
+def quantization_entries(
+    flat: FlatModel,
+    matches: Mapping[str, Sequence[MatchedTensor]],
+    bits: Mapping[str, int],
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Resolves a plan's wishes to operators, by the tensors that hold the kernels.
+
+    Args:
+        flat: The float32 file.
+        matches: For every kernel path the tensors that hold it.
+        bits: Wanted bits per kernel path, 32 for float.
+
+    Returns:
+        The entries for the conversion process's `quantize`, and for every kernel that has to stay
+        float the reason.
+    """
+    entries: list[dict[str, Any]] = []
+    reasons: dict[str, str] = {}
+    owners: dict[tuple[int, int], list[str]] = {}
+    for path, held in matches.items():
+        for match in held:
+            owners.setdefault((match.tensor.subgraph, match.tensor.index), []).append(path)
+    done: set[tuple[int, int]] = set()
+    for path, wanted in bits.items():
+        if wanted == FLOAT_BITS:
+            continue
+        if not matches[path]:
+            reasons[path] = "its values were not found in the file"
+            continue
+        for match in matches[path]:
+            key = (match.tensor.subgraph, match.tensor.index)
+            sharing = [other for other in owners[key] if bits.get(other, FLOAT_BITS) != wanted]
+            if sharing:
+                reasons[path] = (
+                    f"the file stores it in one tensor with {sharing[0]!r}, an equal kernel that "
+                    "the plan wants in another precision"
+                )
+                continue
+            if key in done:
+                continue
+            done.add(key)
+            operators = [operator_entry(flat, reader) for reader in flat.consumers(match.tensor)]
+            entries.append({"key": path, "bits": wanted, "operators": operators})
+    return entries, reasons
+
 
 FORMATS = ("dense", "raw", "gzip")
 

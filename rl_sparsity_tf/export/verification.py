@@ -1,15 +1,35 @@
-"""Checks that a .tflite file does what the Keras model does, in LiteRT with and without XNNPACK."""
+"""Checks that a model repeats itself and that its .tflite file does the same; scores both."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import tensorflow as tf
+import tf_keras as keras
 
-from rl_sparsity_tf.errors import VerificationError
+from rl_sparsity_tf.console import quiet_tensorflow
+from rl_sparsity_tf.data.batches import Batch, evaluation_data, inputs_of
+from rl_sparsity_tf.data.metrics import (
+    Evaluator,
+    Metric,
+    Score,
+    choose_metric,
+    search_compile_arguments,
+)
+from rl_sparsity_tf.errors import ModelError, VerificationError
 from rl_sparsity_tf.export.matching import MatchedTensor, could_hold
+from rl_sparsity_tf.export.saved_model import flat_call, reference_outputs
+from rl_sparsity_tf.layers.copy_checks import as_it_was, check_figures
+from rl_sparsity_tf.layers.structure import all_layers, flat_inputs, input_specs
+from rl_sparsity_tf.layers.wrapping import strip
+from rl_sparsity_tf.randomness import python_and_numpy_random_kept
+from rl_sparsity_tf.tflite.prediction import run_rows
 from rl_sparsity_tf.tflite.reading import FlatTensor
 from rl_sparsity_tf.tflite.worker import ConversionWorker, WorkerError
 
@@ -319,3 +339,167 @@ def _worse(first: Agreement | None, second: Agreement) -> Agreement:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split()) or "it gave no reason."
+
+
+_BATCH_SIZE = 256
+
+
+def score_model(model: keras.Model, batches: list[Batch], metric: Metric) -> Score:
+    """Scores a plain model; it is compiled for the search's metric on a copy."""
+    judge = _judge(model)
+    check_figures(model, judge, batches[0])
+    return Evaluator(judge, metric)(batches)
+
+
+def score_tflite(path: Path, model: keras.Model, batches: list[Batch], metric: Metric) -> Score:
+    """Scores a .tflite file with the loss and metrics that a Keras model is compiled with.
+
+    The file computes outputs only: losses that the model adds by itself (regularizers, `add_loss`)
+    are those of the Keras model on the same rows.
+    """
+    inputs = flat_inputs(model, inputs_of(batches))
+    outputs = run_rows(path, inputs, batch_size=_BATCH_SIZE, xnnpack=True)
+    judge = _judge(model)
+    judge.reset_metrics()
+    logs: dict[str, Any] = {}
+    start = 0
+    for x, y, weights in batches:
+        rows = len(tf.nest.flatten(x)[0])
+        part = [tf.constant(output[start : start + rows]) for output in outputs]
+        logs = _step(judge, (x, y, weights), part)
+        start += rows
+    loss = float(logs["loss"])
+    return Score(metric=float(logs.get(metric.name, loss)), loss=loss)
+
+
+def _step(judge: keras.Model, batch: Batch, outputs: list[tf.Tensor]) -> dict[str, tf.Tensor]:
+    """The model's own `test_step`, of which its call gives the outputs of a file."""
+    call = judge.call
+
+    def replaced(*arguments: Any, **options: Any) -> Any:
+        # Keras's own adds losses. The file lists its outputs; the model arranges them.
+        return tf.nest.pack_sequence_as(call(*arguments, **options), outputs)
+
+    vars(judge)["call"] = replaced  # below Keras's attribute tracking
+    try:
+        return judge.test_step(batch)
+    finally:
+        del vars(judge)["call"]
+
+
+def compare_scores(
+    path: Path, model: keras.Model, test_data: Any, lost: float
+) -> dict[str, float | str]:
+    """Scores a file and its Keras model on the same data.
+
+    Args:
+        path: The file.
+        model: The model, compiled.
+        test_data: Data as `evaluate` takes it.
+        lost: How much of an accuracy the file may lose.
+
+    Returns:
+        `{"metric": its name, "keras": the model's figure, "tflite": the file's}`.
+
+    Raises:
+        ModelError: If the model is not compiled.
+        DataError: If the data does not fit it.
+        VerificationError: If the file loses more of an accuracy than is allowed.
+    """
+    batches = evaluation_data(test_data, model, "test_data")
+    judge = _judge(model)
+    metric = choose_metric(judge, batches[0])
+    check_figures(model, judge, batches[0])
+    ours = Evaluator(judge, metric)(batches).metric
+    theirs = score_tflite(path, model, batches, metric).metric
+    if metric.is_accuracy and theirs < ours - lost:
+        raise VerificationError(
+            f"The exported file has {metric.name} {theirs:.4f} on test_data, the Keras model "
+            f"{ours:.4f}. Expected at most {lost:g} less. Give representative_data like the data "
+            "the model was trained on, or choose another quantization."
+        )
+    return {"metric": metric.name, "keras": ours, "tflite": theirs}
+
+
+def _judge(model: keras.Model) -> keras.Model:
+    """A copy that computes the loss and the metrics as the search does."""
+    search_compile_arguments(model, 1e-3)  # says in words what is missing
+    judge = strip(model)
+    judge.compile(**search_compile_arguments(judge, 1e-3))
+    return judge
+
+
+_ROWS = 8
+# Sums in another order move an output by some units in the last place, more in a sensitive network;
+# noise is larger. Where the graph draws random numbers, less is needed to tell.
+_LIMIT, _LIMIT_IF_DRAWN = 1e-3, 1e-6
+_RANDOM = re.compile(r"Random|TruncatedNormal|Multinomial|Stateful(Standard|Uniform)|Rng|PyFunc")
+
+
+def check_repeatable(model: keras.Model, x: Any, batch_size: int | None = None) -> None:
+    """Raises if a model's outputs differ from call to call, although it is not training.
+
+    Args:
+        model: A built, plain model. Its weights and states are as they were in the end.
+        x: Inputs as the model takes them, or a list of one array per input.
+        batch_size: Rows per call, where the model or its file fixes them.
+
+    Raises:
+        ModelError: Naming the layer, if its operators can be told apart.
+    """
+    fixed = batch_size or next((spec.batch for spec in input_specs(model) if spec.batch), None)
+    rows = [np.asarray(array)[: fixed or _ROWS] for array in flat_inputs(model, x)]
+    with quiet_tensorflow(), python_and_numpy_random_kept():
+        first, second = (_called(model, rows, fixed) for _ in range(2))
+        differs = max(map(_difference, first, second), default=0.0)
+        if differs <= _LIMIT_IF_DRAWN:
+            return
+        with as_it_was(model):
+            layers = _random_layers(model, rows, fixed)
+    if differs <= _LIMIT and not layers:
+        return
+    named = [f"{layer.name!r} ({type(layer).__name__})" for layer in layers]
+    which = f"its layer {named[0]} draws random numbers" if named else "something in it is random"
+    if len(named) > 1:
+        which = f"its layers {', '.join(named)} draw random numbers"
+    raise ModelError(
+        f"Model {model.name!r} is random at inference: {which}, and two calls on the same rows "
+        f"with training=False differ by {differs:.2g} of the output's size. Expected a model that "
+        "repeats itself, since its file is compared with it: build it without that (Dropout and "
+        "noise without training=True) and copy the weights with set_weights."
+    )
+
+
+def _difference(first: np.ndarray, second: np.ndarray) -> float:
+    """The largest difference by the largest value."""
+    same = np.array_equal(first, second, equal_nan=first.dtype.kind == "f")
+    if same or not first.size:
+        return 0.0
+    one, other = (np.nan_to_num(array.astype(np.float64)) for array in (first, second))
+    return float(np.abs(one - other).max() / (np.abs(one).max() or 1.0))
+
+
+def _called(
+    model: keras.Model, rows: Sequence[np.ndarray], batch_size: int | None
+) -> list[np.ndarray]:
+    with as_it_was(model):  # states and counts begin alike at both calls
+        return reference_outputs(model, rows, batch_size)
+
+
+def _random_layers(
+    model: keras.Model, rows: Sequence[np.ndarray], batch_size: int | None
+) -> list[keras.layers.Layer]:
+    """The layers in whose scopes the model's graph draws random numbers."""
+    flat = flat_call(model)
+    specs = [tf.TensorSpec([batch_size, *array.shape[1:]], array.dtype) for array in rows]
+    function = tf.function(lambda *inputs: flat(inputs))
+    graph = function.get_concrete_function(*specs).graph.as_graph_def()
+    nodes = [*graph.node, *(node for one in graph.library.function for node in one.node_def)]
+    drawn = [node.name for node in nodes if _RANDOM.search(node.op)]
+    by_name = {layer.name: layer for layer in all_layers(model) if layer is not model}
+    found = {}
+    for scopes in (name.split("/") for name in drawn):
+        inside = [by_name[scope] for scope in scopes if scope in by_name]
+        if inside:
+            found[id(inside[-1])] = inside[-1]
+    return list(found.values())

@@ -14,9 +14,13 @@ from rl_sparsity_tf.data.calibration import random_rows
 from rl_sparsity_tf.data.checks import Batch, fixed_batch
 from rl_sparsity_tf.errors import ModelError, one_line
 from rl_sparsity_tf.layers.kernels import walk, weight_pairs
-from rl_sparsity_tf.layers.signature import input_specs, pack_inputs
-from rl_sparsity_tf.layers.structure import all_layers, recurrent_layers
-from rl_sparsity_tf.layers.tfmot_wrappers import is_pruning_wrapper
+from rl_sparsity_tf.layers.structure import (
+    all_layers,
+    input_specs,
+    is_pruning_wrapper,
+    pack_inputs,
+    recurrent_layers,
+)
 from rl_sparsity_tf.layers.wrapper import CompressionWrapper
 
 _ROWS, _BATCH_ROWS = 2, 8

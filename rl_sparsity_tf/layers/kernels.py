@@ -17,9 +17,7 @@ from rl_sparsity_tf.errors import ModelError
 from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.kernel_spec import KernelSpec
 from rl_sparsity_tf.layers.registry import built_kernel_specs
-from rl_sparsity_tf.layers.signature import input_specs, is_graph
-from rl_sparsity_tf.layers.structure import follow
-from rl_sparsity_tf.layers.tfmot_wrappers import obstacle
+from rl_sparsity_tf.layers.structure import follow, input_specs, is_graph, obstacle
 from rl_sparsity_tf.layers.wrapper import CompressionWrapper, unwrapped
 
 

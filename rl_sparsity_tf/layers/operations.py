@@ -1,4 +1,4 @@
-"""The four operations, as pure functions on kernels viewed as matrices.
+"""The four operations, as pure functions on kernels viewed as matrices; learnable masks.
 
 A kernel is viewed as a matrix of shape `(inputs, outputs)` and cut into groups by a
 [Grouping][rl_sparsity_tf.layers.groups.Grouping]. Its effective value is
@@ -7,17 +7,29 @@ A kernel is viewed as a matrix of shape `(inputs, outputs)` and cut into groups 
 
 with one decision per group. Everything here is vectorised, differentiable where that makes sense,
 and gives the same bits eagerly and inside a `tf.function`.
+
+Keras's constraints on kernels and biases, kept wherever weights are set beside training.
+
+Training keeps them by itself: Keras's optimizers apply them to the variables after every step. What
+is left is the kernel that the network computes with, `quantize(mask * permute(W))`, and the fits in
+closed form.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
+import tf_keras as keras
 
+from rl_sparsity_tf.errors import ModelError, one_line
 from rl_sparsity_tf.layers.groups import Grouping
+
+if TYPE_CHECKING:
+    from rl_sparsity_tf.layers.kernels import Kernel
 
 
 class Operation(enum.IntEnum):
@@ -206,3 +218,132 @@ def quantize(
         return tf.where(chosen, integers * safe, weights), lambda upstream: upstream
 
     return rounded(matrix)
+
+
+MASKS = ("straight_through", "hard_concrete")
+"""How a learnable mask gets its gradient."""
+
+# Temperature and stretch limits recommended by Louizos et al. 2018, section 4.
+_BETA, _GAMMA, _ZETA = 2.0 / 3.0, -0.1, 1.1
+
+
+def hard_concrete_sample(logits: tf.Tensor) -> tf.Tensor:
+    r"""Samples mask values from the hard concrete distribution, differentiable in the logits.
+
+    \(s = \sigma((\log u - \log(1-u) + \log\alpha)/\beta)\), \(\bar s = s(\zeta-\gamma)+\gamma\),
+    \(z = \min(1, \max(0, \bar s))\): equations 10 to 11 of Louizos et al. 2018, "Learning sparse
+    neural networks through L0 regularization", arXiv 1712.01312.
+
+    Args:
+        logits: \(\log\alpha\), any shape.
+
+    Returns:
+        Values in [0, 1] of the same shape; 0 and 1 have positive probability.
+    """
+    u = tf.random.uniform(tf.shape(logits), 1e-6, 1.0 - 1e-6, dtype=logits.dtype)
+    s = tf.sigmoid((tf.math.log(u) - tf.math.log1p(-u) + logits) / _BETA)
+    return tf.clip_by_value(s * (_ZETA - _GAMMA) + _GAMMA, 0.0, 1.0)
+
+
+def select_live(scores: np.ndarray, sizes: np.ndarray, weights_to_prune: int) -> np.ndarray:
+    """Chooses the groups that live: prunes those of lowest score until enough weights are gone.
+
+    Args:
+        scores: One score per group, any shape; ties go to the group that comes first.
+        sizes: Weights per group, same shape.
+        weights_to_prune: Weights to prune at least; the smallest number of groups that reaches it
+            is pruned, and at least one group lives.
+
+    Returns:
+        Booleans of the same shape, True where the group lives.
+
+    Example:
+        >>> select_live(np.array([[3.0, 1.0, 2.0]]), np.ones((1, 3)), 2)
+        array([[ True, False, False]])
+    """
+    order = np.argsort(scores, axis=None, kind="stable")
+    sizes_in_order = np.asarray(sizes).reshape(-1)[order]
+    before = np.cumsum(sizes_in_order) - sizes_in_order
+    pruned = before < weights_to_prune
+    pruned[-1] = False
+    live = np.ones(scores.size, bool)
+    live[order] = ~pruned
+    return live.reshape(scores.shape)
+
+
+def magnitude(matrix: np.ndarray, group_sums: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Root mean square of every group, relative to that of the whole kernel.
+
+    Args:
+        matrix: Kernel, shape `(inputs, outputs)`.
+        group_sums: Sum of squares per group.
+        sizes: Weights per group, same shape.
+
+    Returns:
+        Saliencies of the groups' shape; 1 is average, and all 0 for a kernel of zeros.
+    """
+    overall = float(np.sqrt(np.mean(np.square(matrix, dtype=np.float64))))
+    return np.sqrt(group_sums / sizes) / (overall if overall > 0 else 1.0)
+
+
+Constraint = Callable[[tf.Tensor], tf.Tensor]
+
+_SEED = 0
+
+
+def constraint_of(variable: Any) -> Constraint | None:
+    """A variable's constraint, if it has one."""
+    return getattr(variable, "constraint", None)
+
+
+def project(variable: Any, value: np.ndarray) -> np.ndarray:
+    """The value that a variable's constraint makes of another, in the variable's shape."""
+    constraint = constraint_of(variable)
+    if constraint is None:
+        return value
+    return np.asarray(constraint(tf.constant(value)), value.dtype)
+
+
+def check_constraints(kernels: Iterable[Kernel]) -> None:
+    """Raises unless kernels can be pruned and keep their constraints.
+
+    Zeros have to stay zeros under a constraint. Seen by trying it: half of the weights are pruned.
+
+    Raises:
+        ModelError: Naming the kernel and its constraint.
+    """
+    for kernel in kernels:
+        constraint = constraint_of(kernel.variable)
+        if constraint is None:
+            continue
+        live = np.random.default_rng(_SEED).random(kernel.shape) < 0.5
+        pruned = np.where(live, kernel.value(), 0.0).astype(np.float32)
+        name = getattr(constraint, "__name__", type(constraint).__name__)
+        try:
+            met = np.asarray(constraint(tf.constant(pruned)))
+        except Exception as error:
+            raise ModelError(
+                f"The constraint {name} of the kernel {kernel.path!r} cannot be computed "
+                f"({one_line(error)}). Expected a function of a tensor in the kernel's shape; "
+                f"exclude={kernel.path!r} leaves the kernel alone."
+            ) from error
+        if (met[~live] != 0).any() or not np.isfinite(met).all():
+            raise ModelError(
+                f"The kernel {kernel.path!r} has the constraint {name}, which makes other numbers "
+                "of pruned weights, so that pruning and the constraint cannot hold at once. "
+                "Expected a constraint that leaves zeros alone, such as MaxNorm, UnitNorm or "
+                f"NonNeg: exclude={kernel.path!r} leaves the kernel alone, or build the layer "
+                "without the constraint."
+            )
+
+
+def holds_when_masked(constraint: Constraint | None, *, moved: bool = False) -> bool:
+    """Whether what meets a constraint still meets it with some weights masked.
+
+    Args:
+        constraint: The constraint, if there is one.
+        moved: Whether weights change their places, too.
+    """
+    if constraint is None or type(constraint) is keras.constraints.NonNeg:
+        return True
+    return type(constraint) is keras.constraints.MaxNorm and not moved

@@ -1,19 +1,174 @@
-"""Layers inside layers: the attribute paths by which they can be reached.
+"""What a model is made of: its inputs and outputs, its layers and those inside of layers.
 
 A path joins attribute names with `/`; an entry of a list goes by its number, one of a dict by its
 key, a layer of a Sequential or functional model by its number among those that are no input
 (names that Keras makes up differ from copy to copy): `"forward_layer/cell"`, `"blocks/0/ffn/1"`.
+
+Layers that still carry wrappers of the TensorFlow Model Optimization toolkit.
+
+They are recognised by name: a model that carries them has imported TFMOT already, and one that
+does not should not have to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
 
+import numpy as np
+import tensorflow as tf
 import tf_keras as keras
 
+from rl_sparsity_tf.checks import fits
 from rl_sparsity_tf.errors import ArgumentError
-from rl_sparsity_tf.layers.signature import is_graph
+
+# Size given to an axis that the model leaves open, such as an image's height.
+_OPEN_AXIS = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """One input of a model.
+
+    Attributes:
+        name: The input's Keras name, or its key where a model takes a dict.
+        shape: Shape of one row; None for an open axis.
+        dtype: NumPy type name.
+        batch: Rows per call, where the model fixes them.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+    batch: int | None = None
+
+    def accepts(self, array: np.ndarray) -> bool:
+        """Whether an array is a batch of rows of this input."""
+        return array.ndim > 0 and fits(array.shape[1:], self.shape)
+
+    def batch_shape(self, rows: int) -> tuple[int, ...]:
+        """Shape of a batch of rows, with a size for the axes that the model leaves open."""
+        return (rows, *(_OPEN_AXIS if size is None else size for size in self.shape))
+
+
+def is_graph(layer: keras.layers.Layer) -> bool:
+    """Whether a layer is itself a Sequential or functional model, whose graph is known."""
+    return isinstance(layer, keras.Model) and (
+        isinstance(layer, keras.Sequential) or bool(getattr(layer, "_is_graph_network", False))
+    )
+
+
+def input_specs(model: keras.Model) -> tuple[InputSpec, ...]:
+    """Describes a built model's inputs in Keras's order.
+
+    Args:
+        model: A built model. Of a subclassed one, what it was called or built with is remembered;
+            its batch size counts as open.
+
+    Returns:
+        One entry per input; empty if the model was never called or built.
+    """
+    if is_graph(model):
+        if not model.inputs:
+            return ()
+        return tuple(
+            InputSpec(
+                name=name,
+                shape=tuple(tensor.shape[1:]),
+                dtype=tf.as_dtype(tensor.dtype).name,
+                batch=tensor.shape[0],
+            )
+            for name, tensor in zip(_graph_input_names(model), model.inputs, strict=True)
+        )
+    structure = _subclassed_structure(model)
+    names = list(structure) if isinstance(structure, dict) else None
+    # Structures of dicts are flattened in the order of their sorted keys.
+    names = sorted(names) if names is not None else None
+    flat = tf.nest.flatten(structure) if structure is not None else []
+    return tuple(
+        InputSpec(
+            name=names[index] if names is not None else f"input_{index + 1}",
+            shape=tuple(spec.shape[1:]),
+            dtype=spec.dtype.name,
+        )
+        for index, spec in enumerate(flat)
+    )
+
+
+def pack_inputs(model: keras.Model, arrays: Sequence[Any]) -> Any:
+    """Arranges one value per input as the model's call takes them."""
+    if is_graph(model):
+        # Also for graphs made from a dict: they take a flat list in the order of `inputs`.
+        return list(arrays) if len(arrays) > 1 else arrays[0]
+    return tf.nest.pack_sequence_as(_subclassed_structure(model), list(arrays))
+
+
+def flat_inputs(model: keras.Model, x: Any) -> list[Any]:
+    """Lists a model's inputs, given as an array, a list or tuple, or a dict by name.
+
+    Args:
+        model: A built model.
+        x: The x of `(x, y)`.
+
+    Returns:
+        One array or tensor per entry of [input_specs][]. Other entries of a dict are left out.
+    """
+    if isinstance(x, dict):
+        return [x[spec.name] for spec in input_specs(model)]
+    return list(x) if isinstance(x, list | tuple) else [x]
+
+
+def output_names(model: keras.Model, outputs: Any) -> list[str]:
+    """The names of a model's outputs in Keras's order, as a `.tflite` file's signature has them.
+
+    Args:
+        model: A built model.
+        outputs: What the call of a subclassed model returned: its structure counts, and a None in
+            it is left out.
+
+    Returns:
+        The keys of a dict, sorted; the output layers' names, numbered as Keras numbers them where
+        one layer has several; else `output_1`, `output_2`, ...
+    """
+    if is_graph(model):
+        outputs = getattr(model, "_nested_outputs", model.outputs)
+    flat = tf.nest.flatten(outputs)
+    names = list(getattr(model, "output_names", None) or ())
+    if _is_flat_dict(outputs):
+        names = sorted(str(key) for key in outputs)
+    if len(names) != len(flat):
+        names = [f"output_{number}" for number in range(1, len(flat) + 1)]
+    return [name for name, output in zip(names, flat, strict=True) if output is not None]
+
+
+def _graph_input_names(model: keras.Model) -> list[str]:
+    nested: Any = getattr(model, "_nested_inputs", None)
+    if _is_flat_dict(nested):
+        return sorted(str(key) for key in nested)  # Keras takes a dict by its keys, in this order
+    return [tensor.name.split(":")[0] for tensor in model.inputs]
+
+
+def _is_flat_dict(structure: Any) -> TypeGuard[dict[Any, Any]]:
+    return isinstance(structure, dict) and not any(map(tf.nest.is_nested, structure.values()))
+
+
+def _subclassed_structure(model: keras.Model) -> Any:
+    spec = getattr(model, "_saved_model_inputs_spec", None)
+    if spec is not None:
+        return spec
+    shapes = getattr(model, "_build_input_shape", None)
+    if shapes is None:
+        return None
+    if isinstance(shapes, dict):
+        return {name: _float_spec(shape) for name, shape in shapes.items()}
+    if isinstance(shapes, list) or (shapes and isinstance(shapes[0], tuple | list)):
+        return [_float_spec(shape) for shape in shapes]
+    return _float_spec(shapes)
+
+
+def _float_spec(shape: Any) -> tf.TensorSpec:
+    return tf.TensorSpec(tuple(shape), keras.backend.floatx())
 
 
 def direct_sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
@@ -131,3 +286,44 @@ def _inside(path: str, value: Any) -> Iterator[tuple[str, keras.layers.Layer]]:
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             yield from _inside(f"{path}/{index}", item)
+
+
+_PACKAGE = "tensorflow_model_optimization"
+
+
+def _tfmot_name(layer: object) -> str:
+    kind = type(layer)
+    return kind.__name__ if kind.__module__.split(".")[0] == _PACKAGE else ""
+
+
+def is_pruning_wrapper(layer: keras.layers.Layer) -> bool:
+    """Whether a layer is TFMOT's PruneLowMagnitude around another."""
+    return _tfmot_name(layer) == "PruneLowMagnitude"
+
+
+def obstacle(layer: keras.layers.Layer) -> str:
+    """Why a model with this layer has to be changed before it can be compressed; usually empty."""
+    name = _tfmot_name(layer)
+    if name.startswith("Quantize"):
+        return (
+            f"the layer {layer.name!r} is prepared for quantization-aware training by TFMOT "
+            f"({name}). Give the model as it was before quantize_model; Quantize operations put "
+            "weights on the same grid"
+        )
+    if name.startswith("Cluster"):
+        return (
+            f"the layer {layer.name!r} is clustered by TFMOT ({name}). Call "
+            "tfmot.clustering.keras.strip_clustering(model) first"
+        )
+    return ""
+
+
+def masked_weights(wrapper: keras.layers.Layer) -> list[np.ndarray]:
+    """The weights of the layer inside a pruning wrapper, with the wrapper's masks applied."""
+    masks = {id(weight): mask for weight, mask, _ in wrapper.pruning_vars}
+    values = []
+    for weight in wrapper.layer.weights:
+        value = np.asarray(weight)
+        mask = masks.get(id(weight))
+        values.append(value if mask is None else value * np.asarray(mask))
+    return values

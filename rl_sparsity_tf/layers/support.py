@@ -9,21 +9,20 @@ from collections.abc import Callable
 import tf_keras as keras
 from rich.table import Table
 
+from rl_sparsity_tf.console import printing, table_lines
 from rl_sparsity_tf.errors import ModelError
-from rl_sparsity_tf.layers.export_modes import INTEGER_MODES
-from rl_sparsity_tf.layers.kernel_selection import (
+from rl_sparsity_tf.layers.kernel_spec import INTEGER_MODES, KernelSpec
+from rl_sparsity_tf.layers.kernels import Kernel, check_model, find_kernels, rank_of, walk
+from rl_sparsity_tf.layers.registry import registered_base, wrong_registrations
+from rl_sparsity_tf.layers.rules import (
     EXCLUDED,
     FROZEN,
     NOT_INCLUDED,
     KernelSelection,
     Patterns,
 )
-from rl_sparsity_tf.layers.kernel_spec import KernelSpec
-from rl_sparsity_tf.layers.kernels import Kernel, check_model, find_kernels, rank_of, walk
-from rl_sparsity_tf.layers.registry import registered_base, wrong_registrations
 from rl_sparsity_tf.layers.structure import all_layers, unreachable_sublayers
 from rl_sparsity_tf.layers.wrapper import unwrapped
-from rl_sparsity_tf.tables import printing, table_lines
 
 MODES = ("plan", "dynamic", "int8", "float16")
 """The export modes that store weights in fewer bits."""

@@ -13,15 +13,54 @@ import tf_keras as keras
 
 from rl_sparsity_tf.errors import ArgumentError, check_choice
 from rl_sparsity_tf.layers import operations as ops
-from rl_sparsity_tf.layers.constraints import constraint_of, holds_when_masked
 from rl_sparsity_tf.layers.groups import KINDS, Grouping
-from rl_sparsity_tf.layers.kernel_settings import KernelSettings
 from rl_sparsity_tf.layers.kernel_spec import KernelSpec
-from rl_sparsity_tf.layers.masks import MASKS, hard_concrete_sample
-from rl_sparsity_tf.layers.operations import Operation
+from rl_sparsity_tf.layers.operations import (
+    MASKS,
+    Operation,
+    constraint_of,
+    hard_concrete_sample,
+    holds_when_masked,
+)
 from rl_sparsity_tf.layers.registry import kernel_specs
-from rl_sparsity_tf.layers.structure import follow, owner_of
-from rl_sparsity_tf.layers.tfmot_wrappers import is_pruning_wrapper
+from rl_sparsity_tf.layers.structure import follow, is_pruning_wrapper, owner_of
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelSettings:
+    """What a wrapper can do to one kernel.
+
+    Attributes:
+        group: Kind of groups.
+        prune: Whether the kernel has a mask.
+        quantize: Whether groups can be put on the integer grid.
+        shuffle: Whether neighbouring groups can swap.
+        layout: The kernel's layout, kept so that a saved wrapper does not need the registry.
+        per_output_scale: One scale per output unit, or one per tensor.
+        gates: Tensors that lie side by side in the kernel and have a scale each.
+    """
+
+    group: str = "element"
+    prune: bool = True
+    quantize: bool = True
+    shuffle: bool = True
+    layout: str = "io"
+    per_output_scale: bool = True
+    gates: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice("group", self.group, KINDS)
+
+    @classmethod
+    def of(cls, spec: KernelSpec, **choices: Any) -> KernelSettings:
+        """Settings of a kernel that is viewed as the spec says."""
+        return cls(
+            layout=spec.layout,
+            per_output_scale=spec.per_output_scale,
+            gates=spec.gates,
+            **choices,
+        )
+
 
 # Hard concrete gates start at log alpha = +-2.5 (open or closed nine times in ten). Adam moves a
 # logit by about its learning rate per step whatever the gradient's scale, so log alpha is a
@@ -42,7 +81,7 @@ class CompressionWrapper(keras.layers.Wrapper):
         group: Kind of groups, where `kernels` does not say otherwise.
         mask: `"straight_through"` or `"hard_concrete"`: the gradient of learnable masks.
         train_masks: Whether the masks learn (see
-            [update_masks][rl_sparsity_tf.training.mask_selection.update_masks]). If not, gradients
+            [update_masks][rl_sparsity_tf.training.mask_training.update_masks]). If not, gradients
             of pruned weights are zero and the masks stay.
         kernels: Settings per kernel attribute (a path such as `"cell/kernel"` for the kernels of
             layers inside the layer), each a [KernelSettings][] or a dict of its fields; by default

@@ -9,22 +9,21 @@ import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.errors import ModelError, PlanError, check_choice, did_you_mean
-from rl_sparsity_tf.layers.compile_state import copy_compile_state
-from rl_sparsity_tf.layers.constraints import check_constraints
 from rl_sparsity_tf.layers.copy_checks import check_copy
-from rl_sparsity_tf.layers.copying import copy_layer, copy_own_weights, copy_weights, rebuild
+from rl_sparsity_tf.layers.copying import (
+    copy_compile_state,
+    copy_layer,
+    copy_own_weights,
+    copy_weights,
+    rebuild,
+)
 from rl_sparsity_tf.layers.groups import KINDS
-from rl_sparsity_tf.layers.kernel_selection import KernelSelection, Patterns
-from rl_sparsity_tf.layers.kernel_settings import KernelSettings
 from rl_sparsity_tf.layers.kernels import Kernel, check_model, find_kernels, layer_pairs, walk
-from rl_sparsity_tf.layers.masks import MASKS
-from rl_sparsity_tf.layers.operations import Operation
+from rl_sparsity_tf.layers.operations import MASKS, Operation, check_constraints
 from rl_sparsity_tf.layers.plan import CompressionPlan, KernelPlan
-from rl_sparsity_tf.layers.rules import resolve
-from rl_sparsity_tf.layers.signature import is_graph
-from rl_sparsity_tf.layers.structure import follow
-from rl_sparsity_tf.layers.tfmot_wrappers import is_pruning_wrapper, masked_weights
-from rl_sparsity_tf.layers.wrapper import CompressionWrapper, unwrapped
+from rl_sparsity_tf.layers.rules import KernelSelection, Patterns, resolve
+from rl_sparsity_tf.layers.structure import follow, is_graph, is_pruning_wrapper, masked_weights
+from rl_sparsity_tf.layers.wrapper import CompressionWrapper, KernelSettings, unwrapped
 
 _log = logging.getLogger(__name__)
 

@@ -16,13 +16,13 @@ from rl_sparsity_tf.allocation import ranking
 from rl_sparsity_tf.allocation.channel_decisions import CHANNEL_HEURISTICS, ChannelDecisions
 from rl_sparsity_tf.allocation.dynamic_programming import propose
 from rl_sparsity_tf.allocation.problem import PlanRequest
-from rl_sparsity_tf.allocation.size_costs import formats_for
+from rl_sparsity_tf.allocation.size_budget import formats_for
 from rl_sparsity_tf.allocation.tfmot import load_tfmot, prune_with_tfmot
 from rl_sparsity_tf.checks import check_count
-from rl_sparsity_tf.console import SearchProgress
+from rl_sparsity_tf.console import SearchProgress, printing, quiet_tensorflow, table_lines
 from rl_sparsity_tf.environment.candidates import Candidate
 from rl_sparsity_tf.environment.curriculum import Constant
-from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.network import evaluate_plan
 from rl_sparsity_tf.environment.reward import bounded
 from rl_sparsity_tf.errors import (
     ArgumentError,
@@ -31,20 +31,16 @@ from rl_sparsity_tf.errors import (
     TargetError,
     check_choice,
 )
-from rl_sparsity_tf.export.scoring import score_model
+from rl_sparsity_tf.export.verification import score_model
 from rl_sparsity_tf.layers.kernels import count_weights
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.wrapping import strip, wrap
-from rl_sparsity_tf.quiet import quiet_tensorflow
-from rl_sparsity_tf.search.channel_finishing import finish_candidate
 from rl_sparsity_tf.search.compressor import Compressor
-from rl_sparsity_tf.search.finished_search import FinishedSearch
+from rl_sparsity_tf.search.final import finish_candidate, share_to_keep, size_held
 from rl_sparsity_tf.search.finishing import Finished, export_what_holds
 from rl_sparsity_tf.search.loop import SearchLoop
-from rl_sparsity_tf.search.metrics import baseline_entry
 from rl_sparsity_tf.search.plan_search import FoundPlan, climb, search_randomly
-from rl_sparsity_tf.search.size_enforcement import share_to_keep, size_held
-from rl_sparsity_tf.tables import printing, table_lines
+from rl_sparsity_tf.search.result import FinishedSearch, baseline_entry
 
 _log = logging.getLogger(__name__)
 

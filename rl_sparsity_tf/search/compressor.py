@@ -16,12 +16,12 @@ import tf_keras as keras
 
 from rl_sparsity_tf.agents.configs import AgentConfig, Random
 from rl_sparsity_tf.agents.policies import SavedPolicy, resolve_policy
-from rl_sparsity_tf.allocation.size_costs import formats_for
+from rl_sparsity_tf.allocation.size_budget import formats_for
 from rl_sparsity_tf.allocation.target import Target
-from rl_sparsity_tf.channels.channel_permutation import permute_channels
 from rl_sparsity_tf.channels.latency_table import LatencyTable
+from rl_sparsity_tf.channels.permutation import permute_channels
 from rl_sparsity_tf.checks import check_count, check_flag, check_share, check_type
-from rl_sparsity_tf.console import SearchProgress
+from rl_sparsity_tf.console import SearchProgress, quiet_tensorflow
 from rl_sparsity_tf.data.batches import TrainingData, evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data.checks import fixed_batch
 from rl_sparsity_tf.data.forms import as_rows
@@ -31,19 +31,19 @@ from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.environment.reward import Reward, RewardFunction, resolve_reward
 from rl_sparsity_tf.errors import ModelError
 from rl_sparsity_tf.export.recurrent import unrolled_copy
-from rl_sparsity_tf.export.repeatability import check_repeatable
-from rl_sparsity_tf.export.scoring import score_model as score
+from rl_sparsity_tf.export.verification import check_repeatable
+from rl_sparsity_tf.export.verification import score_model as score
 from rl_sparsity_tf.files import sha256_of
-from rl_sparsity_tf.layers.constraints import check_constraints
-from rl_sparsity_tf.layers.kernel_selection import KernelSelection, Patterns, as_patterns
 from rl_sparsity_tf.layers.kernels import find_kernels
+from rl_sparsity_tf.layers.operations import check_constraints
+from rl_sparsity_tf.layers.rules import KernelSelection, Patterns, as_patterns
 from rl_sparsity_tf.layers.support import check_exportable
 from rl_sparsity_tf.layers.wrapping import accepted, is_wrapped
-from rl_sparsity_tf.quiet import quiet_tensorflow
-from rl_sparsity_tf.search.accuracy_search import AccuracySearch, first_target
+from rl_sparsity_tf.search.accuracy_search import AccuracySearch, check_alone, first_target
 from rl_sparsity_tf.search.arguments import (
     AUTO,
     check_int4,
+    check_search,
     check_shuffle,
     decisions_for,
     group_for,
@@ -51,18 +51,12 @@ from rl_sparsity_tf.search.arguments import (
     kept_table,
     table_for,
 )
-from rl_sparsity_tf.search.channel_finishing import Task
-from rl_sparsity_tf.search.descriptions import describe
 from rl_sparsity_tf.search.early_files import check_early, dense_files
-from rl_sparsity_tf.search.final import play_final
-from rl_sparsity_tf.search.fingerprints import fingerprints_of, name_of
-from rl_sparsity_tf.search.finished_search import FinishedSearch
+from rl_sparsity_tf.search.final import Task, play_final
+from rl_sparsity_tf.search.fingerprints import describe, fingerprints_of, name_of
 from rl_sparsity_tf.search.finishing import Figures
-from rl_sparsity_tf.search.metrics import build_metrics
-from rl_sparsity_tf.search.result import Result
+from rl_sparsity_tf.search.result import FinishedSearch, Result, build_metrics
 from rl_sparsity_tf.search.run_directory import RunDirectory, bytes_of, check_directory, check_free
-from rl_sparsity_tf.search.search_checks import check_search
-from rl_sparsity_tf.search.size_trials import check_alone
 from rl_sparsity_tf.search.storage_choice import StorageChoice, StorageChooser
 from rl_sparsity_tf.tflite.worker import start_worker
 from rl_sparsity_tf.training.mask_training import DISTILLATION, FineTuning, default_epochs

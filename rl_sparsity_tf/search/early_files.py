@@ -8,13 +8,13 @@ import logging
 import tf_keras as keras
 
 from rl_sparsity_tf.allocation.channel_decisions import ChannelDecisions
-from rl_sparsity_tf.allocation.size_costs import formats_for
+from rl_sparsity_tf.allocation.size_budget import formats_for
 from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.environment.candidates import Candidate
 from rl_sparsity_tf.errors import ExportError, VerificationError
 from rl_sparsity_tf.layers.kernels import count_weights
 from rl_sparsity_tf.layers.wrapping import strip, wrap
-from rl_sparsity_tf.search.channel_finishing import Task
+from rl_sparsity_tf.search.final import Task
 from rl_sparsity_tf.search.finishing import Exported, Figures, export_and_score, export_dense_int8
 
 _log = logging.getLogger(__name__)

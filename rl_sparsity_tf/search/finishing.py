@@ -14,13 +14,13 @@ from rl_sparsity_tf.environment.candidates import Candidate
 from rl_sparsity_tf.errors import ExportError
 from rl_sparsity_tf.export.export import export_tflite
 from rl_sparsity_tf.export.report import ExportReport
-from rl_sparsity_tf.export.scoring import score_model, score_tflite
+from rl_sparsity_tf.export.verification import score_model, score_tflite
 from rl_sparsity_tf.files import scratch_folder
-from rl_sparsity_tf.layers.compile_state import copy_compile_state
+from rl_sparsity_tf.layers.copying import copy_compile_state
 from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan, KernelPlan
-from rl_sparsity_tf.layers.signature import flat_inputs
+from rl_sparsity_tf.layers.structure import flat_inputs
 from rl_sparsity_tf.layers.wrapping import plan_of, strip, wrap
 from rl_sparsity_tf.training.mask_training import FineTuning, finetune
 

@@ -1,11 +1,17 @@
-"""The episodes of a search: observe, choose, recover, reward, learn; with checkpoints."""
+"""The episodes of a search: observe, choose, recover, reward, learn; with checkpoints.
+
+Ctrl-C in a search: the first one lets the present episode end, the second does not.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import re
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -17,29 +23,78 @@ from rl_sparsity_tf.agents.demonstrations import (
     proposals,
     without_twins,
 )
-from rl_sparsity_tf.allocation.budget import Budget
+from rl_sparsity_tf.allocation.budgets import Budget
+from rl_sparsity_tf.allocation.density_plans import pruned_to_budget
 from rl_sparsity_tf.allocation.dynamic_programming import POWERS, propose_all
-from rl_sparsity_tf.allocation.further_pruning import pruned_to_budget
 from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.environment.candidates import (
     PROPOSED,
     Candidate,
+    Finalists,
     digests_of,
     is_better,
     plan_of,
 )
 from rl_sparsity_tf.environment.curriculum import Stage
-from rl_sparsity_tf.environment.finalists import Finalists
-from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reward import bounded
 from rl_sparsity_tf.errors import ArgumentError, RunError, SearchInterrupted, one_line
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
-from rl_sparsity_tf.search.episodes import LoopSettings
-from rl_sparsity_tf.search.hierarchy import make_episodes
-from rl_sparsity_tf.search.interruption import Interruption
+from rl_sparsity_tf.search.episodes import LoopSettings, make_episodes
 from rl_sparsity_tf.search.run_directory import LATEST, TIMES, TRIALS, RunDirectory
+
+
+class Interruption:
+    """While it is open, the first Ctrl-C is noted and does nothing else.
+
+    The second raises `KeyboardInterrupt` at once, as does any at other times. Only in the main
+    thread, which signals are handled in, and where Python's own handler is set: one of the caller's
+    stays. What was there is put back.
+
+    Args:
+        told: Called when the first Ctrl-C is noted.
+
+    Attributes:
+        requested: Whether there was one.
+
+    Example:
+        >>> with Interruption() as interruption:
+        ...     while not interruption.requested:
+        ...         play_an_episode()
+    """
+
+    def __init__(self, told: Callable[[], None] | None = None):
+        self.requested = False
+        self._told = told
+        self._open = False
+
+    def __enter__(self) -> Interruption:
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._note)
+            self._open = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._open:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._open = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        if self._told is not None:
+            # The signal may have come in the middle of writing to the same stream.
+            with contextlib.suppress(RuntimeError):
+                self._told()
+
 
 DYNAMIC = "dynamic_programming"
 PREVIOUS = "previous_stage"

@@ -16,20 +16,18 @@ from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.allocation.density_plans import PlanSpace, random_ratios, shares
 from rl_sparsity_tf.allocation.problem import PlanRequest
 from rl_sparsity_tf.allocation.target import Target
+from rl_sparsity_tf.console import quiet_tensorflow
 from rl_sparsity_tf.data.batches import evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data.checks import fixed_batch
 from rl_sparsity_tf.data.forms import as_rows
-from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reward import Outcome, Reward, RewardFunction, bounded
 from rl_sparsity_tf.errors import ArgumentError, DataError, PlanError
-from rl_sparsity_tf.export.repeatability import check_repeatable
+from rl_sparsity_tf.export.verification import check_repeatable
 from rl_sparsity_tf.files import sha256_of
-from rl_sparsity_tf.layers.kernel_selection import Patterns
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
-from rl_sparsity_tf.layers.rules import resolve
-from rl_sparsity_tf.quiet import quiet_tensorflow
+from rl_sparsity_tf.layers.rules import Patterns, resolve
 from rl_sparsity_tf.training.recovery import Recovery, as_recovery
 
 # Proposals in a row that were evaluated before, after which there is nothing new to find.

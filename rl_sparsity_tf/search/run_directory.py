@@ -25,18 +25,23 @@ from rl_sparsity_tf.files import (
     writing,
 )
 from rl_sparsity_tf.layers.kernels import walk
-from rl_sparsity_tf.search.checkpoint_files import read_arrays, write_arrays
-from rl_sparsity_tf.search.journal_lines import entry_of, read_lines, seal_of, sealed
 from rl_sparsity_tf.search.run_files import (
     FORMAT_VERSION,
+    LOCK_FILE,
     UNSEALED,
+    RunLock,
     differences_of,
+    entry_of,
     id_of,
+    read_arrays,
+    read_lines,
     read_manifest,
+    seal_of,
+    sealed,
     short,
     versions,
+    write_arrays,
 )
-from rl_sparsity_tf.search.run_lock import LOCK_FILE, RunLock
 
 
 def model_fingerprint(model: keras.Model) -> str:

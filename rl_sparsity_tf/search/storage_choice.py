@@ -18,19 +18,23 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from rl_sparsity_tf.allocation.decisions import KernelDecisions
-from rl_sparsity_tf.allocation.dynamic_programming import POWERS, affordable, propose_all
-from rl_sparsity_tf.allocation.knapsack import LARGEST_ERROR, POWER, knapsack
+from rl_sparsity_tf.allocation.dynamic_programming import (
+    LARGEST_ERROR,
+    POWER,
+    POWERS,
+    affordable,
+    knapsack,
+    propose_all,
+)
 from rl_sparsity_tf.allocation.layer_errors import FLOAT, KernelErrors, kernel_errors
-from rl_sparsity_tf.allocation.size_budget import KernelCosts, SizeBudget
-from rl_sparsity_tf.allocation.size_costs import kernel_costs
+from rl_sparsity_tf.allocation.size_budget import KernelCosts, SizeBudget, kernel_costs
 from rl_sparsity_tf.allocation.storage import KernelStorage, Storage
 from rl_sparsity_tf.environment.candidates import PROPOSED, Candidate
-from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reward import Outcome, RewardFunction, bounded
 from rl_sparsity_tf.errors import TargetError
 from rl_sparsity_tf.export.size_model import SizeModel
-from rl_sparsity_tf.layers.export_modes import INT4_AS_FAST, has_int4
+from rl_sparsity_tf.layers.kernel_spec import INT4_AS_FAST, has_int4
 from rl_sparsity_tf.layers.kernels import Kernel
 
 GROUPS = ("element", "block4")
@@ -39,7 +43,7 @@ GROUPS = ("element", "block4")
 
 INT4 = ("all", "fast", "none")
 """Which kernels may have 4 bits, where TFLite has them: any, those with which LiteRT is as fast as
-in 8 bits ([INT4_AS_FAST][rl_sparsity_tf.layers.export_modes.INT4_AS_FAST]), or none."""
+in 8 bits ([INT4_AS_FAST][rl_sparsity_tf.layers.kernel_spec.INT4_AS_FAST]), or none."""
 
 _UNITS = 8192
 

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rl_sparsity_tf.console import printing
 from rl_sparsity_tf.files import gzip_size
-from rl_sparsity_tf.tables import printing
-from rl_sparsity_tf.tflite.exploitation import Exploitation
-from rl_sparsity_tf.tflite.flat_model import FlatModel, FlatTensor
-from rl_sparsity_tf.tflite.reading import read_flat_model
+from rl_sparsity_tf.tflite.reading import FlatModel, FlatTensor, read_flat_model
+from rl_sparsity_tf.tflite.xnnpack import Exploitation
 
 # Constants of these types can be weights; others are shapes, axes and indices.
 _WEIGHT_TYPES = {"float16", "float32", "float64", "int8", "uint8", "int4", "int2", "int16"}

@@ -19,8 +19,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from rl_sparsity_tf.files import replacing
-from rl_sparsity_tf.tflite.flat_model import FlatModel, FlatTensor
-from rl_sparsity_tf.tflite.reading import AlignedBuffer, inline_buffers
+from rl_sparsity_tf.tflite.reading import AlignedBuffer, FlatModel, FlatTensor, inline_buffers
 
 # The operators seen to compute the same in LiteRT, with and without XNNPACK, on weights behind a
 # DEQUANTIZE, and the axis of those weights that has a scale for each of its slices.

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from rl_sparsity_tf.errors import ArgumentError
-from rl_sparsity_tf.tflite.file_inputs import InputError
 from rl_sparsity_tf.tflite.worker import WorkerError, shared_worker
+from rl_sparsity_tf.tflite.worker_process import InputError
 
 
 def run_rows(

@@ -17,8 +17,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError
 from rl_sparsity_tf.files import replacing, writing
-from rl_sparsity_tf.tflite.flat_model import FlatModel, FlatOperator
-from rl_sparsity_tf.tflite.reading import inline_buffers, read_flat_model
+from rl_sparsity_tf.tflite.reading import FlatModel, FlatOperator, inline_buffers, read_flat_model
 
 COMPUTES = ("weight_only", "dynamic", "static")
 """How kernels that are integers compute: in float32, on activations quantized on the fly, or on

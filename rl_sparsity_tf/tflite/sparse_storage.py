@@ -19,8 +19,14 @@ from ai_edge_litert import schema_py_generated as schema
 
 from rl_sparsity_tf.errors import ArgumentError, check_choice
 from rl_sparsity_tf.files import replacing
-from rl_sparsity_tf.tflite.flat_model import FlatModel, FlatOperator, FlatTensor
-from rl_sparsity_tf.tflite.reading import AlignedBuffer, inline_buffers, read_flat_model
+from rl_sparsity_tf.tflite.reading import (
+    AlignedBuffer,
+    FlatModel,
+    FlatOperator,
+    FlatTensor,
+    inline_buffers,
+    read_flat_model,
+)
 from rl_sparsity_tf.tflite.sparse_encoding import SparseEncoding, encode_sparse
 
 FORMATS = ("dense", "csr", "block")

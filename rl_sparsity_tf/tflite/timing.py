@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from rl_sparsity_tf.console import printing
 from rl_sparsity_tf.errors import ArgumentError, ExportError
-from rl_sparsity_tf.tables import printing
-from rl_sparsity_tf.tflite.flat_model import FlatModel
-from rl_sparsity_tf.tflite.reading import read_flat_model
+from rl_sparsity_tf.tflite.reading import FlatModel, read_flat_model
 from rl_sparsity_tf.tflite.worker import ConversionWorker, WorkerError
 
 # Times that scatter more than this are not reported.

@@ -1,10 +1,17 @@
-"""Whether XNNPACK computes a convolution of a .tflite file with its sparse kernel, and if not, why.
+"""What LiteRT and XNNPACK make of the constants of a .tflite file, and of its zeros.
+
+Whether XNNPACK computes a convolution of a .tflite file with its sparse kernel, and if not, why.
 
 On ARM, XNNPACK turns a cluster of float operators to channels-first order and skips zero weights in
 its 1x1 convolutions. It does so only for a cluster that starts with a 3x3 convolution of stride 2
 on 3 channels, ends in a global average pooling, holds nothing else that it cannot turn, and has
 more than two thirds of zeros in its 1x1 convolutions. On x86 with AVX it never does. Seen in LiteRT
 2.3 on emulated aarch64, with float32, float16 and int8 weights behind DENSIFY.
+
+Says in plain words what LiteRT's kernels make of each constant of a .tflite file.
+
+That a file stores few values does not make it fast: most kernels multiply zeros like any number.
+What is said here was measured in LiteRT 2.3 with and without XNNPACK.
 """
 
 from __future__ import annotations
@@ -13,7 +20,7 @@ import dataclasses
 
 import numpy as np
 
-from rl_sparsity_tf.tflite.flat_model import FlatModel, FlatOperator, FlatTensor
+from rl_sparsity_tf.tflite.reading import FlatModel, FlatOperator, FlatTensor
 
 # What may stand between the cluster's ends besides convolutions, on tensors of rank 4.
 _ELEMENTWISE = {
@@ -352,3 +359,161 @@ class SparseClusters:
     def _kernel(self, operator: FlatOperator) -> tuple[int, int]:
         weights = self._at(operator, operator.inputs[1])
         return (weights.shape[1], weights.shape[2])
+
+
+# Operators that multiply activations with weights -> position of the activations.
+_MULTIPLYING = {
+    **dict.fromkeys(("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "CONV_3D"), 0),
+    **dict.fromkeys(("TRANSPOSE_CONV", "CONV_3D_TRANSPOSE"), 2),
+    **dict.fromkeys(("LSTM", "UNIDIRECTIONAL_SEQUENCE_LSTM", "BIDIRECTIONAL_SEQUENCE_LSTM"), 0),
+    **dict.fromkeys(("RNN", "UNIDIRECTIONAL_SEQUENCE_RNN", "BIDIRECTIONAL_SEQUENCE_RNN"), 0),
+    "SVDF": 0,
+}
+_LOOKING_UP = {"GATHER", "GATHER_ND", "EMBEDDING_LOOKUP", "EMBEDDING_LOOKUP_SPARSE"}
+_UNPACKING = {"DENSIFY", "DEQUANTIZE"}
+_FLOATS = {"float32", "float16", "float64"}
+_NATIVE = {"block 1x4": ("float32",), "block 1x16": ("int8",), "CSR": ("float32",)}
+# XNNPACK computes them with constant kernels only, and restores int8 and float16 ones, but no int4.
+_CONSTANT_KERNELS = {"CONV_2D", "DEPTHWISE_CONV_2D"}
+_UNPACKED = "DENSIFY: unpacked at load, no faster"
+_LIKE_ANY = "zeros are multiplied like any number"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Use:
+    """An operator that computes with a constant, and what stands between the two."""
+
+    operator: FlatOperator
+    through: tuple[str, ...]
+
+
+class Exploitation:
+    """Answers for one file who reads a constant and what the kernels gain from it.
+
+    Args:
+        model: The file's content.
+
+    Example:
+        >>> exploitation = Exploitation(read_flat_model("model.tflite"))
+        >>> exploitation.sentence(tensor)
+        'dense: zeros are multiplied like any number'
+    """
+
+    def __init__(self, model: FlatModel) -> None:
+        self._model = model
+        self._tensors = {(tensor.subgraph, tensor.index): tensor for tensor in model.tensors}
+        self._clusters = SparseClusters(model)
+        self._readers: dict[tuple[int, int], list[FlatOperator]] = {}
+        for operator in model.operators:
+            for index in dict.fromkeys(operator.inputs):
+                self._readers.setdefault((operator.subgraph, index), []).append(operator)
+
+    def operators(self, tensor: FlatTensor) -> tuple[str, ...]:
+        """Names of the operators on the way from a constant to the computation, each once.
+
+        Example:
+            >>> exploitation.operators(tensor)
+            ('DENSIFY', 'CONV_2D')
+        """
+        names: dict[str, None] = {}
+        for use in self._uses(tensor):
+            names |= dict.fromkeys((*use.through, use.operator.name))
+        return tuple(names)
+
+    def sentence(self, tensor: FlatTensor) -> str:
+        """What the kernels that read a constant gain from its zeros and its type."""
+        try:
+            said = dict.fromkeys(self._say(tensor, use) for use in self._uses(tensor))
+        except LookupError:
+            return "unknown: an operator around it has not the inputs it should have"
+        if said:
+            return "; ".join(said)
+        graphs = self._model.graphs
+        outputs = graphs[tensor.subgraph].outputs if tensor.subgraph < len(graphs) else ()
+        return "returned as an output" if tensor.index in outputs else "read by no operator"
+
+    def _uses(self, tensor: FlatTensor) -> list[_Use]:
+        uses: list[_Use] = []
+        waiting: list[tuple[int, tuple[str, ...]]] = [(tensor.index, ())]
+        seen = {tensor.index}
+        while waiting:
+            index, through = waiting.pop(0)
+            for operator in self._readers.get((tensor.subgraph, index), []):
+                if operator.name not in _UNPACKING:
+                    uses.append(_Use(operator=operator, through=through))
+                    continue
+                for output in operator.outputs:
+                    if output not in seen:
+                        seen.add(output)
+                        waiting.append((output, (*through, operator.name)))
+        return uses
+
+    def _say(self, tensor: FlatTensor, use: _Use) -> str:
+        name = use.operator.name
+        if tensor.format == "external":
+            return "stored in another file"
+        if tensor.sparse and "DENSIFY" not in use.through:
+            return self._say_native(tensor, use)
+        if name in _LOOKING_UP:
+            return _after_unpacking(tensor, f"{name} looks rows up, nothing is multiplied")
+        if name not in _MULTIPLYING and name != "BATCH_MATMUL":
+            return _after_unpacking(tensor, f"{name} reads it as it is, zeros save nothing")
+        if "DEQUANTIZE" in use.through:
+            kernel = f"{tensor.dtype} weights dequantized before a float kernel"
+        elif tensor.dtype in _FLOATS:
+            kernel = "dense"
+        elif self._activations(use.operator, tensor) in _FLOATS:
+            kernel = "hybrid kernel (activations quantized on the fly)"
+        else:
+            kernel = "integer kernel"
+        if tensor.dtype == "int4" and name in _CONSTANT_KERNELS:
+            kernel += " slower than XNNPACK's"
+        if name == "FULLY_CONNECTED" and tensor.sparse and kernel.startswith(("hybrid", "integer")):
+            return f"{_UNPACKED}; {kernel}; XNNPACK refuses the file"
+        said = _after_unpacking(tensor, f"{kernel}: {_LIKE_ANY}")
+        pointwise = name == "CONV_2D" and tensor.shape[1:3] == (1, 1)
+        restored = tensor.dtype in ("float16", "int8") and "DEQUANTIZE" in use.through
+        if not (tensor.dtype == "float32" and pointwise) and not (
+            tensor.sparse and (tensor.dtype == "float32" or restored)
+        ):
+            return said
+        obstacle = self._clusters.obstacle(use.operator)
+        if obstacle is None:
+            return "XNNPACK sparse cluster: yes, zeros are skipped on ARM; elsewhere no faster"
+        said = _UNPACKED if tensor.sparse else said
+        broken = self._clusters.broken() if tensor.sparse else None
+        if broken is not None:
+            said += f", computed wrongly on ARM, where XNNPACK breaks the chain at {broken.name}"
+        return f"{said}. XNNPACK sparse cluster: no, because {obstacle}"
+
+    def _say_native(self, tensor: FlatTensor, use: _Use) -> str:
+        """What happens to a sparse tensor that no DENSIFY unpacks."""
+        name, layout = use.operator.name, tensor.format
+        if name != "FULLY_CONNECTED" or use.through or tensor.dtype not in _NATIVE.get(layout, ()):
+            behind = " behind ".join([name, *reversed(use.through)])
+            return f"no kernel of {behind} reads {tensor.dtype} {layout}: wrong or refused"
+        if layout == "CSR":
+            return "native CSR kernel without XNNPACK; wrong with XNNPACK, which takes it for dense"
+        block = int(layout.rpartition("x")[2])
+        said = f"native block kernel ({layout.removeprefix('block ')}): zero blocks are skipped"
+        if tensor.dtype == "int8" and self._activations(use.operator, tensor) in _FLOATS:
+            said += " without XNNPACK; wrong with XNNPACK, which takes it for dense"
+        if tensor.shape[-1] % block:
+            said += (
+                f"; wrong: the last {tensor.shape[-1] % block} of {tensor.shape[-1]} inputs, no "
+                f"multiple of {block}, are dropped"
+            )
+        return said
+
+    def _activations(self, operator: FlatOperator, weights: FlatTensor) -> str:
+        """The type of what the weights are multiplied with."""
+        if operator.name == "BATCH_MATMUL":
+            others = [index for index in operator.inputs if index != weights.index]
+            position = others[0] if others else weights.index
+        else:
+            position = operator.inputs[_MULTIPLYING[operator.name]]
+        return self._tensors[operator.subgraph, position].dtype
+
+
+def _after_unpacking(tensor: FlatTensor, said: str) -> str:
+    return f"{_UNPACKED}; {said}" if tensor.sparse else said

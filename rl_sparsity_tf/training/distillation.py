@@ -14,7 +14,7 @@ import tf_keras as keras
 from rl_sparsity_tf.data.batches import Batch
 from rl_sparsity_tf.data.labels import loss_kind
 from rl_sparsity_tf.errors import ArgumentError
-from rl_sparsity_tf.layers.compile_state import compile_arguments
+from rl_sparsity_tf.layers.copying import compile_arguments
 from rl_sparsity_tf.layers.wrapping import strip
 
 _log = logging.getLogger(__name__)

@@ -13,8 +13,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.layers.signature import is_graph
-from rl_sparsity_tf.layers.structure import all_layers
+from rl_sparsity_tf.layers.structure import all_layers, is_graph
 from rl_sparsity_tf.layers.wrapper import CompressionWrapper
 
 BeforeCall = Callable[[CompressionWrapper, Any, str], None]

@@ -19,8 +19,7 @@ from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.structure import all_layers
 from rl_sparsity_tf.layers.wrapper import CompressionWrapper
 from rl_sparsity_tf.training.incremental_pass import IncrementalPass
-from rl_sparsity_tf.training.layer_problem import LayerProblem, Moments
-from rl_sparsity_tf.training.layer_rows import row_source
+from rl_sparsity_tf.training.layer_problem import LayerProblem, Moments, row_source
 
 RIDGE = 1e-3
 _MOST_ROWS = 16384

@@ -8,7 +8,7 @@ from typing import Any
 
 from rl_sparsity_tf.errors import ArgumentError, check_choice
 from rl_sparsity_tf.layers.kernels import Kernel
-from rl_sparsity_tf.training.layer_rows import row_source
+from rl_sparsity_tf.training.layer_problem import row_source
 
 RECOVERIES = ("least_squares", "finetune", "none")
 # Below this share of weights that can be fitted, training steps say more.

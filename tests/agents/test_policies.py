@@ -37,8 +37,7 @@ from rl_sparsity_tf.cli import main
 from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
-from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.errors import FileExistsRLSparsityError, PolicyFileError
 from rl_sparsity_tf.search.episodes import RELATIVE_GAIN, Episodes, LoopSettings
 from rl_sparsity_tf.search.loop import SearchLoop

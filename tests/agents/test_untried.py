@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_sparsity_tf.agents.untried import Untried
+from rl_sparsity_tf.agents.exploration import Untried
 
 modest = settings(max_examples=40, deadline=None)
 

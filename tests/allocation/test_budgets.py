@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.allocation.budget import Budget
+from rl_sparsity_tf.allocation.budgets import Budget
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.layers.groups import GROUPS, Grouping
 

@@ -13,11 +13,10 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf import baselines
 from rl_sparsity_tf.allocation import dynamic_programming
 from rl_sparsity_tf.allocation import ranking as ranks
-from rl_sparsity_tf.allocation.knapsack import cheapest, fill, knapsack, weights_cost
+from rl_sparsity_tf.allocation.dynamic_programming import cheapest, fill, knapsack, weights_cost
 from rl_sparsity_tf.allocation.layer_errors import FLOAT, KernelErrors, kernel_errors, levels
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
-from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.layers.groups import GROUPS, Grouping
 from rl_sparsity_tf.layers.kernel_spec import KernelSpec
 from rl_sparsity_tf.layers.kernels import sparsity_of

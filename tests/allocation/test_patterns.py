@@ -13,14 +13,12 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf import baselines
 from rl_sparsity_tf.errors import ArgumentError, ModelError, PlanError
 from rl_sparsity_tf.layers.groups import GROUPS, KINDS, PATTERNS, Grouping
-from rl_sparsity_tf.layers.kernel_rule import KernelRule
 from rl_sparsity_tf.layers.kernels import find_kernels
-from rl_sparsity_tf.layers.masks import MASKS
-from rl_sparsity_tf.layers.operations import Operation
-from rl_sparsity_tf.layers.plan import CompressionPlan, KernelPlan
+from rl_sparsity_tf.layers.operations import MASKS, Operation
+from rl_sparsity_tf.layers.plan import CompressionPlan, KernelPlan, KernelRule
 from rl_sparsity_tf.layers.rules import resolve
 from rl_sparsity_tf.layers.wrapping import plan_of, wrappers_of
-from rl_sparsity_tf.training.mask_selection import start_gates, update_masks
+from rl_sparsity_tf.training.mask_training import start_gates, update_masks
 
 KEEP, PRUNE, QUANTIZE = Operation.KEEP, Operation.PRUNE, Operation.QUANTIZE
 modest = settings(max_examples=40, deadline=None)

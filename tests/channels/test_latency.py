@@ -9,12 +9,11 @@ import pytest
 import tf_keras as keras
 
 from rl_sparsity_tf.channels import latency_measurement
-from rl_sparsity_tf.channels.channel_masks import mask_channels
 from rl_sparsity_tf.channels.groups import find_groups, groups_of
-from rl_sparsity_tf.channels.latency_measurement import measure_latency
+from rl_sparsity_tf.channels.latency_measurement import converted, measure_latency, piece
 from rl_sparsity_tf.channels.latency_table import LatencyTable, LayerLatency
-from rl_sparsity_tf.channels.layer_pieces import converted, piece
 from rl_sparsity_tf.channels.shrinking import shrink
+from rl_sparsity_tf.channels.units import mask_channels
 from rl_sparsity_tf.channels.widths import LayerWidths, Width, widths_of
 from rl_sparsity_tf.errors import (
     ArgumentError,

@@ -12,8 +12,16 @@ from zoo import ZOO, _compiled, inputs_for, layers
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.channels import permutation
-from rl_sparsity_tf.channels.channel_permutation import permutation_report, permute_channels
-from rl_sparsity_tf.channels.permutation import PERMUTED, Goal, Reader, Search, rows_of, squares_of
+from rl_sparsity_tf.channels.permutation import (
+    PERMUTED,
+    Goal,
+    Reader,
+    Search,
+    permutation_report,
+    permute_channels,
+    rows_of,
+    squares_of,
+)
 from rl_sparsity_tf.errors import ArgumentError, ModelError
 from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.layers.rules import prune_by_magnitude

@@ -10,9 +10,9 @@ from same_outputs import assert_same, random_rows, randomize
 from zoo import layers
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.channels.channel_masks import mask_channels
 from rl_sparsity_tf.channels.groups import find_groups
 from rl_sparsity_tf.channels.shrinking import shrink, shrink_with_report
+from rl_sparsity_tf.channels.units import mask_channels
 from rl_sparsity_tf.errors import ArgumentError, ModelError
 
 

@@ -18,12 +18,11 @@ from rl_sparsity_tf.data.batches import evaluation_data, training_data
 from rl_sparsity_tf.data.extremes import check_loss, check_training, check_weights
 from rl_sparsity_tf.data.metrics import Evaluator, choose_metric
 from rl_sparsity_tf.environment.autoencoder import WeightAutoencoder
-from rl_sparsity_tf.layers.kernel_rule import KernelRule
 from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.layers.operations import Operation
+from rl_sparsity_tf.layers.plan import KernelRule
 from rl_sparsity_tf.layers.wrapping import wrap
-from rl_sparsity_tf.training.layer_problem import LayerProblem
-from rl_sparsity_tf.training.layer_rows import row_source
+from rl_sparsity_tf.training.layer_problem import LayerProblem, row_source
 from rl_sparsity_tf.training.ridge import fit_depthwise, fit_masked
 from rl_sparsity_tf.training.statistics import StatisticsCollector
 

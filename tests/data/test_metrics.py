@@ -8,7 +8,7 @@ import tf_keras as keras
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.data.batches import evaluation_data
 from rl_sparsity_tf.data.metrics import Evaluator, Metric, choose_metric, search_compile_arguments
-from rl_sparsity_tf.layers.compile_state import compile_arguments
+from rl_sparsity_tf.layers.copying import compile_arguments
 
 ROWS = 23
 losses, metrics = keras.losses, keras.metrics

@@ -29,15 +29,14 @@ from tiny_search import (
 )
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.allocation.budget import Budget
-from rl_sparsity_tf.allocation.further_pruning import pruned_to_budget
+from rl_sparsity_tf.allocation.budgets import Budget
+from rl_sparsity_tf.allocation.density_plans import pruned_to_budget
 from rl_sparsity_tf.cli import build_parser
 from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
 from rl_sparsity_tf.environment.curriculum import Constant, Linear, Staged, resolve_curriculum
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
-from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.search.episodes import LoopSettings
 from rl_sparsity_tf.search.loop import PREVIOUS, SearchLoop

@@ -15,7 +15,7 @@ from tf_agents.environments import utils as environment_utils
 from tiny_search import quick_search
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.allocation.budget import Budget
+from rl_sparsity_tf.allocation.budgets import Budget
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
 from rl_sparsity_tf.environment.features import STATE_SIZE, lower_bounds
 from rl_sparsity_tf.environment.network import CompressedNetwork

@@ -17,20 +17,26 @@ from tiny_search import quick_search
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.agents.configs import build_agent
-from rl_sparsity_tf.allocation.budget import Budget
-from rl_sparsity_tf.allocation.budgets import CostBudget
+from rl_sparsity_tf.allocation.budgets import Budget, CostBudget
 from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
-from rl_sparsity_tf.environment.goals import FACTORS, NEAR, density_of, goals_of, mean_density
-from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.environment.selection_environment import ACTIONS, GOALS
-from rl_sparsity_tf.environment.selection_state import (
+from rl_sparsity_tf.environment.features import (
     NETWORK_FEATURES,
     SELECTION_FEATURES,
     SELECTION_STATE_SIZE,
     SLOT_FEATURES,
     SLOTS,
     describe_selection_state,
+)
+from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.environment.selection_environment import (
+    ACTIONS,
+    FACTORS,
+    GOALS,
+    NEAR,
+    density_of,
+    goals_of,
+    mean_density,
 )
 from rl_sparsity_tf.errors import ArgumentError, TargetError
 

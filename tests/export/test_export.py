@@ -26,8 +26,8 @@ from rl_sparsity_tf.errors import (
 )
 from rl_sparsity_tf.export import export
 from rl_sparsity_tf.export.export import export_tflite, predict_tflite
-from rl_sparsity_tf.export.export_errors import conversion_error
 from rl_sparsity_tf.export.matching import kernel_variables, match_kernels
+from rl_sparsity_tf.export.saved_model import conversion_error
 from rl_sparsity_tf.export.verification import TOLERANCES, compare_outputs, verify_zeros
 from rl_sparsity_tf.tflite.reading import read_tensors
 from rl_sparsity_tf.tflite.worker import WorkerError, shared_worker
@@ -434,7 +434,7 @@ def test_a_file_that_loses_accuracy_is_refused(tmp_path, monkeypatch):
     def scored(path, model, batches, metric):
         return Score(metric=0.3, loss=1.0)
 
-    monkeypatch.setattr("rl_sparsity_tf.export.scoring.score_tflite", scored)
+    monkeypatch.setattr("rl_sparsity_tf.export.verification.score_tflite", scored)
     with pytest.raises(VerificationError, match=r"accuracy 0.3000 on test_data, the Keras model"):
         export_tflite(model, tmp_path / "m.tflite", "none", test_data=data)
     assert not list(tmp_path.iterdir())

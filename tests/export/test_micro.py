@@ -30,8 +30,12 @@ from rl_sparsity_tf.export.micro_arena import (
     estimate_arena,
     plan_buffers,
 )
-from rl_sparsity_tf.export.micro_header import MicroPort, header_text
-from rl_sparsity_tf.export.micro_operators import TFLM_OPERATORS, registering_method
+from rl_sparsity_tf.export.micro_header import (
+    TFLM_OPERATORS,
+    MicroPort,
+    header_text,
+    registering_method,
+)
 from rl_sparsity_tf.export.micro_runtime import TflmError, measure_arena, run_tflm, tflm_installed
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.rules import KernelRule

@@ -9,7 +9,7 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from rl_sparsity_tf.errors import ArgumentError, VerificationError
 from rl_sparsity_tf.export.export import convert_traced, export_tflite
-from rl_sparsity_tf.export.recurrent_states import kept_states, start_at_zero
+from rl_sparsity_tf.export.recurrent import kept_states, start_at_zero
 from rl_sparsity_tf.export.verification import verify_calls
 from rl_sparsity_tf.layers.wrapping import strip, wrap
 from rl_sparsity_tf.search.finishing import all_quantized

@@ -10,7 +10,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.export.repeatability import check_repeatable
+from rl_sparsity_tf.export.verification import check_repeatable
 
 layers = keras.layers
 RNG = np.random.default_rng(0)

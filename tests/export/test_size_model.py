@@ -11,9 +11,8 @@ import tf_keras as keras
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.export.size_model import SizeModel, convert_weights
 from rl_sparsity_tf.export.stored_weights import FORMATS, make_sparse, store_weights
-from rl_sparsity_tf.layers.kernel_rule import KernelRule
 from rl_sparsity_tf.layers.kernels import find_kernels
-from rl_sparsity_tf.layers.plan import CompressionPlan
+from rl_sparsity_tf.layers.plan import CompressionPlan, KernelRule
 from rl_sparsity_tf.layers.rules import resolve
 
 L = keras.layers

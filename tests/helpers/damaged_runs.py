@@ -35,9 +35,9 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf.search import accuracy_search
 from rl_sparsity_tf.search import compressor as search_module
 from rl_sparsity_tf.search.accuracy_search import AccuracySearch
-from rl_sparsity_tf.search.checkpoint_files import write_arrays
 from rl_sparsity_tf.search.loop import SearchLoop
 from rl_sparsity_tf.search.run_directory import RunDirectory
+from rl_sparsity_tf.search.run_files import write_arrays
 
 
 class Bench:

@@ -108,7 +108,7 @@ def quick() -> Iterator[None]:
     with tiny.quick_search(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(accuracy_search, "MOST_TRIALS", 3)
         patch.setattr(decision_choice, "measure_latency", measured)
-        patch.setattr("rl_sparsity_tf.search.channel_finishing.benchmark_tflite", timed)
+        patch.setattr("rl_sparsity_tf.search.final.benchmark_tflite", timed)
         yield
 
 

@@ -21,8 +21,8 @@ from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
 from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.search import compressor as search_module
 from rl_sparsity_tf.search import early_files
-from rl_sparsity_tf.search.checkpoint_files import read_arrays, write_arrays
 from rl_sparsity_tf.search.finishing import Figures
+from rl_sparsity_tf.search.run_files import read_arrays, write_arrays
 
 DQN = rls.DQN(hidden_layers=(8,), train_steps=4, batch_size=8)
 PPO = rls.PPO(hidden_layers=(8,), num_epochs=2)

@@ -20,7 +20,7 @@ from tiny_search import TRAIN, VALIDATION, quick_search, trained, untrained
 import rl_sparsity_tf as rls
 from rl_sparsity_tf import demo
 from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.layers.kernel_rule import KernelRule
+from rl_sparsity_tf.layers.plan import KernelRule
 from rl_sparsity_tf.search import compressor as search_module
 from rl_sparsity_tf.search.loop import SearchLoop
 

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.layers.signature import input_specs, pack_inputs
+from rl_sparsity_tf.layers.structure import input_specs, pack_inputs
 
 layers = keras.layers
 

@@ -14,8 +14,7 @@ from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.cli import main
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
 from rl_sparsity_tf.environment.candidates import Candidate
-from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.errors import (
     ArgumentError,
     FileExistsRLSparsityError,
@@ -24,15 +23,14 @@ from rl_sparsity_tf.errors import (
     TargetError,
 )
 from rl_sparsity_tf.export.size_model import SizeModel
-from rl_sparsity_tf.layers.kernel_selection import KernelSelection
 from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import KernelPlan
-from rl_sparsity_tf.layers.rules import KernelRule, resolve
+from rl_sparsity_tf.layers.rules import KernelRule, KernelSelection, resolve
 from rl_sparsity_tf.layers.support import support_report
 from rl_sparsity_tf.layers.wrapping import plan_of, wrapped_kernels, wrappers_of
 from rl_sparsity_tf.search import compressor as search_module
-from rl_sparsity_tf.search.channel_finishing import without_channels
+from rl_sparsity_tf.search.final import without_channels
 from rl_sparsity_tf.training.least_squares import LeastSquares
 from rl_sparsity_tf.training.preparation import prepare_for_short_recovery
 

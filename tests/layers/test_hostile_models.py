@@ -12,8 +12,8 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.errors import ModelError, printable
-from rl_sparsity_tf.layers.graph_operations import reaches_out
 from rl_sparsity_tf.layers.loading import load_model
+from rl_sparsity_tf.layers.untrusted import reaches_out
 
 KERAS = {
     **hostile.CONFIGS,

@@ -14,7 +14,7 @@ from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.registry import kernel_specs
 from rl_sparsity_tf.layers.rules import KernelRule
 from rl_sparsity_tf.layers.wrapping import plan_of
-from rl_sparsity_tf.training.mask_selection import update_masks
+from rl_sparsity_tf.training.mask_training import update_masks
 
 K, P, Q, S = Operation
 

@@ -13,7 +13,7 @@ from tiny_search import TRAIN, VALIDATION, quick_search
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.cli import main
-from rl_sparsity_tf.layers.user_modules import user_modules
+from rl_sparsity_tf.layers.loading import user_modules
 
 REGISTERED = """
 import tf_keras as keras

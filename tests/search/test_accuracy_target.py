@@ -30,11 +30,18 @@ from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
 from rl_sparsity_tf.errors import RunError
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.search import accuracy_search
-from rl_sparsity_tf.search.accuracy_search import DENSE_INT8, MOST_TRIALS, first_target
+from rl_sparsity_tf.search.accuracy_search import (
+    DENSE_INT8,
+    MOST_TRIALS,
+    Requirement,
+    Trial,
+    TrialNetworks,
+    first_target,
+    is_stored_as,
+    next_limit,
+)
 from rl_sparsity_tf.search.comparison import compare
 from rl_sparsity_tf.search.loop import PREVIOUS
-from rl_sparsity_tf.search.size_trials import Requirement, Trial, next_limit
-from rl_sparsity_tf.search.trial_networks import TrialNetworks, is_stored_as
 
 ACCURACY = Metric("accuracy", higher_is_better=True)
 DATA = {"train": WIDE_TRAIN, "validation_data": WIDE_VALIDATION}

@@ -22,12 +22,12 @@ from rl_sparsity_tf.channels.graph import ChannelGraph
 from rl_sparsity_tf.channels.units import find_units
 from rl_sparsity_tf.channels.widths import widths_of
 from rl_sparsity_tf.cli import main
-from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.network import evaluate_plan
 from rl_sparsity_tf.errors import ArgumentError, TargetError
 from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.search.comparison import compare
-from rl_sparsity_tf.search.size_enforcement import size_held
+from rl_sparsity_tf.search.final import size_held
 from rl_sparsity_tf.tflite.timing import FileTiming, Timing
 from rl_sparsity_tf.training.ridge import fit_masked
 
@@ -120,7 +120,7 @@ def test_tied_kernels_are_pruned_alike(macs_search):
 def test_a_plan_evaluated_is_the_small_model_it_stands_for(macs_search):
     """Masks in the network and removed channels compute the same, least squares included."""
     from rl_sparsity_tf.environment.candidates import Candidate
-    from rl_sparsity_tf.search.channel_finishing import without_channels
+    from rl_sparsity_tf.search.final import without_channels
 
     one, _ = macs_search
     network = one.last.network
@@ -261,7 +261,7 @@ def test_a_table_given_predicts_the_latency(tmp_path, monkeypatch):
         )
         return Timing(file=file, against=dense, threads=1, xnnpack=True, batch_size=1)
 
-    monkeypatch.setattr("rl_sparsity_tf.search.channel_finishing.benchmark_tflite", timed)
+    monkeypatch.setattr("rl_sparsity_tf.search.final.benchmark_tflite", timed)
     model = trained()
     table = table_for(model)
     table.save(tmp_path / "table.json")
@@ -461,7 +461,7 @@ def test_the_command_line_removes_channels(tmp_path, capsys):
 def test_a_plan_that_had_to_be_pruned_further_gives_way_to_a_better_one(macs_search, monkeypatch):
     """Where a file takes longer than is predicted, the second best may be the best."""
     from rl_sparsity_tf.environment.candidates import Candidate
-    from rl_sparsity_tf.search import channel_finishing
+    from rl_sparsity_tf.search import final
 
     one, _ = macs_search
     network = one.last.network
@@ -469,7 +469,7 @@ def test_a_plan_that_had_to_be_pruned_further_gives_way_to_a_better_one(macs_sea
     poor = pruned_to(network, good, 0.6 * network.budget.limit)
     evaluate_plan(network, poor)
     candidate = Candidate.of(network, 0.5, 3, "dqn")
-    measured = channel_finishing._Ruler.measure
+    measured = final._Ruler.measure
 
     def slower(ruler, small):
         """What was given takes twice as long as it should; others do not."""
@@ -477,19 +477,19 @@ def test_a_plan_that_had_to_be_pruned_further_gives_way_to_a_better_one(macs_sea
         return (2 * found if found < 0.3 else found), timing
 
     seen = []
-    monkeypatch.setattr(channel_finishing._Ruler, "measure", slower)
+    monkeypatch.setattr(final._Ruler, "measure", slower)
     monkeypatch.setattr(
-        channel_finishing,
+        final,
         "finish",
         lambda model, chosen, *_, **__: seen.append(chosen) or _done(model),
     )
-    finished = channel_finishing.finish_candidate(one.last, candidate, [("lamp", good)])
+    finished = final.finish_candidate(one.last, candidate, [("lamp", good)])
     assert finished.candidate.plan == good
     assert finished.candidate.proposed_by == "lamp"
     # Nothing is evaluated in place of a candidate that meets the target.
     evaluate_plan(network, good)
     again = Candidate.of(network, 0.5, 3, "dqn")
-    finished = channel_finishing.finish_candidate(one.last, again, [("lamp", poor)])
+    finished = final.finish_candidate(one.last, again, [("lamp", poor)])
     assert finished.candidate.plan == good
     assert finished.candidate.proposed_by == "dqn"
 

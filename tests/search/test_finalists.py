@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from rl_sparsity_tf.environment.candidates import Candidate
-from rl_sparsity_tf.environment.finalists import Finalists
+from rl_sparsity_tf.environment.candidates import Candidate, Finalists
 from rl_sparsity_tf.environment.reward import Outcome
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan, KernelPlan

@@ -33,10 +33,11 @@ from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.environment.selection_environment import GOALS
 from rl_sparsity_tf.errors import FileExistsRLSparsityError
 from rl_sparsity_tf.search.arguments import decisions_for
-from rl_sparsity_tf.search.episodes import Episodes, LoopSettings
-from rl_sparsity_tf.search.hierarchy import (
+from rl_sparsity_tf.search.episodes import (
     INTRINSIC,
+    Episodes,
     HierarchicalEpisodes,
+    LoopSettings,
     demonstrated_selection,
     make_episodes,
 )

@@ -28,8 +28,8 @@ from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
 from rl_sparsity_tf.errors import FileExistsRLSparsityError, RunError
 from rl_sparsity_tf.search import arguments as decision_choice
 from rl_sparsity_tf.search import compressor as search_module
-from rl_sparsity_tf.search.descriptions import describe, describe_compilation, describe_model
-from rl_sparsity_tf.search.interruption import Interruption
+from rl_sparsity_tf.search.fingerprints import describe, describe_compilation, describe_model
+from rl_sparsity_tf.search.loop import Interruption
 from rl_sparsity_tf.search.run_directory import RunDirectory
 from rl_sparsity_tf.search.run_files import differences_of, versions
 
@@ -555,7 +555,7 @@ def test_ctrl_c_while_libraries_are_loaded_is_a_line_too(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rl_sparsity_tf.silence._import_silently", interrupted)
+    monkeypatch.setattr("rl_sparsity_tf.console._import_silently", interrupted)
     assert cli.main(["demo"]) == 130
     assert capsys.readouterr().err == "rl-sparsity demo: interrupted\n"
 

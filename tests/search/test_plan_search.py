@@ -12,8 +12,7 @@ from rl_sparsity_tf import baselines
 from rl_sparsity_tf.allocation import dynamic_programming
 from rl_sparsity_tf.allocation.density_plans import PlanSpace, shares
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
-from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.search.plan_search import climb, search_randomly
 

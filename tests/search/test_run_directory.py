@@ -18,7 +18,7 @@ from tiny_search import strip_seals
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.errors import FileExistsRLSparsityError, RunError
 from rl_sparsity_tf.files import check_new_file, replacing, sha256_of, write_text
-from rl_sparsity_tf.search import run_directory, run_lock
+from rl_sparsity_tf.search import run_directory, run_files
 from rl_sparsity_tf.search.run_directory import (
     RESULT_FILES,
     RunDirectory,
@@ -560,7 +560,7 @@ def test_a_dead_processs_lock_is_taken_over(tmp_path):
     child = """
 import sys, time
 from pathlib import Path
-from rl_sparsity_tf.search.run_lock import RunLock
+from rl_sparsity_tf.search.run_files import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.acquire()
 print("held", flush=True)
@@ -586,10 +586,10 @@ def test_where_there_are_no_locks(tmp_path, monkeypatch, caplog):
     def none(descriptor, how):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr(run_lock.fcntl, "flock", none)
+    monkeypatch.setattr(run_files.fcntl, "flock", none)
     opened(tmp_path)
     assert "has no locks ([Errno 95] Operation not supported): make sure that no" in caplog.text
-    monkeypatch.setattr(run_lock, "fcntl", None)  # Windows
+    monkeypatch.setattr(run_files, "fcntl", None)  # Windows
     assert opened(tmp_path).resumed
 
 

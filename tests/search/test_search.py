@@ -32,8 +32,7 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf.agents.demonstrations import proposals
 from rl_sparsity_tf.allocation import ranking
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
-from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.errors import FileExistsRLSparsityError
 from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.search.episodes import LoopSettings

@@ -21,10 +21,9 @@ from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
 from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.layers.operations import Operation
-from rl_sparsity_tf.search import size_enforcement
-from rl_sparsity_tf.search.episodes import LoopSettings
-from rl_sparsity_tf.search.hierarchy import make_episodes
-from rl_sparsity_tf.search.size_enforcement import pruned_further
+from rl_sparsity_tf.search import final
+from rl_sparsity_tf.search.episodes import LoopSettings, make_episodes
+from rl_sparsity_tf.search.final import pruned_further
 
 TRAIN, VALIDATION, TEST = WIDE_TRAIN, WIDE_VALIDATION, wide_rows(60, 2)
 
@@ -97,16 +96,16 @@ def test_other_quantizations_do_not_go_with_a_size(model):
 @pytest.mark.slow
 def test_a_file_that_came_out_too_large_is_pruned_further(model, monkeypatch):
     """Pretends that every first file is larger than the model of it said."""
-    monkeypatch.setattr("rl_sparsity_tf.allocation.size_costs.MARGINS", {"tflite_bytes": -0.2})
+    monkeypatch.setattr("rl_sparsity_tf.allocation.size_budget.MARGINS", {"tflite_bytes": -0.2})
     seen = []
-    finish = size_enforcement.finish
+    finish = final.finish
 
     def watched(*arguments, **options):
         finished = finish(*arguments, **options)
         seen.append(finished.exported.report.tflite_bytes)
         return finished
 
-    monkeypatch.setattr(size_enforcement, "finish", watched)
+    monkeypatch.setattr(final, "finish", watched)
     _, result = run(model, rls.Target(tflite_bytes=4500), episodes=1)
     assert seen[0] > 4500 >= seen[-1]
     assert result.metrics["compressed"]["tflite_bytes"] == seen[-1]
@@ -114,9 +113,9 @@ def test_a_file_that_came_out_too_large_is_pruned_further(model, monkeypatch):
 
 @pytest.mark.slow
 def test_a_size_that_is_missed_for_good_is_said(model, monkeypatch):
-    monkeypatch.setattr(size_enforcement, "pruned_further", lambda _, plan, __: plan)
-    monkeypatch.setattr(size_enforcement, "_ATTEMPTS", 2)
-    monkeypatch.setattr("rl_sparsity_tf.allocation.size_costs.MARGINS", {"tflite_bytes": -0.2})
+    monkeypatch.setattr(final, "pruned_further", lambda _, plan, __: plan)
+    monkeypatch.setattr(final, "_ATTEMPTS", 2)
+    monkeypatch.setattr("rl_sparsity_tf.allocation.size_budget.MARGINS", {"tflite_bytes": -0.2})
     with pytest.raises(rls.TargetError, match=r"Target\(tflite_bytes=4500\) was missed.*then"):
         run(model, rls.Target(tflite_bytes=4500), episodes=1)
 

@@ -13,12 +13,11 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf import baselines
 from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.allocation.dynamic_programming import propose, propose_all
-from rl_sparsity_tf.allocation.size_costs import kernel_costs
+from rl_sparsity_tf.allocation.size_budget import kernel_costs
 from rl_sparsity_tf.allocation.storage import KernelStorage, Storage
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
 from rl_sparsity_tf.data.metrics import Score
-from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.environment.plan_evaluation import evaluate_plan
+from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.export.size_model import SizeModel
 from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.layers.operations import Operation

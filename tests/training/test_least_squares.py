@@ -11,11 +11,10 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.wrapping import apply_plan, plan_of, wrap
-from rl_sparsity_tf.training.error_feedback import round_with_feedback
-from rl_sparsity_tf.training.layer_rows import row_source
+from rl_sparsity_tf.training.layer_problem import row_source
 from rl_sparsity_tf.training.least_squares import LeastSquares
 from rl_sparsity_tf.training.preparation import prepare_for_short_recovery
-from rl_sparsity_tf.training.ridge import fit_depthwise, fit_masked
+from rl_sparsity_tf.training.ridge import fit_depthwise, fit_masked, round_with_feedback
 
 L = keras.layers
 settings = hypothesis.settings(max_examples=25, deadline=None)
