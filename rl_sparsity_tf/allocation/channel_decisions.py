@@ -11,6 +11,7 @@ from rl_sparsity_tf.allocation import ranking
 from rl_sparsity_tf.allocation.budgets import Budget
 from rl_sparsity_tf.allocation.channel_budget import ChannelBudget, ChannelCost
 from rl_sparsity_tf.allocation.decisions import KernelDecisions, PartMatrix
+from rl_sparsity_tf.allocation.ranking import saliency_of
 from rl_sparsity_tf.allocation.size_budget import MARGINS
 from rl_sparsity_tf.allocation.storage import Storage
 from rl_sparsity_tf.allocation.target import Target
@@ -19,7 +20,6 @@ from rl_sparsity_tf.channels.elimination import ChannelErrors, eliminate
 from rl_sparsity_tf.channels.graph import ChannelGraph, has_graph
 from rl_sparsity_tf.channels.latency_table import LatencyTable
 from rl_sparsity_tf.channels.units import ChannelUnit, UnitOperations, find_units
-from rl_sparsity_tf.environment.buckets import saliency_of
 from rl_sparsity_tf.export.size_model import SizeModel
 from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.kernels import Kernel

@@ -17,8 +17,8 @@ import numpy as np
 
 from rl_sparsity_tf.allocation.channel_budget import ChannelBudget
 from rl_sparsity_tf.allocation.channel_decisions import ChannelDecisions
+from rl_sparsity_tf.allocation.problem import Problem
 from rl_sparsity_tf.channels.units import ChannelUnit
-from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
 
@@ -46,7 +46,7 @@ class ChannelProblem:
     orders: Sequence[np.ndarray]
 
     @classmethod
-    def of(cls, network: CompressedNetwork, power: float = 1.0) -> ChannelProblem:
+    def of(cls, network: Problem, power: float = 1.0) -> ChannelProblem:
         """The problem of a network whose channels are decided."""
         budget, units = network.budget, network.kernels
         decisions = network.decisions
@@ -162,7 +162,7 @@ class ChannelProblem:
         return masks
 
 
-def propose_channels(network: CompressedNetwork, powers: Sequence[float]) -> list[CompressionPlan]:
+def propose_channels(network: Problem, powers: Sequence[float]) -> list[CompressionPlan]:
     """Plans of least error for a network whose channels are decided.
 
     Args:
@@ -177,7 +177,7 @@ def propose_channels(network: CompressedNetwork, powers: Sequence[float]) -> lis
     return plans
 
 
-def pruned_to(network: CompressedNetwork, plan: CompressionPlan, limit: float) -> CompressionPlan:
+def pruned_to(network: Problem, plan: CompressionPlan, limit: float) -> CompressionPlan:
     """A plan with more channels pruned, down to a cost.
 
     Channels that the plan prunes stay pruned; of the others those go that lose least.
@@ -199,13 +199,13 @@ def pruned_to(network: CompressedNetwork, plan: CompressionPlan, limit: float) -
     return plan_of_live(network, problem.live(gone))
 
 
-def cost_of_plan(network: CompressedNetwork, plan: CompressionPlan) -> float:
+def cost_of_plan(network: Problem, plan: CompressionPlan) -> float:
     """What a plan of a network's units costs by its budget, as integers where that works."""
     problem = ChannelProblem.of(network)
     entries = [plan.kernels[unit.path].operations for unit in problem.units]
     return float(problem.costs(np.array([(one == Operation.PRUNE).sum() for one in entries])))
 
 
-def plan_of_live(network: CompressedNetwork, live: Sequence[np.ndarray]) -> CompressionPlan:
+def plan_of_live(network: Problem, live: Sequence[np.ndarray]) -> CompressionPlan:
     """The plan in which some channels live, as integers where that works."""
     return network.storage.plan_from_live(network.kernels, live)

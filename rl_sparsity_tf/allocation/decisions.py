@@ -10,10 +10,10 @@ import tf_keras as keras
 from rl_sparsity_tf.allocation import ranking
 from rl_sparsity_tf.allocation.budgets import Budget
 from rl_sparsity_tf.allocation.layer_errors import best_saliency
+from rl_sparsity_tf.allocation.ranking import saliency_of
 from rl_sparsity_tf.allocation.size_budget import make_budget
 from rl_sparsity_tf.allocation.storage import Storage
 from rl_sparsity_tf.allocation.target import Target
-from rl_sparsity_tf.environment.buckets import saliency_of
 from rl_sparsity_tf.export.size_model import SizeModel
 from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.kernels import Kernel

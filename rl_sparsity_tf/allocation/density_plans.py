@@ -12,7 +12,7 @@ from rl_sparsity_tf.allocation.channel_budget import ChannelBudget
 from rl_sparsity_tf.allocation.channel_programming import cost_of_plan, pruned_to
 from rl_sparsity_tf.allocation.dynamic_programming import cost_of, fill
 from rl_sparsity_tf.allocation.layer_errors import FLOAT
-from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.allocation.problem import Problem
 from rl_sparsity_tf.errors import TargetError
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
@@ -36,7 +36,7 @@ class PlanSpace:
         totals: Weights of every kernel.
     """
 
-    def __init__(self, network: CompressedNetwork, quantize: bool):
+    def __init__(self, network: Problem, quantize: bool):
         self._network = network
         kernels = network.kernels
         self._sizes = [network.groupings[kernel.path].sizes for kernel in kernels]
@@ -157,7 +157,7 @@ Operations = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 """What is done to every group of every kernel, by what lives."""
 
 
-def pruned_to_budget(network: CompressedNetwork, plan: CompressionPlan) -> CompressionPlan | None:
+def pruned_to_budget(network: Problem, plan: CompressionPlan) -> CompressionPlan | None:
     """Prunes a plan further until it meets a network's budget.
 
     What the plan prunes stays pruned. Every kernel gives up its least salient groups, so that
@@ -232,7 +232,7 @@ def _cost(
 
 
 def _channels(
-    network: CompressedNetwork, budget: ChannelBudget, plan: CompressionPlan
+    network: Problem, budget: ChannelBudget, plan: CompressionPlan
 ) -> CompressionPlan | None:
     found = pruned_to(network, plan, budget.limit)
     return found if cost_of_plan(network, found) <= budget.limit + budget.slack else None

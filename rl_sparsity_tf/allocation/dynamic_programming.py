@@ -26,13 +26,12 @@ from rl_sparsity_tf.allocation.layer_errors import (
     measure,
     most_salient,
 )
-from rl_sparsity_tf.allocation.problem import PlanRequest
+from rl_sparsity_tf.allocation.problem import PlanRequest, Problem
 from rl_sparsity_tf.allocation.size_budget import KernelCosts, SizeBudget
 from rl_sparsity_tf.allocation.storage import Storage
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.console import quiet_tensorflow
 from rl_sparsity_tf.data.batches import training_data
-from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.errors import DataError
 from rl_sparsity_tf.export.verification import check_repeatable
 from rl_sparsity_tf.layers.kernel_spec import has_int4
@@ -309,13 +308,13 @@ def dynamic_programming(
         return _within_bytes(request, problems, sizes)
 
 
-def propose(network: CompressedNetwork) -> CompressionPlan:
+def propose(network: Problem) -> CompressionPlan:
     """The plan of [dynamic_programming][] for a network that is searched."""
     (plan,) = propose_all(network, (POWER,))
     return plan
 
 
-def propose_all(network: CompressedNetwork, powers: Sequence[float]) -> list[CompressionPlan]:
+def propose_all(network: Problem, powers: Sequence[float]) -> list[CompressionPlan]:
     """Plans of [dynamic_programming][] for a network that is searched, from one database.
 
     The errors are those of the network's own least-squares problems, and its state stays as it
@@ -359,9 +358,7 @@ def propose_all(network: CompressedNetwork, powers: Sequence[float]) -> list[Com
     return [_as_plan(network, choice, choice.scores(database, sizes)) for choice in choices]
 
 
-def _as_plan(
-    network: CompressedNetwork, choice: Choice, scores: Sequence[np.ndarray]
-) -> CompressionPlan:
+def _as_plan(network: Problem, choice: Choice, scores: Sequence[np.ndarray]) -> CompressionPlan:
     """A choice's plan, filled up to the budget."""
     kernels, budget = network.kernels, network.budget
     sizes = [network.groupings[kernel.path].sizes for kernel in kernels]
@@ -377,9 +374,7 @@ def _as_plan(
     return network.storage.plan_at(kernels, live, choice.bits)
 
 
-def cost_of(
-    network: CompressedNetwork, live: Sequence[np.ndarray], bits: Mapping[str, int]
-) -> float:
+def cost_of(network: Problem, live: Sequence[np.ndarray], bits: Mapping[str, int]) -> float:
     """What a network costs in which some groups live, by its budget."""
     budget = network.budget
     assert isinstance(budget, CostBudget)

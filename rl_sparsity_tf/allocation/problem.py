@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import tf_keras as keras
@@ -12,16 +13,54 @@ import tf_keras as keras
 from rl_sparsity_tf.allocation import ranking as ranks
 from rl_sparsity_tf.allocation import size_budget
 from rl_sparsity_tf.allocation.budgets import Budget
+from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.allocation.storage import Storage
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.data.extremes import check_weights
 from rl_sparsity_tf.errors import ArgumentError, ModelError, TargetError, check_choice
 from rl_sparsity_tf.layers.groups import GROUPS, Grouping
-from rl_sparsity_tf.layers.kernels import Kernel, count_weights
-from rl_sparsity_tf.layers.operations import Operation, check_constraints
+from rl_sparsity_tf.layers.kernels import Kernel, check_constraints, count_weights
+from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.rules import KernelSelection, Patterns
 from rl_sparsity_tf.layers.wrapping import accepted, is_wrapped
+from rl_sparsity_tf.training.least_squares import LeastSquares
+
+
+class Problem(Protocol):
+    """What plans are wanted for: kernels with their weights, and the budget that they have to meet.
+
+    A network under compression is one; whoever proposes plans for it reads this and nothing else,
+    and changes none of it.
+    """
+
+    @property
+    def kernels(self) -> Sequence[Kernel]:
+        """What is decided on, in order."""
+
+    @property
+    def groupings(self) -> Mapping[str, Grouping]:
+        """How each kernel is cut, by path."""
+
+    @property
+    def originals(self) -> Mapping[str, np.ndarray]:
+        """The dense kernels as `(inputs, outputs)`, by path."""
+
+    @property
+    def budget(self) -> Budget:
+        """What is still to be pruned."""
+
+    @property
+    def storage(self) -> Storage:
+        """How each kernel is stored in the file."""
+
+    @property
+    def decisions(self) -> KernelDecisions:
+        """What a decision is about: kernels by themselves, or channels."""
+
+    @property
+    def least_squares(self) -> LeastSquares | None:
+        """The layers' least-squares problems; None if plans recover otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

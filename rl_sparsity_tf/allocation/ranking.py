@@ -14,7 +14,7 @@ import numpy as np
 from rl_sparsity_tf.errors import ArgumentError, TargetError, check_choice
 from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.kernels import Kernel
-from rl_sparsity_tf.layers.operations import Operation
+from rl_sparsity_tf.layers.operations import Operation, magnitude
 
 HEURISTICS = ("uniform", "erk", "global_magnitude", "lamp", "first_order")
 """The names that [scores][] knows."""
@@ -277,3 +277,17 @@ def survivors(kernel: Kernel, quantize: bool) -> Operation:
 def densities(live: Sequence[np.ndarray]) -> list[float]:
     """Share of the groups of every kernel that live."""
     return [float(alive.mean()) for alive in live]
+
+
+def saliency_of(matrix: np.ndarray, grouping: Grouping) -> np.ndarray:
+    """Root mean square of every group relative to the kernel's, flat.
+
+    Args:
+        matrix: Kernel, shape `(inputs, outputs)`.
+        grouping: How it is cut.
+
+    Returns:
+        Float64 of shape `(grouping.count,)`.
+    """
+    squares = grouping.sum_numpy(np.square(matrix, dtype=np.float64))
+    return magnitude(matrix, squares, grouping.sizes).reshape(-1)

@@ -30,7 +30,6 @@ from rl_sparsity_tf.channels.shrinking import shrink
 from rl_sparsity_tf.channels.units import mask_channels
 from rl_sparsity_tf.channels.widths import Chain, LayerWidths, Width, widths_of
 from rl_sparsity_tf.checks import check_count, check_flag
-from rl_sparsity_tf.data.calibration import random_rows
 from rl_sparsity_tf.errors import ExportError, NotMeasuredError, check_choice
 from rl_sparsity_tf.export.arguments import check_ids, file_batch_size
 from rl_sparsity_tf.export.export import convert_traced
@@ -39,7 +38,7 @@ from rl_sparsity_tf.export.saved_model import in_float32
 from rl_sparsity_tf.export.stored_weights import store_weights
 from rl_sparsity_tf.files import scratch_folder
 from rl_sparsity_tf.layers.kernels import find_kernels
-from rl_sparsity_tf.layers.structure import all_layers, input_specs
+from rl_sparsity_tf.layers.structure import all_layers, input_specs, random_rows
 from rl_sparsity_tf.tflite.editing import split_file
 from rl_sparsity_tf.tflite.timing import LARGEST_SPREAD
 from rl_sparsity_tf.tflite.worker import WorkerError, shared_worker

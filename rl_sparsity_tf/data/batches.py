@@ -11,10 +11,11 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.data.checks import Batch, BatchCheck, fixed_batch, row_count
+from rl_sparsity_tf.data.checks import Batch, BatchCheck, row_count
 from rl_sparsity_tf.data.extremes import LargeRows
 from rl_sparsity_tf.data.forms import as_arrays, check_elements, join_sequence, read_batches
 from rl_sparsity_tf.errors import DataError
+from rl_sparsity_tf.layers.structure import fixed_batch
 
 # A dataset that does not know its size and goes on for longer than this is taken for endless.
 ENDLESS_BATCHES = 10_000

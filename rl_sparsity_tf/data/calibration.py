@@ -13,10 +13,8 @@ import tf_keras as keras
 
 from rl_sparsity_tf.checks import fits, shape_advice
 from rl_sparsity_tf.data.forms import reason_of
-from rl_sparsity_tf.errors import ArgumentError, DataError, did_you_mean
-from rl_sparsity_tf.layers.structure import InputSpec, all_layers, input_specs, is_graph
-
-_SMALL_INTEGERS = 2
+from rl_sparsity_tf.errors import DataError, did_you_mean
+from rl_sparsity_tf.layers.structure import InputSpec
 
 
 def collect_rows(data: object, specs: Sequence[InputSpec], max_rows: int) -> list[np.ndarray]:
@@ -66,57 +64,6 @@ def collect_rows(data: object, specs: Sequence[InputSpec], max_rows: int) -> lis
                 "Expected finite numbers: clean the data first."
             )
     return columns
-
-
-def inputs_of_embeddings(model: keras.Model) -> set[str]:
-    """Names of the inputs that go straight into an Embedding; only graphs tell which do."""
-    if not is_graph(model):
-        return set()
-    return {
-        spec.name
-        for spec, tensor in zip(input_specs(model), model.inputs or (), strict=True)
-        for node in tensor.node.layer.outbound_nodes
-        if isinstance(node.layer, keras.layers.Embedding)
-    }
-
-
-def random_rows(model: keras.Model, specs: Sequence[InputSpec], rows: int) -> list[np.ndarray]:
-    """Draws inputs where no data was given; the same ones at every call.
-
-    Floats are uniform in [-1, 1], which covers scaled images and most of a standardised feature;
-    8-bit integers take all their values; other integers, and floats that an Embedding reads, are
-    ids: below the smallest Embedding's vocabulary, or 0 and 1 in a model without one.
-
-    Raises:
-        ArgumentError: If an input has a type that cannot be drawn, such as a string.
-    """
-    generator = np.random.default_rng(0)
-    # Also those inside wrappers, custom layers and subclassed models.
-    embeddings = [e for e in all_layers(model) if isinstance(e, keras.layers.Embedding)]
-    vocabularies = [embedding.input_dim for embedding in embeddings]
-    ids = min(vocabularies, default=_SMALL_INTEGERS)
-    float_ids = inputs_of_embeddings(model)
-    drawn = []
-    for spec in specs:
-        shape = spec.batch_shape(rows)
-        dtype = np.dtype(spec.dtype) if spec.dtype in np.sctypeDict else None
-        if dtype is None or dtype.kind not in "fiub":
-            raise ArgumentError(
-                f"Input {spec.name!r} is of type {spec.dtype}; a .tflite file can only be checked "
-                "on numbers. Export the part of the model that follows the preprocessing."
-            )
-        if dtype.kind == "f" and spec.name in float_ids:
-            drawn.append(generator.integers(0, ids, shape).astype(dtype))
-        elif dtype.kind == "f":
-            drawn.append(generator.uniform(-1, 1, shape).astype(dtype))
-        elif dtype.itemsize == 1 and dtype.kind in "iu":
-            limits = np.iinfo(dtype)
-            drawn.append(generator.integers(limits.min, limits.max + 1, shape).astype(dtype))
-        else:
-            drawn.append(
-                generator.integers(0, 2 if dtype.kind == "b" else ids, shape).astype(dtype)
-            )
-    return drawn
 
 
 def _returned(function: Callable[[], Any]) -> Any:

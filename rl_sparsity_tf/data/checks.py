@@ -12,31 +12,11 @@ from rl_sparsity_tf.checks import fits, shape_advice
 from rl_sparsity_tf.data.extremes import LargeRowFinder, LargeRows
 from rl_sparsity_tf.data.labels import Output, check_labels, model_outputs, per_output
 from rl_sparsity_tf.data.weights import ClassWeights, SampleWeightCheck
-from rl_sparsity_tf.errors import DataError, ModelError
-from rl_sparsity_tf.layers.structure import InputSpec, input_specs
+from rl_sparsity_tf.errors import DataError
+from rl_sparsity_tf.layers.structure import InputSpec, specs_of
 
 Batch = tuple[Any, Any, Any]
 """`(x, y, sample_weight or None)`, each a tensor or a structure of tensors."""
-
-
-def specs_of(model: keras.Model) -> tuple[InputSpec, ...]:
-    """The model's inputs.
-
-    Raises:
-        ModelError: If the model was never called or built.
-    """
-    specs = input_specs(model)
-    if not specs:
-        raise ModelError(
-            f"Model {model.name!r} is not built: its input shape is unknown. Call it once on data, "
-            "call model.build(input_shape), or begin it with an Input layer."
-        )
-    return specs
-
-
-def fixed_batch(model: keras.Model) -> int | None:
-    """Rows that the model takes per call, if its inputs fix them."""
-    return next((spec.batch for spec in specs_of(model) if spec.batch), None)
 
 
 class BatchCheck:

@@ -6,27 +6,10 @@ import itertools
 
 import numpy as np
 
-from rl_sparsity_tf.layers.groups import Grouping
-from rl_sparsity_tf.layers.operations import magnitude
-
 # Of the steps towards the edge: 1 would be a plain geometric row.
 _NARROWING = 1.5
 # Of the highest edge near a plan: its density over the plan's.
 _REACH = 2.0
-
-
-def saliency_of(matrix: np.ndarray, grouping: Grouping) -> np.ndarray:
-    """Root mean square of every group relative to the kernel's, flat.
-
-    Args:
-        matrix: Kernel, shape `(inputs, outputs)`.
-        grouping: How it is cut.
-
-    Returns:
-        Float64 of shape `(grouping.count,)`.
-    """
-    squares = grouping.sum_numpy(np.square(matrix, dtype=np.float64))
-    return magnitude(matrix, squares, grouping.sizes).reshape(-1)
 
 
 def bucket_edges(groups: int, buckets: int, sparsity: float) -> np.ndarray:

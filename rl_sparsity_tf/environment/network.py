@@ -15,7 +15,6 @@ from rl_sparsity_tf.allocation.budgets import Budget, CostBudget, KernelState
 from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.data.batches import Batch, TrainingData
-from rl_sparsity_tf.data.checks import fixed_batch
 from rl_sparsity_tf.data.extremes import check_loss, check_training, check_weights
 from rl_sparsity_tf.data.metrics import Evaluator, Metric, Score, choose_metric
 from rl_sparsity_tf.data.metrics import search_compile_arguments as search_arguments
@@ -29,6 +28,7 @@ from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.kernels import Kernel, walk
 from rl_sparsity_tf.layers.operations import Operation, stored_as_integers
 from rl_sparsity_tf.layers.plan import CompressionPlan
+from rl_sparsity_tf.layers.structure import fixed_batch
 from rl_sparsity_tf.layers.wrapper import unwrapped
 from rl_sparsity_tf.layers.wrapping import wrapped_kernels
 from rl_sparsity_tf.training.least_squares import LeastSquares, closed_form

@@ -10,19 +10,32 @@ groups that are not decided yet, so that who goes by it meets the target however
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.allocation.problem import Problem
 
 NAMES = ("lamp", "global_magnitude", "output_price")
 """LAMP's and the magnitudes' scores, and what a weight adds to its layer's outputs."""
 
 # Halvings of the range that a threshold is looked for in.
 _HALVINGS = 24
+
+
+class Ranked(Problem, Protocol):
+    """A problem that knows what was decided of it, and ranks its groups."""
+
+    @property
+    def decided(self) -> Mapping[str, np.ndarray]:
+        """Per kernel and group, whether it was decided on."""
+
+    def saliency(self, path: str) -> np.ndarray:
+        """What a kernel's groups are pruned by, the least salient first; flat."""
+
+    def scores(self, name: str) -> list[np.ndarray] | None:
+        """Scores of all groups by a heuristic, lowest first; None if it has nothing to rank by."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,7 +88,7 @@ class Standings:
         True
     """
 
-    def __init__(self, network: CompressedNetwork):
+    def __init__(self, network: Ranked):
         self._network = network
         self._ranks: dict[str, dict[str, Ranks]] = {}
         self._saliency: dict[str, np.ndarray] = {}
@@ -135,7 +148,7 @@ class Standings:
         return self._ranks[name]
 
 
-def output_prices(network: CompressedNetwork) -> list[np.ndarray]:
+def output_prices(network: Ranked) -> list[np.ndarray]:
     r"""What every group adds to the energy of its layer's outputs, per weight.
 
     \(w^2 E[x^2]\) summed over the group's weights, over the energy of the layer's outputs and the

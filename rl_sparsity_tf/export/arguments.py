@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import tf_keras as keras
 
-from rl_sparsity_tf.data.calibration import collect_rows, inputs_of_embeddings, random_rows
+from rl_sparsity_tf.data.calibration import collect_rows
 from rl_sparsity_tf.errors import ArgumentError, PlanError, check_choice
 from rl_sparsity_tf.export.matching import find_variable, kernel_variables
 from rl_sparsity_tf.export.recurrent import check_unroll, looping_layers, names_of
 from rl_sparsity_tf.files import check_new_file
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.rules import resolve
-from rl_sparsity_tf.layers.structure import input_specs
+from rl_sparsity_tf.layers.structure import input_specs, inputs_of_embeddings, random_rows
 from rl_sparsity_tf.layers.support import check_exportable
 from rl_sparsity_tf.layers.wrapping import accepted, is_wrapped, plan_of, strip
 from rl_sparsity_tf.tflite.recipes import COMPUTES

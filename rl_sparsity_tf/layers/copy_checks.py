@@ -10,15 +10,15 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.data.calibration import random_rows
-from rl_sparsity_tf.data.checks import Batch, fixed_batch
 from rl_sparsity_tf.errors import ModelError, one_line
 from rl_sparsity_tf.layers.kernels import walk, weight_pairs
 from rl_sparsity_tf.layers.structure import (
     all_layers,
+    fixed_batch,
     input_specs,
     is_pruning_wrapper,
     pack_inputs,
+    random_rows,
     recurrent_layers,
 )
 from rl_sparsity_tf.layers.wrapper import CompressionWrapper
@@ -77,7 +77,7 @@ def check_copy(model: keras.Model, copied: keras.Model, *, folded: bool = False)
         )
 
 
-def check_figures(model: keras.Model, copied: keras.Model, batch: Batch) -> None:
+def check_figures(model: keras.Model, copied: keras.Model, batch: tuple[Any, Any, Any]) -> None:
     """Raises if a copy's loss or metrics are not those of its original on a few rows of data.
 
     Args:
@@ -264,7 +264,7 @@ def _share(model: keras.Model) -> float:
 # ---------------------------------------------------------------------- figures
 
 
-def _figures(model: keras.Model, batch: Batch) -> dict[str, np.ndarray]:
+def _figures(model: keras.Model, batch: tuple[Any, Any, Any]) -> dict[str, np.ndarray]:
     with as_it_was(model), _metrics_as_they_were(model):
         logs = model.test_step(batch)
         return {name: _array(value) for name, value in logs.items()}

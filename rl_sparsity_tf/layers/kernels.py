@@ -7,15 +7,16 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.errors import ModelError
+from rl_sparsity_tf.errors import ModelError, one_line
 from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.kernel_spec import KernelSpec
+from rl_sparsity_tf.layers.operations import constraint_of
 from rl_sparsity_tf.layers.registry import built_kernel_specs
 from rl_sparsity_tf.layers.structure import follow, input_specs, is_graph, obstacle
 from rl_sparsity_tf.layers.wrapper import CompressionWrapper, unwrapped
@@ -224,3 +225,39 @@ def sparsity_of(model: keras.Model, dense: keras.Model | None = None) -> float:
     zeros, elements = count_weights(model)
     whole = elements if dense is None else count_weights(dense)[1]
     return (zeros + whole - elements) / whole if whole else 0.0
+
+
+_SEED = 0
+
+
+def check_constraints(kernels: Iterable[Kernel]) -> None:
+    """Raises unless kernels can be pruned and keep their constraints.
+
+    Zeros have to stay zeros under a constraint. Seen by trying it: half of the weights are pruned.
+
+    Raises:
+        ModelError: Naming the kernel and its constraint.
+    """
+    for kernel in kernels:
+        constraint = constraint_of(kernel.variable)
+        if constraint is None:
+            continue
+        live = np.random.default_rng(_SEED).random(kernel.shape) < 0.5
+        pruned = np.where(live, kernel.value(), 0.0).astype(np.float32)
+        name = getattr(constraint, "__name__", type(constraint).__name__)
+        try:
+            met = np.asarray(constraint(tf.constant(pruned)))
+        except Exception as error:
+            raise ModelError(
+                f"The constraint {name} of the kernel {kernel.path!r} cannot be computed "
+                f"({one_line(error)}). Expected a function of a tensor in the kernel's shape; "
+                f"exclude={kernel.path!r} leaves the kernel alone."
+            ) from error
+        if (met[~live] != 0).any() or not np.isfinite(met).all():
+            raise ModelError(
+                f"The kernel {kernel.path!r} has the constraint {name}, which makes other numbers "
+                "of pruned weights, so that pruning and the constraint cannot hold at once. "
+                "Expected a constraint that leaves zeros alone, such as MaxNorm, UnitNorm or "
+                f"NonNeg: exclude={kernel.path!r} leaves the kernel alone, or build the layer "
+                "without the constraint."
+            )

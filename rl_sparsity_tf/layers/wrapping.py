@@ -18,8 +18,15 @@ from rl_sparsity_tf.layers.copying import (
     rebuild,
 )
 from rl_sparsity_tf.layers.groups import KINDS
-from rl_sparsity_tf.layers.kernels import Kernel, check_model, find_kernels, layer_pairs, walk
-from rl_sparsity_tf.layers.operations import MASKS, Operation, check_constraints
+from rl_sparsity_tf.layers.kernels import (
+    Kernel,
+    check_constraints,
+    check_model,
+    find_kernels,
+    layer_pairs,
+    walk,
+)
+from rl_sparsity_tf.layers.operations import MASKS, Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan, KernelPlan
 from rl_sparsity_tf.layers.rules import KernelSelection, Patterns, resolve
 from rl_sparsity_tf.layers.structure import follow, is_graph, is_pruning_wrapper, masked_weights

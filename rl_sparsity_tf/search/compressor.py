@@ -23,7 +23,6 @@ from rl_sparsity_tf.channels.permutation import permute_channels
 from rl_sparsity_tf.checks import check_count, check_flag, check_share, check_type
 from rl_sparsity_tf.console import SearchProgress, quiet_tensorflow
 from rl_sparsity_tf.data.batches import TrainingData, evaluation_data, sample_rows, training_data
-from rl_sparsity_tf.data.checks import fixed_batch
 from rl_sparsity_tf.data.forms import as_rows
 from rl_sparsity_tf.data.weights import weight_table
 from rl_sparsity_tf.environment.curriculum import Curriculum, resolve_curriculum
@@ -34,9 +33,9 @@ from rl_sparsity_tf.export.recurrent import unrolled_copy
 from rl_sparsity_tf.export.verification import check_repeatable
 from rl_sparsity_tf.export.verification import score_model as score
 from rl_sparsity_tf.files import sha256_of
-from rl_sparsity_tf.layers.kernels import find_kernels
-from rl_sparsity_tf.layers.operations import check_constraints
+from rl_sparsity_tf.layers.kernels import check_constraints, find_kernels
 from rl_sparsity_tf.layers.rules import KernelSelection, Patterns, as_patterns
+from rl_sparsity_tf.layers.structure import fixed_batch
 from rl_sparsity_tf.layers.support import check_exportable
 from rl_sparsity_tf.layers.wrapping import accepted, is_wrapped
 from rl_sparsity_tf.search.accuracy_search import AccuracySearch, check_alone, first_target

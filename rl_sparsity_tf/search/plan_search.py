@@ -18,7 +18,6 @@ from rl_sparsity_tf.allocation.problem import PlanRequest
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.console import quiet_tensorflow
 from rl_sparsity_tf.data.batches import evaluation_data, sample_rows, training_data
-from rl_sparsity_tf.data.checks import fixed_batch
 from rl_sparsity_tf.data.forms import as_rows
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reward import Outcome, Reward, RewardFunction, bounded
@@ -28,6 +27,7 @@ from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.rules import Patterns, resolve
+from rl_sparsity_tf.layers.structure import fixed_batch
 from rl_sparsity_tf.training.recovery import Recovery, as_recovery
 
 # Proposals in a row that were evaluated before, after which there is nothing new to find.

@@ -7,9 +7,9 @@ import pytest
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.data.calibration import collect_rows, random_rows
+from rl_sparsity_tf.data.calibration import collect_rows
 from rl_sparsity_tf.errors import ArgumentError, DataError
-from rl_sparsity_tf.layers.structure import input_specs
+from rl_sparsity_tf.layers.structure import input_specs, random_rows
 
 layers = keras.layers
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_sparsity_tf.environment.buckets import bucket_edges, near_edges, saliency_of, split_buckets
+from rl_sparsity_tf.allocation.ranking import saliency_of
+from rl_sparsity_tf.environment.buckets import bucket_edges, near_edges, split_buckets
 from rl_sparsity_tf.layers.groups import GROUPS, Grouping
 
 modest = settings(max_examples=50, deadline=None)
