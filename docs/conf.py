@@ -1,6 +1,5 @@
 """How Sphinx builds the documentation: `sphinx-build -W -n docs docs/_build`."""
 
-import inspect
 import re
 import sys
 from pathlib import Path
@@ -41,6 +40,17 @@ nitpick_ignore_regex = [
         r"py:class",
         r"(Path|Any|Callable|Mapping|Sequence|Iterable|Iterator|array|optional|PathLike)",
     ),
+    # Named in signatures, for those who read the code; not part of the public surface.
+    (r"py:class", r"rl_sparsity_tf\.(layers|environment|search)\.\w+\.\w+"),
+    (
+        r"py:class",
+        r"(AgentConfig|CompressedNetwork|Curriculum|KernelRule|KernelSettings|LayerLatency)",
+    ),
+    (
+        r"py:class",
+        r"(LoopSettings|MicroPort|Patterns|PlayLayer|RewardFunction|SavedPolicy|TensorReport)",
+    ),
+    (r"py:exc", r"(FileExistsRLSparsityError|MissingDependencyError)"),
 ]
 
 _REFERENCE = re.compile(r"\[([^\]\[]+)\]\[([A-Za-z_.]*)\]")
@@ -48,21 +58,22 @@ _REFERENCE = re.compile(r"\[([^\]\[]+)\]\[([A-Za-z_.]*)\]")
 
 def _links(app, what, name, obj, options, lines):
     """Turns `[text][target]`, and Markdown's single backticks, into what Sphinx reads."""
-    module = getattr(inspect.getmodule(obj), "__name__", rls.__name__)
     inside = False
     for number, line in enumerate(lines):
         inside = line.lstrip().startswith((">>>", "...")) or (inside and bool(line.strip()))
         if inside:
             continue
         line = re.sub(r"(?<![`:])`([^`]+)`(?!`)", r"``\1``", line)
-        lines[number] = _REFERENCE.sub(lambda match: _reference(match, module), line)
+        lines[number] = _REFERENCE.sub(_reference, line)
 
 
-def _reference(match, module):
+def _reference(match):
     text, target = match.groups()
     name = (target or text).rpartition(".")[2]
-    if name in rls.__all__ or hasattr(rls.baselines, name):
+    if name in rls.__all__:
         return f":py:obj:`{text} <rl_sparsity_tf.{name}>`"
+    if name in rls.baselines.__all__:
+        return f":py:obj:`{text} <rl_sparsity_tf.baselines.{name}>`"
     return f"``{text}``"
 
 

@@ -30,7 +30,6 @@ _EXPORTS = {
     "Constant": "environment.curriculum",
     "DQN": "agents.configs",
     "DataError": "errors",
-    "EnvironmentCheckError": "errors",
     "ExportError": "errors",
     "ExportReport": "export.report",
     "FileError": "errors",

@@ -30,7 +30,6 @@ from rl_sparsity_tf.environment.selection_environment import (
 )
 from rl_sparsity_tf.errors import ArgumentError as ArgumentError
 from rl_sparsity_tf.errors import DataError as DataError
-from rl_sparsity_tf.errors import EnvironmentCheckError as EnvironmentCheckError
 from rl_sparsity_tf.errors import ExportError as ExportError
 from rl_sparsity_tf.errors import FileError as FileError
 from rl_sparsity_tf.errors import ModelError as ModelError

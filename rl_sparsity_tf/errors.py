@@ -78,10 +78,6 @@ class PolicyFileError(RLSparsityError, ValueError):
     """A file of a policy is damaged or foreign, or was made for other features."""
 
 
-class EnvironmentCheckError(RLSparsityError, AssertionError):
-    """An environment breaks the contract that the agents rely on."""
-
-
 def printable(text: str, keep: str = "") -> str:
     r"""A text that does nothing but stand there when it is printed.
 

@@ -95,7 +95,7 @@ class Target:
 
     @property
     def kind(self) -> str:
-        """The goal's name: that of its field."""
+        """The goal's name, that of its field."""
         return next(iter(self._given()))
 
     @property

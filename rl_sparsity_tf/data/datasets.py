@@ -130,7 +130,7 @@ class Data:
 
     Attributes:
         name: Where the rows come from, e.g. `"digits"`, a TFDS name or a file name.
-        x_train, x_validation: Inputs, shape (rows, *input_shape).
+        x_train, x_validation: Inputs, shape `(rows, *input_shape)`.
         y_train, y_validation: Their targets, shape (rows, ...).
         x_test, y_test: Rows nobody looks at before the end, or None.
         input_shape: Shape of one row of x.

@@ -188,7 +188,7 @@ class LayerEnvironment(py_environment.PyEnvironment):
 
     @property
     def decisions(self) -> list[tuple[str, np.ndarray]]:
-        """The episode's decisions so far: the kernel, and flat indices of the groups.
+        """The episode's decisions so far, as the kernel, and flat indices of the groups.
 
         Groups handed on to the next bucket are in both; the later decision is theirs.
         """

@@ -208,7 +208,7 @@ class KernelPlan:
 
     @property
     def exported_bits(self) -> int:
-        """Bits per stored weight in the exported file: 8 or 4 when no living group is kept."""
+        """Bits per stored weight in the exported file, 8 or 4 when no living group is kept."""
         return 32 if (self.operations == Operation.KEEP).any() else self.bits
 
     def __eq__(self, other: object) -> bool:

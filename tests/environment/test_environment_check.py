@@ -12,12 +12,12 @@ compat.use_tf_keras()
 import importlib.util  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from environment_check import RULES, check_environment  # noqa: E402
+from environment_check import RULES, EnvironmentCheckError, check_environment  # noqa: E402
 from tf_agents.environments import py_environment  # noqa: E402
 from tf_agents.specs import array_spec  # noqa: E402
 from tf_agents.trajectories import time_step as ts  # noqa: E402
 
-from rl_sparsity_tf.errors import ArgumentError, EnvironmentCheckError  # noqa: E402
+from rl_sparsity_tf.errors import ArgumentError  # noqa: E402
 
 _spec = importlib.util.spec_from_file_location(
     "toy_environments", Path(__file__).parents[1] / "helpers" / "toy_environments.py"

@@ -16,7 +16,12 @@ from numpy.typing import NDArray
 
 from rl_sparsity_tf.agents.base import FIRST
 from rl_sparsity_tf.environment._tf_agents import array_spec, environment_utils, py_environment
-from rl_sparsity_tf.errors import ArgumentError, EnvironmentCheckError
+from rl_sparsity_tf.errors import ArgumentError
+
+
+class EnvironmentCheckError(AssertionError):
+    """An environment breaks the contract that the agents rely on."""
+
 
 REWARD_BOUNDS = (-1.0, 1.0)
 """What rewards are held to; a reward spec may narrow it."""
