@@ -18,6 +18,7 @@ from rl_sparsity_tf.version import __version__
 
 if TYPE_CHECKING:
     from rl_sparsity_tf.allocation.target import Target
+    from rl_sparsity_tf.search.result import Result
     from rl_sparsity_tf.tflite.inspection import FileInspection
     from rl_sparsity_tf.tflite.timing import Timing
 
@@ -26,6 +27,8 @@ _SMALLEST = {"episodes": 1, "seed": 0, "batch_size": 1, "finetune_epochs": 0, "f
 _QUANTIZATIONS = ("plan", "none", "dynamic", "int8", "float16")
 _RECOVERIES = ("least_squares", "finetune", "none")
 _DEFAULT_SPARSITY = 0.9
+NO_FILE = 3
+"""Exit code of a search that ended without a .tflite file; all else of its result is saved."""
 _SIGPIPE = 13
 
 
@@ -203,7 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0, or 2 for wrong use, bad input, or what the system refuses, which is said in one line on
-        standard error; 130 after Ctrl-C.
+        standard error; 3 where a search ended and no .tflite file of its result could be verified;
+        130 after Ctrl-C.
     """
     options = build_parser().parse_args(arguments)
     commands = {
@@ -217,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with quiet_libraries() if searching else contextlib.nullcontext():
             _check_numbers(options)
-            commands[options.command](options)
+            ended = commands[options.command](options)
             sys.stdout.flush()
     except RLSparsityError as error:
         message = _in_options(" ".join(str(error).split()), options)
@@ -233,7 +237,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"rl-sparsity {options.command}: {_interrupted(error, options)}", file=sys.stderr)
         return 130
-    return 0
+    return ended or 0
+
+
+def _without_file(result: Result, options: argparse.Namespace) -> int:
+    """Says that a search has made no file, if it has not; returns the exit code."""
+    if result.report is not None:
+        return 0
+    kept = f"; all else is in {options.output}" if options.output else ""
+    reason = printable(" ".join(result.metrics["warnings"][-1].split()))
+    print(f"rl-sparsity {options.command}: {reason}{kept}", file=sys.stderr)
+    return NO_FILE
 
 
 def _print_no_more() -> None:
@@ -313,7 +327,7 @@ def _target(options: argparse.Namespace) -> Target:
     return Target(**(given or {"sparsity": _DEFAULT_SPARSITY}))
 
 
-def _demo(options: argparse.Namespace) -> None:
+def _demo(options: argparse.Namespace) -> int:
     from rl_sparsity_tf.demo import run_demo
     from rl_sparsity_tf.search.run_directory import check_unfinished
 
@@ -321,7 +335,7 @@ def _demo(options: argparse.Namespace) -> None:
     target = _target(options)
     if options.output is not None:
         check_unfinished(options.output)
-    run_demo(
+    result = run_demo(
         options.dataset,
         agent=options.agent or "dqn",
         output=options.output,
@@ -334,16 +348,17 @@ def _demo(options: argparse.Namespace) -> None:
         contenders="all" if options.compare else None,
         verbose=options.verbose,
     )
+    return _without_file(result, options)
 
 
-def _compress(options: argparse.Namespace) -> None:
+def _compress(options: argparse.Namespace) -> int:
     from rl_sparsity_tf.layers.loading import user_modules
 
     with user_modules(options.imports):
-        _compress_known(options)
+        return _compress_known(options)
 
 
-def _compress_known(options: argparse.Namespace) -> None:
+def _compress_known(options: argparse.Namespace) -> int:
     from rl_sparsity_tf.agents.policies import check_policy_path
     from rl_sparsity_tf.data.datasets import load_dataset, load_npz
     from rl_sparsity_tf.errors import ModelError
@@ -416,6 +431,7 @@ def _compress_known(options: argparse.Namespace) -> None:
         result.summary()
         comparison_table(result.metrics)
         print(printable(f"files in {options.output}"))
+    return _without_file(result, options)
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -24,6 +24,8 @@ from rl_sparsity_tf.layers.structure import (
 )
 from rl_sparsity_tf.tflite.worker import WorkerError
 
+_SCALED = 1e-6
+
 
 def flat_call(model: keras.Model) -> Callable[[Sequence[Any]], list[tf.Tensor]]:
     """The model in inference mode as a function from a list to a list, in Keras's order.
@@ -132,6 +134,53 @@ def reference_outputs(
                 )
         parts.append([np.asarray(output)[:count] for output in outputs])
     return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
+
+
+def own_moves(
+    model: keras.Model,
+    inputs: Sequence[np.ndarray],
+    expected: Sequence[np.ndarray],
+    batch_size: int | None,
+) -> list[float]:
+    """How far a model's outputs move by themselves, where nothing but rounding changes.
+
+    Its float inputs are scaled by 1 + 1e-6, and its float weights change in their last place: what
+    a runtime rounds otherwise may move the outputs as far.
+
+    Args:
+        model: The model; its weights are as they were when this returns.
+        inputs: One array of rows per input.
+        expected: Its outputs for them.
+        batch_size: As in [reference_outputs][].
+
+    Returns:
+        The largest absolute change of each output; infinite if it is no number any more.
+    """
+    scaled = [
+        (array * (1.0 + _SCALED)).astype(array.dtype) if array.dtype.kind == "f" else array
+        for array in inputs
+    ]
+    changed = [reference_outputs(model, scaled, batch_size)]
+    rng, kept = np.random.default_rng(0), model.get_weights()
+    try:
+        model.set_weights([_in_last_place(value, rng) for value in kept])
+        changed.append(reference_outputs(model, inputs, batch_size))
+    finally:
+        model.set_weights(kept)
+    moves = []
+    for index, wanted in enumerate(expected):
+        differences = [np.abs(outputs[index].astype(np.float64) - wanted) for outputs in changed]
+        moved = max(float(np.max(one, initial=0.0)) for one in differences)
+        moves.append(moved if np.isfinite(moved) else float("inf"))
+    return moves
+
+
+def _in_last_place(value: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Values that are up to one unit in the last place away, if they are floats."""
+    if value.dtype.kind != "f":
+        return value
+    step = np.finfo(value.dtype).eps * rng.integers(-1, 2, value.shape)
+    return (value * (1.0 + step)).astype(value.dtype)
 
 
 _REASON_CHARACTERS = 300

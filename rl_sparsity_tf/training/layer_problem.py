@@ -140,6 +140,10 @@ class _Window:
         return (before, 0), (size + before - reach) // stride + 1
 
 
+# Of an input's mean square, what rounding on the way to it may be: (1e-4)^2.
+_ROUNDING = 1e-8
+
+
 @dataclasses.dataclass(frozen=True)
 class Moments:
     """What the rows say, and all that a fit needs of them.
@@ -155,6 +159,15 @@ class Moments:
     mean: np.ndarray
     gram: np.ndarray
     cross: np.ndarray
+
+    @property
+    def rounding(self) -> float:
+        """What the rows' energy about their mean may be by rounding alone.
+
+        Inputs that are constant but for that would be fitted with weights without bound.
+        """
+        about_mean = np.einsum("...kk->...k", self.gram).mean()
+        return _ROUNDING * float(about_mean + np.mean(np.square(self.mean)))
 
 
 # Ordinary activations are computed with as they are, in the unit 1.
@@ -365,7 +378,8 @@ class LayerProblem:
         else:
             fit = fit_depthwise if self._source.depthwise else fit_masked
             gram = self._gram_of(moments)
-            fitted = fit(gram, moments.cross, self.original, live, ridge=self.ridge)
+            least = moments.rounding
+            fitted = fit(gram, moments.cross, self.original, live, ridge=self.ridge, least=least)
             weights = fitted.astype(np.float32)
         return self._projected(weights, live) if self._constrained else weights
 

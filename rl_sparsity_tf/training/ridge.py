@@ -10,6 +10,7 @@ EXACT_SURVIVORS = 1024
 CHUNK_BYTES = 64 * 2**20
 """Memory that the systems solved at the same time may take."""
 
+_QUIET = 0.1
 _ITERATIONS = 64
 _TOLERANCE = 1e-4
 _LEAST_RIDGE = 1e-12
@@ -32,6 +33,7 @@ def fit_masked(
     live: np.ndarray,
     *,
     ridge: float,
+    least: float = 0.0,
     chunk_bytes: int = CHUNK_BYTES,
     exact_survivors: int = EXACT_SURVIVORS,
 ) -> np.ndarray:
@@ -53,6 +55,7 @@ def fit_masked(
         start: \(w^0\), shape `(inputs, outputs)`.
         live: Booleans, shape `(inputs, outputs)`.
         ridge: Strength of the ridge, unit-free.
+        least: What \(\lambda\) is at least, in the unit of G: above what rounding leaves in it.
         chunk_bytes: Memory that the systems solved at the same time may take.
         exact_survivors: Above this many survivors conjugate gradients are used.
 
@@ -63,7 +66,7 @@ def fit_masked(
         >>> fit_masked(x.T @ x / len(x), x.T @ y / len(x), w, w != 0, ridge=1e-3)
     """
     weights = np.zeros(start.shape, np.float64)
-    strength = float(ridge_strength(np.diag(gram), ridge))
+    strength = max(float(ridge_strength(np.diag(gram), ridge)), least)
     # Weights are in single precision, which the strength itself may be beyond.
     mantissa, exponent = np.frexp(strength)
     wanted = cross + np.ldexp((float(mantissa) * start).astype(np.float64), int(exponent))
@@ -102,8 +105,12 @@ def fit_depthwise(
     live: np.ndarray,
     *,
     ridge: float,
+    least: float = 0.0,
 ) -> np.ndarray:
     """[fit_masked][] where every output has inputs of its own.
+
+    A channel that is all but dead says nothing that could be made louder: none has a ridge of less
+    than a tenth of what the mean channel has.
 
     Args:
         gram: Shape `(outputs, positions, positions)`.
@@ -111,6 +118,7 @@ def fit_depthwise(
         start: The trained weights, shape `(positions, outputs)`.
         live: Booleans of the same shape.
         ridge: Strength of the ridge, unit-free; relative to every output's own diagonal.
+        least: As in [fit_masked][].
 
     Returns:
         Float64 of shape `(positions, outputs)`.
@@ -118,7 +126,8 @@ def fit_depthwise(
     mask = live.T.astype(np.float64)
     weights = start.T * mask
     diagonal = np.einsum("okk->ok", gram)
-    strength = ridge_strength(diagonal, ridge)
+    quiet = _QUIET * max(ridge, _LEAST_RIDGE) * float(diagonal.mean())
+    strength = np.maximum(ridge_strength(diagonal, ridge), max(least, quiet))
     residual = (cross.T - np.einsum("okl,ol->ok", gram, weights)) * mask
     system = gram * mask[:, :, None] * mask[:, None, :]
     positions = np.arange(gram.shape[1])

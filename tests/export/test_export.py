@@ -214,7 +214,7 @@ def test_a_recurrent_model_gets_a_batch_of_one_and_then_matches(tmp_path):
     report = export_tflite(model, path, "none")
     assert report.batch_size == 1
     assert any("1 row per call" in note for note in report.notes)
-    assert any("reset_all_variables" in note for note in report.notes)
+    assert not any("reset_all_variables" in note for note in report.notes)
     x = np.random.default_rng(0).normal(size=(7, 5, 3)).astype(np.float32)
     np.testing.assert_allclose(predict_tflite(path, x), model.predict(x, verbose=0), atol=1e-5)
     asked = export_tflite(model, tmp_path / "n.tflite", "none", batch_size=2)

@@ -319,15 +319,18 @@ def test_search_results_wrapped_and_shrunk_models_are_taken(tmp_path):
     assert small.tflite_bytes < plain.tflite_bytes
 
 
-def test_an_lstm_is_taken_and_its_state_is_told_of(tmp_path):
+def test_an_lstm_is_taken_and_keeps_its_state_only_on_request(tmp_path):
     model = seeded(
         lambda: keras.Sequential([layers.Input((5, 4)), layers.LSTM(6), layers.Dense(3)])
     )
     report = export_micro(model, tmp_path / "m.h", rows_for(model))
-    assert "UNIDIRECTIONAL_SEQUENCE_LSTM" in report.operators
+    assert {"UNIDIRECTIONAL_SEQUENCE_LSTM", "BROADCAST_TO"} <= set(report.operators)
+    assert "Reset()" not in (tmp_path / "m.h").read_text()
+    report = export_micro(model, tmp_path / "n.h", rows_for(model), stateful=True)
+    assert "BROADCAST_TO" not in report.operators
     assert any("call interpreter.Reset() before every sequence" in note for note in report.notes)
     assert not any("reset_all_variables" in note for note in report.notes)
-    assert "Reset()" in (tmp_path / "m.h").read_text()
+    assert "Reset()" in (tmp_path / "n.h").read_text()
 
 
 def test_ids_stay_integers(tmp_path):

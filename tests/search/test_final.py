@@ -15,6 +15,7 @@ from rl_sparsity_tf.data.metrics import Metric, Score
 from rl_sparsity_tf.errors import ArgumentError, TargetError
 from rl_sparsity_tf.search import final
 from rl_sparsity_tf.search.final import play_final, winner
+from rl_sparsity_tf.search.finishing import Exported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Ended:
 
     validation: Score
     candidate: object = None
+    exported: object = Exported(content=b"", report="made", test=None)
+    warnings: tuple = ()
 
 
 def candidate(name, plan=None):

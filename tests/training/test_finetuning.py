@@ -1,6 +1,7 @@
 """Fine-tuning: what a teacher adds, and layers that train as the integers they become."""
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -229,11 +230,12 @@ def test_a_student_follows_its_teacher_where_the_labels_say_nothing():
     loss = losses.SparseCategoricalCrossentropy(from_logits=True)
     teacher, x = network(loss, seed=1), rows(64)
     y = np.random.default_rng(3).integers(0, 4, 64)
+    taught = teacher.predict(x, verbose=0).argmax(-1)
     agreement = {}
     for share in (0.0, 0.9):
         student = network(loss, seed=2)
         data = training_data((x, y), student, batch_size=16)
-        validation = evaluation_data((x, y), student, "validation_data")
+        validation = evaluation_data((x, taught), student, "validation_data")
         wrapped = rls.wrap(student, HALF, train_masks=True)
         finetune(
             wrapped,
@@ -245,8 +247,7 @@ def test_a_student_follows_its_teacher_where_the_labels_say_nothing():
             teacher=teacher,
             distillation=share,
         )
-        same = wrapped.predict(x, verbose=0).argmax(-1) == teacher.predict(x, verbose=0).argmax(-1)
-        agreement[share] = same.mean()
+        agreement[share] = (wrapped.predict(x, verbose=0).argmax(-1) == taught).mean()
     assert agreement[0.9] > 0.85
     assert agreement[0.0] < 0.7
 
@@ -424,6 +425,24 @@ def test_training_on_the_grid_beats_rounding_afterwards_at_4_bits():
             stripped = rls.strip(rls.wrap(stripped, after))
         found[quantize] = stripped.evaluate(x, y, verbose=0)
     assert found[True] < 0.8 * found[False]
+
+
+def test_what_was_there_before_a_training_that_diverges_is_kept(caplog):
+    model, x = network("mse", metrics=["mae"]), rows(64)
+    y = model.predict(x, verbose=0)
+    data = training_data((x, y), model, batch_size=16)
+    validation = evaluation_data((x, y), model, "validation_data")
+    for rate, last in ((50.0, r"\d"), (1e38, "nan|inf")):
+        wrapped = rls.wrap(model, HALF, train_masks=True)
+        before, found = wrapped.get_weights(), []
+        arguments = (wrapped, data, validation, Metric("mae", False))
+        score = finetune(*arguments, epochs=2, learning_rate=rate, warnings=found)
+        assert score == finetune(*arguments, epochs=0)
+        assert len(found) == 1
+        assert re.search(rf"worse on the validation data \(loss .* -> ({last})", found[0])
+        assert found[0] in caplog.text
+        for one, other in zip(wrapped.get_weights(), before, strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 # ---------------------------------------------------------------------------- finish

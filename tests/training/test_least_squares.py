@@ -459,3 +459,28 @@ def test_stripping_a_recovered_network_keeps_its_function():
     again = wrap(fitted.model, plan_of(fitted.wrapped))
     apply_plan(again, plan_of(fitted.wrapped).kernels)
     assert tf.reduce_all(tf.math.is_finite(again(fitted.x)))
+
+
+def test_what_only_rounding_tells_apart_is_not_made_louder():
+    """Inputs that died in the compressed network: constant, or all but zero in one channel."""
+    keras.utils.set_random_seed(0)
+    x = np.random.default_rng(0).normal(size=(512, 4, 4, 3)).astype(np.float32)
+    stack = [
+        L.Input((4, 4, 3)),
+        L.DepthwiseConv2D(3, use_bias=False, name="depthwise"),
+        L.Flatten(),
+        L.Dense(5, name="dense"),
+    ]
+    model = keras.Sequential(stack)
+    wrapped = wrap(model)
+    kernels = find_kernels(wrapped)
+    cut = {kernel.path: kernel.grouping("element") for kernel in kernels}
+    problems = LeastSquares(wrapped, kernels, cut, x).problems
+    quiet = x * np.float32([1, 1e-6, 1])
+    constant = np.float32(3) + np.float32(3e-7) * np.random.default_rng(1).normal(size=(512, 12))
+    given = {"depthwise/depthwise_kernel": quiet, "dense/kernel": constant.astype(np.float32)}
+    for path, inputs in given.items():
+        problem = problems[path]
+        operations = np.full(problem.grouping.shape, Operation.KEEP, np.uint8)
+        found = problem.solve(operations, 8, problem.moments(problem.take(inputs)))
+        assert np.abs(found).max() < 20 * np.abs(problem.original).max(), path
