@@ -34,19 +34,13 @@ _ROUNDING, _ROUNDING_16_BIT, _SENSITIVITY = 1e-6, 1e-3, 10
 
 
 def check_copy(model: keras.Model, copied: keras.Model, *, folded: bool = False) -> None:
-    """Raises if a copy is another model: by its outputs, its own losses or what is frozen.
+    """Raises `ModelError` if a copy differs in its outputs, its own losses or what is frozen.
 
     Both are called once on two made-up rows, and are as they were after it. A model that is random
     at inference is not compared by values; one that raises on such rows only by what is frozen and
-    by how many functions are among its losses.
-
-    Args:
-        model: The original, plain or wrapped.
-        copied: Its copy, before anything else is done to it.
-        folded: Whether weights were removed and folded in each other.
-
-    Raises:
-        ModelError: Saying what differs.
+    by how many functions are among its losses. It is for copies to which nothing else has been done
+    yet, but that weights were removed and folded in each other: `folded` allows for what that
+    changes.
     """
     _check_frozen(model, copied)
     if any(is_pruning_wrapper(layer) for _, layer in walk(model)):
@@ -78,15 +72,10 @@ def check_copy(model: keras.Model, copied: keras.Model, *, folded: bool = False)
 
 
 def check_figures(model: keras.Model, copied: keras.Model, batch: tuple[Any, Any, Any]) -> None:
-    """Raises if a copy's loss or metrics are not those of its original on a few rows of data.
+    """Raises `ModelError` if a copy's loss or metrics differ from its original's on a few rows.
 
-    Args:
-        model: The original, compiled; its metrics, states and containers are as they were after it.
-        copied: The copy, compiled with the same loss and metrics, or further ones.
-        batch: Data for both.
-
-    Raises:
-        ModelError: Saying what differs.
+    The copy is compiled with the same loss and metrics, or further ones. The original's metrics,
+    states and containers are as they were after it.
     """
     if model.distribute_strategy is not tf.distribute.get_strategy():
         return  # Its metrics can only be updated by its strategy's replicas.

@@ -32,11 +32,8 @@ Convert = Callable[[keras.layers.Layer], keras.layers.Layer]
 def copy_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
     """Makes a layer of the same class, configuration and name, with weights of its own.
 
-    Args:
-        layer: A layer that is no Sequential or functional model.
-
-    Raises:
-        ModelError: If the class neither describes itself (`get_config`) nor can be copied.
+    The layer must be no Sequential or functional model. Raises `ModelError` if its class neither
+    describes itself (`get_config`) nor can be copied.
     """
     try:
         # A class without a get_config of its own leaves name and type out; Keras warns of it.
@@ -89,18 +86,11 @@ _GRAPH_LINKS = ("_inbound_nodes_value", "_outbound_nodes_value")
 
 
 def rebuild(model: keras.Model, convert: Convert) -> keras.Model:
-    """Rebuilds a model with every layer converted, descending into nested models.
+    """Rebuilds a built model with every layer converted, descending into nested models.
 
-    Args:
-        model: A built Sequential, functional or subclassed model.
-        convert: Called once with every layer that is no Sequential or functional model; returns
-            the layer to put in its place.
-
-    Returns:
-        A built model of the same class; its weights are not copied.
-
-    Raises:
-        ModelError: If the model or a layer cannot be rebuilt.
+    `convert` is called once with every layer that is no Sequential or functional model, and returns
+    the layer to put in its place. The result is built; the weights are not copied. Raises
+    `ModelError` if the model or a layer cannot be rebuilt.
     """
     converted: dict[int, keras.layers.Layer] = {}
 
@@ -275,10 +265,9 @@ def _call_once(shell: keras.Model, model: keras.Model) -> None:
 
 
 def copy_weights(source: keras.layers.Layer, destination: keras.layers.Layer) -> None:
-    """Gives one layer the weights of another, whose copy it is, and freezes what is frozen there.
+    """Gives a layer the weights of another, whose copy it is, and freezes what is frozen there.
 
-    Raises:
-        ModelError: If the weights differ in number or shape, as when two layers share a variable.
+    Raises `ModelError` if they differ in number or shape, as when two layers share a variable.
     """
     if _shapes(destination) != _shapes(source):
         raise ModelError(
@@ -340,16 +329,10 @@ def compile_arguments(
 ) -> dict[str, Any] | None:
     """What a model was compiled with, fit for compiling a copy; None if it was not compiled.
 
-    Metrics and optimizers carry variables and are made anew, without state; so are losses that
-    hold variables, with their state. What holds none is shared.
-
-    Args:
-        model: The model.
-        copied: The copy that is to be compiled. What refers to the model, such as a method of it
-            that is its loss, then refers to the copy.
-
-    Raises:
-        ModelError: If a metric, loss, optimizer or schedule cannot be copied.
+    Metrics and optimizers carry variables and are made anew, without state; so are losses that hold
+    variables, with their state. What holds none is shared. What refers to the model, such as a
+    method of it that is its loss, refers to `copied` in the result. Raises `ModelError` if a
+    metric, loss, optimizer or schedule cannot be copied.
     """
     config = getattr(model, "_compile_config", None)
     if config is None or getattr(model, "optimizer", None) is None:
@@ -371,13 +354,8 @@ def compile_arguments(
 def fresh_optimizer(model: keras.Model, copied: keras.Model | None = None) -> Any:
     """An optimizer with the settings of the model's, and no state.
 
-    Args:
-        model: A compiled model.
-        copied: The copy that it is to train, whose variables take the place of the model's where
-            some are excluded from weight decay.
-
-    Raises:
-        ModelError: If it cannot be made.
+    The variables of `copied`, which it is to train, take the place of the model's where some are
+    excluded from weight decay. Raises `ModelError` if it cannot be made.
     """
     return tf.nest.map_structure(lambda one: _fresh(one, model, copied), model.optimizer)
 

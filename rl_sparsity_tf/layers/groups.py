@@ -27,12 +27,8 @@ class Grouping:
     """Groups of a kernel viewed as `(inputs, outputs)`: blocks along the inputs of one output.
 
     The groups form a grid of shape `(rows, outputs)`. Where the block size does not divide the
-    inputs, the last block of every output is shorter.
-
-    Attributes:
-        group: One of [KINDS][]. The groups of a pattern are single weights.
-        inputs: Rows of the kernel's matrix.
-        outputs: Columns of the kernel's matrix.
+    inputs, the last block of every output is shorter. `group` is one of [KINDS][]; the groups of a
+    pattern are single weights.
 
     Example:
         >>> Grouping("block4", inputs=10, outputs=3).shape
@@ -92,14 +88,10 @@ class Grouping:
         return np.broadcast_to(column[:, None], self.shape)
 
     def expand(self, grid: tf.Tensor) -> tf.Tensor:
-        """Spreads one value per group over its weights.
+        """Spreads one value per group, shape `(rows, outputs)`, over its weights.
 
-        Args:
-            grid: Shape `(rows, outputs)`.
-
-        Returns:
-            A tensor that broadcasts with `(inputs, outputs)`: that shape, or `(1, outputs)` for
-            whole channels.
+        The result broadcasts with `(inputs, outputs)`: it has that shape, or `(1, outputs)` for
+        whole channels.
         """
         if self.block == 1 or self.rows == 1:
             return grid
@@ -112,14 +104,7 @@ class Grouping:
         return tf.concat([head, tf.broadcast_to(grid[full:], (tail, self.outputs))], axis=0)
 
     def reduce_sum(self, matrix: tf.Tensor) -> tf.Tensor:
-        """Sums the weights of each group.
-
-        Args:
-            matrix: Shape `(inputs, outputs)`.
-
-        Returns:
-            A tensor of shape `(rows, outputs)`.
-        """
+        """Sums the weights of each group: `(inputs, outputs)` becomes `(rows, outputs)`."""
         if self.block == 1:
             return matrix
         padded = tf.pad(matrix, [[0, self.rows * self.block - self.inputs], [0, 0]])
@@ -136,14 +121,9 @@ class Grouping:
         return np.repeat(grid, self.block, axis=0)[: self.inputs]
 
     def in_blocks(self, matrix: np.ndarray, fill: float = 0.0) -> np.ndarray:
-        """A matrix of `(inputs, outputs)` cut into the blocks of M that a pattern is about.
+        """Cuts a matrix `(inputs, outputs)` into the blocks of a pattern: `(blocks, M, outputs)`.
 
-        Args:
-            matrix: Shape `(inputs, outputs)`.
-            fill: What a shorter tail is filled up with.
-
-        Returns:
-            Shape `(blocks, M, outputs)`.
+        A shorter tail is filled up with `fill`.
         """
         of = self._pattern[1]
         short = -self.inputs % of
@@ -162,13 +142,8 @@ class Grouping:
     def largest(self, scores: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
         """Marks the weights of highest score in every block; of equals the first go.
 
-        Args:
-            scores: Shape `(inputs, outputs)`.
-            counts: How many to mark, broadcastable to `(blocks, outputs)`; by default as many as
-                the pattern lets live.
-
-        Returns:
-            Booleans of the same shape.
+        Scores and marks have shape `(inputs, outputs)`. `counts`, how many to mark, broadcasts to
+        `(blocks, outputs)`; by default as many as the pattern lets live.
         """
         blocks = self.in_blocks(scores, fill=-np.inf)
         counts = self.most if counts is None else counts
@@ -178,14 +153,10 @@ class Grouping:
         return live.reshape(-1, self.outputs)[: self.inputs]
 
     def check_pattern(self, live: np.ndarray, whole: bool = False) -> None:
-        """Raises unless what lives keeps the pattern, if the groups have one.
+        """Raises `ArgumentError` for the first block that keeps more than a pattern lets live.
 
-        Args:
-            live: Booleans, shape `(inputs, outputs)`.
-            whole: Whether blocks that nothing is pruned from are excepted.
-
-        Raises:
-            ArgumentError: Naming the first block that keeps too many.
+        Groups without a pattern pass; with `whole`, so do blocks that nothing is pruned from.
+        `live` has shape `(inputs, outputs)`.
         """
         if self.pattern is None:
             return

@@ -30,8 +30,6 @@ class Kernel:
         path: Layer path and attribute, e.g. `"encoder/dense/kernel"` or `"lstm/cell/kernel"`;
             unique in the model.
         layer: The layer of the model's graph that it belongs to (the inner one if it is wrapped).
-        spec: How the kernel is viewed as a matrix.
-        wrapper: The wrapper around the layer, if there is one.
     """
 
     path: str
@@ -41,7 +39,7 @@ class Kernel:
 
     @property
     def variable(self) -> tf.Variable:
-        """The kernel's variable."""
+        """What the spec's attribute leads to, looked up at every access."""
         return follow(self.layer, self.spec.attribute)
 
     @property
@@ -51,7 +49,7 @@ class Kernel:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the kernel variable."""
+        """Shape of the variable, not of its matrix."""
         return tuple(int(size) for size in self.variable.shape)
 
     @functools.cached_property
@@ -68,7 +66,7 @@ class Kernel:
         return self.spec.to_matrix_numpy(self.value())
 
     def grouping(self, group: str) -> Grouping:
-        """The kernel's groups."""
+        """How the kernel's matrix is cut into groups of a kind."""
         return self.spec.grouping(self.shape, group)
 
 
@@ -125,13 +123,10 @@ def weight_pairs(
 
 
 def find_kernels(model: keras.Model) -> list[Kernel]:
-    """Lists the compressible kernels of a model in the order of its layers.
+    """Lists the compressible kernels of a built model in the order of its layers.
 
-    Args:
-        model: A built model, plain or wrapped.
-
-    Returns:
-        The kernels, each variable once; layers of classes that are not known are passed over.
+    The model may be wrapped. Each variable is there once; layers of classes that are not known are
+    passed over.
     """
     found = []
     seen: set[int] = set()
@@ -147,10 +142,9 @@ def find_kernels(model: keras.Model) -> list[Kernel]:
 
 
 def check_model(model: object) -> None:
-    """Raises unless a model can be taken apart: a built tf_keras model.
+    """Raises `ModelError` unless a model can be taken apart: a built tf_keras model.
 
-    Raises:
-        ModelError: Saying what was received, what was expected and how to mend it.
+    The error says how to make one of what was received, if that can be told.
     """
     if not isinstance(model, keras.Model):
         received = f"{type(model).__name__} from module {type(model).__module__!r}"
@@ -218,9 +212,7 @@ def count_weights(model: keras.Model) -> tuple[int, int]:
 def sparsity_of(model: keras.Model, dense: keras.Model | None = None) -> float:
     """Share of zeros among all weights of rank >= 2 of a plain model.
 
-    Args:
-        model: The model.
-        dense: The model that it was made of, where some weights may be gone: they count as zeros.
+    Weights that are gone count as zeros, if `dense`, the model that it was made of, is given.
     """
     zeros, elements = count_weights(model)
     whole = elements if dense is None else count_weights(dense)[1]
@@ -231,12 +223,9 @@ _SEED = 0
 
 
 def check_constraints(kernels: Iterable[Kernel]) -> None:
-    """Raises unless kernels can be pruned and keep their constraints.
+    """Raises `ModelError` unless kernels can be pruned and keep their constraints.
 
     Zeros have to stay zeros under a constraint. Seen by trying it: half of the weights are pruned.
-
-    Raises:
-        ModelError: Naming the kernel and its constraint.
     """
     for kernel in kernels:
         constraint = constraint_of(kernel.variable)

@@ -382,11 +382,8 @@ def _damaged(path: Path, error: Exception) -> ModelError:
 def user_modules(names: Sequence[str]) -> Iterator[None]:
     """Imports modules; while the context lasts, Keras knows their classes, registered or not.
 
-    Args:
-        names: Modules that are installed or in the current folder, which is looked through first.
-
-    Raises:
-        ArgumentError: If one cannot be imported, or was written for Keras 3.
+    The current folder is looked through first. Raises `ArgumentError` if a module cannot be
+    imported, or was written for Keras 3.
     """
     for name in names:
         _check_name(name)

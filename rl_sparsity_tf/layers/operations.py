@@ -51,16 +51,10 @@ def stored_as_integers(operations: np.ndarray) -> bool:
 
 
 def grid_groups(operations: np.ndarray) -> np.ndarray:
-    """Which groups are put on the integer grid.
+    """Which groups are put on the integer grid, as booleans of the operations' shape.
 
-    The quantized ones; and in a kernel that is stored as integers, because no living group is
-    kept at full precision, every group.
-
-    Args:
-        operations: One operation per group.
-
-    Returns:
-        Booleans of the same shape.
+    The quantized ones; and in a kernel that is stored as integers, because no living group is kept
+    at full precision, every group.
     """
     if stored_as_integers(operations):
         return np.ones(operations.shape, bool)
@@ -70,13 +64,9 @@ def grid_groups(operations: np.ndarray) -> np.ndarray:
 def swaps_of(operations: np.ndarray, grouping: Grouping) -> np.ndarray:
     """Finds which neighbours swap: pair `(2i, 2i+1)` does when exactly one of the two asks.
 
-    Args:
-        operations: One [Operation][] per group, shape `grouping.shape`.
-        grouping: How the kernel is cut.
-
-    Returns:
-        Booleans of shape `(grouping.pairs, outputs)`. A last group without a neighbour, or whose
-        neighbour is a shorter tail block, stays where it is.
+    Takes one [Operation][] per group, shape `grouping.shape`; returns booleans of shape
+    `(grouping.pairs, outputs)`. A last group without a neighbour, or whose neighbour is a shorter
+    tail block, stays where it is.
     """
     asks = np.asarray(operations) == Operation.SHUFFLE
     pairs = grouping.pairs
@@ -86,13 +76,8 @@ def swaps_of(operations: np.ndarray, grouping: Grouping) -> np.ndarray:
 def permute(matrix: tf.Tensor, swaps: tf.Tensor, grouping: Grouping) -> tf.Tensor:
     """Swaps the contents of neighbouring groups; its own inverse.
 
-    Args:
-        matrix: Kernel, shape `(inputs, outputs)`.
-        swaps: Booleans, shape `(grouping.pairs, outputs)`.
-        grouping: How the kernel is cut.
-
-    Returns:
-        A matrix of the same shape and dtype.
+    `matrix` has shape `(inputs, outputs)`, `swaps` holds booleans of shape `(grouping.pairs,
+    outputs)`.
     """
     pairs, block = grouping.pairs, grouping.block
     if pairs == 0:
@@ -109,13 +94,7 @@ def permute(matrix: tf.Tensor, swaps: tf.Tensor, grouping: Grouping) -> tf.Tenso
 def mask_weights(matrix: tf.Tensor, mask: tf.Tensor, grouping: Grouping) -> tf.Tensor:
     """Multiplies every group by its mask value; gradients of masked weights are masked too.
 
-    Args:
-        matrix: Kernel, shape `(inputs, outputs)`.
-        mask: Mask values, shape `grouping.shape`.
-        grouping: How the kernel is cut.
-
-    Returns:
-        A matrix of the same shape and dtype.
+    `matrix` has shape `(inputs, outputs)`, `mask` shape `grouping.shape`.
     """
     return matrix * grouping.expand(tf.cast(mask, matrix.dtype))
 
@@ -125,20 +104,13 @@ def mask_weights_straight_through(
 ) -> tf.Tensor:
     r"""Masks the groups, and lets gradients pass as if the mask were not there.
 
-    Forward: \(y = m \odot W\) with the hard mask \(m\). Backward:
-    \(\partial L/\partial W = \partial L/\partial y\), also where \(m = 0\) (the "dense shadow
-    weights" of Lin et al. 2020, "Dynamic model pruning with feedback", arXiv 2006.07253), and
-    \(\partial L/\partial \ell_g = \sum_{i \in g} W_i \, \partial L/\partial y_i\) for the logit of
-    group g (Bengio et al. 2013, arXiv 1308.3432), so that a pruned group can come back.
+    Forward: \(y = m \odot W\) with the hard mask \(m\). Backward: \(\partial L/\partial W =
+    \partial L/\partial y\), also where \(m = 0\) (the "dense shadow weights" of Lin et al. 2020,
+    "Dynamic model pruning with feedback", arXiv 2006.07253), and \(\partial L/\partial \ell_g =
+    \sum_{i \in g} W_i \, \partial L/\partial y_i\) for the logit of group g (Bengio et al. 2013,
+    arXiv 1308.3432), so that a pruned group can come back.
 
-    Args:
-        matrix: Kernel, shape `(inputs, outputs)`.
-        mask: Hard 0/1 mask, shape `grouping.shape`.
-        logits: One logit per group, shape `grouping.shape`; receives the mask's gradient.
-        grouping: How the kernel is cut.
-
-    Returns:
-        A matrix of the same shape and dtype.
+    `matrix` has shape `(inputs, outputs)`; the 0/1 `mask` and `logits` have shape `grouping.shape`.
     """
 
     @tf.custom_gradient
@@ -156,10 +128,10 @@ def mask_weights_straight_through(
 def grid_scale(
     matrix: tf.Tensor, levels: tf.Tensor, per_output: bool = True, gates: int = 1
 ) -> tf.Tensor:
-    """The step of TFLite's symmetric grid: largest magnitude / levels.
+    """The step of TFLite's symmetric grid for a masked kernel: largest magnitude / levels.
 
     Args:
-        matrix: Masked kernel, shape `(inputs, outputs)`.
+        matrix: Shape `(inputs, outputs)`.
         levels: Largest integer of the grid, scalar: 127 for int8, 7 for int4. Pass a variable or an
             input rather than a constant: graph optimisation turns a division by a constant into
             a multiplication, which rounds differently.
@@ -190,18 +162,9 @@ def quantize(
     r"""Puts chosen groups on TFLite's symmetric integer grid, with a straight-through gradient.
 
     Forward: \(s \cdot \mathrm{clip}(\mathrm{round}(W / s), -q, q)\) with \(q\) = `levels` and the
-    scale \(s\) taken over all weights of the scale's range, on the grid or not. Backward: identity.
-
-    Args:
-        matrix: Masked kernel, shape `(inputs, outputs)`.
-        on_grid: Booleans, shape `grouping.shape`: the groups to put on the grid.
-        levels: Largest integer of the grid, scalar (see [grid_scale][]).
-        grouping: How the kernel is cut.
-        per_output: One scale per output unit, or one per tensor.
-        gates: Tensors side by side in the matrix (see [grid_scale][]).
-
-    Returns:
-        A matrix of the same shape and dtype.
+    scale \(s\) of [grid_scale][] taken over all weights of the scale's range, on the grid or not.
+    Backward: identity. `matrix` is masked and has shape `(inputs, outputs)`; `on_grid` holds
+    booleans of shape `grouping.shape`.
     """
     # Read outside: a custom gradient refuses trainable variables that are read inside it.
     q = tf.cast(tf.convert_to_tensor(levels), matrix.dtype)
@@ -230,14 +193,9 @@ def hard_concrete_sample(logits: tf.Tensor) -> tf.Tensor:
     r"""Samples mask values from the hard concrete distribution, differentiable in the logits.
 
     \(s = \sigma((\log u - \log(1-u) + \log\alpha)/\beta)\), \(\bar s = s(\zeta-\gamma)+\gamma\),
-    \(z = \min(1, \max(0, \bar s))\): equations 10 to 11 of Louizos et al. 2018, "Learning sparse
-    neural networks through L0 regularization", arXiv 1712.01312.
-
-    Args:
-        logits: \(\log\alpha\), any shape.
-
-    Returns:
-        Values in [0, 1] of the same shape; 0 and 1 have positive probability.
+    \(z = \min(1, \max(0, \bar s))\), with the logits \(\log\alpha\): equations 10 to 11 of Louizos
+    et al. 2018, "Learning sparse neural networks through L0 regularization", arXiv 1712.01312. The
+    values 0 and 1 have positive probability.
     """
     u = tf.random.uniform(tf.shape(logits), 1e-6, 1.0 - 1e-6, dtype=logits.dtype)
     s = tf.sigmoid((tf.math.log(u) - tf.math.log1p(-u) + logits) / _BETA)
@@ -247,14 +205,9 @@ def hard_concrete_sample(logits: tf.Tensor) -> tf.Tensor:
 def select_live(scores: np.ndarray, sizes: np.ndarray, weights_to_prune: int) -> np.ndarray:
     """Chooses the groups that live: prunes those of lowest score until enough weights are gone.
 
-    Args:
-        scores: One score per group, any shape; ties go to the group that comes first.
-        sizes: Weights per group, same shape.
-        weights_to_prune: Weights to prune at least; the smallest number of groups that reaches it
-            is pruned, and at least one group lives.
-
-    Returns:
-        Booleans of the same shape, True where the group lives.
+    Scores and sizes (weights per group) have one shape, any; so have the booleans that are
+    returned. Ties go to the group that comes first. The smallest number of groups that reaches
+    `weights_to_prune` is pruned, and at least one group lives.
 
     Example:
         >>> select_live(np.array([[3.0, 1.0, 2.0]]), np.ones((1, 3)), 2)
@@ -273,13 +226,8 @@ def select_live(scores: np.ndarray, sizes: np.ndarray, weights_to_prune: int) ->
 def magnitude(matrix: np.ndarray, group_sums: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Root mean square of every group, relative to that of the whole kernel.
 
-    Args:
-        matrix: Kernel, shape `(inputs, outputs)`.
-        group_sums: Sum of squares per group.
-        sizes: Weights per group, same shape.
-
-    Returns:
-        Saliencies of the groups' shape; 1 is average, and all 0 for a kernel of zeros.
+    `matrix` has shape `(inputs, outputs)`; `group_sums` (sums of squares) and `sizes` (weights)
+    have one value per group. 1 is average; all are 0 for a kernel of zeros.
     """
     overall = float(np.sqrt(np.mean(np.square(matrix, dtype=np.float64))))
     return np.sqrt(group_sums / sizes) / (overall if overall > 0 else 1.0)
@@ -304,9 +252,7 @@ def project(variable: Any, value: np.ndarray) -> np.ndarray:
 def holds_when_masked(constraint: Constraint | None, *, moved: bool = False) -> bool:
     """Whether what meets a constraint still meets it with some weights masked.
 
-    Args:
-        constraint: The constraint, if there is one.
-        moved: Whether weights change their places, too.
+    With `moved`, weights change their places, too.
     """
     if constraint is None or type(constraint) is keras.constraints.NonNeg:
         return True

@@ -37,8 +37,7 @@ class KernelRule:
         sparsity: Share of the kernel's weights to prune, in [0, 1).
         method: What is pruned first: `"magnitude"`, the groups of smallest root mean square.
         group: Kind of groups; of a pattern always single weights.
-        quantize: Whether the groups that stay are quantized.
-        bits: 8 or 4, the grid if they are.
+        quantize: Whether the groups that stay are quantized, to the grid of `bits`, 8 or 4.
         pattern: `"2:4"` in place of a sparsity: of 4 consecutive inputs of an output the 2 largest
             weights stay, of a shorter tail half of them.
     """
@@ -102,11 +101,7 @@ class KernelRule:
 
     @classmethod
     def from_dict(cls, entry: Any) -> KernelRule:
-        """Reads a rule's entry.
-
-        Raises:
-            PlanError: If a field is missing, unknown or malformed.
-        """
+        """Reads a rule's entry; raises `PlanError` if a field is missing, unknown or malformed."""
         if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
             raise PlanError(
                 f"The plan has the entry {entry!r}. Expected an object with the path of a kernel."

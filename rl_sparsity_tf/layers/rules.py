@@ -38,13 +38,13 @@ class KernelSelection:
     weights count in a sparsity all the same.
 
     A kernel is frozen if Keras does not train it: it, its layer or a model around it is not
-    `trainable`. Frozen kernels are decided on only where `include` matches them, and even then
-    they are only masked, quantized or shuffled: never fitted, never trained.
+    `trainable`. Frozen kernels are decided on only where `include` matches them, and even then they
+    are only masked, quantized or shuffled: never fitted, never trained.
 
     Attributes:
         paths: Paths of the kernels that are decided on, in the model's order.
         left: Path of every other kernel -> [EXCLUDED][], [NOT_INCLUDED][] or [FROZEN][].
-        frozen: Paths of all frozen kernels.
+        frozen: Paths of all frozen kernels, those that are decided on among them.
     """
 
     paths: tuple[str, ...]
@@ -55,19 +55,12 @@ class KernelSelection:
     def of(
         cls, model: keras.Model, include: Patterns | None = None, exclude: Patterns | None = None
     ) -> KernelSelection:
-        """Sorts the kernels of a model.
+        """Sorts the kernels of a built model, plain or wrapped.
 
         A pattern matches a kernel by the kernel's path, the path or name of its layer, or the path
-        or name of a model around it. `exclude` wins over `include`.
-
-        Args:
-            model: A built model, plain or wrapped.
-            include: What alone is decided on; by default all kernels that are not frozen.
-            exclude: What is left alone.
-
-        Raises:
-            ArgumentError: If one of them is no name and no list of names, or a pattern matches no
-                kernel.
+        or name of a model around it. `include` says what alone is decided on, by default all
+        kernels that are not frozen; `exclude` wins over it. Raises `ArgumentError` if one of them
+        is no name and no list of names, or a pattern matches no kernel.
 
         Example:
             >>> KernelSelection.of(model, exclude=["stem", "block*/dense/kernel"]).left
@@ -96,9 +89,8 @@ class KernelSelection:
     def check(self, model: keras.Model) -> KernelSelection:
         """Returns the selection if there is something to decide on.
 
-        Raises:
-            ModelError: If the model has no kernel, or all of those left are frozen.
-            ArgumentError: If `include` and `exclude` leave none.
+        Raises `ModelError` if the model has no kernel, or all of those left are frozen, and
+        `ArgumentError` if `include` and `exclude` leave none.
         """
         if self.paths:
             return self
@@ -121,10 +113,9 @@ class KernelSelection:
         )
 
     def check_sparsity(self, model: keras.Model, sparsity: float | None) -> None:
-        """Raises if what is left alone puts a sparsity out of reach, before anything is computed.
+        """Raises `TargetError` if what is left alone puts a sparsity out of reach.
 
-        Raises:
-            TargetError: Naming what is left alone.
+        It does so before anything is computed, and names what is left alone.
         """
         if sparsity is None or not self.left:
             return
@@ -174,8 +165,7 @@ class KernelSelection:
 def as_patterns(name: str, patterns: Patterns | None) -> tuple[str, ...] | None:
     """Checks `include` or `exclude`, and makes a tuple of it; None stays None.
 
-    Raises:
-        ArgumentError: If it is no text and no list of texts.
+    Raises `ArgumentError` if it is no text and no list of texts.
     """
     if patterns is None:
         return None
@@ -272,15 +262,10 @@ def apply_rule(rule: KernelRule, kernel: Kernel) -> KernelPlan:
 
 
 def prune_by_magnitude(matrix: np.ndarray, grouping: Grouping, sparsity: float) -> np.ndarray:
-    """Marks the groups that live when the smallest are pruned.
+    """Marks the groups that live when the smallest are pruned; at least one group lives.
 
-    Args:
-        matrix: Kernel, shape `(inputs, outputs)`.
-        grouping: How it is cut.
-        sparsity: Share of weights to prune; the smallest number of groups that reaches it is.
-
-    Returns:
-        Booleans of shape `grouping.shape`; at least one group lives.
+    The smallest number of groups is pruned that reaches `sparsity`, a share of weights. `matrix`
+    has shape `(inputs, outputs)`, the result `grouping.shape`.
     """
     squares = grouping.sum_numpy(np.square(matrix, dtype=np.float64))
     scores = magnitude(matrix, squares, grouping.sizes)
@@ -365,15 +350,9 @@ def uniform_plan(
 ) -> CompressionPlan:
     """The same sparsity in every compressible kernel, smallest groups first.
 
-    Args:
-        model: A built model.
-        sparsity: Share of *all* weights of rank >= 2 to prune, skipped layers included: the
-            compressible kernels give proportionally more where some layers are skipped.
-        group: Kind of groups.
-        quantize: Whether the groups that stay are quantized.
-
-    Raises:
-        PlanError: If the compressible kernels cannot give that many weights.
+    `sparsity` is the share of *all* weights of rank >= 2 to prune, skipped layers included: the
+    compressible kernels give proportionally more where some layers are skipped. Raises `PlanError`
+    if they cannot give that many weights.
     """
     kernels = find_kernels(model)
     compressible = sum(kernel.size for kernel in kernels)

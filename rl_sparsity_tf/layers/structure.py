@@ -60,14 +60,10 @@ def is_graph(layer: keras.layers.Layer) -> bool:
 
 
 def input_specs(model: keras.Model) -> tuple[InputSpec, ...]:
-    """Describes a built model's inputs in Keras's order.
+    """Describes a model's inputs in Keras's order; empty if it was never called or built.
 
-    Args:
-        model: A built model. Of a subclassed one, what it was called or built with is remembered;
-            its batch size counts as open.
-
-    Returns:
-        One entry per input; empty if the model was never called or built.
+    Of a subclassed model, what it was called or built with is remembered; its batch size counts as
+    open.
     """
     if is_graph(model):
         if not model.inputs:
@@ -107,12 +103,7 @@ def pack_inputs(model: keras.Model, arrays: Sequence[Any]) -> Any:
 def flat_inputs(model: keras.Model, x: Any) -> list[Any]:
     """Lists a model's inputs, given as an array, a list or tuple, or a dict by name.
 
-    Args:
-        model: A built model.
-        x: The x of `(x, y)`.
-
-    Returns:
-        One array or tensor per entry of [input_specs][]. Other entries of a dict are left out.
+    There is one per entry of [input_specs][]; other entries of a dict are left out.
     """
     if isinstance(x, dict):
         return [x[spec.name] for spec in input_specs(model)]
@@ -122,14 +113,9 @@ def flat_inputs(model: keras.Model, x: Any) -> list[Any]:
 def output_names(model: keras.Model, outputs: Any) -> list[str]:
     """The names of a model's outputs in Keras's order, as a `.tflite` file's signature has them.
 
-    Args:
-        model: A built model.
-        outputs: What the call of a subclassed model returned: its structure counts, and a None in
-            it is left out.
-
-    Returns:
-        The keys of a dict, sorted; the output layers' names, numbered as Keras numbers them where
-        one layer has several; else `output_1`, `output_2`, ...
+    They are the keys of a dict, sorted; the output layers' names, numbered as Keras numbers them
+    where one layer has several; else `output_1`, `output_2`, ... `outputs` is what the call of a
+    subclassed model returned: its structure counts, and a None in it is left out.
     """
     if is_graph(model):
         outputs = getattr(model, "_nested_outputs", model.outputs)
@@ -185,13 +171,10 @@ def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
 
 
 def recurrent_layers(model: keras.Model) -> list[keras.layers.RNN]:
-    """The LSTM, GRU, SimpleRNN, RNN and ConvLSTM layers of a model, at any depth.
+    """The LSTM, GRU, SimpleRNN, RNN and ConvLSTM layers of a built model, at any depth.
 
-    Args:
-        model: A built model; layers inside wrappers and custom layers count, too.
-
-    Returns:
-        The layers, each once, in the order in which they are reached.
+    Layers inside wrappers and custom layers count, too. Each is there once, in the order in which
+    they are reached.
     """
     return [layer for layer in all_layers(model) if isinstance(layer, keras.layers.RNN)]
 
@@ -231,11 +214,9 @@ def unreachable_sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]
 
 
 def follow(layer: keras.layers.Layer, path: str) -> Any:
-    """What a path leads to, or None if it leads nowhere (yet: some layers build when called).
+    """What a path such as `"cell/kernel"` leads to; an empty one leads to the layer itself.
 
-    Args:
-        layer: Where the path begins.
-        path: For example `"cell/kernel"`; empty for the layer itself.
+    None if it leads nowhere (yet: some layers build when called).
     """
     found: Any = layer
     for step in path.split("/") if path else ():
@@ -253,14 +234,9 @@ def follow(layer: keras.layers.Layer, path: str) -> Any:
 
 
 def owner_of(layer: keras.layers.Layer, attribute: str) -> tuple[Any, str]:
-    """The object that holds a kernel and the name it holds it under.
+    """The object that holds a kernel, e.g. `"cell/kernel"`, and the name it holds it under.
 
-    Args:
-        layer: A layer.
-        attribute: Path of the kernel's attribute, e.g. `"cell/kernel"`.
-
-    Raises:
-        ArgumentError: If the path leads nowhere.
+    Raises `ArgumentError` if the path leads nowhere.
     """
     path, _, name = attribute.rpartition("/")
     owner = follow(layer, path)
@@ -330,11 +306,7 @@ def masked_weights(wrapper: keras.layers.Layer) -> list[np.ndarray]:
 
 
 def specs_of(model: keras.Model) -> tuple[InputSpec, ...]:
-    """The model's inputs.
-
-    Raises:
-        ModelError: If the model was never called or built.
-    """
+    """The model's inputs; raises `ModelError` if it was never called or built."""
     specs = input_specs(model)
     if not specs:
         raise ModelError(
@@ -369,10 +341,8 @@ def random_rows(model: keras.Model, specs: Sequence[InputSpec], rows: int) -> li
 
     Floats are uniform in [-1, 1], which covers scaled images and most of a standardised feature;
     8-bit integers take all their values; other integers, and floats that an Embedding reads, are
-    ids: below the smallest Embedding's vocabulary, or 0 and 1 in a model without one.
-
-    Raises:
-        ArgumentError: If an input has a type that cannot be drawn, such as a string.
+    ids: below the smallest Embedding's vocabulary, or 0 and 1 in a model without one. Raises
+    `ArgumentError` if an input has a type that cannot be drawn, such as a string.
     """
     generator = np.random.default_rng(0)
     # Also those inside wrappers, custom layers and subclassed models.

@@ -52,8 +52,6 @@ class KernelReport:
     """What is known of one kernel.
 
     Attributes:
-        path: The kernel's path, as plans name it.
-        shape: Its shape.
         layout: One letter per axis: `i` is summed over, `o` numbers the output units.
         scales: What shares a quantization scale: `"per output"`, `"per gate"` or `"per tensor"`.
         stored: Per export mode the type of its tensors in the file: `"int8"`, `"float16"`,
@@ -76,8 +74,6 @@ class LayerReport:
     """What is known of one layer.
 
     Attributes:
-        path: The layer's path.
-        layer_class: Name of its class.
         kernels: The kernels that can be compressed.
         weights: Elements of its weights of rank >= 2.
         reason: Why it, or a part of it, is skipped; empty if all of it can be compressed.
@@ -95,14 +91,8 @@ def support_report(
 ) -> list[LayerReport]:
     """Lists every layer of a model with its compressible kernels, or the reason to skip it.
 
-    Args:
-        model: A built model, plain or wrapped.
-        include: As in `Compressor`.
-        exclude: As in `Compressor`.
-
-    Raises:
-        ArgumentError: If `include` or `exclude` matches nothing.
-        ModelError: If the model is not built.
+    Raises `ArgumentError` if `include` or `exclude` matches nothing, and `ModelError` if the model
+    is not built.
     """
     check_model(model)
     left = KernelSelection.of(model, include, exclude).left
@@ -125,11 +115,7 @@ def support_report(
 
 
 def check_exportable(model: keras.Model) -> None:
-    """Raises if a model has layers that prepare its data in a way no .tflite file can.
-
-    Raises:
-        ModelError: Naming them.
-    """
+    """Raises `ModelError` if layers prepare the model's data in a way no .tflite file can."""
     found = [layer for layer in all_layers(model) if isinstance(layer, _LOOKUPS)]
     inside = {id(part) for layer in found for part in all_layers(layer)[1:]}
     found = [layer for layer in found if id(layer) not in inside]
@@ -145,12 +131,7 @@ def check_exportable(model: keras.Model) -> None:
 
 
 def stored_types(spec: KernelSpec, elements: int) -> dict[str, str]:
-    """How a kernel is stored in each of [MODES][].
-
-    Args:
-        spec: The kernel's spec.
-        elements: Its number of weights.
-    """
+    """How a kernel of a number of elements is stored in each of [MODES][]."""
     plan = "int8" if spec.exports_int8 else "float32"
     if not spec.kind:  # registered by the user
         return {"plan": plan, "dynamic": "?", "int8": "?", "float16": "?"}

@@ -62,8 +62,7 @@ def reaches_out(operation: str) -> bool:
 def forbidden_nodes(meta_graphs: Iterable[Any]) -> Iterator[tuple[str, str]]:
     """Operation and name of every node of a SavedModel that reaches out, its functions included.
 
-    Args:
-        meta_graphs: `MetaGraphDef` messages.
+    It is read from `MetaGraphDef` messages.
     """
     for meta in meta_graphs:
         graph = meta.graph_def
@@ -148,8 +147,7 @@ _FILES_OR_LISTS = {"vocabulary", "initial_vocabulary"}
 def foreign_parts(config: object) -> Iterator[str]:
     """Names everything in a configuration that Keras would run, import or read from elsewhere.
 
-    Args:
-        config: JSON values.
+    The configuration is made of JSON values.
     """
     waiting: list[object] = [config]
     while waiting:
@@ -338,15 +336,10 @@ class ClaimError(ValueError):
 
 
 def check_claim(what: str, claimed: int, real: int) -> None:
-    """Raises if something claims far more bytes than it has.
+    """Raises `ClaimError`, naming both, if something claims far more bytes than it has.
 
-    Args:
-        what: What claims them.
-        claimed: Bytes it would take in memory or on the disk.
-        real: Bytes it takes in the file.
-
-    Raises:
-        ClaimError: Naming both.
+    `claimed` are the bytes it would take in memory or on the disk, `real` those it takes in the
+    file.
     """
     allowed = max(FREE_BYTES, RATIO * real)
     if claimed > allowed:
@@ -356,17 +349,10 @@ def check_claim(what: str, claimed: int, real: int) -> None:
 
 
 def check_archive(archive: zipfile.ZipFile, *, largest: int | None = None) -> int:
-    """Raises unless a zip archive's members stay inside it and unpack to a credible size.
+    """Raises `ClaimError` unless a zip's members stay inside it and unpack to a credible size.
 
-    Args:
-        archive: An open archive.
-        largest: Bytes that all members may have together; by default as [check_claim][] allows.
-
-    Returns:
-        Bytes of all members, unpacked.
-
-    Raises:
-        ClaimError: Naming the member or the sizes.
+    All members together may have `largest` bytes, by default as many as [check_claim][] allows.
+    Returns their bytes, unpacked.
     """
     seen: set[str] = set()
     for member in archive.infolist():
@@ -394,29 +380,17 @@ def check_archive(archive: zipfile.ZipFile, *, largest: int | None = None) -> in
 
 
 def check_members(archive: zipfile.ZipFile, known: Collection[str], folder: str) -> None:
-    """Raises unless every member is a known one or lies in a folder.
-
-    Raises:
-        ClaimError: Naming the first other one.
-    """
+    """Raises `ClaimError` for the first member that is no known one and lies outside a folder."""
     for name in archive.namelist():
         if name not in known and not name.startswith(f"{folder}/"):
             raise ClaimError(f"it has the member {name!r}, which no model needs")
 
 
 def check_hdf5(file: h5py.File, content: BinaryIO | Path, real: int) -> int:
-    """Raises unless an HDF5 file holds all of its data itself, as plain data sets of credible size.
+    """Raises `ClaimError` unless an HDF5 file holds all of its data itself, in a credible size.
 
-    Args:
-        file: The file, open for reading.
-        content: The same file's bytes, or its path.
-        real: Number of those bytes.
-
-    Returns:
-        Bytes of all data sets in memory.
-
-    Raises:
-        ClaimError: Naming the link, data set or attribute.
+    All of it has to be in plain data sets. `content` is the same file's bytes or its path, `real`
+    the number of those bytes. Returns the bytes of all data sets in memory.
     """
     claimed = stored = 0
     for path, item in _objects(file):

@@ -31,7 +31,6 @@ class KernelSettings:
     """What a wrapper can do to one kernel.
 
     Attributes:
-        group: Kind of groups.
         prune: Whether the kernel has a mask.
         quantize: Whether groups can be put on the integer grid.
         shuffle: Whether neighbouring groups can swap.

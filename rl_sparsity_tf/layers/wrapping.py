@@ -159,8 +159,7 @@ def strip(model: keras.Model) -> keras.Model:
 def accepted(model: keras.Model) -> keras.Model:
     """The model itself, or a copy without the pruning wrappers of TFMOT if it carries any.
 
-    Raises:
-        ModelError: If the model is not built or carries other wrappers.
+    Raises `ModelError` if the model is not built or carries other wrappers.
     """
     check_model(model)
     if not any(is_pruning_wrapper(layer) for _, layer in walk(model)):
