@@ -27,7 +27,6 @@ class TrainingData:
     """Training data, once as the user gave it and once as a pool of cached batches.
 
     Attributes:
-        make_dataset: Makes the dataset.
         pool: Equally shaped batches kept in memory, for statistics and short recoveries.
         steps: Batches in an epoch.
         large: Rows with numbers so large that training on them has to be tried.
@@ -61,25 +60,19 @@ def training_data(
     seed: int = 0,
     class_weight: list[float] | None = None,
 ) -> TrainingData:
-    """Prepares training data.
+    """Prepares training data: arrays, a dataset or a `keras.utils.Sequence`, as `fit` takes them.
 
     All rows are checked against the model and its compiled loss; of endless datasets, those in the
     pool. A finite dataset is read once for that. A dataset that does not know its size and has not
     ended after 10,000 batches counts as endless.
 
-    Args:
-        data: Arrays, a dataset or a `keras.utils.Sequence`, as `fit` takes them.
-        model: The model it is for. Where it fixes the rows per call, batches have that many and
-            the remainder is left out.
-        batch_size: Rows in a batch, where `data` is not batched already.
-        pool_size: Batches kept in memory at most.
-        seed: Order of the rows.
-        class_weight: Weights by class; sample weights are multiplied with them.
+    Where the model fixes the rows per call, batches have that many and the remainder is left out;
+    else they have `batch_size` rows unless `data` is batched already. The pool has `pool_size`
+    batches at most. `class_weight` holds weights by class, which sample weights are multiplied
+    with.
 
-    Raises:
-        DataError: If the data cannot be used.
-        ArgumentError: If the class weights do not fit the model.
-        ModelError: If the model was never built.
+    Raises `DataError` if the data cannot be used, `ArgumentError` if the class weights do not fit
+    the model, and `ModelError` if the model was never built.
     """
     check = BatchCheck(model, "train", class_weight)
     fixed = fixed_batch(model)
@@ -179,15 +172,10 @@ def evaluation_data(
 ) -> list[Batch]:
     """Prepares validation or test data: all of it, checked, as cached batches.
 
-    Args:
-        data: Arrays, a finite dataset or a `keras.utils.Sequence`, as `evaluate` takes them.
-        model: The model it is for. Where it fixes the rows per call, batches have that many.
-        name: What to call the data in errors.
-        batch_size: Rows in a batch, where `data` is not batched already.
-
-    Raises:
-        DataError: If the data cannot be used.
-        ModelError: If the model was never built.
+    It is given as arrays, a finite dataset or a `keras.utils.Sequence`, as `evaluate` takes them;
+    errors call it by `name`. Where the model fixes the rows per call, batches have that many; else
+    they have `batch_size` rows unless `data` is batched already. Raises `DataError` if the data
+    cannot be used, and `ModelError` if the model was never built.
     """
     check = BatchCheck(model, name)
     fixed = fixed_batch(model)
@@ -247,17 +235,10 @@ def sample_rows(
     batch_size: int = 1024,
     fixed: int | None = None,
 ) -> list[Batch]:
-    """Draws rows from cached batches, without replacement.
+    """Draws rows from cached batches, without replacement; they stay in their old order.
 
-    Args:
-        batches: All batches.
-        rows: Rows wanted; with no more than that, the batches are returned as they are.
-        seed: Which rows.
-        batch_size: Rows in the new batches.
-        fixed: Rows that every batch must have, if the model fixes them.
-
-    Returns:
-        Batches of the rows drawn, in their old order.
+    If there are no more than `rows`, the batches are returned as they are. `fixed` is the number of
+    rows that every new batch must have, if the model fixes it, in place of `batch_size`.
     """
     if fixed is not None:
         rows, batch_size = max(fixed, rows - rows % fixed), fixed

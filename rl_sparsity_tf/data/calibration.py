@@ -18,22 +18,15 @@ from rl_sparsity_tf.layers.structure import InputSpec
 
 
 def collect_rows(data: object, specs: Sequence[InputSpec], max_rows: int) -> list[np.ndarray]:
-    """Takes the first rows of the data a user gave.
+    """Takes the first rows of the data a user gave, `max_rows` at most.
 
-    Args:
-        data: An array (one input), a tuple or list with one array per input, a mapping from input
-            names to arrays, or an iterable of batches (a tf.data.Dataset, a generator), each batch
-            being one of these or `(inputs, targets)`; or a function without arguments that returns
-            any of these, as TFLite's `representative_dataset`. Iterables are read only as far as
-            needed.
-        specs: The model's inputs.
-        max_rows: Number of rows to take at most.
+    The data is an array (one input), a tuple or list with one array per input, a mapping from input
+    names to arrays, or an iterable of batches (a tf.data.Dataset, a generator), each batch being
+    one of these or `(inputs, targets)`; or a function without arguments that returns any of these,
+    as TFLite's `representative_dataset`. Iterables are read only as far as needed.
 
-    Returns:
-        One array per input, of shape (rows, ...) and the input's type.
-
-    Raises:
-        DataError: If the data does not fit the inputs, is empty or not finite, or raises.
+    Returns one array per input, of shape `(rows, ...)` and the input's type. Raises `DataError` if
+    the data does not fit the inputs, is empty or not finite, or raises.
     """
     if callable(data) and not isinstance(data, Iterable | keras.layers.Layer | type):
         data = _returned(data)

@@ -20,12 +20,10 @@ Batch = tuple[Any, Any, Any]
 
 
 class BatchCheck:
-    """Checks the batches of one data set one after the other.
+    """Checks the batches of one data set one after the other; errors call it by its name.
 
-    Args:
-        model: The model the data is for. Labels are checked once it is compiled.
-        name: What to call the data in errors.
-        table: Class weights, if there are any; [class_weights][] is made from them.
+    Labels are checked once the model is compiled. `table` holds class weights, if there are any;
+    [class_weights][] is made from them.
     """
 
     def __init__(self, model: keras.Model, name: str, table: list[float] | None = None):
@@ -40,11 +38,7 @@ class BatchCheck:
         self._large = LargeRowFinder(name)
 
     def __call__(self, batch: Batch) -> None:
-        """Checks a batch.
-
-        Raises:
-            DataError: If it cannot be used.
-        """
+        """Raises `DataError` if a batch cannot be used; rows are numbered across batches."""
         x, y, weights = batch
         check_batch(batch, self._model, self._name)
         rows = row_count(batch, self._name)
@@ -93,11 +87,9 @@ class BatchCheck:
 
 
 def check_batch(batch: Batch, model: keras.Model, name: str) -> None:
-    """Raises unless a batch's inputs have the shapes that the model takes.
+    """Raises `DataError` unless a batch's inputs have the shapes that the model takes.
 
-    Raises:
-        DataError: Naming both shapes.
-        ModelError: If the model was never called or built.
+    Raises `ModelError` if the model was never called or built.
     """
     x, y, _ = batch
     specs = specs_of(model)
@@ -139,8 +131,7 @@ def _hint(received: tuple[int, ...], spec: InputSpec, y: Any, inputs: int) -> st
 def row_count(arrays: Batch, name: str) -> int:
     """The number of rows that all parts of a batch share.
 
-    Raises:
-        DataError: If they do not, or if there are none.
+    Raises `DataError` if they do not, or if there are none.
     """
     parts = [array for array in tf.nest.flatten(arrays) if array is not None]
     lengths = {len(array) if np.ndim(array) else -1 for array in parts}

@@ -26,15 +26,9 @@ _OPTIONAL = ("x_test", "y_test")
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """Reads the splits of a file written by `numpy.savez`, and checks that they fit together.
 
-    Args:
-        path: The .npz file.
-
-    Returns:
-        `x_train`, `y_train`, `x_validation`, `y_validation` and, if the file has them, `x_test`
-        and `y_test`; floats as float32, integers as they are.
-
-    Raises:
-        DataError: If the file is missing or damaged, or its arrays cannot be used.
+    Returns `x_train`, `y_train`, `x_validation`, `y_validation` and, if the file has them, `x_test`
+    and `y_test`; floats as float32, integers as they are. Raises `DataError` if the file is missing
+    or damaged, or its arrays cannot be used.
 
     Example:
         >>> np.savez("data.npz", x_train=x, y_train=y, x_validation=xv, y_validation=yv)
@@ -212,18 +206,10 @@ def load_digits_data(seed: int = 0) -> Data:
 def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Splits rows in two so that every class is divided in the same proportion.
 
-    Args:
-        labels: One class index per row.
-        share: Share of the second part, between 0 and 1: `int(rows * share)` rows, and of every
-            class at most one row more or less than its share.
-        seed: Decides which rows of a class are taken.
-
-    Returns:
-        The row numbers of the first and of the second part, ascending.
-
-    Raises:
-        ArgumentError: If the share is not between 0 and 1.
-        DataError: If one of the parts would be empty.
+    `labels` holds one class index per row. The second part has `int(rows * share)` rows, and of
+    every class at most one row more or less than its share; `seed` decides which. Returns the row
+    numbers of both parts, ascending. Raises `ArgumentError` if the share is not between 0 and 1,
+    and `DataError` if one of the parts would be empty.
     """
     _check_argument("share", share, 0 < share < 1, "a number between 0 and 1, such as 0.1")
     rows = len(labels)

@@ -30,15 +30,10 @@ _TRAIN_AGAIN = (
 
 
 def check_weights(model: keras.Model, *, exported: bool = False) -> None:
-    """Checks that a model's weights hold numbers that can be computed with.
+    """Raises `ModelError` if one of a model's weights holds NaN, infinite or huge values.
 
-    Args:
-        model: The model.
-        exported: Whether it is only to be exported: then constants among the weights, such as the
-            mask of an attention, may be infinite, and weights as large as they like.
-
-    Raises:
-        ModelError: If one holds NaN, infinite or huge values.
+    If the model is only to be exported, constants among the weights, such as the mask of an
+    attention, may be infinite, and weights as large as they like.
     """
     trained = {id(weight) for weight in model.trainable_weights}
     for weight in model.weights:
@@ -60,10 +55,7 @@ def check_weights(model: keras.Model, *, exported: bool = False) -> None:
 class LargeRows:
     """The rows of a data set with the largest numbers.
 
-    Attributes:
-        name: What the data is called.
-        numbers: Which rows they are.
-        rows: They themselves, each as a batch of one.
+    `numbers` says which rows they are; `rows` holds each as a batch of one.
     """
 
     name: str
@@ -72,11 +64,7 @@ class LargeRows:
 
 
 class LargeRowFinder:
-    """Looks for rows with large numbers in batches, one after the other.
-
-    Args:
-        name: What the data is called.
-    """
+    """Looks for rows with large numbers in batches, one after the other."""
 
     def __init__(self, name: str):
         self._name = name
@@ -97,20 +85,15 @@ class LargeRowFinder:
 
     @property
     def found(self) -> LargeRows:
-        """The largest of them."""
+        """The largest rows so far, the largest first."""
         return LargeRows(self._name, [f[1] for f in self._found], [f[2] for f in self._found])
 
 
 def check_training(model: keras.Model, large: LargeRows | None, fixed: int | None) -> None:
-    """Raises if a training step on one of the large rows leaves float32.
+    """Raises `DataError`, naming the row, if a training step on a large row leaves float32.
 
-    Args:
-        model: A compiled copy of the model.
-        large: The training data's large rows, if they are known.
-        fixed: Rows that the model takes per call, if it fixes them.
-
-    Raises:
-        DataError: Naming the row.
+    The model is a compiled copy. `large` is None where the large rows are not known; `fixed` is the
+    number of rows that the model takes per call, if it fixes it.
     """
     if large is None:
         return
@@ -135,16 +118,8 @@ def check_loss(
 ) -> None:
     """Raises if the dense network's loss is no number, and says because of which row.
 
-    Args:
-        loss: The loss over all batches.
-        batches: They.
-        name: What they are called.
-        evaluate: Computes a score of batches.
-        model: The model, for the error.
-
-    Raises:
-        DataError: If a row with large numbers is the reason.
-        ModelError: If an ordinary row is.
+    It raises `DataError` if a row with large numbers is the reason, and `ModelError` if an ordinary
+    row is. `loss` is that over all batches; `evaluate` computes a score of some.
     """
     if np.isfinite(loss):
         return

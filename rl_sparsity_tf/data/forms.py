@@ -22,17 +22,10 @@ _COLUMNS = ("inputs", "labels", "sample weights")
 
 
 def as_arrays(data: Any, name: str) -> Batch:
-    """Turns a tuple of arrays, lists or tensors into NumPy arrays.
+    """Turns a tuple of arrays, lists or tensors into arrays `(x, y, sample_weight or None)`.
 
-    Args:
-        data: What the user gave, if it is neither a dataset nor a Sequence.
-        name: What to call it in errors.
-
-    Returns:
-        `(x, y, sample_weight or None)`.
-
-    Raises:
-        DataError: If it is no such tuple, or holds anything but finite numbers.
+    Datasets and Sequences are for others to read. Raises `DataError` if it is no such tuple, or
+    holds anything but finite numbers.
     """
     _check_form(data, name)
 
@@ -75,16 +68,8 @@ def as_arrays(data: Any, name: str) -> Batch:
 def as_rows(data: Any, name: str, batch_size: int) -> tuple[Any, int]:
     """Reads a Sequence, a tuple of lists and the like into arrays; leaves datasets as they are.
 
-    Args:
-        data: What the user gave.
-        name: What to call it in errors.
-        batch_size: Rows in a batch, where the data does not say.
-
-    Returns:
-        `(x, y, sample_weight or None)` or the dataset, and the batch size.
-
-    Raises:
-        DataError: If it cannot be used.
+    Returns `(x, y, sample_weight or None)` or the dataset, and the rows in a batch: `batch_size`
+    where the data does not say. Raises `DataError` if it cannot be used.
     """
     if isinstance(data, keras.utils.Sequence):
         data, batch_size = join_sequence(data, name)
@@ -151,11 +136,7 @@ def _map(function: Any, part: Any) -> Any:
 
 
 def check_elements(dataset: tf.data.Dataset, name: str) -> None:
-    """Raises unless a dataset's elements are tuples of dense tensors of numbers.
-
-    Raises:
-        DataError: Saying what they are.
-    """
+    """Raises `DataError` unless a dataset's elements are tuples of dense tensors of numbers."""
     spec = dataset.element_spec
     if isinstance(spec, dict):
         raise DataError(
@@ -187,18 +168,10 @@ def check_elements(dataset: tf.data.Dataset, name: str) -> None:
 
 
 def read_batches(dataset: tf.data.Dataset, name: str, expected: str) -> Iterator[Batch]:
-    """Reads a dataset once, from beginning to end.
+    """Yields a dataset's batches once, each as `(x, y, sample_weight or None)`.
 
-    Args:
-        dataset: Batches.
-        name: What to call it in errors.
-        expected: What it should have held, should it be empty.
-
-    Yields:
-        `(x, y, sample_weight or None)`.
-
-    Raises:
-        DataError: If it is empty, not finite, or raises.
+    Raises `DataError` if it is empty, not finite, or raises; `expected` says what it should have
+    held, should it be empty.
     """
     iterator = None
     count = 0
@@ -237,17 +210,10 @@ def reason_of(error: Exception) -> str:
 
 
 def join_sequence(sequence: keras.utils.Sequence, name: str) -> tuple[tuple[Any, ...], int]:
-    """Joins the batches of a Sequence.
+    """Joins the batches of a Sequence, `(x, y)` or `(x, y, sample_weight)`.
 
-    Args:
-        sequence: Batches `(x, y)` or `(x, y, sample_weight)`.
-        name: What to call it in errors.
-
-    Returns:
-        The same tuple of all rows, and the rows in its first batch.
-
-    Raises:
-        DataError: If it is empty, raises, or its batches do not fit together.
+    Returns the same tuple of all rows, and the rows in its first batch. Raises `DataError` if it is
+    empty, raises, or its batches do not fit together.
     """
     batches = []
     try:

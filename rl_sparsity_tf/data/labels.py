@@ -77,22 +77,12 @@ def loss_kind(loss: Any) -> tuple[str | None, str, int | None]:
 
 
 def model_outputs(model: keras.Model, x: Any, name: str) -> tuple[Output, ...] | None:
-    """Describes a model's outputs, by tracing its call rather than running it.
+    """Describes a built model's outputs, by tracing its call rather than running it.
 
-    Nothing is computed, so the state of recurrent layers stays as it is, and axes that are open
-    at the input are known to be open at the output.
-
-    Args:
-        model: A built model, compiled or not.
-        x: A batch of inputs.
-        name: What to call the data in errors.
-
-    Returns:
-        One entry per output in the order that Keras flattens them; None where outputs are nested
-        more than once.
-
-    Raises:
-        DataError: If the model cannot be called on the inputs.
+    Nothing is computed, so the state of recurrent layers stays as it is, and axes that are open at
+    the input are known to be open at the output. Returns the outputs in the order that Keras
+    flattens them, or None where they are nested more than once. Raises `DataError` if the model
+    cannot be called on the inputs.
     """
     structure = _traced(model, x, name)
     loss = getattr(model, "loss", None)
@@ -168,20 +158,11 @@ def last_line(error: BaseException) -> str:
 def per_output(
     values: Any, outputs: tuple[Output, ...], name: str, what: str, *, shared: bool = False
 ) -> list[Any]:
-    """Sorts labels or weights to the outputs they belong to.
+    """Sorts labels or weights, an array or a list, tuple or dict of them, to their outputs.
 
-    Args:
-        values: An array, or a list, tuple or dict of them.
-        outputs: The model's outputs.
-        name: What to call the data in errors.
-        what: What to call the values, in the plural.
-        shared: Whether one array may be for all outputs.
-
-    Returns:
-        One entry per output; None for those that a dict leaves out.
-
-    Raises:
-        DataError: If there are too many or too few of them.
+    Returns one entry per output; None for those that a dict leaves out. `what` is what errors call
+    the values, in the plural. With `shared`, one array may be for all outputs. Raises `DataError`
+    if there are too many or too few of them.
     """
     names = [output.name for output in outputs]
     if isinstance(values, dict):
@@ -212,16 +193,9 @@ def per_output(
 
 
 def check_labels(y: np.ndarray | None, output: Output, name: str, first_row: int = 0) -> None:
-    """Raises unless labels are what an output's loss takes.
+    """Raises `DataError` unless labels are what an output's loss takes.
 
-    Args:
-        y: The labels of some rows.
-        output: The output they are for.
-        name: What to call the data in errors.
-        first_row: Number of the first of these rows, for errors.
-
-    Raises:
-        DataError: Naming the label and the row, or both shapes.
+    The error names the label and its row, counted from `first_row`, or both shapes.
     """
     if output.kind in ("none", "custom") or (not output.shape and output.kind == "sparse"):
         return

@@ -33,12 +33,7 @@ _LOWER = (
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A model's figures on one data set.
-
-    Attributes:
-        metric: Value of the metric.
-        loss: Value of the compiled loss.
-    """
+    """A model's figures on one data set: the metric that the search keeps, the compiled loss."""
 
     metric: float
     loss: float
@@ -48,9 +43,7 @@ class Score:
 class Metric:
     """The metric that the search keeps.
 
-    Attributes:
-        name: Its name in the model's logs, e.g. `"accuracy"`; `"loss"` for a model without one.
-        higher_is_better: Its direction.
+    Its name is that in the model's logs, e.g. `"accuracy"`; `"loss"` for a model without one.
     """
 
     name: str
@@ -78,9 +71,7 @@ class Metric:
     def estimated(self, dense: Score, error: float) -> Score:
         """A guess from how far the outputs of the layers move: only differences mean anything.
 
-        Args:
-            dense: The dense model's score.
-            error: Mean output error of the layers, in [0, 1].
+        `error` is the mean output error of the layers, in [0, 1].
         """
         left = max(1.0 - error, 1e-6)
         falls = self.higher_is_better == (dense.metric >= 0)
@@ -94,11 +85,9 @@ class Metric:
 def search_compile_arguments(model: keras.Model, learning_rate: float) -> dict[str, Any]:
     """What the search compiles its copies with: the user's loss and metrics, and Adam.
 
-    A classifier without a metric gets its accuracy.
-
-    Raises:
-        ModelError: If the model is not compiled with a loss, or by a name that is not known, or in
-            the scope of a `tf.distribute.Strategy`.
+    A classifier without a metric gets its accuracy. Raises `ModelError` if the model is not
+    compiled with a loss, or by a name that is not known, or in the scope of a
+    `tf.distribute.Strategy`.
     """
     if tf.distribute.has_strategy():
         raise ModelError(
@@ -165,18 +154,14 @@ def choose_metric(
 ) -> Metric:
     """Chooses the metric among those a model is compiled with, and its direction.
 
-    Args:
-        model: A compiled model.
-        batch: Data to try the model's `test_step` on.
-        wanted: A metric's name, or its name and `"max"` or `"min"`; by default the first metric.
-            It is the loss where there is no metric, where the model has several outputs (the loss
-            covers all of them), and where binary labels are shares rather than 0 or 1 (an
-            autoencoder's pixels), which an accuracy counts as wrong.
+    `wanted` is a metric's name, or its name and `"max"` or `"min"`. By default it is the first
+    metric, and the loss where there is no metric, where the model has several outputs (the loss
+    covers all of them), and where binary labels are shares rather than 0 or 1 (an autoencoder's
+    pixels), which an accuracy counts as wrong. The model's `test_step` is tried on `batch`.
 
-    Raises:
-        ArgumentError: If the name is not known or its direction cannot be told from it.
-        DataError: If the model cannot be evaluated on the batch.
-        ModelError: If its loss or metrics raise.
+    Raises `ArgumentError` if the name is not known or its direction cannot be told from it,
+    `DataError` if the model cannot be evaluated on the batch, and `ModelError` if its loss or
+    metrics raise.
     """
     try:
         names = list(model.test_step(batch))
@@ -255,12 +240,7 @@ def _has_soft_binary_labels(model: keras.Model, batch: Batch) -> bool:
 
 
 class Evaluator:
-    """Computes a model's metric and loss on cached batches, without retracing.
-
-    Args:
-        model: A compiled model.
-        metric: The metric to report.
-    """
+    """Computes a compiled model's metric and loss on cached batches, without retracing."""
 
     def __init__(self, model: keras.Model, metric: Metric):
         self.model = model
@@ -268,7 +248,7 @@ class Evaluator:
         self.function = tf.function(lambda x, y, weights: model.test_step((x, y, weights)))
 
     def __call__(self, batches: list[Batch]) -> Score:
-        """Evaluates all batches."""
+        """The score over all batches together, whatever was evaluated before."""
         self.model.reset_metrics()
         logs: dict[str, tf.Tensor] = {}
         for batch in batches:

@@ -14,16 +14,9 @@ _EXAMPLE = "Expected a dict with a number for every class, for example {0: 1.0, 
 
 
 def weight_table(class_weight: Any) -> list[float] | None:
-    """Checks a `class_weight` by itself, as far as no model is needed.
+    """Checks a `class_weight`, `{class: weight}` as `fit` takes it, as far as no model is needed.
 
-    Args:
-        class_weight: As `fit` takes it: `{class: weight}`, or None.
-
-    Returns:
-        The weights by class, or None.
-
-    Raises:
-        ArgumentError: If it is no such dict.
+    Returns the weights by class; None stays None. Raises `ArgumentError` if it is no such dict.
     """
     if class_weight is None:
         return None
@@ -59,14 +52,9 @@ def weight_table(class_weight: Any) -> list[float] | None:
 
 
 class ClassWeights:
-    """Turns labels into the sample weights that a table of class weights stands for.
+    """Turns labels into the sample weights that a [weight_table][] stands for.
 
-    Args:
-        table: Weights by class, see [weight_table][].
-        outputs: The model's outputs.
-
-    Raises:
-        ArgumentError: If the model has several outputs, or another number of classes.
+    Raises `ArgumentError` if the model has several outputs, or another number of classes.
     """
 
     def __init__(self, table: list[float], outputs: tuple[Output, ...] | None):
@@ -109,11 +97,7 @@ class ClassWeights:
         return given * found
 
     def check(self, y: Any, name: str, first_row: int = 0) -> None:
-        """Raises unless every row has one class, and the class a weight.
-
-        Raises:
-            DataError: Naming the row.
-        """
+        """Raises `DataError`, naming the row, unless each has one class and the class a weight."""
         if isinstance(y, dict | list | tuple):
             (y,) = y.values() if isinstance(y, dict) else y
         if self._in_columns(y):
@@ -172,22 +156,14 @@ def _broadcasts(shape: tuple[int, ...], steps: tuple[int | None, ...]) -> bool:
 
 
 class SampleWeightCheck:
-    """Checks sample weights batch by batch; some have to be positive at the end.
-
-    Args:
-        name: What to call the data in errors.
-    """
+    """Checks sample weights batch by batch; some have to be positive at the end."""
 
     def __init__(self, name: str):
         self._name = name
         self._seen: dict[str, bool] = {}
 
     def __call__(self, weights: np.ndarray, output: Output, first_row: int = 0) -> None:
-        """Checks the weights of some rows.
-
-        Raises:
-            DataError: If their shape does not fit the output, or one is negative.
-        """
+        """Raises `DataError` if the weights' shape does not fit the output, or one is negative."""
         shape = weights.shape[1:]
         steps = output.shape[:-1] if output.shape else ()
         if output.shape is not None and not _broadcasts(shape, steps):
@@ -205,11 +181,7 @@ class SampleWeightCheck:
         self._seen[output.words] = self._seen.get(output.words, False) or bool(weights.any())
 
     def finish(self) -> None:
-        """Raises if all weights of an output were 0.
-
-        Raises:
-            DataError: Naming the output.
-        """
+        """Raises `DataError`, naming the output, if all weights of an output were 0."""
         for words, positive in self._seen.items():
             if not positive:
                 raise DataError(
