@@ -39,8 +39,7 @@ def tf_keras_resolved_to_keras_3() -> bool:
 def use_tf_keras() -> None:
     """Asks TensorFlow for Keras 2, or raises if it is too late for that.
 
-    Raises:
-        KerasVersionError: If `tf.keras` already resolved to Keras 3.
+    It raises `KerasVersionError` if `tf.keras` already resolved to Keras 3.
     """
     if tf_keras_resolved_to_keras_3():
         raise KerasVersionError(

@@ -51,13 +51,8 @@ _IMAGE_AXES = 3
 def shape_advice(received: Sequence[int], wanted: Sequence[int | None], name: str = "x") -> str:
     """The call that turns an array into one of rows of the wanted shape, if one is likely meant.
 
-    Args:
-        received: Shape of the array, with the axis that counts its rows.
-        wanted: Shape of one row; None for an open axis.
-        name: What the array is called in the advice.
-
-    Returns:
-        A sentence that begins with a space, or nothing.
+    The shape received has the axis that counts rows, the wanted one has not; None is an open axis.
+    Returns a sentence that begins with a space, or nothing. It calls the array by `name`.
 
     Example:
         >>> shape_advice((100, 64), (8, 8, 1))

@@ -29,12 +29,8 @@ from rl_sparsity_tf.errors import printable
 class SearchProgress:
     """Shows episode, reward, best value, metric, sparsity and the time left.
 
-    Args:
-        episodes: Episodes of the search.
-        metric: Name of the metric shown.
-        verbose: 0 is silent, 1 a live line (a line now and then where there is no terminal), 2 a
-            line per episode.
-        console: Where to write; by default standard output.
+    `verbose=0` is silent, 1 a live line (a line now and then where there is no terminal), 2 a line
+    per episode. By default it writes to standard output.
     """
 
     def __init__(
@@ -95,9 +91,7 @@ class SearchProgress:
 def table_lines(table: Table, width: int) -> list[str]:
     """A table drawn without colours; what stands in it is text, no markup.
 
-    Args:
-        table: The table.
-        width: Characters in a line at most.
+    Its lines have `width` characters at most.
     """
     text = io.StringIO()
     console = Console(file=text, width=width, color_system=None, markup=False, emoji=False)
@@ -106,11 +100,7 @@ def table_lines(table: Table, width: int) -> list[str]:
 
 
 def printing(print_fn: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The function that lines are printed with, control characters in them written out.
-
-    Args:
-        print_fn: Called with every line.
-    """
+    """The function that lines are printed with, control characters in them written out."""
     return lambda line: print_fn(printable(line))
 
 

@@ -24,20 +24,10 @@ _TRAIN_STEPS = 900
 def base_network(input_shape: tuple[int, ...], classes: int, seed: int = 0) -> keras.Model:
     """A small untrained CNN: conv 16, conv 32, dense 64, one output per class.
 
-    Pooling brings any image down to at most 4 x 4 before the dense layers, so that the network
-    has at most 40,000 weights; with many classes the dense layer is narrower.
-
-    Args:
-        input_shape: Height, width and channels of an image.
-        classes: Number of classes.
-        seed: Seed of the initial weights.
-
-    Returns:
-        A compiled model that gives logits.
-
-    Raises:
-        DataError: If the images are not of shape (height, width, channels), or there are too many
-            classes for so small a network.
+    It is compiled and gives logits. Pooling brings any image down to at most 4 x 4 before the dense
+    layers, so that the network has at most 40,000 weights; with many classes the dense layer is
+    narrower. Raises `DataError` if the images are not of shape (height, width, channels), or there
+    are too many classes for so small a network.
     """
     if len(input_shape) != 3:
         raise DataError(

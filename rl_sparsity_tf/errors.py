@@ -81,12 +81,8 @@ class PolicyFileError(RLSparsityError, ValueError):
 def printable(text: str, keep: str = "") -> str:
     r"""A text that does nothing but stand there when it is printed.
 
-    Names from files may hold what terminals obey: escape sequences, changes of direction, halves
-    of characters. These are written out.
-
-    Args:
-        text: The text.
-        keep: Control characters that stay as they are.
+    Names from files may hold what terminals obey: escape sequences, changes of direction, halves of
+    characters. These are written out, but for control characters in `keep`.
 
     Example:
         >>> print(printable("dense\x1b[2J"))
@@ -124,9 +120,7 @@ def did_you_mean(value: object, choices: Iterable[object]) -> str:
 def one_line(error: BaseException, limit: int = 200) -> str:
     """An error's class and the first line of its text, to be quoted in a message.
 
-    Args:
-        error: The error.
-        limit: Characters of the text at most.
+    Of the text there are `limit` characters at most.
     """
     text = printable((str(error).strip().splitlines() or [""])[0].rstrip(". "))
     return f"{type(error).__name__}: {text[:limit]}" if text else type(error).__name__

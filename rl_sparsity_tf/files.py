@@ -59,16 +59,10 @@ _IN_WORDS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def as_path(name: str, value: Any, expected: str) -> Path:
-    """Turns an argument into a path.
+    """Turns an argument into a path; errors say what was expected.
 
-    Args:
-        name: The argument's name.
-        value: What was given for it.
-        expected: What should have been, for the error.
-
-    Raises:
-        ArgumentError: If it is no path.
-        FileError: If the system does not let one look what is there.
+    Raises `ArgumentError` if it is no path, and `FileError` if the system does not let one look
+    what is there.
     """
     if not isinstance(value, str | os.PathLike):
         raise ArgumentError(f"{name}={value!r} is a {type(value).__name__}. Expected {expected}.")
@@ -91,16 +85,8 @@ def as_path(name: str, value: Any, expected: str) -> Path:
 def as_file(name: str, value: Any, expected: str) -> Path:
     """Turns an argument into the path of something to read, and tries to.
 
-    That nothing is there, or a folder, is for the caller to say.
-
-    Args:
-        name: The argument's name.
-        value: What was given for it.
-        expected: What should have been, for the error.
-
-    Raises:
-        ArgumentError: If it is no path.
-        FileError: If it is no regular file, may not be read, or is a link to nothing.
+    That nothing is there, or a folder, is for the caller to say. Raises `ArgumentError` if it is no
+    path, and `FileError` if it is no regular file, may not be read, or is a link to nothing.
     """
     path = as_path(name, value, expected)
     found = _look(path)
@@ -128,8 +114,7 @@ def as_file(name: str, value: Any, expected: str) -> Path:
 def reading(path: Path, expected: str) -> Iterator[None]:
     """Says in words what the system has against reading a path.
 
-    Raises:
-        FileError: If the body raises an `OSError`.
+    Raises `FileError` if the body raises an `OSError`.
     """
     try:
         yield
@@ -141,10 +126,9 @@ def reading(path: Path, expected: str) -> Iterator[None]:
 def check_new_file(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
     """Checks that a file can be written, before any work is done for it.
 
-    Raises:
-        ArgumentError: If there is no path, the parent folder is missing or the path is a folder.
-        FileError: If the system does not let a file be written there.
-        FileExistsRLSparsityError: If the file exists and `overwrite` is false.
+    Raises `ArgumentError` if there is no path, the parent folder is missing or the path is a
+    folder, `FileError` if the system does not let a file be written there, and
+    `FileExistsRLSparsityError` if the file exists and `overwrite` is false.
     """
     path = as_path("path", path, "the name of a file to write")
     found = _look(path)
@@ -172,13 +156,9 @@ def check_new_file(path: str | os.PathLike[str], overwrite: bool = False) -> Pat
 def check_folder(path: str | os.PathLike[str], room: int = LEAST_ROOM) -> Path:
     """Checks that a folder can be written to, or made if it is missing, before any work.
 
-    Args:
-        path: The folder.
-        room: Bytes that will be written there at least.
-
-    Raises:
-        ArgumentError: If there is no path, it is a file, or the parent folder is missing.
-        FileError: If the system does not let files be written there.
+    `room` bytes at least will be written there. Raises `ArgumentError` if there is no path, it is a
+    file, or the parent folder is missing, and `FileError` if the system does not let files be
+    written there.
     """
     path = as_path("directory", path, "the path of a folder to write to")
     if path.exists() and not path.is_dir():
@@ -199,15 +179,9 @@ def check_folder(path: str | os.PathLike[str], room: int = LEAST_ROOM) -> Path:
 
 
 def check_room(folder: Path, room: int = LEAST_ROOM, *, for_: Path | None = None) -> None:
-    """Raises unless a file of some size can be written in a folder; leaves nothing there.
+    """Raises `FileError` unless `room` bytes can be written in a folder; leaves nothing there.
 
-    Args:
-        folder: A folder that exists.
-        room: Bytes.
-        for_: What is to be written, for the error; by default the folder.
-
-    Raises:
-        FileError: Saying what the system says.
+    The folder exists. The error says what the system says of writing `for_`, by default the folder.
     """
     name = folder / f".try-{secrets.token_hex(8)}"
     try:
@@ -260,8 +234,7 @@ def _linked(path: Path) -> Path:
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Says in words what the system has against writing to a path.
 
-    Raises:
-        FileError: If the body raises an `OSError`, or any error that means a lack of room.
+    Raises `FileError` if the body raises an `OSError`, or any error that means a lack of room.
     """
     try:
         yield
@@ -277,10 +250,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary name beside `path`; on success the file there becomes `path`.
 
     On an exception the temporary file is removed and whatever was at `path` stays. A link stays a
-    link.
-
-    Raises:
-        FileError: If the system does not let the file be written.
+    link. Raises `FileError` if the system does not let the file be written.
     """
     shown, path = path, _linked(Path(path))
     stem, suffix = path.stem[:_STEM], path.suffix if len(path.suffix) <= _SUFFIX else ""
@@ -302,8 +272,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def scratch_folder(prefix: str = "rl_sparsity_") -> Iterator[Path]:
     """A temporary folder, which goes in the end with all that is in it.
 
-    Raises:
-        FileError: If there is no room for it, or for what is to be written there.
+    Raises `FileError` if there is no room for it, or for what is to be written there.
     """
     folder = new_scratch_folder(prefix)
     try:
@@ -392,16 +361,11 @@ _MOST_DIGITS = 20
 
 
 def parse_strict(text: Any) -> Any:
-    """Parses JSON of finite numbers and objects without a name twice.
+    """Parses a str of JSON, of finite numbers and objects without a name twice.
 
-    Args:
-        text: A str of JSON.
-
-    Raises:
-        ValueError: If it is no JSON (then a `json.JSONDecodeError`), or holds a number that is not
-            finite or has too many digits, or an object with a name twice.
-        TypeError: If it is no text.
-        RecursionError: If it is nested too deeply.
+    Raises `ValueError` if it is no JSON (then a `json.JSONDecodeError`), or holds a number that is
+    not finite or has too many digits, or an object with a name twice; `TypeError` if it is no text;
+    and `RecursionError` if it is nested too deeply.
 
     Example:
         >>> parse_strict('{"a": 1, "a": 2}')
@@ -446,11 +410,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """Reads a plan's file.
-
-    Raises:
-        PlanError: If it is missing or no text.
-    """
+    """Reads a plan's file; raises `PlanError` if it is missing or no text."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -461,11 +421,9 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: Any) -> Any:
-    """Parses a plan's text.
+    """Parses a plan's text; raises `PlanError` if it is no JSON.
 
-    Raises:
-        PlanError: If it is no JSON.
-        RecursionError: If it is nested too deeply.
+    `RecursionError` comes through if it is nested too deeply.
     """
     try:
         return parse_strict(text)

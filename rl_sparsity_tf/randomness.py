@@ -43,11 +43,7 @@ def pack_generator(generator: np.random.Generator) -> NDArray[np.uint64]:
 
 
 def unpack_generator(words: NDArray[np.uint64]) -> np.random.Generator:
-    """A generator in the state that [pack_generator][] saved.
-
-    Raises:
-        ValueError: If it is no such state.
-    """
+    """A generator in the state that [pack_generator][] saved; raises `ValueError` if it is none."""
     shape = np.shape(words)
     if np.asarray(words).dtype != np.uint64 or shape != (6,) or words[4] > 1 or not words[3] & 1:
         raise ValueError("the state of the random generator is none of PCG64")

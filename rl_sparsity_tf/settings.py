@@ -15,7 +15,6 @@ class NamedSettings:
 
     Attributes:
         kind: What they configure, in a word: the key that the name stands under.
-        name: Which one.
     """
 
     kind: ClassVar[str]
