@@ -315,7 +315,7 @@ def _check_version(path: Path, version: object) -> None:
 
 
 def _graphs(path: Path) -> Sequence[Any]:
-    """The graphs of a SavedModel."""
+    """The graphs of a SavedModel as messages; nothing is loaded from them."""
     saved = saved_model_pb2.SavedModel()
     try:
         saved.ParseFromString((path / "saved_model.pb").read_bytes())

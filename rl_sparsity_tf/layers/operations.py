@@ -76,8 +76,8 @@ def swaps_of(operations: np.ndarray, grouping: Grouping) -> np.ndarray:
 def permute(matrix: tf.Tensor, swaps: tf.Tensor, grouping: Grouping) -> tf.Tensor:
     """Swaps the contents of neighbouring groups; its own inverse.
 
-    `matrix` has shape `(inputs, outputs)`, `swaps` holds booleans of shape `(grouping.pairs,
-    outputs)`.
+    `swaps` holds booleans of shape `(grouping.pairs, outputs)`; `matrix` has shape
+    `(inputs, outputs)`.
     """
     pairs, block = grouping.pairs, grouping.block
     if pairs == 0:
@@ -104,11 +104,11 @@ def mask_weights_straight_through(
 ) -> tf.Tensor:
     r"""Masks the groups, and lets gradients pass as if the mask were not there.
 
-    Forward: \(y = m \odot W\) with the hard mask \(m\). Backward: \(\partial L/\partial W =
-    \partial L/\partial y\), also where \(m = 0\) (the "dense shadow weights" of Lin et al. 2020,
-    "Dynamic model pruning with feedback", arXiv 2006.07253), and \(\partial L/\partial \ell_g =
-    \sum_{i \in g} W_i \, \partial L/\partial y_i\) for the logit of group g (Bengio et al. 2013,
-    arXiv 1308.3432), so that a pruned group can come back.
+    Forward: \(y = m \odot W\) with the hard mask \(m\). Backward:
+    \(\partial L/\partial W = \partial L/\partial y\), also where \(m = 0\) (the "dense shadow
+    weights" of Lin et al. 2020, "Dynamic model pruning with feedback", arXiv 2006.07253), and
+    \(\partial L/\partial \ell_g = \sum_{i \in g} W_i \, \partial L/\partial y_i\) for the logit of
+    group g (Bengio et al. 2013, arXiv 1308.3432), so that a pruned group can come back.
 
     `matrix` has shape `(inputs, outputs)`; the 0/1 `mask` and `logits` have shape `grouping.shape`.
     """
@@ -164,7 +164,7 @@ def quantize(
     Forward: \(s \cdot \mathrm{clip}(\mathrm{round}(W / s), -q, q)\) with \(q\) = `levels` and the
     scale \(s\) of [grid_scale][] taken over all weights of the scale's range, on the grid or not.
     Backward: identity. `matrix` is masked and has shape `(inputs, outputs)`; `on_grid` holds
-    booleans of shape `grouping.shape`.
+    booleans of shape `grouping.shape`; the rest is as in [grid_scale][].
     """
     # Read outside: a custom gradient refuses trainable variables that are read inside it.
     q = tf.cast(tf.convert_to_tensor(levels), matrix.dtype)
