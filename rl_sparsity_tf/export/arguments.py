@@ -72,7 +72,7 @@ def check_numbers(tolerance: float | None, batch_size: int | None) -> None:
 
 
 def check_positive(name: str, value: object) -> None:
-    """Checks an integer argument."""
+    """Refuses what is no integer of at least 1; `name` is what the user calls it."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ArgumentError(f"{name}={value!r} cannot be used. Expected an integer of at least 1.")
 

@@ -247,21 +247,12 @@ def convert_traced(
     *,
     stateful: bool = False,
 ) -> Path:
-    """Converts a model, without verifying the file.
+    """Converts a plain model that computes in float32 to a file in the folder; does not verify it.
 
-    Args:
-        model: A plain model that computes in float32.
-        folder: A folder to work in.
-        batch_size: Rows per call; None leaves it open.
-        quantization: The mode; `"plan"` is converted to float32.
-        calibration: For `"int8"`, one array of rows per input.
-        stateful: Whether fused recurrent operators keep their state between calls.
-
-    Returns:
-        The file, in the folder.
-
-    Raises:
-        ExportError: If the model cannot be converted.
+    The mode `"plan"` is converted to float32; `"int8"` needs calibration data, one array of rows
+    per input. The batch size None leaves the rows per call open. With `stateful`, fused recurrent
+    operators keep their state between calls. An ExportError is raised if the model cannot be
+    converted.
     """
     outputs = write_saved_model(model, folder / "saved_model", batch_size)
     file = folder / "model.tflite"
@@ -277,11 +268,7 @@ def convert_traced(
 
 
 def _keeping_state(model: keras.Model, file: Path) -> str:
-    """The note on a file that keeps its state.
-
-    Raises:
-        ArgumentError: If it keeps none.
-    """
+    """The note on a file that keeps its state; one that keeps none raises an ArgumentError."""
     if not kept_states(read_flat_model(file)):
         raise ArgumentError(
             f"stateful=True was given, but nothing in the file of model {model.name!r} keeps a "

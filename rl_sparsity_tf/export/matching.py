@@ -41,7 +41,6 @@ class MatchedTensor:
     """A tensor of the file that holds a kernel, or one gate of it.
 
     Attributes:
-        tensor: The file's tensor.
         axes: The permutation of the kernel's axes that gives the tensor's order.
         columns: First and last + 1 index on the kernel's last axis that the tensor holds; None for
             all of them.
@@ -61,15 +60,10 @@ class MatchedTensor:
 
 
 def kernel_variables(model: keras.Model) -> dict[str, tf.Variable]:
-    """Lists the weights of rank >= 2 of a plain model but for biases, each variable once.
+    """Lists the weights of rank >= 2 of a plain model but for biases, each variable once, by path.
 
-    Args:
-        model: A built model.
-
-    Returns:
-        Variables by path. Compressible kernels have the paths that plans give them; any other
-        weight the path of the layer through nested models, then its own name without its layer's
-        ("locally_connected/kernel").
+    Compressible kernels have the paths that plans give them; any other weight the path of the layer
+    through nested models, then its own name without its layer's ("locally_connected/kernel").
     """
     planned = {id(variable): path for path, variable in _compressible(model).items()}
     found: dict[str, tf.Variable] = {}
@@ -97,15 +91,8 @@ def kernel_variables(model: keras.Model) -> dict[str, tf.Variable]:
 def find_variable(model: keras.Model, path: str) -> tf.Variable:
     """Looks a kernel up by its path: layers through nested models, then attribute names.
 
-    Args:
-        model: A built model.
-        path: For example "conv/kernel" or "lstm/cell/kernel".
-
-    Returns:
-        The variable.
-
-    Raises:
-        PlanError: If the model has no such kernel.
+    Paths are such as "conv/kernel" or "lstm/cell/kernel". A PlanError tells the user that the model
+    has no such kernel.
     """
     known = _compressible(model) | kernel_variables(model)
     if path in known:
@@ -135,13 +122,9 @@ def match_kernels(
     equals it, since the converter merges equal constants; what is left then is looked for gate by
     gate.
 
-    Args:
-        kernels: Kernel values by path, in Keras's layouts.
-        tensors: The file's tensors, of all subgraphs.
-
-    Returns:
-        For every path the tensors that hold the kernel: one as a rule, one per gate for an LSTM or
-        GRU kernel, none if it was not found.
+    The kernels are in Keras's layouts, the tensors those of all subgraphs. For every path there is
+    one tensor as a rule, one per gate for an LSTM or GRU kernel, and none if the kernel was not
+    found.
 
     Example:
         >>> matches = match_kernels({"conv/kernel": kernel}, read_tensors("model.tflite"))
@@ -256,13 +239,9 @@ def _distance(kernel: np.ndarray, values: np.ndarray) -> float:
 def _unexplained(kernel: np.ndarray, values: np.ndarray) -> float:
     """Share of the values' energy that no factor per channel explains, averaged over channels.
 
-    Args:
-        kernel: Kernel, shape (channels, inputs).
-        values: Candidate, same shape. Channels that are zero throughout (their batch normalisation
-            switched them off) say nothing and are left out.
-
-    Returns:
-        0 for a perfect fit up to factors, 1 for none.
+    Both arrays have the shape `(channels, inputs)`. 0 is a perfect fit up to factors, 1 none.
+    Channels of `values` that are zero throughout (their batch normalisation switched them off) say
+    nothing and are left out.
     """
     energy = np.sum(values**2, axis=1)
     live = energy > 0
@@ -343,11 +322,8 @@ def name_ports(file: Path, inputs: Sequence[str], outputs: Sequence[str]) -> Non
     The converter takes no names with capitals, spaces or letters beyond ASCII, and orders inputs
     and outputs as it likes.
 
-    Args:
-        file: A .tflite file whose signature has the inputs `input_0`, `input_1`, ... and the
-            outputs `output_0`, ...; it is rewritten.
-        inputs: The names of the inputs.
-        outputs: The names of the outputs.
+    The file's signature has the inputs `input_0`, `input_1`, ... and the outputs `output_0`, ...;
+    the file is rewritten.
     """
     content = file.read_bytes()
     model = schema.ModelT.InitFromPackedBuf(content, 0)

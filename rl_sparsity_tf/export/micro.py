@@ -272,9 +272,8 @@ def _run(
 ) -> tuple[int, str, float | None, int | None]:
     """Runs the file in TFLM if that is possible.
 
-    Returns:
-        The arena, TFLM's version (empty if the arena is the estimate), the share of equal output
-        values and their largest difference in steps.
+    It returns the arena, TFLM's version (empty if the arena is the estimate), the share of equal
+    output values and their largest difference in steps.
     """
     lacking = "it is not installed"
     if tflm_installed():

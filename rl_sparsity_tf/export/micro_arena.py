@@ -44,13 +44,7 @@ _ACCUMULATING = {"MEAN", "SUM", "TRANSPOSE_CONV"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Buffer:
-    """Memory that is needed for a while.
-
-    Attributes:
-        size: Bytes.
-        first: The first step at which it is in use.
-        last: The last one.
-    """
+    """So many bytes of memory, in use from the first step to the last, both included."""
 
     size: int
     first: int
@@ -60,13 +54,8 @@ class Buffer:
 def plan_buffers(buffers: Iterable[Buffer]) -> int:
     """Places buffers so that those in use at the same time do not overlap.
 
-    The largest is placed first, each in the first gap that takes it.
-
-    Args:
-        buffers: The buffers; their sizes are rounded up to 16 bytes.
-
-    Returns:
-        The bytes that all of them take together.
+    The largest is placed first, each in the first gap that takes it. Sizes are rounded up to 16
+    bytes; the result is the bytes that all of them take together.
 
     Example:
         >>> plan_buffers([Buffer(size=32, first=0, last=1), Buffer(size=32, first=2, last=3)])
@@ -116,13 +105,9 @@ def activation_buffers(flat: FlatModel, subgraph: int = 0) -> list[Buffer]:
 
 
 def estimate_arena(flat: FlatModel) -> int:
-    """Estimates the arena of a file in TFLM's reference kernels.
+    """Estimates the bytes of a file's arena in TFLM's reference kernels, a multiple of 16.
 
-    Args:
-        flat: The file's content.
-
-    Returns:
-        Bytes, a multiple of 16: the planned activations and the runtime's structures.
+    They are the planned activations and the runtime's structures.
 
     Example:
         >>> estimate_arena(read_flat_model("model.tflite"))

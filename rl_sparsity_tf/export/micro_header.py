@@ -53,12 +53,7 @@ def registering_method(operator: str) -> str:
 def check_operators(name: str, flat: FlatModel) -> tuple[str, ...]:
     """Names a file's operators, each once, in alphabetical order.
 
-    Args:
-        name: The model's name, for the error.
-        flat: The file's content.
-
-    Raises:
-        ExportError: If TFLM has no kernel for one of them.
+    An ExportError, with the model's name, is raised if TFLM has no kernel for one of them.
     """
     builtin = {operator.name for operator in flat.operators if operator.kind == "builtin"}
     others = {operator.name for operator in flat.operators if operator.kind != "builtin"}
@@ -107,7 +102,6 @@ class MicroPort:
         shape: Its shape, the batch of 1 included.
         dtype: Its type, mostly "int8".
         scale: real value = (stored value - zero_point) * scale; None if it is not quantized.
-        zero_point: See `scale`.
     """
 
     index: int
@@ -119,11 +113,7 @@ class MicroPort:
 
 
 def check_name(name: object) -> str:
-    """Returns the name if C and C++ can use it for the array.
-
-    Raises:
-        ArgumentError: If they cannot.
-    """
+    """Returns the name if C and C++ can use it for the array; else an ArgumentError is raised."""
     if (
         not isinstance(name, str)
         or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name)
@@ -151,16 +141,10 @@ def header_text(
 ) -> str:
     """Writes a model as a header for C and C++.
 
-    Args:
-        name: Prefix of everything the header defines.
-        content: The .tflite file.
-        model: The model's own name, for the comment.
-        arena_bytes: Bytes of the arena.
-        arena_basis: Where that number comes from.
-        operators: TFLite's names of the operators, each once.
-        inputs: The inputs in the runtime's order.
-        outputs: The outputs in the runtime's order.
-        notes: What else the reader has to know.
+    `name` is the prefix of everything the header defines, `model` the model's own name, for the
+    comment, and `content` the .tflite file. `arena_basis` says where the number of the arena's
+    bytes comes from. Operators have TFLite's names, each once; inputs and outputs are in the
+    runtime's order. The notes are what else the reader has to know.
     """
     upper = name.upper()
     lines = [

@@ -24,11 +24,8 @@ STEP = 16
 def smallest_arena(say: Callable[..., None], path: str, low: int, high: int) -> None:
     """Bisects for the smallest arena that the runtime can plan the file in.
 
-    Args:
-        say: Writes a line.
-        path: The .tflite file.
-        low: An arena that is too small.
-        high: One that may be large enough; nothing is bisected if it is not.
+    `low` is an arena that is too small, `high` one that may be large enough; nothing is bisected if
+    it is not. `say` writes a line of reply.
     """
     content = Path(path).read_bytes()
     if not _fits(say, content, high):
@@ -52,16 +49,11 @@ def run(
     count: int,
     reset: bool,
 ) -> None:
-    """Runs rows one by one.
+    """Runs rows one by one in an arena of so many bytes.
 
-    Args:
-        say: Writes a line.
-        path: The .tflite file.
-        arena: Bytes of the arena.
-        inputs: An .npz file with the rows of each of the file's inputs, as the file stores them.
-        outputs: The .npz file to write, in the file's order.
-        count: Number of outputs.
-        reset: Whether what the file keeps from call to call is reset before each of them.
+    `inputs` is an .npz file with the rows of each of the file's inputs, as the file stores them;
+    `outputs` is the .npz file to write, with `count` outputs in the file's order. `reset` says
+    whether what the file keeps from call to call is reset before each of them.
     """
     interpreter = _interpreter(Path(path).read_bytes(), arena)
     with np.load(inputs, allow_pickle=False) as arrays:

@@ -52,18 +52,11 @@ def tflm_installed() -> bool:
 
 
 def measure_arena(path: str | os.PathLike[str], high: int) -> tuple[int, str]:
-    """Finds the smallest arena in which TFLM plans a file.
+    """Finds the smallest arena in which TFLM plans a file, and the version of the package.
 
-    Args:
-        path: The .tflite file.
-        high: An arena that is amply large.
-
-    Returns:
-        The arena in bytes, a multiple of 16, and the version of the package.
-
-    Raises:
-        TflmError: If TFLM does not take the file at all.
-        TflmMissingError: If the package cannot be imported.
+    The arena is in bytes, a multiple of 16; `high` is one that is amply large. A TflmError is
+    raised if TFLM does not take the file at all, a TflmMissingError if the package cannot be
+    imported.
     """
     low, version = 0, ""
     high = -(-high // STEP) * STEP
@@ -102,19 +95,10 @@ def run_tflm(
 ) -> list[np.ndarray]:
     """Runs rows one by one in TFLM's reference kernels.
 
-    Args:
-        path: A .tflite file of batch size 1.
-        arena: Bytes of the arena.
-        inputs: One array of rows per input, in the file's order and as the file stores them.
-        outputs: Number of the file's outputs.
-        reset: Whether what the file keeps from call to call is reset before each of them.
-
-    Returns:
-        One array of rows per output, in the file's order, as the file stores them.
-
-    Raises:
-        TflmError: If TFLM fails or dies.
-        TflmMissingError: If the package cannot be imported.
+    The file has batch size 1, and the arena is in bytes. Inputs and results are one array of rows
+    per input or output, in the file's order and as the file stores them. `reset` says whether what
+    the file keeps from call to call is reset before each of them. A TflmError is raised if TFLM
+    fails or dies, a TflmMissingError if the package cannot be imported.
     """
     with scratch_folder() as folder:
         rows, results = os.path.join(folder, "in.npz"), os.path.join(folder, "out.npz")

@@ -53,9 +53,8 @@ def stateless(model: keras.Model, kept: bool = False) -> Iterator[list[str]]:
     A stateful layer would assign its state in the trace, and the comparison with Keras would
     change the state of the caller's model.
 
-    Args:
-        model: The model; its layers are as they were when the context ends.
-        kept: Whether the file is to keep the state of its fused operators between calls.
+    The layers are as they were when the context ends. `kept` says whether the file is to keep the
+    state of its fused operators between calls.
     """
     stateful = [layer for layer in recurrent_layers(model) if layer.stateful]
     try:
@@ -83,8 +82,7 @@ def can_unroll(model: keras.Model) -> bool:
 def check_unroll(model: keras.Model) -> None:
     """Raises unless the recurrent layers of a model can be unrolled.
 
-    Raises:
-        ArgumentError: If there is none, one has no unrolled form, or the steps are not known.
+    The ArgumentError says that there is none, one has no unrolled form, or the steps are not known.
     """
     layers = recurrent_layers(model)
     if not layers:
@@ -112,8 +110,7 @@ def unrolled_copy(model: keras.Model) -> keras.Model:
 
     Their kernels then are those of dense operators, which TFLite can store as integers.
 
-    Raises:
-        ArgumentError: If the model has no recurrent layer or one cannot be unrolled.
+    An ArgumentError is raised if the model has no recurrent layer or one cannot be unrolled.
     """
     check_unroll(model)
     copy = strip(model)
@@ -176,8 +173,7 @@ def kept_states(flat: FlatModel) -> list[FlatTensor]:
 def start_at_zero(file: Path) -> None:
     """Lets every call of a file begin with the initial state; a file without state stays as it is.
 
-    Args:
-        file: A .tflite file, which is replaced.
+    The file is replaced.
     """
     states = kept_states(read_flat_model(file))
     if not states:

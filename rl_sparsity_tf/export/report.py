@@ -152,10 +152,8 @@ def tensor_reports(
 ) -> tuple[TensorReport, ...]:
     """Describes the constants of a file, largest first.
 
-    Args:
-        tensors: The file's tensors.
-        matches: The tensors that hold the model's kernels, by path.
-        model: The file's content, from which it is told what the kernels will exploit.
+    Matches are the tensors that hold the model's kernels, by path. From the model, the file's
+    content, it is told what the kernels will exploit.
     """
     exploitation = None if model is None else Exploitation(model)
     held = {id(match.tensor): name for name, found in matches.items() for match in found}

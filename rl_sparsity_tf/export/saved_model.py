@@ -50,21 +50,11 @@ def _call(model: keras.Model) -> Callable[[Sequence[Any]], Any]:
 
 
 def write_saved_model(model: keras.Model, folder: Path, batch_size: int | None) -> list[str]:
-    """Traces a model in inference mode and saves the trace.
+    """Traces a built model in inference mode and saves the trace; returns the outputs' Keras names.
 
-    Args:
-        model: A built model, subclassed ones included.
-        folder: The folder to write.
-        batch_size: Rows per call; None leaves it open.
-
-    Returns:
-        The outputs' Keras names.
-
-    Raises:
-        ExportError: If the model cannot be traced with this batch size.
-
-    The signature's arguments are `input_0`, `input_1`, ... and its results `output_0`, ..., in
-    Keras's order.
+    The model may be a subclassed one. The batch size None leaves the rows per call open. The
+    signature's arguments are `input_0`, `input_1`, ... and its results `output_0`, ..., in Keras's
+    order. An ExportError is raised if the model cannot be traced with this batch size.
     """
     names: list[str] = []
     structured = _call(model)
@@ -104,17 +94,9 @@ def reference_outputs(
 ) -> list[np.ndarray]:
     """Runs the Keras model itself, outside any trace.
 
-    Args:
-        model: The model.
-        inputs: One array of rows per input.
-        batch_size: Rows per call, or None for all at once. The last batch is filled up with copies
-            of its last row.
-
-    Returns:
-        One float or integer array per output.
-
-    Raises:
-        ExportError: If an output has no row per row of input.
+    There is one array of rows per input, and one float or integer array per output. The batch size
+    None takes all rows at once; else the last batch is filled up with copies of its last row. An
+    ExportError is raised if an output has no row per row of input.
     """
     flat = flat_call(model)
     rows = len(inputs[0])
@@ -147,14 +129,9 @@ def own_moves(
     Its float inputs are scaled by 1 + 1e-6, and its float weights change in their last place: what
     a runtime rounds otherwise may move the outputs as far.
 
-    Args:
-        model: The model; its weights are as they were when this returns.
-        inputs: One array of rows per input.
-        expected: Its outputs for them.
-        batch_size: As in [reference_outputs][].
-
-    Returns:
-        The largest absolute change of each output; infinite if it is no number any more.
+    `expected` are its outputs for the inputs. The result is the largest absolute change of each
+    output, infinite if it is no number any more. The model's weights are as they were when this
+    returns.
     """
     scaled = [
         (array * (1.0 + _SCALED)).astype(array.dtype) if array.dtype.kind == "f" else array
@@ -187,15 +164,9 @@ _REASON_CHARACTERS = 300
 
 
 def conversion_error(model: keras.Model, quantization: str, error: WorkerError) -> ExportError:
-    """Explains why a model could not be converted.
+    """Makes the error that explains why a model could not be converted in a mode, to be raised.
 
-    Args:
-        model: The model.
-        quantization: The mode it was exported in.
-        error: What the conversion process reported, or how it died.
-
-    Returns:
-        The error to raise.
+    `error` is what the conversion process reported, or how it died.
     """
     text = error.detail
     loops = looping_layers(model)
@@ -246,14 +217,8 @@ def in_float32(model: keras.Model) -> Iterator[tuple[keras.Model, list[str]]]:
     float32 while the context is open, which also reaches layers that cannot be rebuilt. Models
     whose variables are of another type (float64, float16) are rebuilt from their config.
 
-    Args:
-        model: A built model. It is as it was when the context ends.
-
-    Yields:
-        The model or its float32 copy, and the notes.
-
-    Raises:
-        ExportError: If variables are of another type and the model cannot be rebuilt.
+    The model is as it was when the context ends. An ExportError is raised if variables are of
+    another type and the model cannot be rebuilt.
     """
     others = _other_types(model)
     if others:

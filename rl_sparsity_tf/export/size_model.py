@@ -313,17 +313,9 @@ def _duplicates(parts: Mapping[str, tuple[MatchedTensor, ...]]) -> set[str]:
 
 
 def convert_weights(model: keras.Model, folder: Path) -> Path:
-    """Converts a plain model to float32, without verifying the file.
+    """Converts a built, plain model to a float32 file in the folder, without verifying it.
 
-    Args:
-        model: A built model.
-        folder: A folder to work in.
-
-    Returns:
-        The file, in the folder.
-
-    Raises:
-        ExportError: If the model cannot be converted.
+    An ExportError is raised if the model cannot be converted.
     """
     batch_size, _ = file_batch_size(model, None, unroll=False)
     with in_float32(model) as (traced, _), stateless(traced):

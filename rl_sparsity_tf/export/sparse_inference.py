@@ -82,8 +82,7 @@ class SparseInference:
 def check_sparse_inference(sparse_inference: object, quantization: str, compute: str) -> None:
     """Checks that the mode has weights that can be skipped.
 
-    Raises:
-        ArgumentError: If it has not, or the choice is not known.
+    An ArgumentError is raised if it has not, or the choice is not known.
     """
     if sparse_inference is None:
         return
@@ -104,10 +103,8 @@ def store_for_sparse_inference(
 ) -> SparseInference:
     """Stores the 1x1 convolutions sparse that will then skip their zeros.
 
-    Args:
-        file: A file with float32 or weight-only int8 weights.
-        kernels: The Keras kernels by path, from which the layers are named.
-        formats: How the other tensors are stored: `"dense"`, or by what is to be small.
+    The file has float32 or weight-only int8 weights. The layers are named from the Keras kernels by
+    path. `formats` says how the other tensors are stored: `"dense"`, or by what is to be small.
     """
     flat = read_flat_model(file)
     clusters = SparseClusters(flat)

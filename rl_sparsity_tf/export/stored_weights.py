@@ -31,16 +31,10 @@ def quantization_entries(
     matches: Mapping[str, Sequence[MatchedTensor]],
     bits: Mapping[str, int],
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Resolves a plan's wishes to operators, by the tensors that hold the kernels.
+    """Resolves a plan's wishes to operators of a float32 file, by the tensors that hold kernels.
 
-    Args:
-        flat: The float32 file.
-        matches: For every kernel path the tensors that hold it.
-        bits: Wanted bits per kernel path, 32 for float.
-
-    Returns:
-        The entries for the conversion process's `quantize`, and for every kernel that has to stay
-        float the reason.
+    Matches and bits are by kernel path; 32 bits are float. It returns the entries for the
+    conversion process's `quantize`, and for every kernel that has to stay float the reason.
     """
     entries: list[dict[str, Any]] = []
     reasons: dict[str, str] = {}
@@ -80,7 +74,6 @@ class StoredWeights:
     """A file in which the kernels have a plan's bits.
 
     Attributes:
-        file: The file.
         notes: What was not done as asked, and why.
         bits: The fewest bits used.
         recipe: The recipe with which LiteRT's quantizer makes the file from the float32 one; None
@@ -100,14 +93,10 @@ def store_weights(
     compute: str = "weight_only",
     calibration: Sequence[np.ndarray] | None = None,
 ) -> StoredWeights:
-    """Applies a plan's bits to a float32 file.
+    """Applies a plan's bits to a float32 file; what is made of it is written beside it.
 
-    Args:
-        file: The file; what is made of it is written beside it.
-        kernels: Kernel values by path.
-        bits: Wanted bits by path, 32 for float.
-        compute: `"weight_only"`, `"dynamic"` or `"static"`.
-        calibration: For `"static"`, one array of rows per input.
+    Kernels and bits are by path; 32 bits are float. `compute` is `"weight_only"`, `"dynamic"` or
+    `"static"`, which needs calibration data, one array of rows per input.
     """
     flat = read_flat_model(file)
     matches = match_kernels(kernels, flat.tensors)
@@ -151,16 +140,11 @@ def store_weights(
 
 
 def make_sparse(file: Path, formats: str) -> Path | None:
-    """Stores tensors sparse where that is smaller.
+    """Stores tensors sparse where that is smaller; returns a file beside the one given, or None.
 
-    Args:
-        file: A .tflite file.
-        formats: What is to be small: `"raw"`, the file, or `"gzip"`, the gzipped file; with
-            `"dense"` nothing is done.
-
-    Returns:
-        A smaller file beside the one given; None if there is none. See [broken_chain][] for files
-        that only tensors without DENSIFY may become sparse in.
+    `formats` says what is to be small: `"raw"`, the file, or `"gzip"`, the gzipped file; with
+    `"dense"` nothing is done. None means that no file is smaller. See [broken_chain][] for files
+    that only tensors without DENSIFY may become sparse in.
     """
     if formats == "dense":
         return None
@@ -181,13 +165,9 @@ def make_sparse(file: Path, formats: str) -> Path | None:
 
 
 def broken_chain(flat: FlatModel) -> str | None:
-    """Says why nothing of a file may need DENSIFY, if that is so.
+    """Says, for a note, why nothing of a file may need DENSIFY, if that is so.
 
-    Args:
-        flat: The file's content, before anything is stored sparse.
-
-    Returns:
-        The reason, for a note.
+    `flat` is the file before anything is stored sparse.
     """
     start = SparseClusters(flat).broken()
     if start is None:

@@ -89,10 +89,8 @@ TOLERANCES = {
 def tolerance_for(quantization: str, compute: str, bits: int) -> Tolerance:
     """How far a file may be from Keras by default.
 
-    Args:
-        quantization: The mode of the export.
-        compute: How the kernels that a plan quantizes compute.
-        bits: The fewest bits of a kernel, 32 if none is quantized.
+    `compute` says how the kernels that a plan quantizes compute, and `bits` are the fewest of a
+    kernel, 32 if none is quantized.
     """
     if quantization != "plan" or compute == "weight_only" or bits == _FLOAT_BITS:
         mode = "plan4" if (quantization, bits) == ("plan", 4) else quantization
@@ -130,19 +128,9 @@ def verify_outputs(
 ) -> Agreement:
     """Runs a file with and without XNNPACK, row by row and in one batch, and compares.
 
-    Args:
-        worker: The conversion process.
-        path: The .tflite file.
-        inputs: One array of rows per input.
-        expected: Keras's outputs for them.
-        tolerance: What is allowed.
-        batch_size: The file's fixed batch size, if it has one.
-
-    Returns:
-        The worst agreement over all runs.
-
-    Raises:
-        VerificationError: If the file does not run, gives NaN, or differs by more than allowed.
+    There is one array of rows per input, and `expected` are Keras's outputs for them. The result is
+    the worst agreement over all runs. A VerificationError is raised if the file does not run, gives
+    NaN, or differs by more than allowed.
     """
     worst: Agreement | None = None
     rows = len(inputs[0])
@@ -177,14 +165,8 @@ def verify_calls(
     Two calls are made in turns, twice each, by one interpreter that is not reset, and by fresh
     ones.
 
-    Args:
-        worker: The conversion process.
-        path: The .tflite file.
-        inputs: One array of rows per input; the first and the last rows are taken.
-        batch_size: The file's fixed batch size, if it has one.
-
-    Raises:
-        VerificationError: If a call gives something else than the same call alone.
+    There is one array of rows per input, of which the first and the last rows are taken. A
+    VerificationError is raised if a call gives something else than the same call alone.
     """
     size = batch_size or 1
     first, second = ([part[:size] for part in inputs], [part[-size:] for part in inputs])
@@ -207,16 +189,10 @@ def verify_calls(
 def compare_outputs(
     outputs: Sequence[np.ndarray], expected: Sequence[np.ndarray], tolerance: Tolerance, how: str
 ) -> Agreement:
-    """Compares a file's outputs with Keras's.
+    """Compares a file's outputs with Keras's, one array per output.
 
-    Args:
-        outputs: The file's, one array per output.
-        expected: Keras's.
-        tolerance: What is allowed.
-        how: How the file was run, for messages.
-
-    Raises:
-        VerificationError: If a value is NaN or they differ by more than allowed.
+    `how` says in messages how the file was run. A VerificationError is raised if a value is NaN or
+    the outputs differ by more than allowed.
     """
     if [array.shape for array in outputs] != [array.shape for array in expected]:
         raise VerificationError(
@@ -273,17 +249,10 @@ def verify_zeros(
 ) -> list[str]:
     """Checks that every weight that is zero in Keras is zero in the file.
 
-    Args:
-        kernels: Kernel values by path.
-        matches: The tensors that hold them.
-        tensors: All tensors of the file.
-
-    Returns:
-        Notes on kernels with zeros of which the file has nothing that could hold them.
-
-    Raises:
-        VerificationError: If a zero was lost, or a kernel's zeros cannot be found although a tensor
-            could hold them.
+    Kernels and the tensors that hold them are by path; `tensors` are all of the file. It returns
+    notes on kernels with zeros of which the file has nothing that could hold them. A
+    VerificationError is raised if a zero was lost, or a kernel's zeros cannot be found although a
+    tensor could hold them.
     """
     notes = []
     taken = {id(match.tensor) for held in matches.values() for match in held}
@@ -402,21 +371,12 @@ def _step(judge: keras.Model, batch: Batch, outputs: list[tf.Tensor]) -> dict[st
 def compare_scores(
     path: Path, model: keras.Model, test_data: Any, lost: float
 ) -> dict[str, float | str]:
-    """Scores a file and its Keras model on the same data.
+    """Scores a file and its Keras model, which must be compiled, on the same data.
 
-    Args:
-        path: The file.
-        model: The model, compiled.
-        test_data: Data as `evaluate` takes it.
-        lost: How much of an accuracy the file may lose.
-
-    Returns:
-        `{"metric": its name, "keras": the model's figure, "tflite": the file's}`.
-
-    Raises:
-        ModelError: If the model is not compiled.
-        DataError: If the data does not fit it.
-        VerificationError: If the file loses more of an accuracy than is allowed.
+    The data is as `evaluate` takes it, and `lost` is how much of an accuracy the file may lose. It
+    returns `{"metric": its name, "keras": the model's figure, "tflite": the file's}`. A ModelError
+    is raised if the model is not compiled, a DataError if the data does not fit it, and a
+    VerificationError if the file loses more of an accuracy than is allowed.
     """
     batches = evaluation_data(test_data, model, "test_data")
     judge = _judge(model)
@@ -451,13 +411,9 @@ _RANDOM = re.compile(r"Random|TruncatedNormal|Multinomial|Stateful(Standard|Unif
 def check_repeatable(model: keras.Model, x: Any, batch_size: int | None = None) -> None:
     """Raises if a model's outputs differ from call to call, although it is not training.
 
-    Args:
-        model: A built, plain model. Its weights and states are as they were in the end.
-        x: Inputs as the model takes them, or a list of one array per input.
-        batch_size: Rows per call, where the model or its file fixes them.
-
-    Raises:
-        ModelError: Naming the layer, if its operators can be told apart.
+    The inputs are as the model takes them, or a list of one array per input; the batch size is the
+    rows per call where the model or its file fixes them. The model's weights and states end as they
+    began. The ModelError names the layer, if its operators can be told apart.
     """
     fixed = batch_size or next((spec.batch for spec in input_specs(model) if spec.batch), None)
     rows = [np.asarray(array)[: fixed or _ROWS] for array in flat_inputs(model, x)]

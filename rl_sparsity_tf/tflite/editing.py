@@ -20,12 +20,9 @@ def split_file(file: Path, counts: Sequence[int]) -> list[Path | None]:
     Converting many small models as one with many inputs takes a tenth of the time that converting
     them one by one does.
 
-    Args:
-        file: A .tflite file whose inputs are in Keras's order.
-        counts: For every model the number of its inputs, which follow one another.
-
-    Returns:
-        The files, beside the one given; None for a model of which no operator is left.
+    The file's inputs are in Keras's order, and `counts` says for every model how many of them are
+    its own, one model after the other. The new files lie beside the one given; None stands for a
+    model of which no operator is left.
     """
     whole = schema.ModelT.InitFromPackedBuf(inline_buffers(file.read_bytes()), 0)
     graph = whole.subgraphs[0]

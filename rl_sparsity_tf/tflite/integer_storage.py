@@ -56,15 +56,9 @@ class IntegerForm:
 
 
 def integer_form(flat: FlatModel, tensor: FlatTensor, bits: int) -> IntegerForm | None:
-    """Finds how a constant can be stored as integers and restored by DEQUANTIZE.
+    """Finds how a float32 constant can be stored as integers and restored by DEQUANTIZE.
 
-    Args:
-        flat: The file.
-        tensor: One of its float32 constants.
-        bits: Wanted precision, 8 or 4.
-
-    Returns:
-        The form; None if an operator that was not tried reads the constant.
+    Bits are 8 or 4. There is no form, None, if an operator that was not tried reads the constant.
     """
     readers = flat.consumers(tensor)
     names = {reader.name if reader.kind == "builtin" else "CUSTOM" for reader in readers}
@@ -87,15 +81,10 @@ def integer_form(flat: FlatModel, tensor: FlatTensor, bits: int) -> IntegerForm 
 
 
 def to_integers(values: np.ndarray, form: IntegerForm) -> tuple[np.ndarray, np.ndarray]:
-    """Puts values on the symmetric grid that kernels are fine-tuned on.
+    """Puts float32 weights on the symmetric grid that kernels are fine-tuned on.
 
-    Args:
-        values: Float32 weights.
-        form: How they are to be stored.
-
-    Returns:
-        The integers, and the scales: largest magnitude / 127 (or / 7) in float32. Weights that are
-        on the grid already are restored bit for bit.
+    It gives the integers, and the scales: largest magnitude / 127 (or / 7) in float32. Weights that
+    are on the grid already are restored bit for bit.
     """
     levels = np.float32(_LEVELS[form.bits])
     others = tuple(axis for axis in range(values.ndim) if axis != form.axis)
@@ -110,10 +99,7 @@ def store_dequantized(
 ) -> None:
     """Writes a file whose given float constants are integers behind DEQUANTIZE operators.
 
-    Args:
-        source: A .tflite file.
-        output: The file to write.
-        wanted: Tensors of `source` and the forms that [integer_form][] found for them.
+    The tensors are those of `source`, the forms those that [integer_form][] found for them.
     """
     rewriting = _Rewriting(inline_buffers(source.read_bytes()))
     for tensor, form in wanted:

@@ -16,21 +16,12 @@ from rl_sparsity_tf.tflite.worker_process import InputError
 def run_rows(
     path: str | os.PathLike[str], inputs: Any, *, batch_size: int, xnnpack: bool
 ) -> list[np.ndarray]:
-    """Runs a file over all rows, in the conversion process.
+    """Runs a file over all rows in the conversion process; gives its outputs in Keras's order.
 
-    Args:
-        path: A .tflite file.
-        inputs: An array of shape (rows, ...), a list or tuple with one per input, or a dict of them
-            by the inputs' names.
-        batch_size: Rows at a time; a file with a fixed batch size uses its own.
-        xnnpack: Whether LiteRT may use its XNNPACK delegate.
-
-    Returns:
-        The outputs in Keras's order.
-
-    Raises:
-        ArgumentError: If the inputs cannot be used, or are not what the file takes.
-        ExportError: If LiteRT cannot run the file.
+    The inputs are an array of shape `(rows, ...)`, a list or tuple with one per input, or a dict of
+    them by the inputs' names. A file with a fixed batch size uses its own. An ArgumentError tells
+    the user of inputs that cannot be used or are not what the file takes, an ExportError that
+    LiteRT cannot run the file.
     """
     names = [str(name) for name in inputs] if isinstance(inputs, Mapping) else None
     arrays = _arrays(list(inputs.values()) if isinstance(inputs, Mapping) else inputs)

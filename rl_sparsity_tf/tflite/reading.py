@@ -28,9 +28,7 @@ class FlatTensor:
     """One tensor of a .tflite file.
 
     Attributes:
-        subgraph: Index of the subgraph it belongs to.
-        index: Its index in that subgraph.
-        name: Its name in the file.
+        index: Its index in its subgraph, by which operators name it.
         shape: Its shape; an unknown batch size reads 1.
         dtype: TFLite's type name in lower case, such as "float32", "int8" or "int4".
         constant: Whether the file holds its values.
@@ -39,7 +37,7 @@ class FlatTensor:
             zeros that a sparse format leaves out put back; None if the tensor is not constant, lies
             in another file, or has a type numpy does not have.
         scales: Quantization scales, one for the tensor or one per slice along `axis`; else empty.
-        zero_points: Zero points, as many as `scales`.
+        zero_points: As many as `scales`.
         axis: The axis that `scales` run along.
         sparse: Whether the values are stored in TFLite's sparse format.
         variable: Whether it keeps its value from one call to the next.
@@ -75,7 +73,7 @@ class FlatTensor:
 
     @property
     def elements(self) -> int:
-        """Number of values."""
+        """Number of values, those that a sparse format leaves out included."""
         return math.prod(self.shape)
 
     @property
@@ -88,11 +86,10 @@ class FlatTensor:
         return None if values is None else int(values.size - np.count_nonzero(values))
 
     def values(self) -> np.ndarray | None:
-        """The constant's real values: (stored - zero point) * scale.
+        """The constant's real values, of shape `shape`: (stored - zero point) * scale.
 
-        Returns:
-            A float array of shape `shape` for quantized and floating-point tensors, the stored
-            integers for others, None where `raw` is None.
+        They are floats for quantized and floating-point tensors, the stored integers for others,
+        and None where `raw` is None.
         """
         if self.raw is None or not self.quantized:
             return self.raw
@@ -109,10 +106,9 @@ class FlatOperator:
     """One operator of a .tflite file.
 
     Attributes:
-        subgraph: Index of the subgraph it belongs to.
         name: TFLite's name, such as "FULLY_CONNECTED"; a custom operator's own name.
         inputs: Indices of its input tensors in the subgraph; -1 for one left out.
-        outputs: Indices of its output tensors.
+        outputs: Indices of its output tensors in the subgraph.
         kind: "builtin", "custom", or "flex" for TensorFlow operators inside a .tflite file.
         options: The builtin options by their names in the schema, such as "strideW".
     """
@@ -137,11 +133,8 @@ class FlatGraph:
 class FlatModel:
     """The tensors and operators of a .tflite file, over all subgraphs.
 
-    Attributes:
-        tensors: All tensors, activations included.
-        operators: All operators in the order they run.
-        graphs: The subgraphs' inputs and outputs; the first subgraph is the model.
-        signatures: Names of the signatures.
+    Activations are among the tensors. The operators are in the order they run. The first of
+    `graphs` is the model.
     """
 
     tensors: tuple[FlatTensor, ...]
@@ -206,17 +199,10 @@ _OPERATOR_NAMES = _names_by_code(schema.BuiltinOperator)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> list[FlatTensor]:
-    """Reads the tensors of all subgraphs.
+    """Reads the tensors of all subgraphs in the file's order, activations (without data) included.
 
-    Args:
-        path: A .tflite file.
-
-    Returns:
-        The tensors in the file's order, activations included (they have no data).
-
-    Raises:
-        ArgumentError: If the file does not exist or is no .tflite file.
-        ExportError: If it is damaged.
+    A file that does not exist or is no .tflite file raises an ArgumentError, a damaged one an
+    ExportError.
 
     Example:
         >>> for tensor in read_tensors("model.tflite"):
@@ -271,15 +257,8 @@ def inline_buffers(content: bytes) -> bytes:
     The LiteRT quantizer writes the buffers of larger models after the flatbuffer and leaves offsets
     in it, which readers that know the plain schema only take for empty buffers.
 
-    Args:
-        content: A .tflite file's bytes.
-
-    Returns:
-        The same model in one flatbuffer, its buffers aligned to 16 bytes.
-
-    Raises:
-        ArgumentError: If these are not the bytes of a .tflite file.
-        ExportError: If they are damaged.
+    The result is one flatbuffer, its buffers aligned to 16 bytes. Bytes that are not those of a
+    .tflite file raise an ArgumentError, damaged ones an ExportError.
     """
     return pack_model(_parse(content, "the bytes given"), content)
 
@@ -287,9 +266,8 @@ def inline_buffers(content: bytes) -> bytes:
 def pack_model(model: Any, content: bytes) -> bytes:
     """Writes a model in one flatbuffer, its buffers aligned to 16 bytes.
 
-    Args:
-        model: A model of the schema's object API.
-        content: The bytes it was read from, behind whose flatbuffer buffers may lie.
+    The model is one of the schema's object API. It was read from `content`, behind whose flatbuffer
+    buffers may lie.
     """
     buffers = []
     for buffer in model.buffers:

@@ -88,22 +88,17 @@ def quantize_file(
     compute: str = "weight_only",
     batches: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Quantizes weights of a float32 file.
+    """Quantizes weights of a float32 file; the buffers of the new file are inside its flatbuffer.
 
-    Args:
-        source: A float32 .tflite file.
-        output: The file to write, its buffers inside the flatbuffer.
-        entries: One per tensor of a kernel: {"key", "bits", "operators": [{"name", "code",
-            "scope", "subgraph"}]}, the operators being all that read the tensor, `scope` their
-            output tensors' names, each followed by a semicolon.
-        compute: One of [COMPUTES][]. Kernels whose operators have no such form are stored with
-            `"weight_only"`, if there is one.
-        batches: For `"static"`, the signature's inputs by name.
+    There is one entry per tensor of a kernel: {"key", "bits", "operators": [{"name", "code",
+    "scope", "subgraph"}]}. The operators are all that read the tensor, and `scope` is their output
+    tensors' names, each followed by a semicolon. `compute` is one of [COMPUTES][]; kernels whose
+    operators have no such form are stored with `"weight_only"`, if there is one. `"static"` needs
+    batches of the signature's inputs by name.
 
-    Returns:
-        {"refused": {key: why}, "float": {key: why}, "recipe": [...]}: the kernels that stay float
-        because the quantizer has no form of their operators with such weights, those that are
-        integers but compute in float32, and the recipe. Nothing is written if all are refused.
+    It returns {"refused": {key: why}, "float": {key: why}, "recipe": [...]}: the kernels that stay
+    float because the quantizer has no form of their operators with such weights, those that are
+    integers but compute in float32, and the recipe. Nothing is written if all are refused.
     """
     refused: dict[str, str] = {}
     in_float: dict[str, str] = {}
@@ -136,15 +131,10 @@ def quantize_file(
 
 
 def apply_recipe(source: str, recipe: Recipe, ranges: Any = None) -> bytes:
-    """Runs LiteRT's quantizer on a float32 file.
+    """Runs LiteRT's quantizer on a float32 file, by a recipe such as the JSON beside an export.
 
-    Args:
-        source: The file.
-        recipe: A recipe, such as the JSON beside an exported file.
-        ranges: For recipes with static activations the quantizer's calibration result.
-
-    Returns:
-        The quantized file, its buffers inside the flatbuffer.
+    Recipes with static activations need `ranges`, the quantizer's calibration result. The buffers
+    of the quantized file are inside the flatbuffer.
     """
     from litert_quantizer import quantizer
 
@@ -157,13 +147,9 @@ def apply_recipe(source: str, recipe: Recipe, ranges: Any = None) -> bytes:
 def operators_between(flat: FlatModel, scopes: set[str]) -> list[dict[str, Any]]:
     """Finds the operators without weights that only join operators on integers.
 
-    Args:
-        flat: The float32 file.
-        scopes: The scopes of the operators on integers.
-
-    Returns:
-        Operators as in the entries of [quantize_file][], in the file's order. Between two
-        integer convolutions a pooling need not be float.
+    Between two integer convolutions a pooling need not be float. `scopes` are those of the
+    operators on integers. What is found is in the file's order, as in the entries of
+    [quantize_file][].
     """
     own = [operator for operator in flat.operators if operator.subgraph == 0]
     inside = {number for number, operator in enumerate(own) if scope_of(flat, operator) in scopes}

@@ -83,18 +83,13 @@ def encode_sparse(
 ) -> SparseEncoding:
     """Encodes an array with its last traversed dimension compressed.
 
-    Args:
-        values: An array of rank 1 or more, as it is stored (integers for quantized tensors).
-        block: Length of the runs along the last axis that are stored or left out as a whole.
-        order: Order in which the dimensions are traversed; by default as they are. Blocks need the
-            default.
+    The array has rank 1 or more and is as it is stored (integers for quantized tensors). Runs of
+    `block` values along the last axis are stored or left out as a whole. `order` is that in which
+    the dimensions are traversed, by default as they are; blocks need the default. Indices and
+    segments take 1, 2 or 4 bytes each, by their largest value.
 
-    Returns:
-        The encoding. Indices and segments take 1, 2 or 4 bytes each, by their largest value.
-
-    Raises:
-        ArgumentError: If the array has no axis, the order is no permutation of its axes, or the
-            last axis is not a whole number of blocks.
+    An ArgumentError is raised if the array has no axis, the order is no permutation of its axes, or
+    the last axis is not a whole number of blocks.
 
     Example:
         >>> encoding = encode_sparse(np.array([[0, 5, 0], [0, 0, 7]], np.int8))
@@ -146,18 +141,11 @@ def encode_sparse(
 def decode_sparse(raw: bytes, shape: Sequence[int], sparsity: Any, dtype: str) -> np.ndarray:
     """Decodes a sparse constant as the runtimes do.
 
-    Args:
-        raw: The tensor's buffer.
-        shape: The tensor's shape.
-        sparsity: The tensor's `SparsityParametersT`: any number of dense and compressed levels, and
-            at most one block per dimension.
-        dtype: TFLite's type name in lower case, such as "float32", "int8" or "int4".
-
-    Returns:
-        An array of shape `shape`, 4-bit values as int8, zero where nothing is stored.
-
-    Raises:
-        ExportError: If the parameters contradict themselves, the shape or the number of values.
+    `sparsity` is the tensor's `SparsityParametersT`: any number of dense and compressed levels, and
+    at most one block per dimension. `dtype` is TFLite's type name in lower case, such as "float32",
+    "int8" or "int4". The array has the tensor's shape, 4-bit values as int8, and is zero where
+    nothing is stored. Parameters that contradict themselves, the shape or the number of values
+    raise an ExportError.
     """
     shape = tuple(int(size) for size in shape)
     stored = _stored_values(bytes(raw), dtype)
@@ -218,13 +206,8 @@ def decode_sparse(raw: bytes, shape: Sequence[int], sparsity: Any, dtype: str) -
 def check_size(shape: Sequence[int], itemsize: int, stored: int) -> None:
     """Raises if a sparse tensor would take far more memory than its file, or none at all.
 
-    Args:
-        shape: Its shape.
-        itemsize: Bytes of a value in memory.
-        stored: Bytes in the file.
-
-    Raises:
-        ExportError: Naming both sizes.
+    `itemsize` is the bytes of one value in memory, `stored` the bytes of the tensor in the file.
+    The ExportError names both sizes.
     """
     shape = tuple(shape)
     if any(size < 0 for size in shape):

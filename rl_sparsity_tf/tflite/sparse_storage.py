@@ -65,17 +65,12 @@ _WORTHWHILE_SHARE = {"raw": 0.0, "gzip": 0.03}
 def choose_formats(flat: FlatModel, target: str = "raw") -> dict[tuple[int, int], str]:
     """Chooses the format of every weight: the smallest that the runtimes compute rightly with.
 
-    Args:
-        flat: The file, read by `read_flat_model`.
-        target: What is to be small: `"raw"`, the file, or `"gzip"`, the compressed file. What is
-            smaller raw is often larger compressed, because zeros compress well.
+    The target says what is to be small: `"raw"`, the file, or `"gzip"`, the compressed file. What
+    is smaller raw is often larger compressed, because zeros compress well. Any other raises an
+    ArgumentError.
 
-    Returns:
-        For every dense constant of rank 2 or more, by (subgraph, index): `"dense"`; `"csr"`, every
-        value with its index; or `"block"`, runs of 4 values with one index.
-
-    Raises:
-        ArgumentError: If the target is not known.
+    Every dense constant of rank 2 or more gets, by (subgraph, index), `"dense"`; `"csr"`, every
+    value with its index; or `"block"`, runs of 4 values with one index.
 
     Example:
         >>> formats = choose_formats(read_flat_model("model.tflite"), "raw")
@@ -96,14 +91,9 @@ def choose_formats(flat: FlatModel, target: str = "raw") -> dict[tuple[int, int]
 
 
 def why_dense(flat: FlatModel, tensor: FlatTensor) -> str | None:
-    """Says why a constant must not become sparse.
+    """Says in plain words why a constant must not become sparse.
 
-    Args:
-        flat: The file.
-        tensor: One of its tensors.
-
-    Returns:
-        The reason in plain words, or None if the runtimes compute rightly with a sparse one.
+    None means that the runtimes compute rightly with a sparse one.
     """
     readers = flat.consumers(tensor)
     if not tensor.constant or tensor.raw is None or tensor.variable:
@@ -146,17 +136,11 @@ def encode(tensor: FlatTensor, tensor_format: str) -> SparseEncoding:
 def saved_bytes(
     flat: FlatModel, tensor: FlatTensor, tensor_format: str, target: str = "raw"
 ) -> int:
-    """Bytes that a file gets smaller by when a dense constant becomes sparse.
+    """Bytes that a file gets smaller by when a dense constant becomes sparse; negative if it grows.
 
-    Args:
-        flat: The file.
-        tensor: A dense constant that no other tensor shares its buffer with.
-        tensor_format: `"csr"` or `"block"`.
-        target: `"raw"` is exact but for the alignment (some 20 bytes); `"gzip"` compresses the
-            tensor both ways and is an estimate for a whole file.
-
-    Returns:
-        The bytes saved; negative if the file grows.
+    No other tensor may share the constant's buffer. With the target `"raw"` the number is exact but
+    for the alignment (some 20 bytes); with `"gzip"` the tensor is compressed both ways, which is an
+    estimate for a whole file.
     """
     encoding = encode(tensor, tensor_format)
     parts = (encoding.values, encoding.segments, encoding.indices)
@@ -187,16 +171,12 @@ def sparsify_file(
     is to become sparse. The same arguments give the same bytes. Run it last: what rewrites its file
     may write tables twice that it shares.
 
-    Args:
-        source: A .tflite file; buffers that lie behind the flatbuffer are moved into it.
-        output: The file to write, which may be `source`.
-        formats: Formats by (subgraph, index), as [choose_formats][] returns them. What is left out
-            stays dense.
+    Buffers that lie behind the flatbuffer of `source` are moved into it; `output` may be `source`.
+    The formats are by (subgraph, index), as [choose_formats][] returns them, and what is left out
+    stays dense.
 
-    Raises:
-        ArgumentError: If a format or a tensor is not known, or the runtimes would refuse it or
-            compute wrongly with it.
-        ExportError: If the file is damaged.
+    An ArgumentError is raised if a format or a tensor is not known, or the runtimes would refuse it
+    or compute wrongly with it; an ExportError if the file is damaged.
     """
     flat = read_flat_model(source)
     chosen = _checked(flat, formats)

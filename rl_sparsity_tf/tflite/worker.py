@@ -50,8 +50,7 @@ class WorkerError(ExportError):
 class ConversionWorker:
     """A child process that answers conversion requests, one at a time.
 
-    Args:
-        timeout: Seconds to wait for an answer before the child is killed.
+    A child that does not answer within `timeout` seconds is killed.
 
     Example:
         >>> with ConversionWorker() as worker:
@@ -89,8 +88,7 @@ class ConversionWorker:
     def request(self, command: str, **arguments: Any) -> dict[str, Any]:
         """Sends a request and waits for its result.
 
-        Raises:
-            WorkerError: If the child reports an error, dies or does not answer in time.
+        A WorkerError is raised if the child reports an error, dies or does not answer in time.
         """
         with self._lock:
             self._ensure_started()

@@ -41,9 +41,8 @@ def names_in_order(
     LiteRT lists a signature by the alphabet; the ports of a file that `export_tflite` wrote are in
     Keras's order.
 
-    Args:
-        by_name: What LiteRT says of the signature's inputs, or outputs.
-        ports: What it says of the file's, in their order.
+    `by_name` is what LiteRT says of the signature's inputs (or outputs), `ports` what it says of
+    the file's, in their order.
     """
     places: dict[int, list[int]] = {}
     for place, details in enumerate(ports):
@@ -62,8 +61,7 @@ def by_names(
 ) -> list[np.ndarray]:
     """Puts arrays that came with names into the order of the file's inputs.
 
-    Raises:
-        InputError: If there is not one array for every input.
+    An InputError is raised if there is not one array for every input.
     """
     unknown = [name for name in names if name not in inputs]
     if unknown:
@@ -85,12 +83,8 @@ def check_rows(inputs: Sequence[dict[str, Any]], arrays: Sequence[np.ndarray]) -
 
     LiteRT itself resizes an input without a word to whatever it is given, and computes.
 
-    Args:
-        inputs: What LiteRT says of the file's inputs, each with its name.
-        arrays: The rows received.
-
-    Raises:
-        InputError: Naming the input, what was received and what was expected.
+    The inputs are what LiteRT says of the file's, each with its name. The InputError names the
+    input, what was received and what was expected.
     """
     if len(inputs) != len(arrays):
         names = [details["name"] for details in inputs]
@@ -139,11 +133,8 @@ def convert(
 ) -> dict[str, Any]:
     """Converts a SavedModel's serving_default signature with builtin operators only.
 
-    Args:
-        saved_model: Folder of the SavedModel.
-        output: The .tflite file to write.
-        quantization: "none", "dynamic", "float16" or "int8".
-        representative: For "int8", an .npz file with one array of rows per signature input.
+    The quantization is "none", "dynamic", "float16" or "int8"; "int8" needs `representative`, an
+    .npz file with one array of rows per signature input.
     """
     import tensorflow as tf
 
@@ -194,13 +185,9 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantizes weights of a float32 file, by [quantize_file][rl_sparsity_tf.tflite.recipes].
 
-    Args:
-        source: A float32 .tflite file with one signature.
-        output: The file to write.
-        entries: The operators that read the kernels, and the kernels' bits.
-        compute: "weight_only", "dynamic" or "static".
-        representative: For "static", an .npz file with one array of rows per signature input.
-        batch_size: Rows at a time; a file with a fixed batch size uses its own.
+    The file has one signature. `compute` is "weight_only", "dynamic" or "static"; "static" needs
+    `representative`, an .npz file with one array of rows per signature input. A file with a fixed
+    batch size uses its own.
     """
     from rl_sparsity_tf.tflite.recipes import quantize_file
 
@@ -231,17 +218,13 @@ def run(
     reset: bool = True,
     given: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Runs a file over all rows of its inputs.
+    """Runs a file with one signature over all rows of its inputs.
 
-    Args:
-        path: The .tflite file, with one signature.
-        inputs: An .npz file with one array of rows per signature input, in real values.
-        outputs: The .npz file to write: `output_0`, ... in the order of the file's outputs, in real
-            values.
-        batch_size: Rows at a time; a file with a fixed batch size uses its own.
-        xnnpack: Whether the default delegate (XNNPACK) may be used.
-        reset: Whether what the file keeps from call to call is reset before each of them.
-        given: Names of the inputs that the arrays are for; by default they are in the file's order.
+    `inputs` is an .npz file with one array of rows per signature input, in the order of the file's
+    inputs or for those with the names `given`. `outputs` is the .npz file to write: `output_0`, ...
+    in the order of the file's outputs. Both are in real values. A file with a fixed batch size uses
+    its own. `xnnpack` says whether the default delegate (XNNPACK) may be used, `reset` whether what
+    the file keeps from call to call is reset before each of them.
     """
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
@@ -306,17 +289,11 @@ def time_files(
 ) -> dict[str, Any]:
     """Times files in turns, so that what else the machine does meets all of them alike.
 
-    Args:
-        paths: The .tflite files; of each the first subgraph is run on random inputs.
-        index_limits: For each file, what integer inputs must stay below.
-        runs: Number of samples of each file.
-        threads: Threads of the interpreters.
-        xnnpack: Whether the default delegate (XNNPACK) may be used.
-        batch_size: Rows of the inputs that leave it open.
+    The first subgraph of each file is run on random inputs, integers below the file's index limit.
+    `batch_size` is the rows of the inputs that leave it open.
 
-    Returns:
-        {"seconds": one list of samples per file}, each the mean of so many calls that they take
-        about as long as the clock and the scheduler need not to matter.
+    It returns {"seconds": one list of `runs` samples per file}, each the mean of so many calls that
+    they take about as long as the clock and the scheduler need not to matter.
     """
     calls = []
     for path, limit in zip(paths, index_limits, strict=True):
@@ -451,9 +428,8 @@ def _private_stdout() -> TextIO:
 def main(folder: str) -> None:
     """Answers requests until standard input ends, and removes its temporary files then.
 
-    Args:
-        folder: Where they are. It is the parent's as well, but the parent may have been killed; if
-            this process fails, the parent looks there for the reason, and removes it.
+    They are in a folder that is the parent's as well, but the parent may have been killed; if this
+    process fails, the parent looks there for the reason, and removes it.
     """
     ended = False
 

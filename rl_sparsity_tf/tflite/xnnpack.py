@@ -63,9 +63,6 @@ class Failure:
 class SparseClusters:
     """Answers for one file which of its operators are part of a sparse cluster.
 
-    Args:
-        model: The file's content.
-
     Example:
         >>> clusters = SparseClusters(read_flat_model("model.tflite"))
         >>> clusters.obstacle(operator)
@@ -87,13 +84,9 @@ class SparseClusters:
         }
 
     def obstacle(self, operator: FlatOperator) -> str | None:
-        """The first condition that fails for a 1x1 convolution to run sparse.
+        """The first condition that fails for a 1x1 convolution to run sparse; None if all hold.
 
-        Args:
-            operator: The operator that reads the weights, directly or behind DENSIFY.
-
-        Returns:
-            The condition in words, None if all hold.
+        The operator is the one that reads the weights, directly or behind DENSIFY.
         """
         if not self.pointwise(operator):
             return "only 1x1 convolutions have a sparse kernel"
@@ -136,8 +129,8 @@ class SparseClusters:
         has no such form, and does not turn back what that one reads: with more than two thirds of
         zeros, results are wrong on ARM (and on x86 without AVX), and nowhere else.
 
-        Returns:
-            The start of a chain that does not reach the end of a cluster; None if there is none.
+        The operator returned is the start of a chain that does not reach the end of a cluster; None
+        if there is none.
         """
         pointwise = [operator for operator in self._operators if self.pointwise(operator)]
         whole: set[int] = set()
@@ -165,12 +158,8 @@ class SparseClusters:
     def cluster(self, first: FlatOperator) -> tuple[list[FlatOperator], list[Failure]]:
         """The operators connected with a 1x1 convolution, and why they are no cluster.
 
-        Args:
-            first: The convolution.
-
-        Returns:
-            The operators that fit, up to the first on every way that does not, and what fails; the
-            zeros are not looked at.
+        The operators are those that fit, up to the first on every way that does not. The zeros are
+        not looked at.
         """
         reason = self._unfit(first)
         if reason:
@@ -389,9 +378,6 @@ class _Use:
 
 class Exploitation:
     """Answers for one file who reads a constant and what the kernels gain from it.
-
-    Args:
-        model: The file's content.
 
     Example:
         >>> exploitation = Exploitation(read_flat_model("model.tflite"))

@@ -50,15 +50,9 @@ def distilled(
     labels that a loss ignores count as in the compiled loss. The logs show the compiled loss. A
     model whose class has a `train_step` of its own keeps it, and learns without the teacher.
 
-    Args:
-        student: A compiled model.
-        teacher: A model with the same inputs and outputs. A copy of it is called, so that not even
-            the states of recurrent layers change. None for none.
-        share: The teacher's share of the loss, from 0 to 1.
-        batches: Training data, for the variance of the teacher's outputs.
-
-    Raises:
-        ArgumentError: If the share is none, or the teacher no model with the student's outputs.
+    A copy of the teacher is called, so that not even the states of recurrent layers change. The
+    variance is that of its outputs on the first of the batches. An ArgumentError tells the user of
+    a share outside 0 to 1, and of a teacher whose outputs have other shapes than the student's.
     """
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 <= share <= 1.0:
         raise ArgumentError(f"distillation={share!r} cannot be used. Expected a share from 0 to 1.")

@@ -46,10 +46,8 @@ class IncrementalPass:
     The first pass is that of the dense network. In later ones, batch-norm layers behind a change
     re-estimate their statistics.
 
-    Args:
-        model: A wrapped model with noise layers switched off.
-        inputs: All rows in one batch.
-        memory: Bytes of activations to keep at most; with more nothing is reused.
+    Noise layers must be switched off, and the inputs are all rows in one batch. Where activations
+    take more than `memory` bytes, nothing is reused.
     """
 
     def __init__(self, model: keras.Model, inputs: Any, *, memory: int = 2**30):
@@ -83,11 +81,9 @@ class IncrementalPass:
             step.present = False
 
     def run(self, digests: Mapping[int, str], before_call: BeforeCall) -> None:
-        """Runs the model.
+        """Runs the model; `digests` say by the wrapper's id what was decided on its kernels.
 
-        Args:
-            digests: What was decided on a wrapper's kernels, by the wrapper's id.
-            before_call: May set the wrapper's weights.
+        `before_call` may set the wrapper's weights.
         """
         with self._fresh_statistics():
             if self._steps[0].node is None:

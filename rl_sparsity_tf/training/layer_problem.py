@@ -29,9 +29,9 @@ class RowSource:
     """Turns a layer's inputs into the rows that its kernel's matrix is multiplied with.
 
     Attributes:
-        depthwise: Whether every channel has rows of its own: `(rows, positions, channels)`
-            instead of `(rows, inputs)`.
-        take: The function; it draws at most so many rows, the same for equally shaped inputs.
+        depthwise: Whether every channel has rows of its own: `(rows, positions, channels)` instead
+            of `(rows, inputs)`.
+        take: Draws at most so many rows, the same for equally shaped inputs.
 
     Example:
         >>> source = row_source(keras.layers.Dense(3), spec, limit=1024)
@@ -51,11 +51,8 @@ def row_source(
     Dense layers on any number of axes, convolutions without groups and depthwise convolutions are
     known, and subclasses that leave `call` as it is.
 
-    Args:
-        layer: The layer, unwrapped.
-        spec: Its kernel.
-        limit: Rows to take at most: drawn among all images, places and time steps.
-        seed: Which.
+    The layer comes unwrapped. At most `limit` rows are drawn among all images, places and time
+    steps.
     """
     call = type(layer).call
     if spec.attribute == "kernel" and call is keras.layers.Dense.call:
@@ -184,15 +181,9 @@ def _unit(largest: float, far: float) -> float:
 class LayerProblem:
     """One kernel's rows, wanted outputs and moments.
 
-    Args:
-        kernel: The wrapped kernel, with its trained weights.
-        grouping: How it is cut.
-        source: Where its rows come from.
-        inputs: The layer's inputs in the dense network.
-        ridge: Strength of the ridge.
-        fixed: Whether kernel and bias stay as they were trained: nothing is fitted, and what is
-            asked for says what masks and grids alone make of them.
-        fixed_bias: Whether the bias does.
+    The kernel has its trained weights, and the inputs are the layer's in the dense network. With
+    `fixed`, kernel and bias stay as they were trained: nothing is fitted, and what is asked for
+    says what masks and grids alone make of them. With `fixed_bias`, only the bias stays.
     """
 
     def __init__(
@@ -264,8 +255,7 @@ class LayerProblem:
     def _in_units(self, values: np.ndarray) -> tuple[np.ndarray, float]:
         """Values in a unit that their products stay within single precision in, and the unit.
 
-        Raises:
-            DataError: If they are not finite.
+        Values that are not finite raise a DataError.
         """
         largest = max(float(values.max()), -float(values.min()))
         if not np.isfinite(largest):
@@ -305,11 +295,8 @@ class LayerProblem:
         \(e = \mathrm{tr}(\Delta^T G \Delta) / \mathrm{tr}(W^T G W)\) with the Gram matrix G of the
         dense network's inputs (about their mean where there is a bias, which recovery adapts).
 
-        Args:
-            matrix: The other kernel, shape `(inputs, outputs)`.
-
-        Returns:
-            `e / (1 + e)`, in [0, 1); 1 if the kernel is not finite.
+        The other kernel has the shape `(inputs, outputs)`. The result is `e / (1 + e)`, in [0, 1),
+        or 1 if that kernel is not finite.
         """
         error = self.relative_error(matrix)
         return error / (1.0 + error) if np.isfinite(error) else 1.0
@@ -329,10 +316,8 @@ class LayerProblem:
     def fit(self, operations: np.ndarray, bits: int, moments: Moments) -> None:
         """Sets the kernel and bias to what gives the dense layer's outputs back best.
 
-        Args:
-            operations: One operation per group.
-            bits: 8 or 4, the grid of the quantized groups.
-            moments: Of the compressed network's rows.
+        There is one operation per group, and bits are 8 or 4, the grid of the quantized groups. The
+        moments are those of the compressed network's rows.
         """
         if self.fixed:
             return
@@ -356,13 +341,9 @@ class LayerProblem:
     def solve(self, operations: np.ndarray, bits: int, moments: Moments) -> np.ndarray:
         """The effective kernel that gives the dense layer's outputs back best; sets nothing.
 
-        Args:
-            operations: One operation per group.
-            bits: 8 or 4, the grid of the quantized groups.
-            moments: Of the rows that the layer is given.
-
-        Returns:
-            Float32 of shape `(inputs, outputs)`, after permutation; 0 where groups are pruned.
+        It is float32 of shape `(inputs, outputs)`, after permutation, and 0 where groups are
+        pruned. The operations and bits are those of `fit`, the moments those of the rows that the
+        layer is given.
         """
         exact = self._fitted(operations, moments)
         return self._on_grid(exact, operations, bits, moments)

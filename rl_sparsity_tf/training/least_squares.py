@@ -39,16 +39,9 @@ class LeastSquares:
     What is the same as in the last pass (activations before the first changed layer, Gram matrices
     of layers whose inputs stay) is not computed again.
 
-    Args:
-        model: The wrapped model with its trained weights, noise layers switched off.
-        kernels: Its kernels.
-        groupings: How they are cut, by path.
-        inputs: Training inputs, all rows in one batch.
-        ridge: Strength of the ridge.
-        seed: Which rows are drawn.
-
-    Raises:
-        DataError: If a layer's inputs or outputs are not finite.
+    The model has its trained weights, its noise layers are switched off, and the inputs are all
+    training rows in one batch. The seed says which rows of a layer are drawn. A layer whose inputs
+    or outputs are not finite raises a DataError.
     """
 
     def __init__(
@@ -117,9 +110,7 @@ class LeastSquares:
     def recover(self, operations: Mapping[str, np.ndarray], bits: Mapping[str, int]) -> None:
         """Fits all kernels to their operations, which the wrappers must have been given.
 
-        Args:
-            operations: Operations by kernel path.
-            bits: The grid of each kernel's quantized groups.
+        Operations and bits are by kernel path; bits are the grid of a kernel's quantized groups.
         """
         digests = dict(self._all_kept)
         for identity, paths in self._paths.items():

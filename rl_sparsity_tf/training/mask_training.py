@@ -107,9 +107,8 @@ def start_gates(wrapper: CompressionWrapper) -> None:
     is not the one that is evaluated. Here the open gates with large weights and the closed ones
     with small weights are nearly certain, and those at the border between the two undecided.
 
-    Args:
-        wrapper: A wrapper; nothing is done unless its masks learn as hard concrete gates and all
-            logits are still as far from 0 as each other.
+    Nothing is done unless the wrapper's masks learn as hard concrete gates and all logits are still
+    as far from 0 as each other.
     """
     if wrapper.mask != "hard_concrete":
         return
@@ -140,11 +139,9 @@ def _borders(scores: np.ndarray, live: np.ndarray, grouping: Grouping) -> np.nda
 def freeze_masks(
     wrapper: CompressionWrapper, chosen: Callable[[tf.Variable], bool] | None = None
 ) -> None:
-    """Holds learnable masks as they are from now on.
+    """Holds learnable masks as they are from now on, by default all of the wrapper's.
 
-    Args:
-        wrapper: Whose masks to hold.
-        chosen: Which of them, by their logits; by default all.
+    `chosen` tells by their logits which of them.
     """
     for attribute in wrapper.kernels:
         state = wrapper.state(attribute)
@@ -169,7 +166,7 @@ class FineTuning:
     """How finished plans are trained.
 
     Attributes:
-        epochs: Epochs; 0 leaves the weights as they are.
+        epochs: 0 leaves the weights as they are.
         mask: How masks learn, `"straight_through"` or `"hard_concrete"`.
         distillation: The dense model's share of the loss, from 0 to 1.
     """
@@ -266,22 +263,12 @@ def finetune(
     Where validation data says that the training made the model worse, or nothing finite came out
     of it, what is kept is the model from before it.
 
-    Args:
-        wrapped: A model wrapped with `train_masks=True`; trained in place.
-        train: Training data.
-        validation: Validation batches, which choose the epoch.
-        metric: The metric to choose by.
-        epochs: Epochs to train; 0 leaves the model as it is.
-        learning_rate: First learning rate of Adam; it falls to 0 as a cosine. By default 2e-3, and
-            1e-3 for straight-through masks that learn.
-        callbacks: Further callbacks.
-        teacher: A model whose outputs are learned, too, usually the dense one; it is not changed.
-        distillation: The teacher's share of the loss, from 0 to 1 (see
-            [distilled][rl_sparsity_tf.training.distillation.distilled]).
-        warnings: Where to add what went wrong, which also goes to the log.
-
-    Returns:
-        The validation score of what was kept.
+    The model is wrapped with `train_masks=True` and trained in place; 0 epochs leave it as it is.
+    The learning rate is Adam's first, which falls to 0 as a cosine: by default 2e-3, and 1e-3 for
+    straight-through masks that learn. The teacher, usually the dense model, is not changed, and
+    `distillation` is its share of the loss, from 0 to 1 (see
+    [distilled][rl_sparsity_tf.training.distillation.distilled]). What went wrong is added to
+    `warnings` and goes to the log. The score is the validation score of what was kept.
     """
     if learning_rate is None:
         learns = any(w.train_masks and w.mask == "straight_through" for w in wrappers_of(wrapped))
@@ -318,7 +305,7 @@ class _BestEpoch(keras.callbacks.Callback):
         self._best: tuple[Score, list[np.ndarray]] | None = None
 
     def begin(self) -> None:
-        """Takes what there is before the training."""
+        """Takes score and weights from before the training, to be kept if no epoch is better."""
         self._before = self._present()
         self._evaluator.model.reset_states()  # an evaluation is no part of a stateful training
 

@@ -112,16 +112,8 @@ def fit_depthwise(
     A channel that is all but dead says nothing that could be made louder: none has a ridge of less
     than a tenth of what the mean channel has.
 
-    Args:
-        gram: Shape `(outputs, positions, positions)`.
-        cross: Shape `(positions, outputs)`.
-        start: The trained weights, shape `(positions, outputs)`.
-        live: Booleans of the same shape.
-        ridge: Strength of the ridge, unit-free; relative to every output's own diagonal.
-        least: As in [fit_masked][].
-
-    Returns:
-        Float64 of shape `(positions, outputs)`.
+    `gram` has the shape `(outputs, positions, positions)`, the other arrays and the float64 result
+    `(positions, outputs)`. The ridge is relative to every output's own diagonal.
     """
     mask = live.T.astype(np.float64)
     weights = start.T * mask

@@ -19,29 +19,22 @@ from rl_sparsity_tf.layers.wrapping import wrapped_kernels, wrappers_of
 
 @dataclasses.dataclass(frozen=True)
 class WeightMoments:
-    """What is known of a kernel's original weights.
-
-    Attributes:
-        variance: Their variance.
-        largest: Their largest magnitude.
-    """
+    """Variance and largest magnitude of a kernel's original weights."""
 
     variance: float
     largest: float
 
     @classmethod
     def of(cls, matrix: np.ndarray) -> WeightMoments:
-        """Measures a kernel."""
+        """Measures a kernel's matrix."""
         return cls(float(matrix.var()), float(np.abs(matrix).max()))
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelStatistics:
-    """What one pass over data says about a kernel and its layer.
+    """What one pass over data says about a kernel and its layer, whose outputs are the activations.
 
     Attributes:
-        activation_mean: Mean of the layer's outputs.
-        activation_variance: Their variance.
         activation_sparsity: Share of outputs that are exactly zero.
         gradient: Mean gradient of the loss by the kernel, viewed as `(inputs, outputs)`.
     """
@@ -64,13 +57,9 @@ class KernelStatistics:
     def first_order(self, weights: np.ndarray, grouping: Grouping) -> tuple[np.ndarray, np.ndarray]:
         """What the loss would change by, to first order, if groups went.
 
-        Args:
-            weights: The kernel's weights, viewed as `(inputs, outputs)`.
-            grouping: How it is cut.
-
-        Returns:
-            Per group, flat: the sum of |gradient * weight|, and the gradient by the group's mask,
-            which is the sum of gradient * weight.
+        The weights are viewed as `(inputs, outputs)`. Per group, flat, it gives the sum of
+        |gradient * weight|, and the gradient by the group's mask, which is the sum of gradient *
+        weight.
         """
         products = self.gradient * weights
         magnitudes = grouping.sum_numpy(np.abs(products)).reshape(-1)
@@ -78,10 +67,9 @@ class KernelStatistics:
 
 
 class StatisticsCollector:
-    """Measures every wrapped layer of a model in the same pass.
+    """Measures every wrapped layer of a compiled model in the same pass.
 
-    Args:
-        model: A wrapped, compiled model. Layers called several times count every call.
+    Layers called several times count every call.
     """
 
     def __init__(self, model: keras.Model):
@@ -117,14 +105,7 @@ class StatisticsCollector:
         return tf.stack(moments), [tf.cast(tf.convert_to_tensor(g), tf.float32) for g in gradients]
 
     def __call__(self, batches: Iterable[Batch]) -> dict[str, KernelStatistics]:
-        """Measures over some batches.
-
-        Args:
-            batches: Training batches, equally shaped.
-
-        Returns:
-            Statistics by kernel path.
-        """
+        """Statistics by kernel path over some training batches, which must be equally shaped."""
         count = 0
         moments: np.ndarray = np.zeros(())
         gradients: list[np.ndarray] = []
