@@ -20,19 +20,17 @@ _FLOOR_SHARE = 0.1
 class Budget:
     """Counts what has been pruned against the target, and says what is still allowed.
 
-    The wall: what lives is legal only if the kernels still to come can meet the
-    target; and once it is met nothing more is pruned. What a kernel can give ends at its floor:
-    a tenth of the density that the target leaves on average, at least one group. Without it,
-    weights kept in early kernels could be paid for by all but emptying a later one, which nothing
-    recovers from. Where that floor would put the target out of reach, it is one group.
+    The wall: what lives is legal only if the kernels still to come can meet the target; and once it
+    is met nothing more is pruned. What a kernel can give ends at its floor: a tenth of the density
+    that the target leaves on average, at least one group. Without it, weights kept in early kernels
+    could be paid for by all but emptying a later one, which nothing recovers from. Where that floor
+    would put the target out of reach, it is one group. A target that is out of reach even so raises
+    a TargetError that names the best that can be reached.
 
     Args:
         goal: Sparsity to reach, at least 0 and below 1.
         elements: All weights of rank >= 2, those in skipped layers included.
         sizes: For every kernel the weights of each of its groups.
-
-    Raises:
-        TargetError: If the target cannot be reached, naming the best that can.
     """
 
     def __init__(self, goal: float, elements: int, sizes: Sequence[np.ndarray]):
@@ -66,9 +64,8 @@ class Budget:
     def eased(self, share: float) -> Budget:
         """The budget of a part of the way to this one, with nothing pruned yet.
 
-        Args:
-            share: Share of the way, above 0 and at most 1. A sparsity is that share of the goal;
-                the limit of a cost lies so far from what the cheapest unpruned network costs.
+        `share` is above 0 and at most 1. A sparsity is that share of the goal; the limit of a cost
+        lies so far from what the cheapest unpruned network costs.
         """
         return Budget(share * self.goal, self.elements, self._sizes)
 
@@ -106,11 +103,8 @@ class Budget:
 class KernelState:
     """How far a kernel is decided.
 
-    Attributes:
-        pruned: Weights pruned.
-        undecided: Weights that nothing was decided for yet.
-        kept: Whether some group is kept at full precision.
-        quantized: Whether some group is quantized.
+    `pruned` and `undecided` count weights; `kept` (at full precision) and `quantized` say whether
+    some group is.
     """
 
     pruned: int
@@ -142,8 +136,7 @@ class CostBudget(Budget, abc.ABC):
     pruned once it is within it with all that lives stored as cheaply as can be.
 
     Attributes:
-        limit: What the network may cost.
-        slack: What a cost may be above it by the rounding of sums.
+        slack: What a cost may be above the limit by the rounding of sums.
         name: The target as the user gave it, for errors.
     """
 
@@ -156,12 +149,8 @@ class CostBudget(Budget, abc.ABC):
     def limited(self, limit: float, name: str | None = None) -> Self:
         """The same costs under another limit, with nothing pruned yet.
 
-        Args:
-            limit: What the network may cost.
-            name: What errors call the target; by default as here.
-
-        Raises:
-            TargetError: If the limit cannot be reached.
+        `name` is what errors call the target, by default as here. A limit that cannot be reached
+        raises a TargetError.
         """
 
     @property
@@ -194,9 +183,7 @@ class CostBudget(Budget, abc.ABC):
     ) -> float:
         """The cost of a whole plan.
 
-        Args:
-            pruned: Weights pruned in every kernel.
-            integers: Whether it is stored as integers.
+        For every kernel, `pruned` counts weights and `integers` says whether it is stored so.
         """
 
     @abc.abstractmethod

@@ -37,20 +37,9 @@ class ChannelBudget(CostBudget):
     """A budget that whole channels are pruned for.
 
     The cost of a layer depends on the channels it reads as well as on those it makes, so it is
-    always the whole network that is counted.
-
-    Args:
-        limit: What the network may cost.
-        cost: What it costs.
-        units: What is decided together.
-        name: The target as the user gave it, for errors.
-
-    Attributes:
-        whole: What the dense network costs.
-        able: Which units can give channels.
-
-    Raises:
-        TargetError: If the limit cannot be reached, naming the least that can.
+    always the whole network that is counted. `whole` is what the dense network costs; `able` says
+    which units can give channels. A limit that cannot be reached raises a TargetError that names
+    the least that can.
     """
 
     def __init__(self, limit: float, cost: ChannelCost, units: Sequence[ChannelUnit], name: str):

@@ -46,13 +46,9 @@ class ChannelDecisions(KernelDecisions):
     masked where it is made, and its rows where it is read. So whatever biases and normalizations
     make of it, nothing reads it any more, and [shrink][rl_sparsity_tf.shrink] removes it.
 
-    Args:
-        table: What the layers take, for targets of latency.
-        selection: The kernels of the model that are decided on; by default all that are not frozen.
-            Channels that others make, read or pass on have to stay.
-
-    Attributes:
-        units: What is decided together, of the wrapped copy.
+    The table is needed for targets of latency. Channels that kernels outside the selection make,
+    read or pass on have to stay; by default it has all kernels that are not frozen. `units` are
+    those of the wrapped copy.
     """
 
     # Buckets are cut at the share that the target means.
@@ -81,7 +77,7 @@ class ChannelDecisions(KernelDecisions):
         return list(self.units)
 
     def budget(self, model: keras.Model, kernels: list[Kernel], target: Target) -> Budget:
-        """The budget of a target."""
+        """The budget of a target, whose floors limit from then on what rankings prune."""
         costs = ChannelCosts(model, self._graph, self.units)
         cost, limit = self._cost(model, costs, target)
         name = f"Target({target.kind}={target.value:g})"
@@ -229,9 +225,7 @@ def removable_channels(
 ) -> list[ChannelUnit]:
     """The sets of channels of a model that a search can decide on; empty if there are none.
 
-    Args:
-        model: The model.
-        selection: Its kernels that are decided on; by default all that are not frozen.
+    The selection is of its kernels that are decided on, by default all that are not frozen.
     """
     if not has_graph(model):
         return []

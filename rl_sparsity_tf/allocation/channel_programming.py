@@ -34,8 +34,6 @@ class ChannelProblem:
     """Numbers of channels, what they lose and what they cost.
 
     Attributes:
-        budget: What they cost.
-        units: What is decided together.
         losses: For every unit, with 0, 1, ... channels gone: what is lost.
         orders: For every unit, the channels in the order in which they go.
     """
@@ -84,14 +82,10 @@ class ChannelProblem:
     # ------------------------------------------------------------------ solving
 
     def solve(self, limit: float, least: np.ndarray | None = None) -> np.ndarray:
-        """The numbers of channels to remove, of least loss within a limit.
+        """The numbers of channels to remove, one per unit, of least loss within a limit.
 
-        Args:
-            limit: What the network may cost.
-            least: Channels of every unit that are gone in any case.
-
-        Returns:
-            One number per unit; all that can go if nothing less is within the limit.
+        Of every unit at least `least` channels are gone. If nothing less is within the limit, all
+        that can go does.
         """
         low, high = 0.0, 1.0
         least = np.zeros(len(self.units), np.int64) if least is None else least
@@ -132,10 +126,7 @@ class ChannelProblem:
     def restore(self, gone: np.ndarray, limit: float, least: np.ndarray) -> np.ndarray:
         """Brings channels back one by one, those that spare most for their cost, within a limit.
 
-        Args:
-            gone: Channels that are gone.
-            limit: What the network may cost.
-            least: Channels that do not come back.
+        Of those that are `gone`, as many as `least` says do not come back.
         """
         gone = gone.copy()
         while True:
@@ -163,11 +154,9 @@ class ChannelProblem:
 
 
 def propose_channels(network: Problem, powers: Sequence[float]) -> list[CompressionPlan]:
-    """Plans of least error for a network whose channels are decided.
+    """Plans of least error for a network whose channels are decided, one for every power.
 
-    Args:
-        network: The network; its state stays as it is.
-        powers: The powers of the units' errors that are summed, one plan each.
+    The powers are those of the units' errors that are summed; the network's state stays as it is.
     """
     plans = []
     for power in powers:
@@ -178,14 +167,9 @@ def propose_channels(network: Problem, powers: Sequence[float]) -> list[Compress
 
 
 def pruned_to(network: Problem, plan: CompressionPlan, limit: float) -> CompressionPlan:
-    """A plan with more channels pruned, down to a cost.
+    """A plan of a network's units with more channels pruned, down to a cost.
 
     Channels that the plan prunes stay pruned; of the others those go that lose least.
-
-    Args:
-        network: The network.
-        plan: A plan of its units.
-        limit: What it may cost.
     """
     problem = ChannelProblem.of(network)
     dead = [plan.kernels[unit.path].operations[0] == Operation.PRUNE for unit in problem.units]

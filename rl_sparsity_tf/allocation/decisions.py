@@ -40,15 +40,12 @@ class KernelDecisions:
         selection: The kernels of the model that are decided on; by default all that are not frozen.
 
     Attributes:
-        shuffles: Whether Shuffle is among the operations.
         group: The kind of groups that decisions are about, where they are not named.
         storage: How what is decided on is cut and stored.
         part_storage: How the wrapped kernels are.
-        sizes: The size model that was given.
-        selection: The kernels that are decided on; None until a model is wrapped, if not given.
+        selection: None until a model is wrapped, if not given.
         removable: Weights that every kernel can give at most; None for all but one group of each.
         least_share: The least share of groups to prune that buckets are cut for.
-        heuristics: Names of the heuristics that [scores][] knows.
         by_magnitude: Whether magnitude alone says which groups of a kernel are the least salient.
     """
 
@@ -73,11 +70,7 @@ class KernelDecisions:
         self.selection = selection
 
     def selected(self, model: keras.Model) -> KernelSelection:
-        """The kernels of a model that are decided on.
-
-        Raises:
-            ModelError: If there are none.
-        """
+        """The kernels of a model that are decided on; a ModelError says that there are none."""
         if self.selection is None:
             self.selection = KernelSelection.of(model)
         return self.selection.check(model)
@@ -94,7 +87,7 @@ class KernelDecisions:
         return list(parts)
 
     def budget(self, model: keras.Model, kernels: list[Kernel], target: Target) -> Budget:
-        """The budget of a target."""
+        """The budget of a target; its errors say what part of the model takes no part."""
         with self.selected(model).explained():
             return make_budget(model, kernels, target, self.storage, self.sizes)
 

@@ -24,16 +24,10 @@ _STEP = 2.0
 
 
 class PlanSpace:
-    """Turns densities into plans of a network that meet its target.
+    """Turns densities into plans of a network that meet its target, and changes nothing of it.
 
-    Within a kernel the least salient groups go first.
-
-    Args:
-        network: The network, of which nothing is changed.
-        quantize: Whether what lives is stored as integers, where that works.
-
-    Attributes:
-        totals: Weights of every kernel.
+    Within a kernel the least salient groups go first. With `quantize`, what lives is stored as
+    integers where that works. `totals` are the weights of every kernel.
     """
 
     def __init__(self, network: Problem, quantize: bool):
@@ -75,8 +69,7 @@ class PlanSpace:
     def live(self, scores: Sequence[np.ndarray]) -> list[np.ndarray]:
         """What lives when the target is just met.
 
-        Raises:
-            TargetError: If a budget of bytes cannot be met without integers.
+        A budget of bytes that cannot be met without integers raises a TargetError.
         """
         budget = self._network.budget
         ranking = ranks.Ranking(scores, self._sizes, self._network.decisions.removable)
@@ -158,19 +151,13 @@ Operations = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 
 
 def pruned_to_budget(network: Problem, plan: CompressionPlan) -> CompressionPlan | None:
-    """Prunes a plan further until it meets a network's budget.
+    """Prunes a complete plan further until it meets a network's budget.
 
-    What the plan prunes stays pruned. Every kernel gives up its least salient groups, so that
-    their densities keep their proportions; of channels those go that lose least. What lives keeps
-    its operation; where a limit of bytes lets more live with every kernel stored as floats or as
-    integers, whichever is cheaper, it is stored so.
-
-    Args:
-        network: The network; its state stays as it is.
-        plan: A complete plan for it.
-
-    Returns:
-        The plan, or None if a limit of bytes cannot be met by pruning it further.
+    What the plan prunes stays pruned. Every kernel gives up its least salient groups, so that their
+    densities keep their proportions; of channels those go that lose least. What lives keeps its
+    operation; where a limit of bytes lets more live with every kernel stored as floats or as
+    integers, whichever is cheaper, it is stored so. The result is None if the limit of a cost
+    cannot be met by pruning further. The network's state stays as it is.
 
     Example:
         >>> network.retarget(network.budget.eased(0.75))
@@ -223,7 +210,7 @@ def _pruned(sizes: Sequence[np.ndarray], live: Sequence[np.ndarray]) -> int:
 def _cost(
     budget: CostBudget, sizes: Sequence[np.ndarray], operations: Sequence[np.ndarray]
 ) -> float:
-    """What a complete plan costs."""
+    """What a complete plan costs, by its operations on every group."""
     states = [
         KernelState.of(size, np.ones(size.shape, bool), chosen)
         for size, chosen in zip(sizes, operations, strict=True)

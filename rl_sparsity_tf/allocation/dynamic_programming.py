@@ -60,18 +60,12 @@ def knapsack(
 ) -> list[int] | None:
     """Chooses one entry per kernel: least sum of errors, with the sum of costs within a limit.
 
-    What the cheapest entries leave of the limit is cut into units, and costs are rounded up to
-    whole ones: the limit is never passed. Whole numbers are counted one by one if the units
-    suffice, which is exact.
+    `errors` and `costs` have a value per entry for every kernel. Returns the index of every
+    kernel's entry, or None if even the cheapest are too expensive.
 
-    Args:
-        errors: For every kernel the error of each of its entries.
-        costs: Their costs, same shapes.
-        limit: What all may cost.
-        units: Units to count in at most.
-
-    Returns:
-        The index of every kernel's entry, or None if even the cheapest are too expensive.
+    What the cheapest entries leave of the limit is cut into at most `units` units, and costs are
+    rounded up to whole ones: the limit is never passed. Whole numbers are counted one by one if the
+    units suffice, which is exact.
 
     Example:
         >>> knapsack([np.array([3.0, 0.0]), np.array([2.0, 0.0])], [np.array([0, 1])] * 2, 1)
@@ -110,12 +104,7 @@ def knapsack(
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """An entry of the database for every kernel.
-
-    Attributes:
-        live: Living weights by path.
-        bits: 32, 8 or 4 by path.
-    """
+    """An entry of the database for every kernel: living weights, and 32, 8 or 4 bits, by path."""
 
     live: Mapping[str, float]
     bits: Mapping[str, int]
@@ -139,18 +128,12 @@ def cheapest(
 ) -> Choice | None:
     r"""The entries of least \(\sum_k e_k^p\) within a limit; None if none are.
 
-    Roots by default, because it is the norms of errors that add up on the way through a network,
-    at worst. They were measured to be the better measure, too: Fashion-MNIST, validation loss after
-    recovery with \(p = 1/2\) and \(p = 1\); LeNet-300-100 at sparsities of 0.9, 0.97 and 0.99:
-    0.364 and 0.367, 0.479 and 0.534, 0.761 and 0.767; LeNet-5 at 0.9 and 0.97: 0.475 and 0.486,
-    0.773 and 0.809. A fourth is better in places (0.673 for the last), and worse in others (1.280
-    at 0.99).
-
-    Args:
-        database: What every kernel loses.
-        cost: What the entries cost.
-        limit: What all may cost.
-        power: The power p of the errors.
+    The power p is a half by default, because it is the norms of errors that add up on the way
+    through a network, at worst. Roots were measured to be the better measure, too: Fashion-MNIST,
+    validation loss after recovery with \(p = 1/2\) and \(p = 1\); LeNet-300-100 at sparsities of
+    0.9, 0.97 and 0.99: 0.364 and 0.367, 0.479 and 0.534, 0.761 and 0.767; LeNet-5 at 0.9 and 0.97:
+    0.475 and 0.486, 0.773 and 0.809. A fourth is better in places (0.673 for the last), and worse
+    in others (1.280 at 0.99).
     """
     entries = {path: _entries(one) for path, one in database.items()}
     errors = [
@@ -200,16 +183,10 @@ def weights_cost(_: str, live: np.ndarray, __: int) -> np.ndarray:
 def fill(
     ranking: ranks.Ranking, fits: Callable[[list[np.ndarray]], bool], pruned: float
 ) -> tuple[list[np.ndarray], bool]:
-    """Looks for the fewest pruned weights that something accepts, from a guess on.
+    """Looks for the fewest pruned weights that something accepts, from the guess `pruned` on.
 
-    Args:
-        ranking: What goes first.
-        fits: Whether what lives is accepted; pruning more is taken to help.
-        pruned: The guess.
-
-    Returns:
-        What lives, and whether it is accepted: if nothing is, all that can be is pruned. The
-        number of living weights is right to a 512th.
+    Pruning more is taken to help. Returns what lives, and whether it is accepted: if nothing is,
+    all that can be is pruned. The number of living weights is right to a 512th.
     """
     guess = int(np.clip(pruned, 0, ranking.reachable))
     step = max(1, (ranking.elements - guess) // 64)
@@ -317,19 +294,13 @@ def propose(network: Problem) -> CompressionPlan:
 def propose_all(network: Problem, powers: Sequence[float]) -> list[CompressionPlan]:
     """Plans of [dynamic_programming][] for a network that is searched, from one database.
 
-    The errors are those of the network's own least-squares problems, and its state stays as it
-    is. What lives is stored as integers where that works; under a budget of bytes, where it leads
-    to less error in all.
+    The errors are those of the network's own least-squares problems, and its state stays as it is;
+    without least squares all kernels count by their weights. What lives is stored as integers where
+    that works; under a budget of bytes, where it leads to less error in all.
 
-    Args:
-        network: The network; without least squares all kernels count by their weights.
-        powers: The powers of the layers' errors that are summed, see
-            [cheapest][rl_sparsity_tf.allocation.dynamic_programming.cheapest]. None is best for
-            every network.
-
-    Returns:
-        A complete plan per power, which meets the target; no floor is held beyond a group per
-        kernel.
+    There is a complete plan for every power of the layers' errors (see
+    [cheapest][rl_sparsity_tf.allocation.dynamic_programming.cheapest]), because none is best for
+    every network. Each meets the target; no floor is held beyond a group per kernel.
     """
     if isinstance(network.decisions, ChannelDecisions):
         return propose_channels(network, powers)

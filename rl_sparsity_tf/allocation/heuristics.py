@@ -173,19 +173,12 @@ def first_order(
 def mean_gradients(
     model: keras.Model, data: Any, include: Patterns | None = None
 ) -> dict[str, np.ndarray]:
-    """The gradient of the compiled loss by every kernel, over up to 4,096 rows.
+    """The mean gradient of the compiled loss by every kernel, over up to 4,096 rows.
 
-    Args:
-        model: A built and compiled model, not wrapped; it is not changed.
-        data: Training data as `fit` takes it.
-        include: Which kernels; by default all that are not frozen.
-
-    Returns:
-        Mean gradients by path, viewed as `(inputs, outputs)`.
-
-    Raises:
-        DataError: If the data cannot be used, or nothing depends on it.
-        ModelError: If the model is not compiled with a loss.
+    Gradients are by path and viewed as `(inputs, outputs)`. The model is not wrapped, and not
+    changed; `include` says which kernels, by default all that are not frozen. Data that cannot be
+    used, or that nothing depends on, raises a DataError; a model that is not compiled with a loss
+    raises a ModelError.
     """
     search_compile_arguments(model, 1e-3)  # says in words what is missing
     pool = training_data(data, model, batch_size=_ROWS // _BATCHES, pool_size=_BATCHES).pool

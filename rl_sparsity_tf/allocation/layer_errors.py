@@ -58,18 +58,13 @@ def measure(
     density: float = 0.1,
     most: Mapping[str, float] | None = None,
 ) -> dict[str, KernelErrors]:
-    """Measures the database of a network.
+    """Measures the database of a network, by path.
 
-    Args:
-        kernels: The kernels.
-        groupings: How they are cut, by path.
-        matrices: Their trained weights viewed as `(inputs, outputs)`, by path.
-        problems: The least-squares problems of those that can be fitted, by path.
-        bits: Precisions, of all or by path: 32, and 8 or 4 for kernels that TFLite can hold as
-            integers.
-        density: The density that is aimed at, where the ways to rank groups are compared.
-        most: Weights that may live, by path. What is beyond them is not measured: dense kernels
-            are the ones that take long to fit.
+    `matrices` are the trained weights, viewed as `(inputs, outputs)`; `problems` are those of the
+    kernels that can be fitted. `bits` are precisions, of all kernels or by path: 32, and 8 or 4 for
+    those that TFLite can hold as integers. `density` is the one that is aimed at, where the ways to
+    rank groups are compared. What is beyond `most` living weights is not measured, because dense
+    kernels are the ones that take long to fit.
     """
     wanted = bits if isinstance(bits, Mapping) else {kernel.path: bits for kernel in kernels}
     return {
@@ -99,15 +94,8 @@ def kernel_errors(
 ) -> KernelErrors:
     """Measures one kernel; see [measure][].
 
-    Args:
-        matrix: Its trained weights, viewed as `(inputs, outputs)`.
-        grouping: How it is cut.
-        spec: How it is quantized.
-        problem: Its least-squares problem, if it can be fitted.
-        bits: Precisions to measure.
-        density: Where the ways to rank groups are compared.
-        most: Weights that may live; by default all. The first level beyond is the last.
-        counts: Numbers of living groups to measure, ascending; by default [levels][].
+    The first level beyond `most` living weights is the last. `counts` are the numbers of living
+    groups to measure, ascending; by default [levels][].
     """
     chosen, saliency = best_saliency(matrix, grouping, problem, density)
     lives: list[int] = []
@@ -137,14 +125,8 @@ def best_saliency(
 ) -> tuple[str, np.ndarray]:
     """The way to rank a kernel's groups that leaves the smaller error after a fit.
 
-    Args:
-        matrix: Its trained weights, viewed as `(inputs, outputs)`.
-        grouping: How it is cut.
-        problem: Its least-squares problem, if it can be fitted.
-        density: Share of the groups that live where the ways are compared.
-
-    Returns:
-        Its name and the saliencies, see [saliencies][].
+    Returns its name and the saliencies, see [saliencies][]. The trained weights are viewed as
+    `(inputs, outputs)`; `density` is the share of the groups that live where the ways are compared.
     """
     criteria = saliencies(matrix, grouping, problem)
     aimed = int(np.clip(round(density * grouping.count), 1, grouping.count))

@@ -67,14 +67,7 @@ class Problem(Protocol):
 class PlanRequest:
     """What a plan is wanted for, checked: what all baselines have in common.
 
-    Attributes:
-        model: The model.
-        selection: Its kernels that may be changed, and those that may not.
-        kernels: The former.
-        target: What to reach.
-        group: Kind of groups.
-        quantize: Whether what lives is quantized.
-        bits: The grid if it is.
+    `kernels` are those that the selection lets be changed; `bits` is the grid of what is quantized.
     """
 
     model: keras.Model
@@ -100,9 +93,8 @@ class PlanRequest:
     ) -> PlanRequest:
         """Checks the arguments of a baseline.
 
-        Raises:
-            ArgumentError: If an argument cannot be used.
-            ModelError: If the model has nothing to compress, is wrapped, or holds NaN.
+        An argument that cannot be used raises an ArgumentError; a model that has nothing to
+        compress, is wrapped, or holds NaN raises a ModelError.
         """
         model = accepted(model)
         if is_wrapped(model):
@@ -143,12 +135,8 @@ class PlanRequest:
     def plan(self, scores: Sequence[np.ndarray]) -> CompressionPlan:
         """The plan that prunes the groups of lowest score until the target is met.
 
-        Args:
-            scores: For every kernel one score per group.
-
-        Raises:
-            TargetError: If it cannot be met.
-            ExportError: If the target is in bytes and the model cannot be converted.
+        There is one score per group for every kernel. A target that cannot be met raises a
+        TargetError; one in bytes raises an ExportError if the model cannot be converted.
         """
         sizes = [grouping.sizes for grouping in self.groupings.values()]
         ranking = ranks.Ranking(scores, sizes)

@@ -30,20 +30,12 @@ def scores(
     matrices: Mapping[str, np.ndarray],
     gradients: Mapping[str, np.ndarray] | None = None,
 ) -> list[np.ndarray]:
-    """Scores every group of a network; those of lowest score go first.
+    """Scores every group of a network by one of [HEURISTICS][]; those of lowest score go first.
 
-    Args:
-        name: One of [HEURISTICS][].
-        kernels: The kernels, in order.
-        groupings: How they are cut, by path.
-        matrices: Their weights viewed as `(inputs, outputs)`, by path.
-        gradients: The loss's mean gradient by them, by path; for `"first_order"`.
-
-    Returns:
-        For every kernel one score per group, float64 of the grouping's shape.
-
-    Raises:
-        ArgumentError: If the name is not known, or gradients are needed and not given.
+    There is one float64 score per group, of the grouping's shape, for every kernel. `matrices` are
+    the weights and `gradients` the loss's mean gradient by them, for `"first_order"`; both are by
+    path and viewed as `(inputs, outputs)`. A name that is not known, or gradients that are needed
+    and not given, raise an ArgumentError.
     """
     check_choice("heuristic", name, HEURISTICS)
     pairs = [(matrices[kernel.path], groupings[kernel.path]) for kernel in kernels]
@@ -78,10 +70,8 @@ def density_scores(saliency: np.ndarray, sizes: np.ndarray, ratio: float) -> np.
     \(\min(1, \epsilon r)\): where \(\epsilon r\) would pass 1 the kernel is whole, and the others
     share what is left.
 
-    Args:
-        saliency: What is pruned first within the kernel; any shape.
-        sizes: Weights per group, same shape.
-        ratio: The kernel's ratio, above 0.
+    `saliency`, of any shape, says what is pruned first within the kernel; `sizes`, of the same
+    shape, are the weights per group; the ratio r is above 0.
     """
     order = np.argsort(saliency, axis=None, kind="stable")
     ordered = sizes.reshape(-1)[order]
@@ -98,9 +88,7 @@ def erk_ratio(shape: Sequence[int]) -> float:
 def lamp_scores(squares: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Squared norm of a group over the sum of those at least as large (Lee et al. 2021, eq. 2).
 
-    Args:
-        squares: Mean square of every group.
-        sizes: Weights per group, same shape.
+    `squares` are the groups' mean squares, `sizes` their weights, of the same shape.
     """
     norms = (squares * sizes).reshape(-1)
     order = np.argsort(norms, kind="stable")
@@ -172,14 +160,7 @@ class Ranking:
     def live(self, weights_to_prune: int) -> list[np.ndarray]:
         """What lives when so many weights go, or a few more: whole groups are pruned.
 
-        Args:
-            weights_to_prune: Weights to prune at least.
-
-        Returns:
-            For every kernel booleans, True where the group lives.
-
-        Raises:
-            TargetError: If the kernels cannot give so many.
+        A TargetError says that the kernels cannot give so many.
         """
         if weights_to_prune > self.reachable:
             raise TargetError(
@@ -208,12 +189,9 @@ class Ranking:
     ) -> tuple[list[np.ndarray], bool]:
         """Looks by bisection for the fewest pruned groups that something accepts.
 
-        Args:
-            fits: Whether what lives is accepted; pruning more is taken to help.
-
-        Returns:
-            What lives, and whether it is accepted: if nothing is, all that can be is pruned. The
-            result is exact to one thousandth of the weights, below 2,048 of them to one.
+        Pruning more is taken to help. Returns what lives, and whether it is accepted: if nothing
+        is, all that can be is pruned. The result is exact to one thousandth of the weights, below
+        2,048 of them to one.
         """
         live = self.live(0)
         if fits(live):
@@ -253,18 +231,7 @@ def select(
 ) -> list[np.ndarray]:
     """Prunes the groups of lowest score in the whole network until enough weights are gone.
 
-    Args:
-        scores: For every kernel one score per group.
-        sizes: For every kernel the weights of each group.
-        weights_to_prune: Weights to prune at least.
-        capacity: Weights that every kernel can give at most; by default all but its group of
-            highest score.
-
-    Returns:
-        For every kernel booleans, True where the group lives.
-
-    Raises:
-        TargetError: If the kernels cannot give so many.
+    Arguments, result and errors are those of [Ranking][] and its `live`.
     """
     return Ranking(scores, sizes, capacity).live(weights_to_prune)
 
@@ -282,12 +249,7 @@ def densities(live: Sequence[np.ndarray]) -> list[float]:
 def saliency_of(matrix: np.ndarray, grouping: Grouping) -> np.ndarray:
     """Root mean square of every group relative to the kernel's, flat.
 
-    Args:
-        matrix: Kernel, shape `(inputs, outputs)`.
-        grouping: How it is cut.
-
-    Returns:
-        Float64 of shape `(grouping.count,)`.
+    The kernel has the shape `(inputs, outputs)`, the result `(grouping.count,)` in float64.
     """
     squares = grouping.sum_numpy(np.square(matrix, dtype=np.float64))
     return magnitude(matrix, squares, grouping.sizes).reshape(-1)

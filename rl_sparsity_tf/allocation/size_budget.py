@@ -50,19 +50,15 @@ class SizeBudget(CostBudget):
 
     The wall: a decision is legal only if the file can still be brought to its size, all undecided
     groups being pruned as far as the floors allow and those left stored in the smaller type; and
-    nothing more is pruned once the file is small enough with all that lives as integers. Floors
-    are those of the sparsity that the size implies when every kernel has the same density.
+    nothing more is pruned once the file is small enough with all that lives as integers. Floors are
+    those of the sparsity that the size implies when every kernel has the same density. A size that
+    cannot be reached raises a TargetError that names the smallest that can.
 
     Args:
         limit: Bytes that the file may have by the size model.
         fixed: Bytes of the file without its kernels.
-        costs: What every kernel costs.
         elements: All weights of rank >= 2.
         sizes: For every kernel the weights of each of its groups.
-        name: The target as the user gave it, for errors.
-
-    Raises:
-        TargetError: If the size cannot be reached, naming the smallest that can.
     """
 
     def __init__(
@@ -188,8 +184,7 @@ def make_budget(
 ) -> Budget:
     """The budget of a target: in weights for a sparsity, else in bytes; see [size_budget][].
 
-    Raises:
-        TargetError: If it cannot be reached, or is one for whole channels.
+    A target that cannot be reached, or that is one for whole channels, raises a TargetError.
     """
     if target.needs_channels:
         raise TargetError(
@@ -211,19 +206,11 @@ def size_budget(
     elements: int,
     sizes: SizeModel | None = None,
 ) -> SizeBudget:
-    """The budget of a target in bytes.
+    """The budget of a target in bytes; its kind says whether the raw or the gzipped size counts.
 
-    Args:
-        model: The dense model.
-        kernels: The kernels that are decided, in order.
-        target: The target; its kind says whether the raw or the gzipped size counts.
-        storage: How the kernels are cut and stored.
-        elements: All weights of rank >= 2.
-        sizes: The model's size model for such targets; by default it is made.
-
-    Raises:
-        TargetError: If the size cannot be reached.
-        ExportError: If the model cannot be converted.
+    `model` is the dense one, `elements` are all its weights of rank >= 2, and `sizes` is its size
+    model, made if it is not given. A size that cannot be reached raises a TargetError, a model that
+    cannot be converted an ExportError.
     """
     kind = target.kind
     sizes = sizes or size_model_for(model, target)
@@ -247,11 +234,7 @@ def kernel_costs(
 ) -> KernelCosts:
     """What a kernel costs at several densities, by its own weights.
 
-    Args:
-        sizes: The model of the size.
-        kernel: The kernel.
-        storage: How it is cut and stored.
-        kind: Kind of the target: whether the raw or the gzipped size counts.
+    The target's `kind` says whether the raw or the gzipped size counts.
     """
     matrix, grouping = kernel.matrix(), kernel.grouping(storage.group)
     lives: list[int] = []

@@ -20,12 +20,8 @@ from rl_sparsity_tf.layers.plan import CompressionPlan, KernelPlan
 class KernelStorage:
     """How one kernel is cut and stored.
 
-    Attributes:
-        group: Kind of groups.
-        bits: 8 or 4, of its weights where they are integers.
-
-    Raises:
-        ArgumentError: If one of them is not known.
+    `bits` is 8 or 4, of its weights where they are integers. A group or a number that is not known
+    raises an ArgumentError.
     """
 
     group: str = "element"
@@ -41,10 +37,8 @@ class KernelStorage:
 class Storage:
     """How the kernels of a network are cut and stored.
 
-    Attributes:
-        group: Kind of groups of the kernels that are not named.
-        named: The others, by path.
-        default_bits: 8 or 4, of the integers of the kernels that are not named.
+    Kernels in `named`, by path, have a storage of their own; `group` and `default_bits` (8 or 4, of
+    integers) are those of the others.
 
     Example:
         >>> storage = Storage("element", {"dense/kernel": KernelStorage("block4", 8)})
@@ -89,11 +83,8 @@ class Storage:
     ) -> CompressionPlan:
         """The plan in which some groups live and the others are pruned.
 
-        Args:
-            kernels: The kernels, in order.
-            live: For every kernel, which groups live.
-            quantize: Whether those are quantized, where TFLite can store the kernel as integers;
-                elsewhere, and without it, they are kept.
+        With `quantize`, what lives is quantized where TFLite can store the kernel as integers;
+        elsewhere, and without it, it is kept.
         """
         pairs = zip(kernels, live, strict=True)
         chosen = [

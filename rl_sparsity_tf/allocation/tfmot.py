@@ -124,12 +124,9 @@ def tfmot(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TfmotResult:
-    """What TFMOT's training gave.
+    """What TFMOT's training gave: the model, its zeros as a plan, and how many were asked for.
 
-    Attributes:
-        model: The trained model, its pruning wrappers stripped, compiled as the original.
-        plan: Its zeros.
-        pruned: How many weights TFMOT was asked for.
+    The model's pruning wrappers are stripped, and it is compiled as the original.
     """
 
     model: keras.Model
@@ -147,17 +144,10 @@ def prune_with_tfmot(
 ) -> TfmotResult:
     """Prunes and trains with TFMOT, from the weights of a request's model.
 
-    Args:
-        request: What is wanted, of single weights.
-        train: Training data.
-        epochs: Epochs of training, at least 1.
-        pruned: Weights to prune at least; by default what the request's target asks for.
-        learning_rate: Of Adam.
-
-    Raises:
-        MissingDependencyError: If TFMOT is not installed.
-        ModelError: If TFMOT cannot prune the model, or the training ends in NaN.
-        TargetError: If TFMOT cannot prune so many weights.
+    The request is of single weights. At least `pruned` of them go, by default what its target asks
+    for. `learning_rate` is Adam's. A MissingDependencyError says that TFMOT is not installed, a
+    ModelError that it cannot prune the model or that the training ends in NaN, a TargetError that
+    it cannot prune so many weights.
     """
     pruning = load_tfmot()
     if not is_graph(request.model):
@@ -213,10 +203,8 @@ def prune_with_tfmot(
 def final_sparsity(sizes: Sequence[int], pruned: int) -> float:
     """The least sparsity at which TFMOT prunes so many weights of tensors of some sizes.
 
-    TFMOT rounds to whole weights in every tensor, and keeps at least one.
-
-    Raises:
-        TargetError: If they do not have so many.
+    TFMOT rounds to whole weights in every tensor, and keeps at least one. If the tensors do not
+    have so many to give, a TargetError says how many.
     """
     low, high = 0.0, float(np.nextafter(np.float32(1), np.float32(0)))
     if pruned > _pruned_at(sizes, high):
@@ -245,11 +233,8 @@ def _pruned_at(sizes: Sequence[int], sparsity: float) -> int:
 class _Prunable:
     """Which layers TFMOT prunes; stands in for its PruningPolicy, which is to be subclassed.
 
-    A layer is pruned if TFMOT supports it and all that TFMOT would prune of it is a kernel.
-
-    Args:
-        pruning: TFMOT's module.
-        wanted: The kernels that may be pruned, of a model that may be changed.
+    A layer is pruned if TFMOT supports it and all that TFMOT would prune of it is a kernel. The
+    `wanted` kernels are of a model that may be changed.
     """
 
     def __init__(self, pruning: Any, wanted: Sequence[Kernel]):
@@ -302,8 +287,7 @@ def _wanted(request: PlanRequest, prunable: _Prunable) -> int:
 def load_tfmot() -> Any:
     """TFMOT's pruning module, imported only when it is needed.
 
-    Raises:
-        MissingDependencyError: If it cannot be imported.
+    A MissingDependencyError tells the user how to install it.
     """
     try:
         from tensorflow_model_optimization.sparsity import keras as pruning

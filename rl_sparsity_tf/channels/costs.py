@@ -36,7 +36,7 @@ class ChannelCounts:
 
     @classmethod
     def of(cls, channels: Sequence[np.ndarray], units: Sequence[ChannelUnit]) -> ChannelCounts:
-        """Counts the channels of tensors, given as the graph's numbers."""
+        """Counts channels given as the graph's numbers; those of frozen units are fixed."""
         shares = np.zeros((len(units), len(channels)))
         for index, unit in enumerate(units):
             if unit.frozen is None:
@@ -44,24 +44,16 @@ class ChannelCounts:
         return cls(np.array([len(some) for some in channels]) - shares.sum(0), shares)
 
     def __call__(self, live: np.ndarray) -> np.ndarray:
-        """The counts; any number of leading axes.
-
-        Args:
-            live: Share of every unit's channels that lives, shape `(..., units)`.
-        """
+        """The counts, `(..., things)`, at living shares of units' channels, `(..., units)`."""
         return self.fixed + live @ self.shares
 
 
 class ChannelCosts:
     """The cost of every kernel as a product of the channels it reads and makes.
 
-    Args:
-        model: The plain model; its images have fixed sizes if multiplications are asked for.
-        graph: Its channels.
-        units: What is decided together.
-
-    Attributes:
-        taps: Weights of every kernel per pair of channels (depthwise: per channel).
+    Methods take as `live` the shares of the units' channels that live, shape `(..., units)`. `taps`
+    are the weights of every kernel per pair of channels (depthwise: per channel). Multiplications
+    can be counted where a model's images have fixed sizes.
     """
 
     def __init__(self, model: keras.Model, graph: ChannelGraph, units: Sequence[ChannelUnit]):
@@ -110,11 +102,9 @@ class ChannelCosts:
         return others, np.array([_positions(*pair) for pair in zip(layers, sides, strict=True)])
 
     def bytes(self, sizes: SizeModel, kind: str) -> FileBytes:
-        """The bytes of the file.
+        """The bytes of the file, by the size model of the dense model.
 
-        Args:
-            sizes: The size model of the dense model.
-            kind: `"tflite_bytes"` or `"gzip_bytes"`.
+        `kind` is `"tflite_bytes"` or `"gzip_bytes"`.
         """
         return FileBytes(self, sizes, kind, {k.path: k for k in self._kernels()})
 
@@ -125,11 +115,7 @@ class ChannelCosts:
 class FileBytes:
     """The bytes of a file without its dead channels, every tensor dense.
 
-    Args:
-        costs: Counts the weights.
-        sizes: The size model of the dense model.
-        kind: `"tflite_bytes"` or `"gzip_bytes"`.
-        kernels: The kernels by path.
+    `sizes` is the size model of the dense model, `kind` is `"tflite_bytes"` or `"gzip_bytes"`.
     """
 
     def __init__(
@@ -157,11 +143,10 @@ class FileBytes:
         self._fixed = total - self._floats.sum()
 
     def __call__(self, live: np.ndarray, integers: np.ndarray) -> np.ndarray:
-        """Bytes of the file.
+        """Bytes of the file, shape `(...)`.
 
-        Args:
-            live: Share of every unit's channels that lives, shape `(..., units)`.
-            integers: Whether a unit's kernels are stored as integers, shape `(units,)`.
+        `live` is the share of every unit's channels that lives, shape `(..., units)`; `integers`
+        says whether a unit's kernels are stored as integers, shape `(units,)`.
         """
         owners = self._costs._owners
         chosen = (owners >= 0) & integers[owners]
@@ -181,8 +166,7 @@ def _taps(place: PlacedStep) -> int:
 def _positions(layer: Any, side: str) -> int:
     """Places of a layer's input or output at which its kernel is used, per example.
 
-    Raises:
-        TargetError: If there is no fixed number of them.
+    An open size raises a TargetError that tells the user to build the model with a fixed one.
     """
     try:
         shape = getattr(layer, f"{side}_shape")
@@ -223,19 +207,10 @@ def count_macs(model: keras.Model) -> int:
 def latency_of(
     table: LatencyTable, model: keras.Model, units: Sequence[ChannelUnit]
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """The predicted time as a function of what lives.
+    """The predicted milliseconds as a function of what lives.
 
-    Args:
-        table: Times of the layers of the model.
-        model: The plain model.
-        units: What is decided together.
-
-    Returns:
-        `live -> milliseconds`: the shares of the units' channels that live, of shape
-        `(..., units)`, to times of shape `(...)`.
-
-    Raises:
-        ArgumentError: If the table is of another model.
+    The function takes the shares of the units' channels that live, shape `(..., units)`, and
+    returns times of shape `(...)`. A table of another model raises an ArgumentError.
     """
     table.check(model)
     chains = LayerWidths(model).chains

@@ -47,12 +47,10 @@ class ChannelErrors:
 
 
 def eliminate(unit: ChannelUnit, problems: Mapping[str, LayerProblem]) -> ChannelErrors:
-    """Removes a unit's channels one by one.
+    """Removes a unit's channels one by one, the one that its readers miss least first.
 
-    Args:
-        unit: The unit.
-        problems: The least-squares problems of the kernels that can be fitted, by path. Without
-            those of its readers, channels go by the energy of the weights that make them.
+    `problems` are those of the kernels that can be fitted, by path. Without those of its readers,
+    channels go by the energy of the weights that make them.
     """
     known = [(r, problems[r.kernel.path]) for r in unit.readers if r.kernel.path in problems]
     fits = [

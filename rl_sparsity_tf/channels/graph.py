@@ -27,11 +27,7 @@ from rl_sparsity_tf.layers.structure import is_graph
 class PlacedStep:
     """A step in a model's graph.
 
-    Attributes:
-        path: The layer's path.
-        step: The step.
-        inputs: Numbers of the tensors it reads.
-        outputs: Numbers of the tensors it makes.
+    `path` is the layer's; `inputs` and `outputs` are the numbers of the tensors it reads and makes.
     """
 
     path: str
@@ -55,10 +51,8 @@ class ChannelGraph:
     def __init__(self, model: keras.Model, held: Mapping[str, str] | None = None) -> None:
         """Follows the channels of a built model whose graph is known.
 
-        Args:
-            model: The model.
-            held: Paths of kernels that are to stay as they are, and why: the channels that they
-                make, read or pass on stay.
+        `held` has the paths of kernels that are to stay as they are, and why: the channels that
+        they make, read or pass on stay.
         """
         self.channels: list[np.ndarray] = []
         self.placed: list[PlacedStep] = []
@@ -117,8 +111,7 @@ class ChannelGraph:
     def constants(self, *, masked: bool = False) -> list[np.ndarray]:
         """For every tensor the constant that each channel is, NaN where it is none.
 
-        Args:
-            masked: Whether all channels that need not stay count as set to zero.
+        With `masked`, all channels that need not stay count as set to zero.
         """
         values = [np.full(len(channels), np.nan) for channels in self.channels]
         for place in self.placed:
@@ -246,7 +239,7 @@ def has_graph(model: keras.Model) -> bool:
 
 
 def _check_call(node: Any, calls: int) -> None:
-    """Raises unless a call is one of tensors of the graph, and the layer's only one."""
+    """Raises a NotFollowedError unless a call is of the graph's tensors, and its layer's only."""
     layer = node.layer
     if calls > 1 and (layer.weights or is_graph(layer)):
         raise NotFollowedError(f"{layer.name} is called {calls} times")

@@ -73,10 +73,9 @@ class ChannelGroup:
 
 
 def check_plain(model: keras.Model, verb: str) -> None:
-    """Raises unless a model is built and carries no wrappers of this package.
+    """Raises a ModelError that says what to do unless a model is built and has no wrappers.
 
-    Raises:
-        ModelError: Saying what to do about it.
+    `verb` is the name of the function that errors say it is for.
     """
     check_model(model)
     if is_wrapped(model):
@@ -87,10 +86,9 @@ def check_plain(model: keras.Model, verb: str) -> None:
 
 
 def check_graph(model: keras.Model, verb: str) -> None:
-    """Raises unless a model is built and plain, and the order of its layers is known.
+    """Raises a ModelError unless a model is built and plain, and the order of its layers is known.
 
-    Raises:
-        ModelError: Saying what to do about it.
+    The error says what to do about it.
     """
     check_plain(model, verb)
     if not has_graph(model):

@@ -54,7 +54,7 @@ Builder = Callable[[str], tuple[list[Any], list[Any]]]
 
 
 def piece(chain: Chain, width: Width) -> Builder:
-    """Builds a chain with other channels."""
+    """Builds a chain with other channels; the outputs of a tied one follow from its inputs."""
     outputs = width.outputs
     if chain.tied:
         outputs = math.ceil(chain.width.outputs * width.inputs / chain.width.inputs)
@@ -92,7 +92,10 @@ def narrowed(model: keras.Model) -> list[keras.Model]:
 def converted(
     builders: Sequence[Builder], batch_size: int | None, quantization: str
 ) -> Iterator[list[Path | None]]:
-    """Files of the models that the builders build, in a folder that goes in the end."""
+    """Files of the models that the builders build, in a folder that goes in the end.
+
+    A model of which no operator is left has None in its place.
+    """
     files: list[Path | None] = []
     with scratch_folder() as folder:
         for start in range(0, len(builders), _BATCH):

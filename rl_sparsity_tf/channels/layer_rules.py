@@ -201,17 +201,10 @@ _RULES.update({getattr(_layers, name): rule for rule, names in _FAMILIES for nam
 
 
 def steps_of(layer: keras.layers.Layer, shapes: Sequence[Shape]) -> list[Step]:
-    """Takes a layer apart.
+    """Takes a built layer that is no model apart; the first of its steps takes the inputs.
 
-    Args:
-        layer: A built layer that is no model.
-        shapes: The shapes of its inputs, batch axis included.
-
-    Returns:
-        The steps, the first of which takes the inputs.
-
-    Raises:
-        NotFollowedError: With the reason, if the layer's channels cannot be followed.
+    `shapes` include the batch axis. If the layer's channels cannot be followed, a NotFollowedError
+    carries the reason.
     """
     rule, kind = _RULES.get(type(layer)), type(layer).__name__
     if rule is None:
@@ -246,14 +239,10 @@ def is_operation(layer: keras.layers.Layer) -> bool:
 
 
 def operation_steps(node: Any, shapes: Sequence[Shape]) -> list[Step]:
-    """Takes an operation's call apart.
+    """Takes the call of an operation apart, given Keras's node of the call.
 
-    Args:
-        node: Keras's node of the call.
-        shapes: The shapes of the tensors of the model that it reads.
-
-    Raises:
-        NotFollowedError: With the reason, if its channels cannot be followed.
+    `shapes` are those of the tensors of the model that it reads. If its channels cannot be
+    followed, a NotFollowedError carries the reason.
     """
     layer = node.layer
     name = str(layer.symbol).rpartition(".")[2]

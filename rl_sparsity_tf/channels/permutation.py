@@ -60,9 +60,8 @@ def squares_of(matrix: np.ndarray) -> np.ndarray:
 class Goal:
     """What a matrix will be pruned to. Matrices are of squares here.
 
-    Attributes:
-        group: One of [PERMUTED][].
-        sparsity: Share of weights pruned by blocks; 0 for patterns.
+    `group` is one of [PERMUTED][]; `sparsity` is the share of weights pruned by blocks, 0 for
+    patterns.
     """
 
     group: str
@@ -70,11 +69,7 @@ class Goal:
 
     @classmethod
     def of(cls, group: str, sparsity: float | None) -> Goal:
-        """Checks the arguments that say so.
-
-        Raises:
-            ArgumentError: If one cannot be used.
-        """
+        """Checks a user's arguments; an ArgumentError says which one cannot be used."""
         check_choice("group", group, PERMUTED)
         if group in PATTERNS:
             if sparsity is not None:
@@ -97,7 +92,7 @@ class Goal:
         return self.group if self.group in PATTERNS else f"{self.group}, {self.sparsity:.0%} pruned"
 
     def kept(self, squares: np.ndarray) -> float:
-        """Share of their sum that stays."""
+        """Share of the squares' sum that stays."""
         grouping = Grouping(self.group, *squares.shape)
         total = squares.sum()
         live = grouping.largest(squares) if grouping.pattern else self._live(squares, grouping)
@@ -159,12 +154,8 @@ def rows_of(channels: np.ndarray, numbers: np.ndarray, rows: int) -> np.ndarray:
 class Reader:
     """A kernel that reads the channels of a group.
 
-    Args:
-        squares: The squares of its matrix.
-        rows: Its rows that read the channels, see [rows_of][].
-        goal: What it will be pruned to.
-        rng: Samples its columns.
-        size: Number of channels.
+    `squares` are those of its matrix, `rows` its rows that read the channels (see [rows_of][]), and
+    `size` is the number of channels. Where there are too many columns, `rng` samples them.
     """
 
     def __init__(
@@ -203,7 +194,7 @@ class Reader:
         return squares
 
     def kept(self, order: np.ndarray) -> float:
-        """Share of magnitude kept."""
+        """Share of the squares' sum that stays in this order."""
         return self._goal.kept(self.reordered(order))
 
     def values(self) -> list[np.ndarray]:
@@ -211,11 +202,11 @@ class Reader:
         return [self._at(self._squares, *part) for part in self.parts]
 
     def threshold(self, order: np.ndarray) -> float:
-        """See [Goal][]."""
+        """The goal's threshold when the channels are in this order."""
         return self._goal.threshold(self.reordered(order))
 
     def value(self, order: np.ndarray, threshold: float) -> float:
-        """See [Goal][]."""
+        """The goal's value when the channels are in this order, with the threshold held."""
         return self._goal.value(self.reordered(order), threshold)
 
     def limits(self, order: np.ndarray, threshold: float) -> list[np.ndarray]:
@@ -232,10 +223,8 @@ class Reader:
 class Search:
     """Looks for an order of a group's channels.
 
-    Args:
-        readers: The kernels that read them.
-        alike: For every channel a number; only those of the same number can be exchanged.
-        rng: For the jumps.
+    `alike` has a number for every channel; only those of the same number can be exchanged. Jumps
+    draw from `rng`.
     """
 
     def __init__(self, readers: Sequence[Reader], alike: np.ndarray, rng: np.random.Generator):

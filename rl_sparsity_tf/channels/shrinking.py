@@ -28,13 +28,10 @@ _WIDTH = 120
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerChange:
-    """The output channels of one layer.
+    """How many output channels a layer has before and after.
 
-    Attributes:
-        path: The layer's path.
-        before: Number of channels before.
-        after: Number of channels after.
-        reason: Why channels that are constant, or the channels of its group, stay; else empty.
+    `reason` says why channels that are constant, or the channels of its group, stay; else it is
+    empty.
     """
 
     path: str
@@ -50,7 +47,6 @@ class ShrinkReport:
     Attributes:
         layers: The layers with kernels whose channels can be followed.
         weights_before: Weights of the model before, biases and statistics included.
-        weights_after: The same after.
         notes: What kept layers, or the whole model, as they are.
     """
 
@@ -65,11 +61,7 @@ class ShrinkReport:
         return sum(layer.before - layer.after for layer in self.layers)
 
     def summary(self, print_fn: Callable[[str], Any] = print) -> None:
-        """Prints the channels of every layer before and after, and why others stay.
-
-        Args:
-            print_fn: Called with every line.
-        """
+        """Prints the channels of every layer before and after, and why others stay."""
         print_fn = printing(print_fn)
         table = Table(title="Channels", title_justify="left")
         table.add_column("layer", overflow="fold")
@@ -129,12 +121,7 @@ def shrink_with_report(
 ) -> tuple[keras.Model, ShrinkReport]:
     """[shrink][], and what it did.
 
-    Args:
-        model: A built, plain `tf_keras` model.
-        held: Paths of kernels that keep all their channels, and why.
-
-    Returns:
-        The model without its dead channels, and the report.
+    `held` has the paths of kernels that keep all their channels, and why.
     """
     check_plain(model, "shrink")
     model = accepted(model)
@@ -177,11 +164,8 @@ def _to_keep(
 ) -> np.ndarray:
     """For every number whether such channels must stay, so that the outputs stay the same.
 
-    Args:
-        graph: The model's channels.
-        values: Their constants.
-        foldable: Whether to take it that every constant can be taken up by who reads it.
-        floor: Whether every tensor keeps a channel.
+    With `foldable`, every constant is taken to be one that its readers can take up; with `floor`,
+    every tensor keeps a channel.
     """
     reads = [
         (place, (place.step.matrices() != 0).any(0), _usable(place, values, foldable))

@@ -38,24 +38,19 @@ def weight(layer: keras.layers.Layer, attribute: str) -> np.ndarray | None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
-    """A step that leaves channels and constants as they are (pooling, dropout).
-
-    Attributes:
-        layer: The layer that takes it.
-    """
+    """A step that leaves channels and constants as they are (pooling, dropout)."""
 
     layer: keras.layers.Layer
 
     def connect(self, inputs: Sequence[np.ndarray], ties: Ties) -> list[np.ndarray]:
-        """The channels of the outputs."""
+        """The channels of the outputs, by number."""
         return [inputs[0]]
 
     def constants(self, inputs: Sequence[np.ndarray], masked: np.ndarray) -> np.ndarray:
         """The constant that each channel of the output is, NaN where it is none.
 
-        Args:
-            inputs: The same of the inputs.
-            masked: The channels of the output that count as set to zero wherever they have weights.
+        `inputs` says the same of the inputs. `masked` marks the channels of the output that count
+        as set to zero wherever they have weights.
         """
         return inputs[0]
 
@@ -68,11 +63,8 @@ class Step:
 class Mix(Step):
     """A kernel that makes new channels of all the channels that come in.
 
-    Attributes:
-        kernel: The kernel's attribute.
-        input_axis: Its axis of input channels.
-        output_axis: Its axis of output channels.
-        borders: Whether the borders of an image see fewer inputs than its middle.
+    `kernel` is the attribute of the layer that holds it; `borders` says whether the borders of an
+    image see fewer inputs than its middle.
     """
 
     kernel: str = "kernel"
@@ -164,7 +156,7 @@ class Normalize(Step):
         return scale * (given - mean) / np.sqrt(variance + layer.epsilon) + shift
 
     def scaled(self) -> dict[str, str]:
-        """All four, or what there is of them."""
+        """Gamma, beta, mean and variance, as far as the layer has them."""
         names = ("gamma", "beta", "moving_mean", "moving_variance")
         return {name: "input" for name in names if getattr(self.layer, name) is not None}
 
@@ -231,7 +223,7 @@ class Merge(Step):
     combine: Callable[[np.ndarray], np.ndarray] = np.sum
 
     def connect(self, inputs: Sequence[np.ndarray], ties: Ties) -> list[np.ndarray]:
-        """Ties the channels of all inputs."""
+        """Ties the channels of all inputs; an input of fewer, read for all channels, is frozen."""
         widest = max(inputs, key=len)
         for channels in inputs:
             if len(channels) == len(widest):
@@ -262,9 +254,7 @@ class Join(Step):
 class Opaque(Step):
     """What cannot be followed: all its channels stay.
 
-    Attributes:
-        reason: Why.
-        sizes: Channels of every output; None where the channels are those of the input.
+    `sizes` are the channels of every output; None where they are those of the input.
     """
 
     reason: str = ""

@@ -33,10 +33,8 @@ from rl_sparsity_tf.layers.wrapping import strip
 class Member:
     """A kernel whose outputs are channels of a unit.
 
-    Attributes:
-        kernel: The kernel.
-        columns: The unit's channel that every output of its matrix is, -1 where it is another
-            unit's.
+    `columns` has the unit's channel that every output of its matrix is, -1 where it is another
+    unit's.
     """
 
     kernel: Kernel
@@ -47,9 +45,7 @@ class Member:
 class Reader:
     """A kernel that reads channels of a unit.
 
-    Attributes:
-        kernel: The kernel.
-        rows: The unit's channel that every row of its matrix reads, -1 where it is another unit's.
+    `rows` has the unit's channel that every row of its matrix reads, -1 where it is another unit's.
     """
 
     kernel: Kernel
@@ -60,13 +56,11 @@ class Reader:
 class ChannelUnit(Kernel):
     """The kernels that make the same channels, viewed as one matrix: a column per channel.
 
-    It takes the place of a kernel wherever whole channels are decided. Its path, layer and place
-    in the network are those of the first kernel that makes the channels.
+    It takes the place of a kernel wherever whole channels are decided. Its path, layer and place in
+    the network are those of the first kernel that makes the channels.
 
     Attributes:
         numbers: The channels, as the graph numbers them; -1 for those that it does not follow.
-        members: The kernels whose outputs the channels are.
-        readers: The kernels that read them.
         frozen: Why no channel can be removed, or None.
         scale: Sum over the batch normalizations behind of the magnitudes of their gammas, one per
             channel; None where there are none.
@@ -129,15 +123,10 @@ class ChannelUnit(Kernel):
 
 
 def find_units(graph: ChannelGraph, kernels: Sequence[Kernel]) -> list[ChannelUnit]:
-    """Finds what is decided together.
+    """The units in the order of their first kernels; every kernel is a member of exactly one.
 
-    Args:
-        graph: The channels of a plain model.
-        kernels: The kernels that carry decisions, of the model or of a wrapped copy.
-
-    Returns:
-        The units in the order of their first kernels; every kernel is a member of exactly one.
-        Kernels whose channels have to stay form units that are frozen.
+    `kernels` are those that carry decisions, of the plain model or of its wrapped copy. Kernels
+    whose channels have to stay form units that are frozen.
     """
     known = {kernel.path: kernel for kernel in kernels}
     numbers = graph.components()
@@ -221,9 +210,6 @@ class UnitOperations:
 
     A weight is pruned if the channel it makes is pruned or the one that it reads: nothing reads a
     pruned channel any more, whatever biases and normalizations make of it.
-
-    Args:
-        units: The units.
     """
 
     def __init__(self, units: Sequence[ChannelUnit]):
@@ -245,9 +231,7 @@ class UnitOperations:
     def of(self, path: str, operations: Mapping[str, np.ndarray]) -> np.ndarray:
         """The operations on a kernel's weights, uint8 of shape `(inputs, outputs)`.
 
-        Args:
-            path: The kernel's path.
-            operations: Operations by unit's path, each of shape `(1, channels)`.
+        `operations` has those on the units by path, each of shape `(1, channels)`.
         """
         _, member = self._owner[path]
         rows, _ = member.kernel.spec.matrix_shape(member.kernel.shape)
@@ -271,9 +255,8 @@ class UnitOperations:
     def of_units(self, plan: CompressionPlan) -> dict[str, np.ndarray]:
         """The operations on units, by path, that a plan of their kernels' channels means.
 
-        Raises:
-            PlanError: If it has other groups than channels, prunes what has to stay, or tied
-                kernels differently.
+        A plan that has other groups than channels, prunes what has to stay, or prunes tied kernels
+        differently raises a PlanError.
         """
         found = {}
         for unit in self._units.values():
@@ -315,7 +298,7 @@ class UnitOperations:
 
 
 def _check_tied(unit: ChannelUnit, plan: CompressionPlan, pruned: Mapping[int, str]) -> None:
-    """Raises unless all kernels of a unit prune the same channels."""
+    """Raises a PlanError unless all kernels of a unit prune the same channels."""
     for member in unit.members:
         entry = plan.kernels.get(member.kernel.path)
         for channel, path in pruned.items():
@@ -431,12 +414,7 @@ def tie_channels(model: keras.Model, plan: CompressionPlan) -> CompressionPlan:
 
 
 def masks(kernels: Sequence[Kernel], operations: Mapping[str, np.ndarray]) -> CompressionPlan:
-    """The plan of operations on single weights.
-
-    Args:
-        kernels: The kernels.
-        operations: Their operations by path, shape `(inputs, outputs)`.
-    """
+    """The plan of operations on single weights, given by path, shape `(inputs, outputs)`."""
     return CompressionPlan(
         KernelPlan(k.path, k.shape, k.spec.layout, "element", 8, operations[k.path])
         for k in kernels

@@ -59,12 +59,8 @@ class Width:
 class LayerCall:
     """A layer's call in a model's graph.
 
-    Attributes:
-        path: The layer's path.
-        node: Keras's node of the call.
-        steps: What the call does to channels.
-        inputs: Numbers of the tensors it reads, in the [ChannelGraph][].
-        outputs: Numbers of the tensors it makes.
+    `node` is Keras's of the call; `inputs` and `outputs` are the numbers of the tensors it reads
+    and makes in the [ChannelGraph][].
     """
 
     path: str
@@ -96,10 +92,8 @@ class Chain:
     Attributes:
         path: Path of the layer it is named after; the n-th call of a layer has `@n` behind it.
         calls: The calls, each of which reads what the one before makes.
-        channels_in: Numbers of the channels that go in.
-        channels_out: Numbers of the channels that come out.
-        inputs_free: Whether channels of the input can be removed.
-        outputs_free: The same for the output.
+        channels_in: Numbers of the channels that go in; `channels_out` of those that come out.
+        inputs_free: Whether channels of the input can be removed; `outputs_free` of the output.
         tied: Whether the channels that come out are those that go in, with no kernel to mix them.
     """
 
@@ -134,14 +128,10 @@ class Chain:
         return f"{self.kind} {types}"
 
     def build(self, width: Width, prefix: str) -> tuple[list[Any], list[Any]]:
-        """Builds the chain with other channels and new weights.
+        """Builds the chain with other channels and new weights; returns Keras inputs and outputs.
 
-        Args:
-            width: Channels to go in and, if the chain has a kernel, to come out.
-            prefix: For the layers' names.
-
-        Returns:
-            Keras inputs and outputs.
+        `width.outputs` counts only if the chain has a kernel. The layers' names begin with
+        `prefix`.
         """
         inputs: dict[str, Any] = {}
         first = self.calls[0]
@@ -205,15 +195,8 @@ class _Calls(ChannelGraph):
 class LayerWidths:
     """The parts of a model that cost time, and their widths for any channels that stay.
 
-    Args:
-        model: A built, plain functional or Sequential model with inputs of fixed size.
-
-    Raises:
-        ModelError: If the model is another one.
-
-    Attributes:
-        graph: The model's channels.
-        chains: Its parts, in the order in which they run.
+    The model is built, plain, functional or Sequential, and has inputs of fixed size; any other
+    raises a ModelError. `chains` are its parts in the order in which they run.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -242,8 +225,7 @@ class LayerWidths:
     def widths(self, keep: np.ndarray) -> dict[str, Width]:
         """The widths when channels are removed.
 
-        Args:
-            keep: For every number of a channel in the graph whether it stays.
+        `keep` says for every number of a channel in the graph whether it stays.
 
         Example:
             >>> keep = np.ones(len(layers.graph.frozen), bool)
