@@ -250,7 +250,7 @@ class Agent(abc.ABC):
 
     @abc.abstractmethod
     def _learn(self, transitions: list[Transition]) -> dict[str, float]:
-        """Trains on one search episode."""
+        """Trains on one search episode; losses are by name."""
 
     @abc.abstractmethod
     def tracing_count(self) -> int:

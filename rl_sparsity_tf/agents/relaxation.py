@@ -67,6 +67,7 @@ def relaxed_matrix(
     Quantize, `P(W) - W` for Shuffle, relative to Keep. The matrix is of shape `(inputs, outputs)`;
     the choices are of shape `(rows, outputs, 4)`, in the order of
     [Operation][rl_sparsity_tf.Operation]. The kernel has to be wrapped.
+    Shape and dtype of the matrix stay.
     """
     assert kernel.wrapper is not None
     state = kernel.wrapper.state(kernel.spec.attribute)

@@ -138,7 +138,7 @@ class EffectiveKernels:
 
     @property
     def functions(self) -> list[Any]:
-        """The traced functions."""
+        """The traced functions, for counting how often they were traced."""
         return list(self._traced.values())
 
     def matrix(self, path: str) -> np.ndarray:
