@@ -87,17 +87,10 @@ class Agent(abc.ABC):
     # -- acting ----------------------------------------------------------------------------------
 
     def act(self, time_step: Any, *, explore: bool = False) -> int:
-        """Chooses an action for one time step without recording anything.
+        """Chooses a legal action for one unbatched time step without recording anything.
 
-        Args:
-            time_step: An unbatched time step of a `PyEnvironment`.
-            explore: Whether to sample as while collecting; otherwise the best action known.
-
-        Returns:
-            A legal action.
-
-        Raises:
-            AgentStateError: If the observation does not fit or no action is legal.
+        `explore` samples as while collecting; otherwise the best action known is taken. Raises
+        AgentStateError if the observation does not fit or no action is legal.
         """
         state, legal = self._observation(time_step)
         preferences, _ = self._evaluate(state, legal)
@@ -111,21 +104,14 @@ class Agent(abc.ABC):
         action: int | None = None,
         allowed: NDArray[np.int32] | None = None,
     ) -> int:
-        """Chooses an action for one time step and remembers it for `observe`.
+        """Chooses an action for one unbatched time step and remembers it for `observe`.
 
-        Args:
-            time_step: An unbatched time step of a `PyEnvironment`, not the last of its episode.
-            explore: Whether to sample from the collecting policy; otherwise the best action known.
-            action: Take this action instead, so that the trajectory of a heuristic can be learned
-                from: DQN keeps it in its replay buffer, PPO learns to imitate it.
-            allowed: 1 for each legal action that may be chosen, shape (n_actions,); by default all
-                that are legal. What is learned of the state does not depend on it.
-
-        Returns:
-            The action to give to the environment's `step`.
-
-        Raises:
-            AgentStateError: If called out of order, or the observation does not fit.
+        The time step is not the last of its episode. `explore` samples from the collecting policy;
+        otherwise the best action known is taken. A given `action` is taken instead, so that the
+        trajectory of a heuristic can be learned from: DQN keeps it in its replay buffer, PPO learns
+        to imitate it. `allowed` is 1 for each legal action that may be chosen, shape (n_actions,),
+        by default for all that are legal; what is learned of the state does not depend on it.
+        Raises AgentStateError if called out of order, or if the observation does not fit.
         """
         if self._pending is not None:
             raise AgentStateError(
@@ -163,8 +149,7 @@ class Agent(abc.ABC):
     def observe(self, next_time_step: Any) -> None:
         """Records what followed the last `step`.
 
-        Raises:
-            AgentStateError: If no `step` came before, or the reward or observation is not finite.
+        Raises AgentStateError if no `step` came before, or the reward or observation is not finite.
         """
         if self._pending is None:
             raise AgentStateError(
@@ -198,20 +183,16 @@ class Agent(abc.ABC):
     ) -> dict[str, float]:
         """Ends the search episode: amends its rewards and learns from it.
 
-        Args:
-            bonus: Added to the reward of the last transition of every environment episode in this
-                search episode; the sum is clipped to [-1, 1].
-            worth: Instead of a bonus, what the rewards of every environment episode shall add up
-                to: the last takes the others back, which then shape learning but not which policy
-                is best (Ng, Harada & Russell 1999), as long as nothing is discounted.
-                Either may be a sequence, with a number for each environment episode in order.
+        `bonus` is added to the reward of the last transition of every environment episode in this
+        search episode; the sum is clipped to [-1, 1]. `worth` is, instead of a bonus, what the
+        rewards of every environment episode shall add up to: the last takes the others back, which
+        then shape learning but not which policy is best (Ng, Harada & Russell 1999), as long as
+        nothing is discounted. Either may be a sequence, with a number for each environment episode
+        in order.
 
-        Returns:
-            The losses of the training, by name; empty if there was none this time.
-
-        Raises:
-            AgentStateError: If an environment episode is not finished, or nothing was recorded.
-            ArgumentError: If the bonus or the worth is not finite, or a sequence of wrong length.
+        Losses are by name; there are none where nothing was trained this time. Raises
+        AgentStateError if an environment episode is not finished or nothing was recorded, and
+        ArgumentError if the bonus or the worth is not finite, or a sequence of wrong length.
         """
         for name, value in (("bonus", bonus), ("worth", 0.0 if worth is None else worth)):
             if not np.isfinite(value).all():
@@ -269,7 +250,7 @@ class Agent(abc.ABC):
 
     @abc.abstractmethod
     def _learn(self, transitions: list[Transition]) -> dict[str, float]:
-        """Trains on one search episode."""
+        """Trains on one search episode; losses are by name."""
 
     @abc.abstractmethod
     def tracing_count(self) -> int:
@@ -292,10 +273,8 @@ class Agent(abc.ABC):
     def set_policy_arrays(self, arrays: Sequence[NDArray[np.float32]]) -> None:
         """Begins with what another agent has learned; optimizer and replay stay as they are.
 
-        A policy that knows something explores as one at the end of its schedule.
-
-        Raises:
-            AgentStateError: If the networks differ, or a search episode is under way.
+        A policy that knows something explores as one at the end of its schedule. Raises
+        AgentStateError if the networks differ, or a search episode is under way.
         """
 
     # -- keeping ---------------------------------------------------------------------------------
@@ -303,8 +282,7 @@ class Agent(abc.ABC):
     def get_state(self) -> dict[str, NDArray[Any]]:
         """Everything learned, as arrays: weights, optimizer, counters, generator, replay.
 
-        Raises:
-            AgentStateError: If a search episode is under way.
+        Raises AgentStateError if a search episode is under way.
         """
         if self._pending is not None or self._episode:
             raise AgentStateError(
@@ -322,8 +300,7 @@ class Agent(abc.ABC):
     def set_state(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Goes on from where `get_state` was called.
 
-        Raises:
-            AgentStateError: If the state is of another agent, configuration or specs.
+        Raises AgentStateError if the state is of another agent, configuration or specs.
         """
         kind = str(state["agent"]) if "agent" in state else "nothing known"
         version = int(state["format_version"]) if "format_version" in state else None
@@ -365,9 +342,8 @@ class Agent(abc.ABC):
     def load(self, path: str | os.PathLike[str]) -> None:
         """Reads what `save` wrote.
 
-        Raises:
-            AgentStateError: If the file is of another agent, configuration or specs.
-            FileError: If the file cannot be read.
+        Raises AgentStateError if the file is of another agent, configuration or specs, and
+        FileError if it cannot be read.
         """
         expected = "a file that the agent's save wrote"
         path = as_file("path", path, expected)

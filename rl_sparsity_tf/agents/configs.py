@@ -282,8 +282,7 @@ def _owner_of(setting: str) -> str:
 def config_from_dict(values: dict[str, Any]) -> AgentConfig:
     """The configuration that any agent's `to_dict` described.
 
-    Raises:
-        ArgumentError: If the agent or one of its settings is not known.
+    Raises ArgumentError if the agent or one of its settings is not known.
 
     Example:
         >>> config_from_dict({"agent": "ppo", "num_epochs": 5}).num_epochs
@@ -296,8 +295,7 @@ def config_from_dict(values: dict[str, Any]) -> AgentConfig:
 def resolve_config(agent: str | AgentConfig) -> AgentConfig:
     """The configuration meant by a name or by a configuration itself.
 
-    Raises:
-        ArgumentError: If the name is not known or the object is no configuration.
+    Raises ArgumentError if the name is not known or the object is no configuration.
     """
     if isinstance(agent, str):
         return _CONFIGS[check_choice("agent", agent, _CONFIGS)]()
@@ -316,25 +314,17 @@ def resolve_config(agent: str | AgentConfig) -> AgentConfig:
 def build_agent(
     agent: str | AgentConfig, time_step_spec: Any, action_spec: Any, seed: int = 0
 ) -> Agent:
-    """Builds the agent that acts in environments of the given specs.
+    """Builds an agent that has learned nothing yet, for environments of the given specs.
 
-    Networks, exploration and replay draw from generators derived from `seed`. The replay draws
-    from TensorFlow's global generator, whose seed is set here and before each training; Python's
-    and NumPy's global generators are left as they were.
+    Networks, exploration and replay draw from generators derived from `seed`. The replay draws from
+    TensorFlow's global generator, whose seed is set here and before each training; Python's and
+    NumPy's global generators are left as they were. The same seed (0 or more) and experience give
+    the same actions.
 
-    Args:
-        agent: `"dqn"`, `"ppo"`, `"random"`, or a configuration object.
-        time_step_spec: The environment's `time_step_spec()`; its observation must be a dict of
-            `"state"` (float32, shape (F,)) and `"legal"` (int32, shape (n_actions,), 0 or 1).
-        action_spec: The environment's `action_spec()`: a scalar int32 from 0 to n_actions - 1.
-        seed: A non-negative integer; the same seed and experience give the same actions.
-
-    Returns:
-        An agent that has learned nothing yet.
-
-    Raises:
-        ArgumentError: If the agent is not known or a spec does not fit.
-        MissingDependencyError: If TF-Agents cannot be imported.
+    The observation must be a dict of `"state"` (float32, shape (F,)) and `"legal"` (int32, shape
+    (n_actions,), 0 or 1), the action a scalar int32 from 0 to n_actions - 1. Raises ArgumentError
+    if the agent is not known or a spec does not fit, and MissingDependencyError if TF-Agents cannot
+    be imported.
 
     Example:
         >>> agent = build_agent("dqn", env.time_step_spec(), env.action_spec(), seed=1)

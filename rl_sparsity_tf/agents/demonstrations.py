@@ -40,21 +40,14 @@ class Demonstration:
 
     @classmethod
     def of(cls, name: str, plan: CompressionPlan) -> Demonstration:
-        """A plan's densities."""
+        """Takes the share of groups that a plan lets live, kernel by kernel."""
         return cls(name, {path: 1.0 - one.sparsity for path, one in plan.kernels.items()})
 
     def action(self, environment: LayerEnvironment, time_step: Any) -> int:
         """Prunes the buckets below the density, stores the others as integers where that works.
 
-        A bucket in which the density falls is pruned, and the kernels that come later keep more
-        for it: what is left over could empty a small one.
-
-        Args:
-            environment: The layer's environment.
-            time_step: Its present time step.
-
-        Returns:
-            A legal operation.
+        A bucket in which the density falls is pruned, and the kernels that come later keep more for
+        it: what is left over could empty a small one. The operation is always a legal one.
         """
         legal = time_step.observation["legal"]
         wanted = 1.0 - self.densities[environment.kernel]
@@ -71,13 +64,7 @@ class Demonstration:
 def random_demonstration(
     network: CompressedNetwork, generator: np.random.Generator, name: str = "random"
 ) -> Demonstration:
-    """Random densities that meet the target, as random search draws them.
-
-    Args:
-        network: The network.
-        generator: Draws the kernels' ratios.
-        name: Who proposes them.
-    """
+    """Random densities that meet the target, as random search draws them."""
     sizes = np.array([float(kernel.size) for kernel in network.kernels])
     ratios = random_ratios(generator, len(sizes))
     wanted = max(0.0, sizes.sum() - network.budget.wanted)
@@ -104,13 +91,10 @@ def without_twins(demonstrations: Sequence[Demonstration]) -> list[Demonstration
 def proposals(network: CompressedNetwork) -> list[tuple[str, CompressionPlan]]:
     """The exact plans of the heuristics: which groups they prune, the others as integers.
 
-    Args:
-        network: The network. Its budget says how much is pruned: the weights that a sparsity
-            asks for, or as few as bring the file to its size by the budget's costs.
-
-    Returns:
-        Names and complete plans that meet the target; what proposes the same plan as an earlier
-        one is left out. Beyond the group that every kernel keeps no floor is held.
+    All are complete and meet the target; what proposes the same plan as an earlier one is left out.
+    The network's budget says how much is pruned: the weights that a sparsity asks for, or as few as
+    bring the file to its size by the budget's costs. Beyond the group that every kernel keeps no
+    floor is held.
     """
     found: list[tuple[str, CompressionPlan]] = []
     for name, live in _heuristics(network):
@@ -121,15 +105,10 @@ def proposals(network: CompressedNetwork) -> list[tuple[str, CompressionPlan]]:
 
 
 def heuristic_plan(network: CompressedNetwork, name: str, quantize: bool = True) -> CompressionPlan:
-    """The exact plan of one heuristic.
+    """The exact plan of one heuristic of `network.decisions.heuristics`.
 
-    Args:
-        network: The network.
-        name: One of the names in `network.decisions.heuristics`.
-        quantize: Whether what lives is stored as integers.
-
-    Raises:
-        ArgumentError: If it cannot rank the network's groups, or misses the target.
+    `quantize` is whether what lives is stored as integers. Raises ArgumentError if the heuristic
+    cannot rank the network's groups, or misses the target.
     """
     for _, live in _heuristics(network, [name]):
         return network.storage.plan_from_live(network.kernels, live, quantize)

@@ -32,11 +32,7 @@ _FREE = 6
 class Anchor:
     """Remembers the best episode's actions, and says when to repeat them.
 
-    Args:
-        generator: Draws when to leave them.
-
-    Attributes:
-        generator: The same.
+    The generator draws when to leave them.
 
     Example:
         >>> anchor.restart(steps)
@@ -60,11 +56,7 @@ class Anchor:
         return self._episodes < _FREE
 
     def restart(self, steps: int) -> None:
-        """To be called at the start of an episode.
-
-        Args:
-            steps: Its decisions.
-        """
+        """To be called at the start of an episode of so many decisions."""
         self._taken, self._away = [], False
         self._returns = (
             not self.free and len(self._best) == steps and bool(self.generator.random() < _SHARE)
@@ -73,14 +65,10 @@ class Anchor:
         self._leaves = {int(place) for place in self.generator.integers(0, steps, places)}
 
     def offer(self, allowed: np.ndarray) -> np.ndarray:
-        """What the agent may choose from at this point.
+        """Of the actions that may be taken (1 in `allowed`), those the agent may choose from here.
 
-        Args:
-            allowed: 1 for every action that may be taken.
-
-        Returns:
-            Only the best episode's action where it is returned to, all but that where it is left,
-            and all that is allowed elsewhere and where that is none.
+        That is only the best episode's action where it is returned to, all but that where it is
+        left, and all that is allowed elsewhere and where that is none.
         """
         if not self._returns:
             return allowed
@@ -119,8 +107,7 @@ class Anchor:
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Goes on from what [get_state][] gave.
 
-        Raises:
-            ValueError: If it is no such state; also KeyError and TypeError.
+        Raises ValueError, KeyError or TypeError if it is no such state.
         """
         best, value = state["anchor:best"], float(state["anchor:value"])
         if best.dtype != np.int64 or best.ndim != 1 or (best < 0).any() or not value <= 1.0:
@@ -175,11 +162,7 @@ class Untried:
         self._way, self._actions = [self._root], []
 
     def offer(self, legal: np.ndarray) -> np.ndarray:
-        """The legal actions that lead to something new; all of them where none does.
-
-        Args:
-            legal: 1 for every legal action.
-        """
+        """The legal actions (1) that lead to something new; all of them where none does."""
         node = self._way[-1]
         node.legal = np.asarray(legal, np.int32)
         done = [action for action, child in node.following.items() if child.exhausted]
@@ -214,11 +197,7 @@ class Untried:
 
     @classmethod
     def from_array(cls, rows: np.ndarray) -> Untried:
-        """Reads what [to_array][] gave.
-
-        Raises:
-            ValueError: If it is no such array.
-        """
+        """Reads what [to_array][] gave; raises ValueError if the rows are no such array."""
         found = cls()
         if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != 3:
             raise ValueError(f"sequences are of type {rows.dtype} and shape {rows.shape}")

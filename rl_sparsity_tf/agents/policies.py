@@ -48,7 +48,6 @@ class SavedPolicy:
     """What an agent has learned, without the search it has learned it in.
 
     Attributes:
-        agent: The agent's configuration.
         weights: The weights of its networks, in order: of the Q-network for DQN, of the actor and
             then the value network for PPO; kernels of shape `(inputs, outputs)`, biases of
             shape `(outputs,)`.
@@ -63,12 +62,7 @@ class SavedPolicy:
 
     @classmethod
     def of(cls, config: AgentConfig, agent: Agent) -> SavedPolicy:
-        """What an agent has learned so far.
-
-        Args:
-            config: The configuration that the agent was built from.
-            agent: The agent.
-        """
+        """What an agent that was built from this configuration has learned so far."""
         return cls(config, agent.policy_arrays())
 
     @functools.cached_property
@@ -80,13 +74,8 @@ class SavedPolicy:
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes a .npz file in one step; it holds numbers and text, nothing pickled.
 
-        Args:
-            path: The file.
-            overwrite: Whether an existing file may be replaced.
-
-        Raises:
-            ArgumentError: If the path cannot be written to, or there is nothing to save.
-            FileExistsRLSparsityError: If the file exists and `overwrite` is false.
+        Raises ArgumentError if the path cannot be written to or there is nothing to save, and
+        FileExistsRLSparsityError if the file exists and `overwrite` is false.
         """
         path = check_policy_path(path, overwrite=overwrite)
         if isinstance(self.agent, Random):
@@ -106,15 +95,10 @@ class SavedPolicy:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], agent: str = "dqn") -> SavedPolicy:
-        """Reads what [save][] wrote.
+        """Reads what [save][] wrote, or with `"pretrained"` what the package has for the agent.
 
-        Args:
-            path: The file, or `"pretrained"` for a policy that comes with the package.
-            agent: Whose, if it is one of those.
-
-        Raises:
-            ArgumentError: If there is no such file.
-            PolicyFileError: If the file is damaged or foreign, or made for other features.
+        Raises ArgumentError if there is no such file, and PolicyFileError if it is damaged or
+        foreign, or made for other features.
         """
         shipped = path == PRETRAINED
         path = _shipped(agent) if shipped else as_file("policy", path, _EXPECTED)
@@ -143,9 +127,8 @@ _EXPECTED = "a .npz file that result.save_policy() wrote"
 def check_policy_path(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Checks that a policy can be written to a path, before any work is done for it.
 
-    Raises:
-        ArgumentError: If it cannot, or has not the ending .npz.
-        FileExistsRLSparsityError: If the file exists and `overwrite` is false.
+    Raises ArgumentError if it cannot, or the path has not the ending .npz, and
+    FileExistsRLSparsityError if the file exists and `overwrite` is false.
     """
     path = check_new_file(path, overwrite)
     if path.suffix != ".npz":
@@ -161,19 +144,10 @@ def resolve_policy(
 ) -> tuple[SavedPolicy | None, AgentConfig]:
     """The policy that a search starts from, and the configuration of its agent.
 
-    Args:
-        policy: A policy or its file, if any.
-        agent: The agent that was asked for, if any. A name leaves the settings to the policy.
-        hierarchy: Whether the search has two levels: the lower one meets goals, and policies do
-            not know any.
-
-    Returns:
-        The policy, and the agent: that of the policy unless a configuration is given.
-
-    Raises:
-        ArgumentError: If the agent has other networks than the policy, there is no such file, or
-            the search has two levels.
-        PolicyFileError: If the file cannot be used.
+    The agent is the policy's unless a configuration is given; a name leaves the settings to the
+    policy. With `hierarchy` the search has two levels: the lower one meets goals, and policies do
+    not know any. Raises ArgumentError if the agent has other networks than the policy, there is no
+    such file, or the search has two levels, and PolicyFileError if the file cannot be used.
     """
     if policy is None:
         return None, resolve_config("dqn" if agent is None else agent)

@@ -196,9 +196,8 @@ class PPOAgent(tf_agent.TFAgent):
     def attach(self, relaxed_loss: RelaxedLoss) -> None:
         """Says what `PPO(relaxed_reward=...)` is to follow; needed before the first episode ends.
 
-        Args:
-            relaxed_loss: `(logits, legal, actions, step) -> (loss, gradient)`, for instance a
-                `relaxation.Relaxation`. `step` counts the calls, over saving and loading too.
+        That is `(logits, legal, actions, step) -> (loss, gradient)`, for instance a
+        `relaxation.Relaxation`. `step` counts the calls, over saving and loading too.
         """
         self._relaxed_loss = relaxed_loss
 

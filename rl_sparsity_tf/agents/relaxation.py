@@ -37,16 +37,14 @@ def gumbel_softmax(
 
     Forward: \(\mathrm{onehot}(\arg\max_i (l_i + g_i))\) with Gumbel noise \(g\) (equation 1), where
     the draw has been made: the noise is drawn given its outcome (Paulus et al. 2021, arXiv
-    2010.04838). Backward: as if it were \(\mathrm{softmax}((l + g) / \tau)\) (equation 2).
+    2010.04838). Backward: as if it were \(\mathrm{softmax}((l + g) / \tau)\) (equation 2). The
+    choices are exactly 0 and 1, in the shape of the logits.
 
     Args:
         logits: Shape `(decisions, operations)`.
         chosen: What was drawn, shape `(decisions,)`.
         uniform: Noise in (0, 1), shape of the logits.
         temperature: Small is closer to the hard choice, and noisier in its gradient.
-
-    Returns:
-        Exactly 0 and 1, shape of the logits.
     """
     hard = tf.one_hot(chosen, logits.shape[-1], dtype=logits.dtype)
     # The largest of the noisy logits is the first arrival of a Poisson process, whoever it is.
@@ -66,16 +64,10 @@ def relaxed_matrix(
 
     For hard choices it equals what the wrapper computes once the operations are assigned. The
     gradient by a choice says what its operation would change: `-W` for Prune, `Q(W) - W` for
-    Quantize, `P(W) - W` for Shuffle, relative to Keep.
-
-    Args:
-        matrix: Kernel, shape `(inputs, outputs)`.
-        choices: Shape `(rows, outputs, 4)`, in the order of [Operation][rl_sparsity_tf.Operation].
-        grouping: How the kernel is cut.
-        kernel: The kernel, wrapped.
-
-    Returns:
-        A matrix of the same shape and dtype.
+    Quantize, `P(W) - W` for Shuffle, relative to Keep. The matrix is of shape `(inputs, outputs)`;
+    the choices are of shape `(rows, outputs, 4)`, in the order of
+    [Operation][rl_sparsity_tf.Operation]. The kernel has to be wrapped.
+    Shape and dtype of the matrix stay.
     """
     assert kernel.wrapper is not None
     state = kernel.wrapper.state(kernel.spec.attribute)
@@ -140,15 +132,9 @@ class Relaxation:
     that plans are compared on nor test data is touched. Weights: those that the network holds, i.e.
     as recovered in the episode. The autoencoder's error has no part in it.
 
-    Args:
-        network: The network being compressed; left as it is.
-        reward: Whose weights to use.
-        temperature: Of the Gumbel-softmax, above 0.
-        integrated: Whether to take the gradient on the way to the operations, or at its end.
-        seed: Seed of the noise, which also depends on the step only.
-
-    Raises:
-        ArgumentError: If the reward is a function of the user's, or the temperature is not above 0.
+    The network is left as it is. `integrated` takes the gradient on the way to the operations, and
+    not at its end. The noise depends on the seed and the step only. Raises ArgumentError if the
+    reward is a function of the user's, or the temperature is not above 0.
 
     Example:
         >>> relaxation = Relaxation(network, seed=1)
@@ -194,13 +180,9 @@ class Relaxation:
     def follow(self, decisions: Sequence[tuple[str, np.ndarray]]) -> None:
         """Says which groups each decision of the episode was about.
 
-        Args:
-            decisions: Per decision, in order, the kernel's path and its flat group indices. Groups
-                named twice (handed on to a later bucket) belong to the last decision that names
-                them, groups never named are kept.
-
-        Raises:
-            ArgumentError: If the network has no such kernel.
+        A decision is a kernel's path and flat group indices; they come in order. Groups named twice
+        (handed on to a later bucket) belong to the last decision that names them, groups never
+        named are kept. Raises ArgumentError if the network has no such kernel.
         """
         place = {kernel.path: index for index, kernel in enumerate(self._kernels)}
         groupings = [self.network.groupings[kernel.path] for kernel in self._kernels]
@@ -227,14 +209,10 @@ class Relaxation:
     ) -> tuple[float, np.ndarray]:
         """The loss at one point of the way to the operations, and its gradient by the logits.
 
-        Args:
-            logits: The policy's, before illegal operations are masked, shape `(decisions, 4)`.
-            legal: 1 for every legal operation, of the same shape.
-            actions: The operations drawn, shape `(decisions,)`.
-            step: A running number: it picks the batch and the noise.
-
-        Raises:
-            ArgumentError: If there is not one row per decision of [follow][].
+        The logits are the policy's, before illegal operations are masked; they and `legal`, 1 for
+        every legal operation, are of shape `(decisions, 4)`. The operations drawn are of shape
+        `(decisions,)`. The running number `step` picks the batch and the noise. Raises
+        ArgumentError if there is not one row per decision of [follow][].
         """
         if logits.shape != (self._steps, len(Operation)) or logits.shape != legal.shape:
             raise ArgumentError(
@@ -264,8 +242,7 @@ class Relaxation:
     def kernels_for(self, choices: tf.Tensor) -> dict[str, tf.Tensor]:
         """Every kernel's effective value in its own shape, by path.
 
-        Args:
-            choices: One row per decision of [follow][], shape `(decisions, 4)`.
+        The choices are one row per decision of [follow][], shape `(decisions, 4)`.
         """
         values = self._kernels_for(choices, self._index)
         return dict(zip([kernel.path for kernel in self._kernels], values, strict=True))

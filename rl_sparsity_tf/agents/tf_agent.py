@@ -18,9 +18,8 @@ from rl_sparsity_tf.errors import AgentStateError, ArgumentError
 def checked_specs(time_step_spec: Any, action_spec: Any) -> tuple[ts.TimeStep, Any, int, int]:
     """The specs as TensorFlow's, with the number of features and of actions.
 
-    Raises:
-        ArgumentError: If the observation is not `{"state", "legal"}` or the action no scalar
-            integer from 0.
+    Raises ArgumentError if the observation is not `{"state", "legal"}` or the action no scalar
+    integer from 0.
     """
     action = tensor_spec.from_spec(action_spec)
     scalar = isinstance(action, tensor_spec.BoundedTensorSpec) and action.shape.rank == 0

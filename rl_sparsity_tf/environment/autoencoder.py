@@ -43,18 +43,12 @@ def _deviation(matrix: np.ndarray) -> float:
 class WeightAutoencoder:
     """A denoising autoencoder trained on the chunks of the original kernels.
 
-    Every kernel is scaled by its own standard deviation and cut into chunks of 32 weights along
-    the inputs. The network learns to give the original chunk back from one in which some weights
-    are missing (Vincent et al. 2008, "Extracting and composing robust features with denoising
-    autoencoders"). The error of a kernel is then measured between the reconstruction from its
-    present weights and its original weights.
-
-    Args:
-        kernels: Original kernels by path, each viewed as `(inputs, outputs)`.
-        seed: Seed of the initial weights, the chunks drawn and the noise.
-        epochs: Passes over the chunks.
-        max_chunks: Chunks used for training at most.
-        measured_chunks: Chunks of a kernel that its error is measured on at most.
+    Every kernel, viewed as `(inputs, outputs)`, is scaled by its own standard deviation and cut
+    into chunks of 32 weights along the inputs. The network learns to give the original chunk back
+    from one in which some weights are missing (Vincent et al. 2008, "Extracting and composing
+    robust features with denoising autoencoders"). The error of a kernel is then measured between
+    the reconstruction from its present weights and its original weights. At most `max_chunks`
+    chunks of all kernels are trained on, and `measured_chunks` of each are measured.
 
     Example:
         >>> autoencoder = WeightAutoencoder({"dense/kernel": weights})
@@ -128,14 +122,10 @@ class WeightAutoencoder:
     def error(self, path: str, matrix: np.ndarray) -> float:
         """How much worse a kernel is reconstructed than it was originally.
 
-        Args:
-            path: The kernel's path.
-            matrix: Its present weights, shape `(inputs, outputs)`.
-
-        Returns:
-            `d / (1 + d)` in [0, 1), where d is the mean square error in units of the original
-            kernel's variance, beyond that of the original weights; 0 for the original weights,
-            and 1 where the weights are too large for that or not finite.
+        The weights have the shape `(inputs, outputs)`. The error is `d / (1 + d)` in [0, 1), where
+        d is the mean square error in units of the original kernel's variance, beyond that of the
+        original weights. It is 0 for the original weights, and 1 where the weights are too large
+        for that or not finite.
         """
         with np.errstate(over="ignore", invalid="ignore"):
             present = self._chunks(path, np.asarray(matrix))[self._drawn[path]]

@@ -20,13 +20,8 @@ def bucket_edges(groups: int, buckets: int, sparsity: float) -> np.ndarray:
     steps that shrink as well, so that there are choices close by and far away. The others cut what
     lies beyond into equal parts.
 
-    Args:
-        groups: Groups of the kernel.
-        buckets: Buckets wanted; a kernel with fewer groups gets one per group.
-        sparsity: The share around which edges are wanted.
-
-    Returns:
-        Increasing positions from 0 to `groups`, `min(buckets, groups) + 1` of them.
+    The edges increase from 0 to `groups`, `min(buckets, groups) + 1` of them: a kernel with fewer
+    groups than buckets gets one per group.
 
     Example:
         >>> bucket_edges(1000, 8, 0.9)
@@ -44,16 +39,9 @@ def bucket_edges(groups: int, buckets: int, sparsity: float) -> np.ndarray:
 def near_edges(groups: int, buckets: int, sparsity: float) -> np.ndarray:
     """Where the buckets of a kernel begin if a good plan is known, and others near it are wanted.
 
-    The edges divide the density that a plan leaves by powers of the same factor, five in eight of
-    them above it, the highest at twice the density; so the first and the last bucket are wide.
-
-    Args:
-        groups: Groups of the kernel.
-        buckets: Buckets wanted; a kernel with fewer groups gets one per group.
-        sparsity: The share of groups that the plan prunes.
-
-    Returns:
-        As [bucket_edges][] does.
+    The edges divide the density that a plan of this sparsity leaves by powers of the same factor,
+    five in eight of them above it, the highest at twice the density; so the first and the last
+    bucket are wide. There are as many as [bucket_edges][] gives.
 
     Example:
         >>> near_edges(1000, 8, 0.9)

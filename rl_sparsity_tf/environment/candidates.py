@@ -26,10 +26,9 @@ PROPOSED = -1
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A complete plan as the search found it.
+    """A complete plan that meets the target, as the search found it.
 
     Attributes:
-        plan: The plan; it meets the target.
         weights: The recovered weights of every layer by path, before operations are applied.
         outcome: Its outcome on validation data.
         value: What the reward says of the finished network.
@@ -81,15 +80,10 @@ class Candidate:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], network: CompressedNetwork) -> Candidate:
-        """Reads what [to_arrays][] gave.
+        """Reads what [to_arrays][] gave, for a network whose layers may have other names by now.
 
-        Args:
-            arrays: The arrays.
-            network: A network of the same model. The names of its layers may be others.
-
-        Raises:
-            ValueError: If they are no candidate of the network; also KeyError and TypeError.
-            PlanError: If they hold no plan.
+        Raises ValueError, KeyError or TypeError if the arrays are no candidate of the network, and
+        PlanError if they hold no plan.
         """
         shapes = {
             path: [(weight.shape, weight.dtype) for weight in unwrapped(layer).get_weights()]
@@ -121,15 +115,10 @@ class Candidate:
 
 
 def plan_of(text: str, network: CompressedNetwork) -> CompressionPlan:
-    """Reads a plan of a network, whose layers may have had other names then.
+    """Reads a network's plan from JSON; the layers may have had other names then.
 
-    Args:
-        text: The plan's JSON.
-        network: The network; how its kernels are cut and stored does not matter.
-
-    Raises:
-        ValueError: If it is of another network.
-        PlanError: If it is no plan.
+    How the network's kernels are cut and stored does not matter. Raises ValueError if the plan is
+    of another network, and PlanError if it is none.
     """
     plan = CompressionPlan.from_json(text)
     entries = list(plan.kernels.values())
@@ -141,11 +130,7 @@ def plan_of(text: str, network: CompressedNetwork) -> CompressionPlan:
 
 
 def digests_of(array: np.ndarray) -> set[str]:
-    """The digests of plans that a checkpoint says were evaluated.
-
-    Raises:
-        ValueError: If they are none.
-    """
+    """The digests of evaluated plans in a checkpoint; raises ValueError if they are none."""
     found = {bytes(one).decode("ascii") for one in array.tolist()} if array.ndim == 1 else {""}
     if not all(len(one) == 64 for one in found) or array.dtype != np.dtype("S64"):
         raise ValueError("the digests of its plans are none")
@@ -162,15 +147,11 @@ _EQUAL = 1e-7
 
 
 class Finalists:
-    """Keeps the best plans of a search, one per proposer.
+    """Keeps the best plans of a search, one per proposer and no more than there is room for.
 
     What is best after a recovery in closed form is not always best after the fine-tuning, and the
-    plans of one proposer are much alike. So the best plans of different ones go into a final,
-    which the validation data decides.
-
-    Args:
-        room: How many to keep.
-        kept: Those to begin with.
+    plans of one proposer are much alike. So the best plans of different ones go into a final, which
+    the validation data decides.
 
     Example:
         >>> finalists = Finalists(3)
@@ -197,13 +178,7 @@ class Finalists:
         return self._kept[0] if self._kept else None
 
     def wants(self, value: float, outcome: Outcome, proposed_by: str) -> bool:
-        """Whether a plan would be kept.
-
-        Args:
-            value: What it is worth.
-            outcome: Its outcome.
-            proposed_by: Its proposer.
-        """
+        """Whether a plan of this value and outcome would be kept."""
         own = next((one for one in self._kept if one.proposed_by == proposed_by), None)
         if own is not None:
             return is_better(value, outcome, own)

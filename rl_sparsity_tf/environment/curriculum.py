@@ -20,13 +20,9 @@ _STEP = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Some episodes of a search under one target.
+    """The episodes from `start` up to, not including, `end` of a search, under one target.
 
-    Attributes:
-        start: Episodes before it.
-        end: Episodes up to its end.
-        share: Share of the way to the target.
-        notes: What the history says of its episodes.
+    `share` is the share of the way to the full target; `notes` are added to the episodes' history.
     """
 
     start: int
@@ -167,8 +163,7 @@ _CURRICULA: dict[str, type[Curriculum]] = {one.name: one for one in (Constant, L
 def resolve_curriculum(curriculum: str | Curriculum) -> Curriculum:
     """The curriculum meant by a name or by a configuration itself.
 
-    Raises:
-        ArgumentError: If the name is not known or the object is no curriculum.
+    Raises ArgumentError if the name is not known or the object is no curriculum.
     """
     if isinstance(curriculum, str):
         return _CURRICULA[check_choice("curriculum", curriculum, _CURRICULA)]()

@@ -16,13 +16,7 @@ from rl_sparsity_tf.layers.operations import Operation
 
 @dataclasses.dataclass(frozen=True)
 class Feature:
-    """One entry of the state.
-
-    Attributes:
-        name: Its name.
-        low: Smallest value, -1 or 0.
-        meaning: What it says.
-    """
+    """One entry of the state, from `low`, which is -1 or 0, up to 1."""
 
     name: str
     low: float
@@ -117,8 +111,7 @@ def print_features(
 ) -> None:
     """Prints a line for every feature, with its value if there is a state.
 
-    Raises:
-        ArgumentError: If the state has another size.
+    Raises ArgumentError if the state has another size.
     """
     if state is not None and np.shape(state) != (len(features),):
         raise ArgumentError(
@@ -139,7 +132,7 @@ class BucketView:
     """The bucket at hand, as the state needs it.
 
     Attributes:
-        position: Its number.
+        position: Its number, from 0.
         count: Buckets of the kernel.
         groups: Flat indices of its groups.
         saliency: Saliency of all groups of the kernel, flat (1 is the kernel's average).
@@ -157,15 +150,9 @@ class BucketView:
 
 @np.errstate(over="ignore", invalid="ignore")  # a network that diverged has a state, too
 def observe(network: CompressedNetwork, path: str, bucket: BucketView) -> np.ndarray:
-    """Computes the state of a kernel and bucket.
+    """The state of a kernel and bucket: float32 of shape `(STATE_SIZE,)`, finite and within bounds.
 
-    Args:
-        network: The network being compressed; its statistics are those of the last `measure()`.
-        path: The kernel's path.
-        bucket: The bucket at hand.
-
-    Returns:
-        The features, float32 of shape `(STATE_SIZE,)`, finite and within bounds.
+    The network's statistics are those of the last `measure()`.
     """
     index = network.index_of(path)
     kernel, grouping = network.kernels[index], network.groupings[path]
@@ -336,12 +323,7 @@ def describe_selection_state(
 
 
 def portrait(network: CompressedNetwork, index: int) -> dict[str, float]:
-    """What is seen of a kernel whatever was decided: the static ones of [SLOT_FEATURES][].
-
-    Args:
-        network: The network.
-        index: The kernel's place in it.
-    """
+    """What is seen of a kernel whatever was decided: the static ones of [SLOT_FEATURES][]."""
     kernel = network.kernels[index]
     path, grouping = kernel.path, network.groupings[kernel.path]
     variances = [one.gradient_variance for one in network.dense_statistics.values()]
@@ -380,17 +362,12 @@ def observe_selection(
     density: float,
     pressure: float,
 ) -> np.ndarray:
-    """Computes the state.
+    """The state before a kernel is chosen, finite and within bounds.
 
-    Args:
-        network: The network being compressed.
-        portraits: What [portrait][] gives for every kernel of the network.
-        undecided: Indices of the undecided kernels, those in the slots first.
-        density: What the target leaves of them.
-        pressure: Weights still to prune / those that they can still give.
-
-    Returns:
-        The features, float32 of shape `(SELECTION_STATE_SIZE,)`, finite and within bounds.
+    It is float32 of shape `(SELECTION_STATE_SIZE,)`. There is a [portrait][] of every kernel;
+    `undecided` has the undecided kernels' indices, those in the slots first. `density` is what the
+    target leaves of their weights, and `pressure` is weights still to prune / those that they can
+    still give.
     """
     left = sum(network.kernels[index].size for index in undecided)
     whole = sum(kernel.size for kernel in network.kernels)

@@ -38,12 +38,7 @@ from rl_sparsity_tf.training.statistics import KernelStatistics, StatisticsColle
 
 
 def outcome_of(network: CompressedNetwork, score: Score) -> Outcome:
-    """The outcome of a network with its present decisions.
-
-    Args:
-        network: The network.
-        score: Its score on validation data, or an estimate of it.
-    """
+    """The outcome of the present decisions, by a score on validation data or an estimate of it."""
     altered = sum(network.errors[kernel.path] * kernel.size for kernel in network.kernels)
     sizes = sum(kernel.size for kernel in network.kernels)
     budget, progress = network.budget, None
@@ -92,14 +87,12 @@ class Snapshot:
     Attributes:
         weights: Weights of the wrapped model, masks and grids included; None where decisions do
             not train, and they follow from the operations.
-        optimizer: The optimizer's variables.
         operations: Operations by kernel path.
         decided: Per kernel and group, whether it has been decided.
         errors: The autoencoder's error per kernel, as of the kernel's last decision.
         output_errors: How far each layer's outputs move, as of the kernel's last decision.
         pruned: Weights pruned per kernel.
         clock: Training steps taken.
-        outcome: The last outcome.
     """
 
     weights: list[np.ndarray] | None
@@ -130,11 +123,7 @@ class Snapshot:
 
 
 class EffectiveKernels:
-    """Traced once per kernel.
-
-    Args:
-        kernels: Wrapped kernels.
-    """
+    """The effective weights of wrapped kernels, by functions traced once per kernel."""
 
     def __init__(self, kernels: Sequence[Kernel]):
         self._kernels = {kernel.path: kernel for kernel in kernels}
@@ -149,7 +138,7 @@ class EffectiveKernels:
 
     @property
     def functions(self) -> list[Any]:
-        """The traced functions."""
+        """The traced functions, for counting how often they were traced."""
         return list(self._traced.values())
 
     def matrix(self, path: str) -> np.ndarray:
@@ -177,23 +166,14 @@ class CompressedNetwork:
     copy's dropout and noise layers are switched off (a handful of recovery steps needs no
     regularisation) and training batches are taken by a running number.
 
-    Args:
-        model: A built and compiled model; it is not changed.
-        train: Training data.
-        validation: Validation batches.
-        target: The target.
-        group: Kind of groups.
-        decisions: What is decided on; by default every kernel by itself.
-        recovery: How to recover after a decision.
-        metric: The metric's name, or its name and direction; by default the model's first.
-        seed: Seed of the autoencoder.
-        like: Another network of the same model, data and seed: what it has measured of the dense
-            network is taken over.
+    The model must be built and compiled, and is not changed. By default every kernel is decided on
+    by itself, and the metric is the model's first; it may be a name, or a name and its direction.
+    `seed` is the autoencoder's. `like` is another network of the same model, data and seed: what it
+    has measured of the dense network is taken over.
 
-    Raises:
-        ModelError: If nothing can be compressed, the model is not compiled or holds NaN.
-        DataError: If the data is so large that the loss or its gradients leave float32.
-        TargetError: If the target is out of reach.
+    Raises ModelError if nothing can be compressed, or the model is not compiled or holds NaN;
+    DataError if the data is so large that the loss or its gradients leave float32; and TargetError
+    if the target is out of reach.
     """
 
     def __init__(
@@ -269,18 +249,11 @@ class CompressedNetwork:
     # ------------------------------------------------------------------ decisions
 
     def decide(self, path: str, groups: np.ndarray, operation: Operation) -> Outcome:
-        """Applies one operation to some groups of a kernel.
+        """Applies one operation to some groups of a kernel, given by flat indices.
 
-        The network then recovers by training steps and is evaluated; or, with least squares,
-        its outcome is estimated from how far the layer's outputs move, until [finish][].
-
-        Args:
-            path: The kernel's path.
-            groups: Flat indices of the groups.
-            operation: What to do with them.
-
-        Returns:
-            The network's outcome; for Keep, which changes nothing, the last one.
+        The network then recovers by training steps and is evaluated; or, with least squares, its
+        outcome is estimated from how far the layer's outputs move, until [finish][]. Keep changes
+        nothing, so its outcome is the last one.
         """
         self.decided[path].reshape(-1)[groups] = True
         self.operations[path].reshape(-1)[groups] = operation
@@ -329,13 +302,8 @@ class CompressedNetwork:
     def finish(self, evaluated: bool = True) -> Outcome:
         """Recovers by least squares and evaluates, if that is the recovery.
 
-        A plan that was evaluated before has the outcome it had then.
-
-        Args:
-            evaluated: Whether other recoveries have evaluated the decisions already.
-
-        Returns:
-            The network's outcome, now measured.
+        A plan that was evaluated before has the outcome it had then. With other recoveries,
+        `evaluated` says whether the decisions have been evaluated already.
         """
         if self.least_squares is None:
             self.outcome = self.outcome if evaluated else self.evaluate()
@@ -389,10 +357,7 @@ class CompressedNetwork:
     ) -> KernelState:
         """How far a kernel would be decided if some groups got an operation.
 
-        Args:
-            path: The kernel's path.
-            groups: Flat indices of the groups; None for the kernel as it is.
-            operation: What to do with them.
+        The groups are flat indices; None stands for the kernel as it is.
         """
         sizes = self.groupings[path].sizes
         decided, operations = self.decided[path], self.operations[path]
@@ -508,8 +473,7 @@ class CompressedNetwork:
     def retarget(self, budget: Budget) -> None:
         """Goes back to the dense network, under another budget; what is known of plans stays so.
 
-        Args:
-            budget: One made of the present budget, with nothing pruned yet.
+        The budget has to be made of the present one, with nothing pruned yet.
         """
         self.reset()
         self.budget = budget
@@ -535,13 +499,8 @@ class CompressedNetwork:
 def evaluate_plan(network: CompressedNetwork, plan: CompressionPlan, steps: int = 0) -> Outcome:
     """Puts a plan on the dense network, lets it recover, and evaluates it once.
 
-    Args:
-        network: The network; it is left with the plan applied.
-        plan: A plan with operations for every kernel, of the network's kind of groups.
-        steps: Training steps per kernel, where the recovery is fine-tuning.
-
-    Returns:
-        The outcome after recovery.
+    The plan has operations for every kernel, of the network's kind of groups; the network is left
+    with it applied. `steps` are training steps per kernel, where the recovery is fine-tuning.
     """
     network.reset()
     for kernel in network.kernels:

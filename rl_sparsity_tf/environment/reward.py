@@ -123,8 +123,7 @@ class Reward:
 def resolve_reward(reward: RewardFunction | None) -> RewardFunction:
     """The reward function that was given, or the default.
 
-    Raises:
-        ArgumentError: If it cannot be called, or is a class.
+    Raises ArgumentError if it cannot be called, or is a class.
     """
     if reward is None:
         return Reward()
@@ -140,8 +139,7 @@ def resolve_reward(reward: RewardFunction | None) -> RewardFunction:
 def bounded(reward: RewardFunction, outcome: Outcome, previous: Outcome | None) -> float:
     """Calls a reward function and keeps what it gives finite and in [-1, 1].
 
-    Raises:
-        ArgumentError: If it gives no number.
+    Raises ArgumentError if it gives no number.
     """
     value = reward(outcome, previous)
     try:

@@ -38,12 +38,11 @@ _SHARES = 256
 
 @dataclasses.dataclass(frozen=True)
 class Goals:
-    """The goals that a kernel can be given.
+    """The goals that a kernel of `size` weights can be given.
 
     Attributes:
         amounts: Weights to prune at every level, int64 of shape `(len(FACTORS),)`.
         legal: 1 for every level that may be chosen, int32 of the same shape.
-        size: Weights of the kernel.
     """
 
     amounts: np.ndarray
@@ -58,12 +57,8 @@ class Goals:
 def mean_density(network: CompressedNetwork, undecided: Sequence[int]) -> float:
     """The share of the undecided kernels' weights that may live if all give the same share.
 
-    Args:
-        network: The network.
-        undecided: Indices of the kernels that nothing was decided about.
-
-    Returns:
-        A number in [0, 1]; 0 as well where pruning alike cannot meet the target.
+    It is 0 as well where pruning alike cannot meet the target. `undecided` are the indices of the
+    kernels that nothing was decided about.
     """
     budget = network.budget
     total = sum(network.kernels[index].size for index in undecided)
@@ -89,15 +84,9 @@ def density_of(
 ) -> float:
     """A kernel's share of what may live if the undecided kernels keep a plan's proportions.
 
-    Args:
-        network: The network.
-        index: The kernel.
-        undecided: All undecided kernels, this one included.
-        mean: What [mean_density][] says.
-        reference: The plan's densities, one per kernel of the network, each above 0.
-
-    Returns:
-        A number in [0, 1]; the plan's own density as long as all decisions were the plan's.
+    It is in [0, 1], and the plan's own density as long as all decisions were the plan's. The kernel
+    is one of the undecided. `mean` is what [mean_density][] says; `reference` has the plan's
+    densities, one per kernel of the network, each above 0.
     """
     sizes = np.array([float(network.kernels[one].size) for one in undecided])
     planned = float((sizes * reference[list(undecided)]).sum() / sizes.sum())
@@ -118,12 +107,8 @@ def goals_of(
     so are all but one of those that clip to the same goal. If none is left, the one that comes
     closest to the target is legal.
 
-    Args:
-        network: The network.
-        index: The kernel.
-        undecided: All undecided kernels, this one included.
-        density: What [mean_density][] says, or [density_of][].
-        factors: As many as [FACTORS][].
+    The kernel is one of the undecided. `density` is what [mean_density][] says, or [density_of][];
+    there are as many factors as [FACTORS][].
 
     Example:
         >>> goals_of(network, 0, [0, 1], 0.1).amounts  # of 100 weights, 150 in both, 135 missing

@@ -59,12 +59,9 @@ class Ranks:
 
     @classmethod
     def of(cls, scores: np.ndarray, saliency: np.ndarray, sizes: np.ndarray) -> Ranks:
-        """Sorts the groups of a kernel.
+        """Sorts the groups of a kernel; all arguments have one value per group, in any shape.
 
-        Args:
-            scores: One per group, of any shape.
-            saliency: One per group, of any shape.
-            sizes: Weights of every group, of any shape.
+        `sizes` are the groups' weights.
         """
         order = np.argsort(saliency, axis=None, kind="stable")
         ordered = np.sort(np.asarray(scores, np.float64), axis=None)
@@ -80,8 +77,7 @@ class Ranks:
 class Standings:
     """The standings of the groups of a network; each ranking is made when first asked for.
 
-    Args:
-        network: The network; its budget says how much is still to be pruned.
+    The network's budget says how much is still to be pruned.
 
     Example:
         >>> Standings(network).of("lamp", "dense/kernel", groups).mean() < 0.5  # LAMP prunes them
@@ -96,13 +92,8 @@ class Standings:
     def of(self, name: str, path: str, groups: np.ndarray | None = None) -> np.ndarray:
         """The standings of some groups of a kernel by one of [NAMES][].
 
-        Args:
-            name: The ranking.
-            path: The kernel's path.
-            groups: Flat indices; by default all.
-
-        Returns:
-            Values in [0, 1], one per group; 1 where nothing more is to be pruned.
+        `groups` are flat indices, by default of all. The standings are in [0, 1], one per group; 1
+        where nothing more is to be pruned.
         """
         scores = self._ranks_of(name)[path].scores
         return _against(scores if groups is None else scores[groups], self.threshold(name))
@@ -178,12 +169,8 @@ how many it can give at most."""
 def threshold(curves: Sequence[Curve], wanted: int) -> float:
     """The first score that stays when so many weights go, the lowest scores first.
 
-    Args:
-        curves: One per kernel. Groups that do not count add no weights.
-        wanted: Weights to prune, above 0; whole groups go.
-
-    Returns:
-        The score; the largest there is where nothing stays.
+    There is a curve per kernel; groups that do not count add no weights. `wanted` is weights,
+    above 0, and whole groups go. Where nothing stays, the score is the largest there is.
     """
     low, high = -1.0, max((float(ordered[-1]) for ordered, _, _ in curves), default=0.0)
     for _ in range(_HALVINGS):

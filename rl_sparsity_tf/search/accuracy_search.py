@@ -47,12 +47,9 @@ _ROUNDING = 1e-6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Requirement:
-    """What the metric of a file has to be.
+    """What the metric of a file has to be: at most `drop` worse than the dense model's.
 
-    Attributes:
-        metric: The metric.
-        dense: The dense model's, on the validation data.
-        drop: How much worse a file's may be.
+    Both are on the validation data.
 
     Example:
         >>> Requirement(metric=Metric("accuracy", True), dense=0.9, drop=0.02).holds(0.88)
@@ -81,7 +78,6 @@ class Trial:
         tflite_bytes: Bytes that it has; None if fine-tuning left none within the limit.
         validation_metric: The file's own metric on all rows of the validation data, run in LiteRT.
         held: Whether that is good enough.
-        proposed_by: Who proposed its plan.
         plan: The plan as the search found it, as JSON.
     """
 
@@ -114,8 +110,7 @@ class Trial:
 def check_alone(target: Target, curriculum: Curriculum) -> Curriculum:
     """The curriculum, if it goes with the target.
 
-    Raises:
-        ArgumentError: If the target is searched for at several sizes, a curriculum of its own.
+    Raises ArgumentError if the target is searched for at several sizes, a curriculum of its own.
     """
     if target.max_accuracy_drop is not None and not isinstance(curriculum, Constant):
         raise ArgumentError(
@@ -127,15 +122,10 @@ def check_alone(target: Target, curriculum: Curriculum) -> Curriculum:
 
 
 def next_limit(smallest: int, largest: int, trials: Sequence[Trial]) -> int | None:
-    """The middle, on a logarithmic scale, between what failed and what held.
+    """The middle, on a logarithmic scale, between what failed and what held, in bytes.
 
-    Args:
-        smallest: Bytes of the smallest file in reach.
-        largest: Bytes of the dense int8 file.
-        trials: The trials so far.
-
-    Returns:
-        Bytes, or None if what is left between the two is not worth a trial.
+    `smallest` is the smallest file in reach, and `largest` the dense int8 file, in bytes. It is
+    None if what is left between the two is not worth a trial.
 
     Example:
         >>> next_limit(1_000, 100_000, [])
@@ -153,13 +143,8 @@ _SHARE = 1.0 - MARGINS["tflite_bytes"]
 class TrialNetworks:
     """Makes the network of every size that is tried.
 
-    Args:
-        plain: The network, made for more bytes than any file of it.
-        chooser: What chooses how its kernels are cut and stored at every size; None for one way at
-            all of them.
-
-    Attributes:
-        plain: The same.
+    `plain` is made for more bytes than any file of it. The chooser chooses how its kernels are cut
+    and stored at every size; without one it is one way at all of them.
     """
 
     def __init__(self, plain: CompressedNetwork, chooser: StorageChooser | None = None):
@@ -191,8 +176,7 @@ class TrialNetworks:
     def limit(network: CompressedNetwork, limit: int) -> None:
         """Brings a network back to its beginning, under a limit of bytes.
 
-        Raises:
-            TargetError: If it is out of reach.
+        Raises TargetError if it is out of reach.
         """
         budget = network.budget
         assert isinstance(budget, CostBudget)
@@ -220,7 +204,6 @@ class SmallestFile:
 
     Attributes:
         task: What it was finished for: a target of its own bytes.
-        finished: The finished model.
         best: The plan that it was made of.
         metrics: What metrics.json says of the trials.
     """
@@ -249,15 +232,9 @@ class AccuracySearch:
     all of the validation data. A trial that holds is followed by a smaller size, another by a
     larger one, up to the dense int8 file, which is tried as it is.
 
-    Args:
-        task: The model, the searched network, data and training; its target is the drop.
-        settings: What the episodes depend on.
-        loop: The episodes.
-        run: Where to keep what the trials came to, if anywhere.
-        chooser: What chooses how kernels are cut and stored, if that is left open.
-
-    Attributes:
-        trials: The trials so far, the dense int8 file not among them.
+    The task's target is the drop. What the trials came to is kept in `run`, if there is one;
+    `trials` does not count the dense int8 file. A chooser is given where it is open how kernels are
+    cut and stored.
     """
 
     def __init__(
@@ -281,17 +258,9 @@ class AccuracySearch:
         self._finished: Finished | None = None
 
     def run(self, episodes: int, progress: SearchProgress) -> SmallestFile:
-        """Runs the trials that are left.
+        """Runs the trials that are left; `episodes` are those of all trials together.
 
-        Args:
-            episodes: Episodes of all trials together.
-            progress: Where to say what becomes of them.
-
-        Returns:
-            The smallest file that held.
-
-        Raises:
-            TargetError: If none did, not even the dense int8 file; it names the best.
+        Raises TargetError if none held, not even the dense int8 file; it names the best.
         """
         count = min(MOST_TRIALS, episodes)
         edges = [episodes * number // count for number in range(count + 1)]

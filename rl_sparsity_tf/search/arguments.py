@@ -50,15 +50,9 @@ def group_for(
 ) -> str:
     """The kind of groups that a search decides on.
 
-    Args:
-        model: The model.
-        target: The target.
-        group: The kind that was asked for, if any.
-        selection: The kernels that are decided on; by default all that are not frozen.
-
-    Raises:
-        ArgumentError: If it is not known, or cannot meet the target.
-        TargetError: If the target needs channels to be removed, and none can be.
+    By default it decides on all kernels that are not frozen. Raises ArgumentError if the kind is
+    not known or cannot meet the target, and TargetError if the target needs channels to be removed,
+    and none can be.
     """
     if group is None:
         by_kernel = AUTO if target.tflite_bytes is not None else "element"
@@ -95,8 +89,7 @@ def table_for(
 ) -> LatencyTable | None:
     """The table of a target of latency, read if it is given as a file.
 
-    Raises:
-        ArgumentError: If the target is another, or the table is none.
+    Raises ArgumentError if the target is another, or the table is none.
     """
     if table is None:
         return None
@@ -116,11 +109,7 @@ def table_for(
 
 
 def check_shuffle(shuffle: str, group: str) -> str:
-    """How Shuffle moves weights, if that goes with the kind of groups.
-
-    Raises:
-        ArgumentError: If it does not.
-    """
+    """How Shuffle moves weights; raises ArgumentError if the kind of groups does not allow it."""
     check_choice("shuffle", shuffle, SHUFFLES)
     if shuffle == "channels" and group not in ("block4", "block16"):
         raise ArgumentError(
@@ -133,12 +122,7 @@ def check_shuffle(shuffle: str, group: str) -> str:
 def check_int4(int4: str | None, group: str) -> str:
     """Which kernels may be stored in 4 bits, if the kind of groups leaves that open.
 
-    Args:
-        int4: What was asked for, if anything.
-        group: The kind of groups.
-
-    Raises:
-        ArgumentError: If it does not.
+    Raises ArgumentError if the kind of groups does not go with what was asked for.
     """
     if int4 is None:
         return "fast" if group == AUTO else "none"
@@ -163,19 +147,9 @@ def decisions_for(
     """What is decided on: channels, or groups of single kernels.
 
     Channels of a model whose graph is not known, or that all have to stay, are decided kernel by
-    kernel: they become zero, and stay in the file. The log says so.
-
-    Args:
-        model: The model.
-        target: The target.
-        group: The kind of groups.
-        table: Times of the layers, for a target of latency; by default they are measured.
-        quantization: How the result is exported.
-        shuffle: How Shuffle moves weights.
-        selection: The kernels that are decided on; by default all that are not frozen.
-
-    Raises:
-        ArgumentError: If the table was made for another quantization.
+    kernel: they become zero, and stay in the file. The log says so. By default the layers' times
+    are measured for a target of latency, and all kernels that are not frozen are decided on. Raises
+    ArgumentError if the table was made for another quantization.
     """
     if group != "channel":
         if group == AUTO:  # several networks will need the sizes
@@ -205,13 +179,8 @@ def decisions_for(
 def kept_table(model: keras.Model, target: Target, run: RunDirectory | None) -> LatencyTable | None:
     """The times that a run which is continued measured: measured again they would be others.
 
-    Args:
-        model: The model. The names of its layers may be others now.
-        target: The target.
-        run: The run, if any.
-
-    Raises:
-        RunError: If they are missing or damaged.
+    The names of the model's layers may be others now. Raises RunError if the times are missing or
+    damaged.
     """
     if run is None or not run.resumed or target.kind != "latency":
         return None
@@ -236,12 +205,7 @@ def kept_table(model: keras.Model, target: Target, run: RunDirectory | None) -> 
 
 
 def keep_table(decisions: KernelDecisions, run: RunDirectory | None) -> None:
-    """Keeps the times that a search was given or has measured, for when it is cut off.
-
-    Args:
-        decisions: What is decided on.
-        run: The run, if any.
-    """
+    """Keeps the times that a search was given or has measured, for when it is cut off."""
     table = decisions.table if isinstance(decisions, ChannelDecisions) else None
     if run is not None and table is not None and not run.has_checkpoint(TIMES):
         run.save_checkpoint(TIMES, {"table": np.array(json.dumps(table.to_dict()))})
@@ -265,24 +229,9 @@ def check_search(
 ) -> None:
     """Raises unless a search can be called with these arguments.
 
-    Args:
-        target: The compressor's target.
-        episodes: Of the search.
-        least_episodes: What there have to be, where no sizes are searched.
-        batch_size: Rows in a batch.
-        validation_rows: Rows that plans are evaluated on.
-        finetune_epochs: Epochs of the final fine-tuning, if they are given.
-        finalists: Plans that are fine-tuned.
-        mask: How masks learn.
-        quantization: How the result is exported.
-        dataset: Name of the data.
-        overwrite: Whether a run may be replaced.
-        verbose: What is printed.
-        validation_data: The validation data, as yet unread.
-
-    Raises:
-        ArgumentError: If an argument cannot be used.
-        DataError: If there is no validation data.
+    `least_episodes` is what there have to be where no sizes are searched; the validation data is as
+    yet unread. Raises ArgumentError if an argument cannot be used, and DataError if there is no
+    validation data.
     """
     sizes_searched = target.max_accuracy_drop is not None
     check_count("episodes", episodes, 1 if sizes_searched else least_episodes)

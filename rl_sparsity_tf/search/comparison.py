@@ -226,7 +226,7 @@ class _Ring:
         )
 
     def _ranked(self, name: str) -> CompressionPlan:
-        """The plan of a heuristic."""
+        """The plan of a heuristic; that of `uniform_float32` quantizes nothing."""
         network = self.search.network
         heuristic = "uniform" if name == "uniform_float32" else name
         quantize = name != "uniform_float32"

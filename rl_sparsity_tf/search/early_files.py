@@ -27,19 +27,10 @@ no longer than the trial is worth."""
 def dense_files(
     model: keras.Model, figures: Figures, quantization: str
 ) -> tuple[Exported, Exported, list[str]]:
-    """The dense model's files, whose figures the result is held against.
+    """The dense model's float32 and int8 files, which the result is held against, and warnings.
 
-    Args:
-        model: The model that is to be compressed.
-        figures: Data and metric.
-        quantization: How the result is to be exported.
-
-    Returns:
-        The float32 file, the int8 file, and warnings.
-
-    Raises:
-        ExportError: If the model cannot be converted as asked, or not even its float32 file does
-            what it does.
+    Raises ExportError if the model cannot be converted as asked, or not even its float32 file does
+    what it does.
     """
     warnings: list[str] = []
     try:
@@ -68,13 +59,8 @@ def check_early(
 ) -> None:
     """Exports the first plan of a search that takes long, and says so if its file fails.
 
-    Whole channels are not tried, as their files are measured in the course of the search.
-
-    Args:
-        task: What plans are finished for.
-        warnings: Where to add what went wrong.
-        progress: Where to say it.
-        candidate: A plan with the weights it was evaluated at.
+    Whole channels are not tried, as their files are measured in the course of the search. What went
+    wrong is added to `warnings`. The candidate has the weights it was evaluated at.
     """
     whole_channels = isinstance(task.network.decisions, ChannelDecisions)
     if whole_channels or count_weights(task.model)[1] < LONG_SEARCH:

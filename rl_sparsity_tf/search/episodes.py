@@ -30,12 +30,11 @@ class LoopSettings:
     """What the episodes of a search depend on beside the network.
 
     Attributes:
-        agent: Configuration of the agent.
         reward: What an outcome is worth.
         buckets: Decisions per kernel and episode.
         seed: Seed of the agent and of every episode.
-        finalists: How many plans go into the final, at most one of each proposer.
         warm_start: Whether the plans of heuristics are evaluated and demonstrated first.
+        finalists: How many plans go into the final, at most one of each proposer.
         curriculum: How the target rises over the episodes.
         policy: What the agent has learned elsewhere, if anything.
         hierarchy: Whether a second agent chooses the order of the kernels and their goals.
@@ -55,14 +54,8 @@ class LoopSettings:
 class Episodes:
     """Plays search episodes, the smallest kernel first, and lets the agent learn from them.
 
-    No two episodes take the same decisions, as long as others are left.
-
-    Args:
-        settings: Agent, reward and seed.
-        network: The network.
-
-    Attributes:
-        reference: What values are learned relative to, if the agent begins with a policy.
+    No two episodes take the same decisions, as long as others are left. `reference` is what values
+    are learned relative to, if the agent begins with a policy.
     """
 
     def __init__(self, settings: LoopSettings, network: CompressedNetwork):
@@ -101,9 +94,7 @@ class Episodes:
     def centre(self, plan: CompressionPlan, near: bool = False) -> None:
         """Cuts the buckets of all kernels so that a plan's densities are among the choices.
 
-        Args:
-            plan: The plan.
-            near: Whether the others are to be near that.
+        With `near` the other choices are to be near those.
         """
         for environment in self.environments:
             environment.centre(plan.kernels[environment.kernel].sparsity, near)
@@ -116,8 +107,7 @@ class Episodes:
     def retarget(self, anew: bool = True) -> None:
         """Follows the network to another budget; what the agent has learned stays with it.
 
-        Args:
-            anew: Whether the decisions that were played before may be played again.
+        `anew` is whether the decisions that were played before may be played again.
         """
         for environment in self.environments:
             environment.retarget()
@@ -130,13 +120,9 @@ class Episodes:
         return sum(environment.illegal_actions for environment in self.environments)
 
     def play(self, demonstration: Demonstration | None = None) -> float:
-        """Plays an episode; the network is left with its plan.
+        """Plays an episode, and gives the sum of its rewards; the network is left with its plan.
 
-        Args:
-            demonstration: What decides in place of the agent, if anything.
-
-        Returns:
-            The sum of the steps' rewards.
+        A demonstration decides in place of the agent.
         """
         self.network.reset()
         self.untried.restart()
@@ -174,12 +160,9 @@ class Episodes:
         return total
 
     def play_policy(self) -> list[int]:
-        """Plays the plan that the policy of the settings likes best; nothing is learned from it.
+        """Plays the plan that the policy of the settings likes best, and gives the actions.
 
-        The network is left with the plan, evaluated.
-
-        Returns:
-            The actions.
+        Nothing is learned from it. The network is left with the plan, evaluated.
         """
         assert self._policy is not None
         state = self.agent.get_state()
@@ -198,8 +181,7 @@ class Episodes:
     def order_by_magnitude(self, wanted: bool) -> None:
         """Lets the least salient groups be those of least magnitude, or those as layers need it.
 
-        Args:
-            wanted: Whether magnitude is to decide, in all kernels.
+        If wanted, magnitude decides in all kernels.
         """
         self.network.decisions.by_magnitude = wanted
         self.network.standings.forget()
@@ -207,11 +189,9 @@ class Episodes:
             environment.forget()
 
     def begin_with(self, actions: Sequence[int], value: float) -> None:
-        """Explores from a sequence of actions, as from the best episode so far.
+        """Explores from these actions, as from the best episode so far.
 
-        Args:
-            actions: What was done.
-            value: What the plan was worth.
+        Their plan is worth `value`.
         """
         self._anchor.restart(len(actions))
         for action in actions:
@@ -229,13 +209,9 @@ class Episodes:
         return action
 
     def learn(self, value: float) -> dict[str, float]:
-        """Lets the agent learn from the episode played last.
+        """Lets the agent learn from the episode played last, whose plan was worth so much.
 
-        Args:
-            value: What its plan turned out to be worth.
-
-        Returns:
-            Losses by name.
+        Losses are by name.
         """
         self._anchor.finish(value, self._demonstrated)
         return self._learn(value)
@@ -263,9 +239,8 @@ class Episodes:
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Goes on from what [get_state][] gave.
 
-        Raises:
-            AgentStateError: If it is the state of another agent.
-            ValueError: If it is none of these episodes; also KeyError and TypeError.
+        Raises AgentStateError if it is the state of another agent, and ValueError, KeyError or
+        TypeError if it is none of these episodes.
         """
         counts, reference = state["illegal_actions"], float(state["reference"])
         whole = counts.dtype.kind == "i" and counts.shape == (len(self.environments),)
@@ -301,10 +276,6 @@ class HierarchicalEpisodes(Episodes):
     cut there, and it is paid the plan's value less [INTRINSIC][] times what it missed the goal by.
     The higher level is paid the plan's value. Both are of the configured kind.
 
-    Args:
-        settings: Agents, reward and seed.
-        network: The network.
-
     Attributes:
         selection: The environment of the higher level.
         selector: Its agent; `agent` is that of the lower level.
@@ -331,9 +302,7 @@ class HierarchicalEpisodes(Episodes):
     def centre(self, plan: CompressionPlan, near: bool = False) -> None:
         """Puts the goals around a plan's densities; the buckets are cut at the goals.
 
-        Args:
-            plan: The plan.
-            near: Whether only densities near those are looked for.
+        With `near` only densities near those are looked for.
         """
         densities = {path: 1.0 - entry.sparsity for path, entry in plan.kernels.items()}
         self.selection.centre(densities, near)
@@ -342,8 +311,7 @@ class HierarchicalEpisodes(Episodes):
     def retarget(self, anew: bool = True) -> None:
         """Follows the network to another budget; what both agents have learned stays with them.
 
-        Args:
-            anew: Whether the decisions that were played before may be played again.
+        `anew` is whether the decisions that were played before may be played again.
         """
         super().retarget(anew)
         self.selection.retarget()
@@ -357,11 +325,7 @@ class HierarchicalEpisodes(Episodes):
     def play(self, demonstration: Demonstration | None = None) -> float:
         """Plays an episode; the network is left with its plan.
 
-        Args:
-            demonstration: What decides in place of both agents, if anything.
-
-        Returns:
-            The sum of the lower level's rewards.
+        A demonstration decides in place of both agents. Gives the sum of the lower level's rewards.
         """
         self.untried.restart()
         self._demonstrated = demonstration is not None
@@ -400,13 +364,9 @@ class HierarchicalEpisodes(Episodes):
         return int(self.network.budget.pruned[environment.index]) / size
 
     def learn(self, value: float) -> dict[str, float]:
-        """Lets both agents learn from the episode played last.
+        """Lets both agents learn from the episode played last, whose plan was worth so much.
 
-        Args:
-            value: What its plan turned out to be worth.
-
-        Returns:
-            Losses by name; those of the higher level begin with `selection_`.
+        Losses are by name; those of the higher level begin with `selection_`.
         """
         self._anchor.finish(value, self._demonstrated)
         losses = self._learn([value - INTRINSIC * miss for miss in self.misses])
@@ -435,13 +395,7 @@ def demonstrated_selection(
 ) -> int:
     """The action that shows a heuristic's densities: a slot, and its goal nearest to them.
 
-    Args:
-        environment: The environment, at a time step that is not the last.
-        demonstration: What to show.
-        slot: Which of the slots.
-
-    Returns:
-        A legal action.
+    The environment is at a time step that is not the last; the action is legal.
     """
     wanted = 1.0 - demonstration.densities[environment.slots[slot]]
     legal = environment.current_time_step().observation["legal"]

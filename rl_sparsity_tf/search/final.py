@@ -66,19 +66,9 @@ def finish_within(
     """Finishes a candidate, and if its file is too large, a more pruned form of it.
 
     The search keeps to the size by a model of it. Fine-tuning changes the weights, and with them
-    how well they compress: where the real file is larger than the target, every kernel gives up
-    its smallest groups in proportion, and is fine-tuned again.
-
-    Args:
-        model: The original model.
-        candidate: The plan and the weights to start from.
-        figures: Data and metric.
-        target: The target; one of sparsity is met by the plan itself.
-        training: The fine-tuning.
-        quantization: How to export.
-
-    Raises:
-        TargetError: If the file is still too large after a few attempts.
+    how well they compress: where the real file is larger than the target, every kernel gives up its
+    smallest groups in proportion, and is fine-tuned again. A target of sparsity is met by the plan
+    itself. Raises TargetError if the file is still too large after a few attempts.
     """
     formats = formats_for(target)
     reached: list[int] = []
@@ -121,16 +111,11 @@ def share_to_keep(
     *,
     kernels: Container[str],
 ) -> float:
-    """The share of its living weights that a file which is too large may keep.
+    """The share of its living weights that a file which is too large may keep, `most` at most.
 
-    Only some kernels can shrink; of the gzipped file they are taken to be the same share.
-
-    Args:
-        report: The file's report.
-        target: A target in bytes.
-        attempts: How many files were too large by now, this one among them.
-        most: The share at most.
-        kernels: Paths of the kernels that can shrink.
+    Only some kernels can shrink (`kernels` has their paths); of the gzipped file they are taken to
+    be the same share. The target is in bytes; `attempts` counts the files that were too large by
+    now, this one among them.
     """
     size = size_held(report, target)
     held = sum(tensor.bytes for tensor in report.tensors if tensor.kernel in kernels)
@@ -142,13 +127,8 @@ def share_to_keep(
 def pruned_further(model: keras.Model, plan: CompressionPlan, share: float) -> CompressionPlan:
     """Prunes the smallest living groups of every kernel.
 
-    Args:
-        model: The model that the plan was applied to; its weights decide what is small.
-        plan: The plan.
-        share: Share of the living weights of every kernel that may stay.
-
-    Returns:
-        The plan with more groups pruned; the others keep their operations.
+    Of its living weights only `share` may stay. The model is the one that the plan was applied to:
+    its weights decide what is small. The groups that are not pruned keep their operations.
     """
     entries = []
     for kernel in find_kernels(model):
@@ -180,10 +160,6 @@ class Task:
     Attributes:
         model: The original model.
         network: The network that was searched.
-        figures: Data and metric.
-        target: The target.
-        training: The fine-tuning.
-        quantization: How to export.
         dense: The dense model's file in that quantization, once it was needed.
     """
 
@@ -205,14 +181,9 @@ def finish_candidate(
     takes (bytes, multiplications, time) hardly depends on its weights, so the target is held to
     before the training.
 
-    Args:
-        task: What it is finished for.
-        candidate: The plan and the weights to start from.
-        others: Names and plans to fall back on, the best first, where the candidate had to be
-            pruned further and one of them, which had not, promises more. For channels only.
-
-    Raises:
-        TargetError: If the target is still missed after a few attempts to prune further.
+    `others` are names and plans to fall back on, the best first, where the candidate had to be
+    pruned further and one of them, which had not, promises more; for channels only. Raises
+    TargetError if the target is still missed after a few attempts to prune further.
     """
     if not isinstance(task.network.decisions, ChannelDecisions):
         return finish_within(
@@ -261,13 +232,8 @@ def without_channels(
 ) -> tuple[keras.Model, Candidate]:
     """Removes the channels that a candidate prunes, at the weights it was evaluated with.
 
-    Args:
-        model: The original model.
-        decisions: What was decided on.
-        candidate: A plan of its units.
-
-    Returns:
-        The small model, and the candidate for it: how its kernels are stored, and its weights.
+    The candidate's plan is of the decisions' units. Gives the small model, and the candidate for
+    it: how its kernels are stored, and its weights.
     """
     decided = {path: entry.operations for path, entry in candidate.plan.kernels.items()}
     selection = decisions.selected(model)
@@ -444,23 +410,15 @@ def play_final(
     *,
     seed: int,
 ) -> tuple[Finished, Candidate]:
-    """Fine-tunes and exports every finalist, each from the same seed.
+    """Fine-tunes and exports every finalist, each from the same seed of TensorFlow's generator.
 
-    Args:
-        task: What they are finished for.
-        finalists: The candidates, the best first; of equal plans the first counts.
-        others: Plans to fall back on, see
-            [finish_candidate][rl_sparsity_tf.search.final.finish_candidate].
-        progress: Where to say what is done.
-        seed: Of TensorFlow's global generator.
+    The finalists come the best first; of equal plans the first counts. `others` are plans to fall
+    back on, see [finish_candidate][rl_sparsity_tf.search.final.finish_candidate].
 
-    Returns:
-        The finished model that is best on all of the validation data, and the candidate it was made
-        of: see [winner][]. One that misses the target is out; one whose file failed, and is stored
-        in another way or not there at all, wins only where there is no other.
-
-    Raises:
-        TargetError: If all of them miss the target: what was said of the first.
+    Gives the finished model that is best on all of the validation data, and the candidate it was
+    made of: see [winner][]. One that misses the target is out; one whose file failed, and is stored
+    in another way or not there at all, wins only where there is no other. Raises TargetError if all
+    of them miss the target: what was said of the first.
     """
     found: list[tuple[Finished, Candidate]] = []
     missed: TargetError | None = None
@@ -497,19 +455,11 @@ def _shortfall(finished: Finished) -> int:
 
 
 def winner(scores: Sequence[Score], metric: Metric, rows: int) -> int:
-    """Which of several scores on the same data is the best.
+    """The place of the best of several scores on the same data, the first of equals.
 
     An accuracy is a count of rows: what lies within its standard error of the best,
     sqrt(p (1 - p) / rows), is not told apart by it, and the loss, which says more of every row,
     decides. Of other metrics, only equal values are left to the loss.
-
-    Args:
-        scores: Of every finished model.
-        metric: What is counted or measured.
-        rows: Rows of the data.
-
-    Returns:
-        The place of the best, the first of equals.
 
     Example:
         >>> winner([Score(0.91, 0.4), Score(0.90, 0.3)], Metric("accuracy", True), rows=1000)

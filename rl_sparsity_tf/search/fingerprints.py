@@ -36,10 +36,7 @@ _LONGEST_TEXT, _MOST_NUMBERS, _DEEPEST = 200, 32, 24
 
 
 def describe_model(model: keras.Model) -> dict[str, Any]:
-    """A model's layers with their settings and connections; not its weights.
-
-    Args:
-        model: A built model.
+    """A built model's layers with their settings and connections; not its weights.
 
     Example:
         >>> describe_model(model)["layers"][0]["config"]["activation"]
@@ -80,9 +77,7 @@ def describe_compilation(model: keras.Model) -> dict[str, Any]:
 def describe(value: Any, depth: int = 0) -> Any:
     """A setting as JSON: values as they are, functions by their code, objects by their settings.
 
-    Args:
-        value: Anything.
-        depth: How deep in another value it is.
+    `depth` is how deep in another value it is.
     """
     if value is None or isinstance(value, bool | np.bool_):
         return None if value is None else bool(value)
@@ -301,12 +296,7 @@ def fingerprints_of(
 ) -> dict[str, Any]:
     """Fingerprints of a model's weights and its data, and descriptions of the model, by name.
 
-    Args:
-        model: The model.
-        train: Training rows as the search was given them; a dataset is known by its pool.
-        data: The training data made of them.
-        validation: Validation batches.
-        test: Test batches, if there are any.
+    `train` has the training rows as the search was given them; a dataset is known by its pool.
     """
     compiled = compile_arguments(model) or {}
     rows = None if isinstance(train, tf.data.Dataset) else tf.nest.flatten(train)

@@ -75,14 +75,12 @@ class RemovedChannels:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A fine-tuned, stripped and exported model.
+    """A fine-tuned, stripped and exported model; `model` is plain Keras again.
 
     Attributes:
-        model: The plain Keras model.
         plan: The plan with the final masks.
         validation: Its score on validation data.
         test: Its score on test data, if there is any.
-        exported: Its .tflite file.
         channels: What was removed from the original model, if channels were.
         candidate: The plan of channels that it was made of: the one given, pruned further where
             that was needed, or another.
@@ -101,14 +99,7 @@ class Finished:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Data and metric that every contender is judged by.
-
-    Attributes:
-        train: Training data.
-        validation: Validation batches.
-        test: Test batches, if there are any.
-        metric: The metric.
-    """
+    """Data and metric that every contender is judged by."""
 
     train: TrainingData
     validation: list[Batch]
@@ -133,18 +124,9 @@ def finish(
 ) -> Finished:
     """Fine-tunes a candidate with learning masks, strips it and exports it.
 
-    Args:
-        model: The model that the plan is for.
-        candidate: The plan and the weights to start from.
-        figures: Data and metric.
-        training: The fine-tuning.
-        quantization: How to export.
-        formats: Whether tensors may be stored sparse, see `export_tflite`.
-        teacher: What outputs are learned from, too; by default the model.
-
-    Returns:
-        The finished model; its plan has the masks that were learned. What its file is where the one
-        asked for fails, see [export_what_holds][].
+    The finished model's plan has the masks that were learned. What its file is where the one asked
+    for fails, see [export_what_holds][]. `formats` is whether tensors may be stored sparse, see
+    `export_tflite`; outputs are learned from the teacher, too, by default the model.
     """
     warnings: list[str] = []
     wrapped = wrap(model, candidate.plan, mask=training.mask, train_masks=True)
@@ -212,18 +194,10 @@ def export_what_holds(
 ) -> Exported:
     """Exports a model as asked, or else in a storage that asks less of converter and runtimes.
 
-    What a search has paid for is not lost with a file: after the storage that was asked for the
-    plan's integers with float activations are tried, and float32.
-
-    Args:
-        model: The finished model.
-        plan: Its plan.
-        figures: Data and metric.
-        quantization: How to export.
-        formats: Whether tensors may be stored sparse.
-
-    Returns:
-        The first file that is verified, or none; `failure` says why it is not the one asked for.
+    What a search has paid for is not lost with a file: after the storage that was asked for, the
+    plan's integers with float activations are tried, and float32. It gives the first file that is
+    verified, or none; `failure` says why it is not the one asked for. `formats` is whether tensors
+    may be stored sparse.
     """
     reasons = []
     for mode in dict.fromkeys((quantization, "plan", "none")):

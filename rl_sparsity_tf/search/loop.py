@@ -52,11 +52,7 @@ class Interruption:
     thread, which signals are handled in, and where Python's own handler is set: one of the caller's
     stays. What was there is put back.
 
-    Args:
-        told: Called when the first Ctrl-C is noted.
-
-    Attributes:
-        requested: Whether there was one.
+    The first Ctrl-C calls `told` when it is noted; `requested` is whether there was one.
 
     Example:
         >>> with Interruption() as interruption:
@@ -112,11 +108,8 @@ _LEAST_TO_NARROW = 8
 class SearchLoop:
     """The episodes of one search; continues where a run directory's checkpoint stands.
 
-    Args:
-        settings: Agent, reward and seed.
-        network: The network.
-        run: Where to keep the journal and checkpoints, if anywhere.
-        interruptible: Whether Ctrl-C waits for the end of the present episode.
+    The journal and the checkpoints are kept in `run`, if there is one. If the loop is
+    `interruptible`, Ctrl-C waits for the end of the present episode.
 
     Attributes:
         proposed: Names and plans that were evaluated before the stage's first episode, the best
@@ -169,15 +162,9 @@ class SearchLoop:
     ) -> Candidate:
         """Runs the episodes that are left, stage by stage, and returns the last one's best.
 
-        With no episode a policy's own plan is the only one.
-
-        Args:
-            episodes: Episodes of all stages.
-            progress: Where to show them.
-            check: Called once, before the first episode, with the best plan by then, if any.
-
-        Raises:
-            SearchInterrupted: After an episode in which Ctrl-C was pressed.
+        With no episode a policy's own plan is the only one. `check` is called once, before the
+        first episode, with the best plan by then, if any. Raises SearchInterrupted after an episode
+        in which Ctrl-C was pressed.
         """
         full = self._network.budget
         if episodes == 0:
@@ -216,8 +203,7 @@ class SearchLoop:
     def move_to(self, network: CompressedNetwork) -> None:
         """Goes on with another network of the same model; agent and evaluations stay.
 
-        Args:
-            network: Of the same kernels, however they are cut and stored.
+        It has the same kernels, however they are cut and stored.
         """
         if network is self._network:
             return
@@ -238,13 +224,8 @@ class SearchLoop:
 
         A policy's own plan is evaluated first; then the plan of an earlier stage, pruned further,
         and with a warm start the exact plans of the heuristics. The agent learns from episodes that
-        play the best of them as closely as buckets allow: a third of the stage's at most.
-
-        Args:
-            stage: The stage.
-            budget: What its plans have to meet.
-            previous: The plan of an earlier stage, if any.
-            progress: Where to say so.
+        play the best of them as closely as buckets allow: a third of the stage's at most. The
+        stage's plans have to meet the budget.
         """
         anew = self.done == stage.start
         self._stage, self._previous = stage, previous
@@ -265,8 +246,7 @@ class SearchLoop:
     def play(self, progress: SearchProgress) -> None:
         """Plays the episodes that are left of the stage.
 
-        Raises:
-            SearchInterrupted: After an episode in which Ctrl-C was pressed.
+        Raises SearchInterrupted after an episode in which Ctrl-C was pressed.
         """
 
         def told() -> None:
@@ -484,11 +464,7 @@ _NUMBERS = ("reward", "validation_metric", "sparsity", "seconds")
 
 
 def check_history(history: Sequence[Mapping[str, Any]]) -> None:
-    """Raises unless entries of a journal have what is made of them.
-
-    Raises:
-        ValueError: Naming the first that has not.
-    """
+    """Raises ValueError, naming the first bad entry, unless a journal has what is made of it."""
     names = {operation.name.lower() for operation in Operation}
     for number, entry in enumerate(history, 1):
         operations = entry.get("operations")

@@ -38,10 +38,9 @@ _ROWS, _DECISIONS, _BATCH = 2000, 8, 128
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FoundPlan:
-    """What a search of plans found.
+    """What a search of plans found; the plan meets the target.
 
     Attributes:
-        plan: The best plan; it meets the target.
         outcome: Its outcome on validation data, after recovery.
         value: What the reward says of it, in [-1, 1], as for the search's candidates.
         history: The best value after every evaluation; every plan is evaluated once.
@@ -195,18 +194,10 @@ def search_randomly(
     quantize: bool = True,
     steps: int = _DECISIONS,
 ) -> FoundPlan:
-    """[random_search][] on a network that is there already.
+    """[random_search][] on a network that is there already, and is left with the last plan applied.
 
-    Args:
-        network: The network; it is left with the last plan applied.
-        reward: What an outcome is worth.
-        evaluations: Plans to evaluate.
-        seed: Which.
-        quantize: Whether what lives is quantized.
-        steps: Training steps per kernel, where the recovery is fine-tuning.
-
-    Raises:
-        TargetError: If a budget of bytes cannot be met without integers.
+    `steps` are training steps per kernel, where the recovery is fine-tuning. `quantize` is whether
+    what lives is quantized. Raises TargetError if a budget of bytes cannot be met without integers.
     """
     rng = np.random.default_rng([seed, 1])
     space = PlanSpace(network, quantize)
@@ -226,19 +217,11 @@ def climb(
     start: CompressionPlan | None = None,
     steps: int = _DECISIONS,
 ) -> FoundPlan:
-    """[hill_climbing][] on a network that is there already.
+    """[hill_climbing][] on a network that is there already, and is left with the last plan applied.
 
-    Args:
-        network: The network; it is left with the last plan applied.
-        reward: What an outcome is worth.
-        evaluations: Plans to evaluate.
-        seed: Which steps are tried.
-        quantize: Whether what lives is quantized.
-        start: The plan to begin with, of the network's kernels and groups; by default LAMP's.
-        steps: Training steps per kernel, where the recovery is fine-tuning.
-
-    Raises:
-        TargetError: If a budget of bytes cannot be met without integers.
+    `start` is a plan of the network's kernels and groups, by default LAMP's. `steps` are training
+    steps per kernel, where the recovery is fine-tuning. `quantize` is whether what lives is
+    quantized. Raises TargetError if a budget of bytes cannot be met without integers.
     """
     rng = np.random.default_rng([seed, 2])
     space = PlanSpace(network, quantize)
@@ -300,7 +283,7 @@ class _Trials:
         return improved
 
     def found(self) -> FoundPlan:
-        """The best plan."""
+        """The best plan, and how the best value rose."""
         assert self._best is not None
         value, outcome, plan = self._best
         return FoundPlan(plan=plan, outcome=outcome, value=value, history=self._history)

@@ -319,33 +319,17 @@ def build_metrics(
     dataset: str | None = None,
     warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Gathers the figures of a run.
+    """Gathers the figures of a run: the document that `metrics.json` holds.
 
     Figures named `accuracy` and `metric` are on the test data and null without it; for a model
-    whose metric is not an accuracy, `accuracy` is null. `tflite_...` are of the file itself, run
-    in LiteRT; those of `dense_int8` too. Where channels were removed, `macs` and
-    `predicted_latency` are shares of the dense model's, and `latency` that of its file's time,
-    measured here; null if it was not. Sizes are null where no file was verified, and `warnings`
-    says why.
+    whose metric is not an accuracy, `accuracy` is null. `tflite_...` are of the file itself, run in
+    LiteRT; those of `dense_int8` too. Where channels were removed, `macs` and `predicted_latency`
+    are shares of the dense model's, and `latency` that of its file's time, measured here; null if
+    it was not. Sizes are null where no file was verified, and `warnings` says why; the result's own
+    warnings come on top.
 
-    Args:
-        model: The model that was compressed.
-        finished: The result.
-        dense: The model's float32 file.
-        dense_int8: Its int8 file.
-        dense_test: Its score on test data.
-        metric: The metric.
-        agent: Name of the agent.
-        seed: The search's seed.
-        proposed_by: Who proposed the plan.
-        episodes: Episodes of the search.
-        evaluations: Distinct plans that it evaluated.
-        seconds: Seconds that it took.
-        dataset: Name of the data.
-        warnings: What went wrong; the result's own come on top.
-
-    Returns:
-        The document that `metrics.json` holds.
+    `dense` is the model's float32 file and `dense_test` the dense model's score on test data;
+    `evaluations` counts distinct plans. `proposed_by` is who proposed the plan.
     """
     report = finished.exported.report
     return {
@@ -422,9 +406,6 @@ class FinishedSearch(Task):
     Attributes:
         plain: The network of single weights at 8 bits, where the search chose another storage by
             itself; else the searched one.
-        loop: The episodes.
-        result: What was returned.
-        episodes: How many there were.
     """
 
     plain: CompressedNetwork

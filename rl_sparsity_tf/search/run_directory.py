@@ -76,31 +76,21 @@ def _chunks(batches: Iterable[Any]) -> Iterator[Any]:
 class RunDirectory:
     """One run's folder.
 
-    Making the object only looks, so that a folder in the way is refused before any work; nothing
-    is written or removed before [start][], but the lock of a run that is there. It is held until
+    Making the object only looks, so that a folder in the way is refused before any work; nothing is
+    written or removed before [start][], but the lock of a run that is there. It is held until
     [close][], or the end of the `with` statement.
 
-    Args:
-        path: The folder; made if it is missing, its parent must exist.
-        arguments: What the run was called with, as JSON values. A folder with an unfinished run
-            of equal arguments is continued.
-        fingerprints: Fingerprints of the model and the data, and descriptions of them as JSON.
-        overwrite: Whether a finished run, or one with other arguments, may be replaced.
-        any_versions: Whether a run that was begun with other versions of libraries, or on another
-            kind of machine, may be continued.
+    The folder is made if it is missing; its parent must exist. An unfinished run of equal arguments
+    (what the run was called with, as JSON gives it back) is continued; `resumed` says so.
+    `fingerprints` are those of the model and the data, and descriptions of them as JSON.
+    `overwrite` is whether a finished run, or one with other arguments, may be replaced;
+    `any_versions`, whether a run that was begun with other versions of libraries, or on another
+    kind of machine, may be continued. `sealed` is whether its lines and checkpoints have checksums,
+    which runs of format 1 have not.
 
-    Attributes:
-        path: The folder.
-        resumed: Whether it holds an unfinished run, which is continued.
-        arguments: The arguments, as JSON gives them back.
-        any_versions: As given.
-        sealed: Whether its lines and checkpoints have checksums; not in runs of format 1.
-
-    Raises:
-        ArgumentError: If the path is a file or its parent is missing.
-        FileExistsRLSparsityError: If the folder holds something else.
-        RunError: If its files are damaged, another process uses it, or it was begun with other
-            versions.
+    Raises ArgumentError if the path is a file or its parent is missing, FileExistsRLSparsityError
+    if the folder holds something else, and RunError if its files are damaged, another process uses
+    it, or it was begun with other versions.
 
     Example:
         >>> with RunDirectory("run", {"seed": 0}, {"model": model_fingerprint(model)}) as run:
@@ -198,9 +188,8 @@ class RunDirectory:
     def start(self) -> None:
         """Makes the folder ready for writing; a run that is continued keeps what it has.
 
-        Raises:
-            RunError: If another process has begun a run there in the meantime.
-            FileError: If the system does not let files be written there.
+        Raises RunError if another process has begun a run there in the meantime, and FileError if
+        the system does not let files be written there.
         """
         with writing(self.path):
             if not self._begun:
@@ -253,12 +242,9 @@ class RunDirectory:
     def read_journal(self, episodes: int) -> list[dict[str, Any]]:
         """Reads the first episodes' lines and forgets what is behind them.
 
-        Lines behind the last checkpoint (a torn last line among them) are of work that will be
-        done again.
-
-        Raises:
-            RunError: If the lines of those episodes are damaged; it names the first that is, and
-                what is whole.
+        Lines behind the last checkpoint (a torn last line among them) are of work that will be done
+        again. Raises RunError if the lines of those episodes are damaged; it names the first that
+        is, and what is whole.
         """
         try:
             lines = read_lines(self._journal, episodes) if episodes else []
@@ -324,8 +310,7 @@ class RunDirectory:
     def load_checkpoint(self, name: str) -> dict[str, np.ndarray] | None:
         """Reads the arrays of a checkpoint; None if there is none.
 
-        Raises:
-            RunError: If the file is damaged, or is not this run's.
+        Raises RunError if the file is damaged, or is not this run's.
         """
         path = self._checkpoints / f"{name}.npz"
         try:
@@ -334,12 +319,7 @@ class RunDirectory:
             raise self.unreadable(name, one_line(error)) from error
 
     def unreadable(self, name: str, why: str) -> RunError:
-        """The error of a checkpoint that is no such thing.
-
-        Args:
-            name: Its name.
-            why: What is wrong with it.
-        """
+        """The error of a checkpoint that cannot be read; it quotes why."""
         path = self._checkpoints / f"{name}.npz"
         return RunError(
             f"The checkpoint {str(path)!r} cannot be read ({why}). Put a copy of it back, or pass "
@@ -383,10 +363,8 @@ def check_directory(path: str | os.PathLike[str], room: int = LEAST_ROOM) -> Pat
 def check_unfinished(path: str | os.PathLike[str]) -> None:
     """Raises unless a run can begin or go on in a folder, as far as its arguments allow it.
 
-    Raises:
-        ArgumentError: If no folder can be made there.
-        FileExistsRLSparsityError: If the folder holds a finished run or something else.
-        RunError: If another process uses it.
+    Raises ArgumentError if no folder can be made there, FileExistsRLSparsityError if it holds a
+    finished run or something else, and RunError if another process uses it.
     """
     folder = check_directory(path)
     if _holds_anything(folder):
@@ -396,11 +374,7 @@ def check_unfinished(path: str | os.PathLike[str]) -> None:
 
 
 def check_free(folder: Path) -> None:
-    """Raises if another process is at work in a folder that holds a run.
-
-    Raises:
-        RunError: Naming the process, where it is known.
-    """
+    """Raises RunError if another process, named if known, is at work in a run's folder."""
     if (folder / "manifest.json").is_file():
         lock = RunLock(folder)
         lock.acquire()

@@ -74,9 +74,8 @@ def versions() -> dict[str, str]:
 def read_manifest(path: Path) -> dict[str, Any]:
     """Reads a manifest.
 
-    Raises:
-        ValueError: If it is none; also RecursionError where it is nested too deeply.
-        OSError: If it cannot be read.
+    Raises ValueError if it is none (RecursionError where it is nested too deeply), and OSError if
+    it cannot be read.
     """
     with open(path, "rb") as file:
         content = file.read(_LARGEST_MANIFEST + 1)
@@ -95,8 +94,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def id_of(manifest: Mapping[str, Any], is_sealed: bool) -> str:
     """What the run's lines and checkpoints are sealed with; nothing in a run of format 1.
 
-    Raises:
-        ValueError: If it is no id, or there should be none.
+    Raises ValueError if it is no id, or there should be none.
     """
     found = manifest.get("id", "")
     if not is_sealed and not found:
@@ -109,16 +107,11 @@ def id_of(manifest: Mapping[str, Any], is_sealed: bool) -> str:
 def differences_of(
     found: Mapping[str, Any], wanted: Mapping[str, Any], is_sealed: bool
 ) -> list[str]:
-    """In what a call differs from the run of a manifest.
+    """In what a call differs from the run of a manifest: names, and where readable both values.
 
-    Args:
-        found: The manifest.
-        wanted: `arguments` and `fingerprints` of the call, as JSON gives them back.
-        is_sealed: Whether the run says everything that this version does.
-
-    Returns:
-        Names and, where they can be read, the values before and now. Of descriptions the places
-        that differ are named, `"architecture.layers 2.config.activation"`.
+    `wanted` has the call's `arguments` and `fingerprints` as JSON gives them back; `is_sealed` is
+    whether the run says everything that this version does. Of descriptions the places that differ
+    are named, `"architecture.layers 2.config.activation"`.
     """
     names: list[str] = []
     for part in ("arguments", "fingerprints"):
@@ -182,9 +175,6 @@ class RunLock:
     such locks there is a warning, and on Windows nothing: keeping two processes apart is up to the
     user there.
 
-    Args:
-        folder: The folder.
-
     Example:
         >>> lock = RunLock(Path("run"))
         >>> lock.acquire()
@@ -204,9 +194,8 @@ class RunLock:
     def acquire(self) -> None:
         """Takes the lock, at once or not at all; a dead process's is free.
 
-        Raises:
-            RunError: If another process (or another search of this one) has it, or the folder
-                cannot be written to.
+        Raises RunError if another process (or another search of this one) has it, or the folder
+        cannot be written to.
         """
         while fcntl is not None and self._file is None:
             descriptor = self._open()
@@ -293,14 +282,9 @@ _SEAL_LENGTH = len(', "checksum": "0123456789abcdef"}')
 
 
 def sealed(entry: Mapping[str, Any], before: str) -> tuple[str, str]:
-    """An entry as a line.
+    """An entry of JSON values as a line without its end, and the line's checksum.
 
-    Args:
-        entry: JSON values.
-        before: The checksum of the line before, or what the journal begins with.
-
-    Returns:
-        The line without its end, and its checksum.
+    `before` is the checksum of the line before, or what the journal begins with.
 
     Example:
         >>> line, checksum = sealed({"episode": 0}, "")
@@ -317,14 +301,10 @@ def seal_of(line: bytes) -> str:
 
 
 def entry_of(line: bytes, before: str | None) -> dict[str, Any]:
-    """Reads a line.
+    """Reads a line, with or without its end.
 
-    Args:
-        line: The line, with or without its end.
-        before: The checksum of the line before; None where lines have none.
-
-    Raises:
-        ValueError: Saying what is wrong with it.
+    `before` is the checksum of the line before; None where lines have none. Raises ValueError,
+    saying what is wrong with it.
     """
     line = line.removesuffix(b"\n")
     if len(line) > LONGEST:
@@ -346,12 +326,7 @@ def entry_of(line: bytes, before: str | None) -> dict[str, Any]:
 
 
 def read_lines(path: Path, count: int) -> list[bytes]:
-    """Reads the first lines of a file, as many as there are of those wanted.
-
-    Args:
-        path: The file.
-        count: Lines wanted.
-    """
+    """Reads the first lines of a file, as many as there are of those wanted."""
     lines: list[bytes] = []
     with open(path, "rb") as file:
         while len(lines) < count and (line := file.readline(LONGEST + 2)):
@@ -368,12 +343,9 @@ _KINDS = "biufSU"
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], seal: str | None) -> None:
-    """Writes arrays to a .npz file, in one step.
+    """Writes arrays of numbers and text to a .npz file, in one step.
 
-    Args:
-        path: The file.
-        arrays: Numbers and text.
-        seal: What goes into the checksum beside them; None for a file without one.
+    `seal` goes into the checksum beside them; None makes a file without one.
     """
     named: dict[str, Any] = dict(arrays)
     if seal is not None:
@@ -385,16 +357,10 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], seal: str | None)
 def read_arrays(path: Path, seal: str | None) -> dict[str, np.ndarray]:
     """Reads what [write_arrays][] wrote.
 
-    No more memory is taken than the file has bytes, whatever it claims.
-
-    Args:
-        path: The file.
-        seal: What it was written with; None for a file without a checksum, whose weights have to
-            be finite instead. What an agent has learned always has to.
-
-    Raises:
-        ValueError: If it is anything else.
-        OSError: If it cannot be read.
+    No more memory is taken than the file has bytes, whatever it claims. `seal` is what it was
+    written with; None is for a file without a checksum, whose weights have to be finite instead.
+    What an agent has learned always has to. Raises ValueError if it is anything else, and OSError
+    if it cannot be read.
     """
     size = path.stat().st_size
     arrays: dict[str, np.ndarray] = {}

@@ -74,10 +74,8 @@ class StorageChoice:
 class StorageChooser:
     """What [choose_storage][] needs beside a network.
 
-    Attributes:
-        build: Makes another network of the same model.
-        reward: What a plan's outcome is worth.
-        int4: Which kernels may have 4 bits, one of [INT4][].
+    `build` makes another network of the same model; `int4` says which kernels may have 4
+    bits, one of [INT4][].
     """
 
     build: Build
@@ -94,11 +92,8 @@ def choose_storage(
 ) -> StorageChoice:
     """Compares how kernels can be cut and stored for a target in bytes.
 
-    Args:
-        network: The network with all kernels in single weights, at 8 bits.
-        build: Makes another of the same model.
-        reward: What a plan's outcome is worth.
-        int4: Which kernels may have 4 bits, one of [INT4][].
+    The network has all kernels in single weights, at 8 bits; `build` makes another of the same
+    model. `int4` is which kernels may have 4 bits, one of [INT4][].
     """
     decisions = network.decisions
     sizes = decisions.sizes
@@ -136,13 +131,8 @@ def propose_storages(
 ) -> list[Storage]:
     """What the knapsack chooses when every kernel may be cut and stored in any way.
 
-    Args:
-        network: The network with all kernels in single weights, at 8 bits.
-        sizes: The model of the size.
-        int4: Which kernels may have 4 bits, one of [INT4][].
-
-    Returns:
-        A storage for each of several powers of the layers' errors.
+    The network has all kernels in single weights, at 8 bits. `int4` is which kernels may have 4
+    bits, one of [INT4][]. There is a storage for each of several powers of the layers' errors.
     """
     budget = network.budget
     assert isinstance(budget, SizeBudget)
