@@ -29,7 +29,17 @@ ROOMS = (
     "agents",
     "search",
 )
-GROUND = {"_compat", "checks", "console", "errors", "files", "randomness", "settings", "version"}
+GROUND = {
+    "_compat",
+    "checks",
+    "claims",
+    "console",
+    "errors",
+    "files",
+    "randomness",
+    "settings",
+    "version",
+}
 ROOF = {"__init__", "baselines", "cli", "demo"}
 FEWEST, MOST = 4, 15
 LONGEST = 600

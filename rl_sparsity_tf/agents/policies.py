@@ -16,11 +16,11 @@ import numpy as np
 
 from rl_sparsity_tf.agents.base import Agent
 from rl_sparsity_tf.agents.configs import AgentConfig, Random, config_from_dict, resolve_config
+from rl_sparsity_tf.claims import ClaimError, check_archive
 from rl_sparsity_tf.environment.features import FEATURES
 from rl_sparsity_tf.errors import ArgumentError, PolicyFileError, RLSparsityError, one_line
 from rl_sparsity_tf.files import as_file, check_new_file, parse_strict, replacing, sha256_of
 from rl_sparsity_tf.layers.operations import Operation
-from rl_sparsity_tf.layers.untrusted import ClaimError, check_archive
 
 FORMAT_VERSION = 1
 PRETRAINED = "pretrained"

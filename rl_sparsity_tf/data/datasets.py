@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from rl_sparsity_tf.claims import ClaimError, check_archive
 from rl_sparsity_tf.errors import ArgumentError, DataError, did_you_mean, one_line
 from rl_sparsity_tf.files import as_file
-from rl_sparsity_tf.layers.untrusted import ClaimError, check_archive
 
 _REQUIRED = ("x_train", "y_train", "x_validation", "y_validation")
 _OPTIONAL = ("x_test", "y_test")

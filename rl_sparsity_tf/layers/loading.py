@@ -34,16 +34,12 @@ from tf_keras.protobuf import saved_metadata_pb2
 
 # Importing it registers the wrapper, so that wrapped models can be read back.
 import rl_sparsity_tf.layers.wrapper  # noqa: F401
+from rl_sparsity_tf.claims import FREE_BYTES, ClaimError, check_archive, check_hdf5, check_members
 from rl_sparsity_tf.errors import ArgumentError, ModelError, did_you_mean, one_line
 from rl_sparsity_tf.files import as_file
 from rl_sparsity_tf.layers.untrusted import (
-    FREE_BYTES,
     PARTS,
     ROOTS,
-    ClaimError,
-    check_archive,
-    check_hdf5,
-    check_members,
     class_names,
     forbidden_nodes,
     foreign_parts,

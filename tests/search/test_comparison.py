@@ -262,9 +262,12 @@ def test_compress_compares_when_asked(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("more", "contenders"), [([], None), (["--compare"], "all")])
 def test_the_demo_compares_with_more_when_asked(more, contenders, monkeypatch):
     called = {}
-    monkeypatch.setattr(
-        "rl_sparsity_tf.demo.run_demo", lambda *_, **options: called.update(options)
-    )
+
+    def run_demo(*_, **options):
+        called.update(options)
+        return SimpleNamespace(report=object())
+
+    monkeypatch.setattr("rl_sparsity_tf.demo.run_demo", run_demo)
     assert main(["demo", *more]) == 0
     assert called["contenders"] == contenders
     assert comparison._names(None)[0] == DEFAULT == ("uniform_float32", "uniform", "random_policy")
