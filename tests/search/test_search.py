@@ -207,7 +207,7 @@ def test_metrics_have_the_keys_of_the_contract(run):
     assert metrics == run.result.metrics
     assert set(metrics) == set(
         "format_version dataset agent seed metric dense dense_int8 compressed search "
-        "baselines".split()
+        "baselines warnings".split()
     )
     figures = {"accuracy", "metric", "tflite_bytes", "gzip_bytes"}
     assert set(metrics["dense"]) == set(metrics["dense_int8"]) == figures
