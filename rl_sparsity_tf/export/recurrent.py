@@ -155,11 +155,13 @@ _BEHIND = 127  # in the old field, which is a byte, of operators that have their
 def kept_states(flat: FlatModel) -> list[FlatTensor]:
     """The variable tensors that keep their values from one call to the next.
 
-    Only the operators that read them write them.
+    Only the operators that read them write them, and in float16 files a DEQUANTIZE: LiteRT restores
+    a float16 constant at the first call only.
     """
     written = {
         (operator.subgraph, index)
         for operator in flat.operators
+        if operator.name != "DEQUANTIZE"
         for index in operator.outputs
         if index not in operator.inputs
     }
@@ -205,6 +207,8 @@ class _Rewriting:
         operators = []
         for operator in graph.operators:
             read = () if operator.inputs is None else operator.inputs
+            if any(index in states and index not in read for index in operator.outputs):
+                continue  # the DEQUANTIZE of a float16 file
             operators += [self._reset(subgraph, states[i]) for i in read if i in states]
             operators.append(operator)
         graph.operators = operators

@@ -63,9 +63,7 @@ def write_saved_model(model: keras.Model, folder: Path, batch_size: int | None) 
         structure = structured(inputs)
         names[:] = output_names(model, structure)
         outputs = [output for output in tf.nest.flatten(structure) if output is not None]
-        for index, output in enumerate(outputs):
-            if not isinstance(output, tf.Tensor):
-                raise TypeError(f"output {index} is a {type(output).__name__}, not a dense tensor")
+        _check_dense(outputs)
         return {f"output_{index}": output for index, output in enumerate(outputs)}
 
     signature = [
@@ -79,14 +77,31 @@ def write_saved_model(model: keras.Model, folder: Path, batch_size: int | None) 
         module.captured = list(concrete.graph.variables)
         with quiet_tensorflow():
             tf.saved_model.save(module, str(folder), signatures=concrete)
-    except (ValueError, TypeError, AssertionError, tf.errors.OpError) as error:
-        lines = str(error).strip().splitlines()
-        raise ExportError(
-            f"Model {model.name!r} cannot be traced for batches of "
-            f"{'any size' if batch_size is None else batch_size}: {lines[-1] if lines else error}. "
-            "Check that it runs on such a batch: model(x, training=False)."
-        ) from error
+    except _CALL_ERRORS as error:
+        raise _call_error(model, batch_size, error) from error
     return names
+
+
+_CALL_ERRORS = (ValueError, TypeError, AssertionError, tf.errors.OpError)
+
+
+def _check_dense(outputs: Sequence[Any]) -> None:
+    for index, output in enumerate(outputs):
+        if not isinstance(output, tf.Tensor):
+            raise TypeError(f"output {index} is a {type(output).__name__}, not a dense tensor")
+
+
+def _call_error(model: keras.Model, batch_size: int | None, error: Exception) -> ExportError:
+    """Makes the error on a model that cannot be called, to be raised."""
+    # Keras puts the arguments of the call behind the reason, TensorFlow its own node before it.
+    text = re.sub(r"\{\{.*?\}\} ?", "", str(error).split("Call arguments received by")[0])
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    reason = (lines or [type(error).__name__])[-1].rstrip(".")
+    return ExportError(
+        f"Model {model.name!r} cannot be traced for batches of "
+        f"{'any size' if batch_size is None else batch_size}: {reason}. "
+        "Check that it runs on such a batch: model(x, training=False)."
+    )
 
 
 def reference_outputs(
@@ -96,7 +111,8 @@ def reference_outputs(
 
     There is one array of rows per input, and one float or integer array per output. The batch size
     None takes all rows at once; else the last batch is filled up with copies of its last row. An
-    ExportError is raised if an output has no row per row of input.
+    ExportError is raised if the model cannot be called on such a batch, or an output has no row per
+    row of input.
     """
     flat = flat_call(model)
     rows = len(inputs[0])
@@ -106,7 +122,11 @@ def reference_outputs(
         count = min(size, rows - start)
         # Repeating the last row keeps a fixed batch size full.
         taken = np.minimum(np.arange(start, start + size), rows - 1)
-        outputs = flat([tf.constant(array[taken]) for array in inputs])
+        try:
+            outputs = flat([tf.constant(array[taken]) for array in inputs])
+            _check_dense(outputs)
+        except _CALL_ERRORS as error:
+            raise _call_error(model, size, error) from error
         for index, output in enumerate(outputs):
             if not len(output.shape) or output.shape[0] != size:
                 raise ExportError(

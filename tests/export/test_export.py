@@ -7,11 +7,13 @@ import json
 import subprocess
 import sys
 
+import flatbuffers
 import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras as keras
 import zoo
+from ai_edge_litert import schema_py_generated as schema
 from fake_plans import FakeKernelPlan, FakePlan, plan_for
 
 from rl_sparsity_tf.data.metrics import Score
@@ -354,7 +356,9 @@ def test_arguments_are_checked_before_any_work(tmp_path, monkeypatch):
 def test_a_model_that_cannot_be_traced_says_so(tmp_path):
     inputs = keras.Input((4,))
     model = keras.Model(inputs, layers.Lambda(lambda x: tf.reshape(x, (2, 8)))(inputs))
-    with pytest.raises(ExportError, match="cannot be traced for batches of 3"):
+    with pytest.raises(
+        ExportError, match=r"cannot be traced for batches of 3: .*12 .*16.* Check that it runs"
+    ):
         export_tflite(model, tmp_path / "m.tflite", "none", batch_size=3)
 
 
@@ -363,8 +367,17 @@ def test_predict_refuses_what_it_cannot_run(tmp_path):
     with pytest.raises(ArgumentError, match="There is no file"):
         predict_tflite(path, np.zeros((1, 2)))
     path.write_bytes(b"not a model")
-    with pytest.raises(ExportError, match="run failed"):
+    with pytest.raises(ArgumentError, match=r"m\.tflite is not a \.tflite file: its bytes 4 to 8"):
         predict_tflite(path, np.zeros((1, 2)))
+    model = keras.Sequential([layers.Input((2,)), layers.Dense(2)])
+    export_tflite(model, path, "none", overwrite=True)
+    unsigned = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+    unsigned.signatureDefs = []
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(unsigned.Pack(builder), file_identifier=b"TFL3")
+    (tmp_path / "unsigned.tflite").write_bytes(bytes(builder.Output()))
+    with pytest.raises(ExportError, match=r"run failed: .*0 signatures, expected one"):
+        predict_tflite(tmp_path / "unsigned.tflite", np.zeros((1, 2)))
     with pytest.raises(ArgumentError, match="at least one row"):
         predict_tflite(path, np.zeros((0, 2)))
     with pytest.raises(ArgumentError, match="same number of rows"):

@@ -510,8 +510,9 @@ def test_another_result_in_tflm_is_an_error_and_more_than_a_step_a_note(tmp_path
     x = rows_for(model)
 
     def moved(by):
-        def run(*arguments):
-            return [by(values.astype(int)).astype(np.int8) for values in run_tflm(*arguments)]
+        def run(*arguments, **options):
+            found = run_tflm(*arguments, **options)
+            return [by(values.astype(int)).astype(np.int8) for values in found]
 
         monkeypatch.setattr(micro, "run_tflm", run)
 

@@ -118,6 +118,20 @@ def test_a_file_that_depends_on_the_calls_before_is_refused(tmp_path):
     assert file.read_bytes() == content
 
 
+def test_float16_starts_from_zero_or_keeps_its_state_too(tmp_path):
+    """The converter restores their initial states by operators that run at the first call only."""
+    model, path, x = one_lstm(), tmp_path / "m.tflite", rows(6)
+    export_tflite(model, path, "float16", representative_data=x)
+    for resolver in RESOLVERS:
+        alone = [loop(path, x[n : n + 1], resolver)[0] for n in range(6)]
+        np.testing.assert_array_equal(loop(path, x, resolver), alone)
+    export_tflite(model, path, "float16", representative_data=x, overwrite=True, stateful=True)
+    keeping = one_lstm(stateful=True, batch_size=1)
+    wanted = [keeping(row[None]).numpy()[0] for row in x]
+    for resolver in RESOLVERS:
+        np.testing.assert_allclose(loop(path, x, resolver), wanted, atol=2e-2)
+
+
 def test_a_state_that_nothing_keeps_is_not_promised(tmp_path):
     path = tmp_path / "m.tflite"
     with pytest.raises(ArgumentError, match=r"nothing in the file .* keeps a state"):
