@@ -165,7 +165,7 @@ def staged(model: keras.Model, folder: Path) -> rls.Compressor:
 @pytest.mark.slow
 def test_a_model_that_is_made_again_goes_on_under_its_new_names(tmp_path):
     result = tiny.search(staged(unnamed(), tmp_path / "whole"), finetune_epochs=1)
-    tiny.interrupt(staged(unnamed(), tmp_path / "run"), after=3 * 6 + 2)
+    tiny.interrupt(staged(unnamed(), tmp_path / "run"), after=3 * 6 + 2, finetune_epochs=1)
     model = unnamed()
     assert model.layers[0].name not in {one.name for one in result.model.layers}
     again = tiny.search(staged(model, tmp_path / "run"), finetune_epochs=1)

@@ -493,7 +493,8 @@ def test_a_run_killed_before_it_had_a_journal_begins_again(tmp_path):
     (tmp_path / "checkpoints").rmdir()
     (tmp_path / ".model-abcd1234.keras").touch()
     again = opened(tmp_path)
-    assert listing(tmp_path) == ["checkpoints", "manifest.json"]
+    assert listing(tmp_path) == ["checkpoints", "journal.jsonl", "manifest.json"]
+    assert (tmp_path / "journal.jsonl").read_text() == ""
     assert again.load_checkpoint("latest") is None
     again.begin_again()
     again.append({"episode": 0})
