@@ -97,8 +97,11 @@ def quick() -> Iterator[None]:
         return table
 
     def timed(path: Any, against: Any, **_: Any) -> Timing:
-        """A file's time goes by its size: this has to be the same again."""
-        times = [os.path.getsize(one) / 1e4 for one in (path, against)]
+        """A file's time goes by its size: this has to be the same again.
+
+        What any file of these models has, whatever is pruned, takes no time.
+        """
+        times = [(os.path.getsize(one) - 4500) / 1e4 for one in (path, against)]
         file, dense = (
             FileTiming(path=str(one), samples_ms=(ms,) * 5)
             for one, ms in zip((path, against), times, strict=True)
@@ -257,10 +260,12 @@ PYTHON = [sys.executable]
 
 
 def environment() -> dict[str, str]:
-    """What a process needs to find the package and the tests."""
+    """What a process needs to find the package and the tests, and TensorFlow as users have it."""
     tests = os.path.dirname(os.path.abspath(__file__))
+    # The tests' own level lets through what the command keeps off the terminal.
+    kept = {name: v for name, v in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
     return {
-        **os.environ,
+        **kept,
         "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(tests)), tests]),
     }
 

@@ -190,7 +190,8 @@ def strip_seals(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     entries = journal_of(folder)
     (folder / "journal.jsonl").write_text("".join(json.dumps(one) + "\n" for one in entries))
-    for path in (folder / "checkpoints").glob("*.npz"):
+    # A kill leaves what it was about to give a checkpoint's name, under a hidden one of its own.
+    for path in (folder / "checkpoints").glob("[!.]*.npz"):
         write_arrays(path, read_arrays(path, f"{seal} {path.stem}"), None)
 
 
