@@ -637,8 +637,8 @@ EXPORTS = {
 RUNTIME = {
     "predict with text": (
         lambda files: rls.predict_tflite(files / "text.tflite", X),
-        rls.ExportError,
-        r"run failed: .*is not a valid Flatbuffer",
+        rls.ArgumentError,
+        r"is not a \.tflite file: its bytes 4 to 8",
     ),
     "predict with too many inputs": (
         lambda files: rls.predict_tflite(files / "real.tflite", [X, X]),
