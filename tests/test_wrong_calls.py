@@ -606,26 +606,6 @@ EXPORTS = {
         rls.ArgumentError,
         r"There is no file .*nothing\.tflite'\. Give the path of a \.tflite file",
     ),
-    "predict with text for rows": (
-        lambda files: rls.predict_tflite(files / "text.tflite", X.astype(str)),
-        rls.ArgumentError,
-        r"inputs holds <U32\. Expected arrays of integers or real numbers",
-    ),
-    "predict with ragged rows": (
-        lambda files: rls.predict_tflite(files / "text.tflite", [[[1.0, 2.0], [3.0]]]),
-        rls.ArgumentError,
-        r"inputs has rows of unequal length\. Expected an array of shape \(rows, \.\.\.\).*pad",
-    ),
-    "predict without rows": (
-        lambda files: rls.predict_tflite(files / "text.tflite", X[:0]),
-        rls.ArgumentError,
-        r"inputs has the shapes \[\(0, 6\)\]\. Expected at least one row",
-    ),
-    "predict with uneven rows": (
-        lambda files: rls.predict_tflite(files / "text.tflite", [X, X[:3]]),
-        rls.ArgumentError,
-        r"inputs has \[96, 3\] rows\. Expected one array per input of the model, all with the same",
-    ),
     "predict with a batch size of 0": (
         lambda files: rls.predict_tflite(files / "text.tflite", X, batch_size=0),
         rls.ArgumentError,
@@ -633,23 +613,43 @@ EXPORTS = {
     ),
 }
 
-# The runtime that can tell is in a process of its own, which takes some seconds to start.
+# What takes a file that can be read: making one starts a process of its own, some seconds long.
 RUNTIME = {
     "predict with text": (
         lambda files: rls.predict_tflite(files / "text.tflite", X),
         rls.ArgumentError,
         r"is not a \.tflite file: its bytes 4 to 8",
     ),
+    "predict with text for rows": (
+        lambda files: rls.predict_tflite(files / "real.tflite", X.astype(str)),
+        rls.ArgumentError,
+        r"inputs holds <U32\. Expected arrays of integers or real numbers",
+    ),
+    "predict with ragged rows": (
+        lambda files: rls.predict_tflite(files / "real.tflite", [[[1.0, 2.0], [3.0]]]),
+        rls.ArgumentError,
+        r"inputs has rows of unequal length\. Expected an array of shape \(rows, \.\.\.\).*pad",
+    ),
+    "predict without rows": (
+        lambda files: rls.predict_tflite(files / "real.tflite", X[:0]),
+        rls.ArgumentError,
+        r"inputs has the shapes \[\(0, 6\)\]\. Expected at least one row",
+    ),
+    "predict with uneven rows": (
+        lambda files: rls.predict_tflite(files / "real.tflite", [X, X[:3]]),
+        rls.ArgumentError,
+        r"inputs has \[96, 3\] rows\. Expected one array per input of the model, all with the same",
+    ),
     "predict with too many inputs": (
         lambda files: rls.predict_tflite(files / "real.tflite", [X, X]),
         rls.ArgumentError,
-        r"The file has 1 inputs \['input_1'\], received 2\. Expected one array per input",
+        r"The file has 1 inputs \['given'\], received 2\. Expected one array per input",
     ),
     **{
         f"predict with rows of shape {x.shape}": (
             lambda files, x=x: rls.predict_tflite(files / "real.tflite", x),
             rls.ArgumentError,
-            rf"shape {re.escape(str(x.shape))} for the file's input 'input_1'\. Expected .rows, 6.",
+            rf"shape {re.escape(str(x.shape))} for the file's input 'given'\. Expected .rows, 6.",
         )
         for x in (X[:, :5], X[:, :1], X[..., None], np.concatenate([X[:4], X[:4]], 1), X[0])
     },
@@ -661,12 +661,12 @@ RUNTIME = {
     "predict with too few channels": (
         lambda files: rls.predict_tflite(files / "open.tflite", np.zeros((2, 8, 8, 1))),
         rls.ArgumentError,
-        r"shape \(2, 8, 8, 1\) for the file's input 'input_1'\. Expected \(rows, any, any, 2\)\.$",
+        r"shape \(2, 8, 8, 1\) for the file's input 'picture'\. Expected \(rows, any, any, 2\)\.$",
     ),
     "predict with fractions for ids": (
         lambda files: rls.predict_tflite(files / "ids.tflite", np.zeros((3, 4))),
         rls.ArgumentError,
-        r"type float64 for the file's input 'input_1'\. Expected int32: x\.astype\('int32'\) if",
+        r"type float64 for the file's input 'ids'\. Expected int32: x\.astype\('int32'\) if",
     ),
     "predict with ids beyond their type": (
         lambda files: rls.predict_tflite(files / "ids.tflite", np.full((3, 4), 2**32)),
@@ -759,9 +759,17 @@ def test_a_wrong_call_is_refused_before_any_work(case, files):
 @pytest.fixture(scope="module")
 def exported_file(shared) -> None:
     rls.export_tflite(tiny(), shared / "real.tflite", "none")
-    stack = [layers.Input((None, None, 2)), layers.Conv2D(2, 3), layers.GlobalMaxPooling2D()]
+    stack = [
+        layers.Input((None, None, 2), name="picture"),
+        layers.Conv2D(2, 3),
+        layers.GlobalMaxPooling2D(),
+    ]
     rls.export_tflite(keras.Sequential(stack), shared / "open.tflite", "none")
-    stack = [layers.Input((4,), dtype="int32"), layers.Embedding(9, 3), layers.Flatten()]
+    stack = [
+        layers.Input((4,), name="ids", dtype="int32"),
+        layers.Embedding(9, 3),
+        layers.Flatten(),
+    ]
     rls.export_tflite(keras.Sequential(stack), shared / "ids.tflite", "none")
 
 

@@ -37,7 +37,7 @@ from rl_sparsity_tf.layers.kernels import check_constraints, find_kernels
 from rl_sparsity_tf.layers.rules import KernelSelection, Patterns, as_patterns
 from rl_sparsity_tf.layers.structure import fixed_batch
 from rl_sparsity_tf.layers.support import check_exportable
-from rl_sparsity_tf.layers.wrapping import accepted, is_wrapped
+from rl_sparsity_tf.layers.wrapping import accepted, is_wrapped, strip
 from rl_sparsity_tf.search.accuracy_search import AccuracySearch, check_alone, first_target
 from rl_sparsity_tf.search.arguments import (
     AUTO,
@@ -189,7 +189,10 @@ class Compressor:
             as_patterns("include", include),
             as_patterns("exclude", exclude),
         )
-        self.selection = KernelSelection.of(self.model, include, exclude).check(self.model)
+        selection = KernelSelection.of(self.model, include, exclude)
+        if not selection.paths and not selection.left:
+            strip(self.model)  # where something hides the layers, copying them says what
+        self.selection = selection.check(self.model)
         self.selection.check_sparsity(self.model, self.target.sparsity)
         check_constraints(self.selection.kernels(self.model))
         self.group = group_for(self.model, self.target, group, self.selection)
