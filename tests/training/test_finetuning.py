@@ -16,6 +16,7 @@ from rl_sparsity_tf.environment.reward import Outcome
 from rl_sparsity_tf.layers.kernels import walk
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.rules import KernelRule, resolve
+from rl_sparsity_tf.layers.wrapping import wrappers_of
 from rl_sparsity_tf.search.finishing import Figures, finish
 from rl_sparsity_tf.training.distillation import distilled
 from rl_sparsity_tf.training.mask_training import FineTuning, finetune
@@ -384,7 +385,7 @@ def test_a_layer_that_becomes_integers_trains_as_integers():
     model = network("mse")
     plan = CompressionPlan([KernelRule("*", 0.5, quantize=True, bits=4)])
     wrapped = rls.wrap(model, plan, train_masks=True)
-    for wrapper in rls.wrapping.wrappers_of(wrapped):
+    for wrapper in wrappers_of(wrapped):
         trained = wrapper.effective_kernel("kernel", training=True).numpy()
         np.testing.assert_array_equal(trained, wrapper.effective_kernel("kernel").numpy())
         scale = np.abs(trained).max(0) / 7
@@ -469,7 +470,7 @@ def test_finish_with_either_mask_holds_the_plan_and_learns_from_the_model(mask, 
     import rl_sparsity_tf.training.mask_training as module
 
     def note(student, teacher, share, batches):
-        masks = {wrapper.mask for wrapper in rls.wrapping.wrappers_of(student)}
+        masks = {wrapper.mask for wrapper in wrappers_of(student)}
         seen.append((masks, teacher, share))
         return distilled(student, teacher, share, batches)
 
