@@ -153,7 +153,7 @@ def first_order(
 ) -> CompressionPlan:
     r"""The groups whose removal changes the loss least, to first order.
 
-    A group scores \(|\sum_i g_i w_i|\) over its weights, with the gradient g of the compiled loss
+    A group scores `abs(sum_i g_i w_i)` over its weights, with the gradient g of the compiled loss
     averaged over up to 4,096 rows of the data. That is the root of the group contribution of
     Molchanov et al. 2019, "Importance estimation for neural network pruning", arXiv 1906.10771,
     section 3; for single weights it is the connection sensitivity of SNIP (Lee et al. 2019, arXiv
