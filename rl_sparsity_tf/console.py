@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 from rl_sparsity_tf.errors import printable
+from rl_sparsity_tf.randomness import python_and_numpy_random_kept
 
 
 class SearchProgress:
@@ -144,6 +145,16 @@ def logging_kept() -> Iterator[None]:
         if stand_in is not None:
             root.removeHandler(stand_in)
         absl.setLevel(level)
+
+
+@contextlib.contextmanager
+def without_traces() -> Iterator[None]:
+    """Leaves the process's logging and random generators as the caller had them, and is quiet.
+
+    What public functions that make or train models run in. Works as a decorator, too.
+    """
+    with quiet_tensorflow(), python_and_numpy_random_kept():
+        yield
 
 
 @contextlib.contextmanager

@@ -97,7 +97,9 @@ def test_the_script_writes_the_file_it_talks_about(tmp_path, quick):
     assert output.splitlines()[-1] == (
         f"digits.tflite: {size:,} bytes, test accuracy {accuracy:.4f}"
     )
-    assert "sparsity 0.9000 of all weights" in output
+    # The target is a bound from below.
+    sparsity = float(re.search(r"^sparsity (0\.\d+) of all weights", output, re.MULTILINE)[1])
+    assert 0.9 <= sparsity < 0.905
 
 
 @pytest.mark.slow

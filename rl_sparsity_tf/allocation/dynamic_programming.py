@@ -30,7 +30,7 @@ from rl_sparsity_tf.allocation.problem import PlanRequest, Problem
 from rl_sparsity_tf.allocation.size_budget import KernelCosts, SizeBudget
 from rl_sparsity_tf.allocation.storage import Storage
 from rl_sparsity_tf.allocation.target import Target
-from rl_sparsity_tf.console import quiet_tensorflow
+from rl_sparsity_tf.console import without_traces
 from rl_sparsity_tf.data.batches import training_data
 from rl_sparsity_tf.errors import DataError
 from rl_sparsity_tf.export.verification import check_repeatable
@@ -269,7 +269,7 @@ def dynamic_programming(
             "dynamic_programming was given no data, which it measures the layers' outputs on. "
             "Pass data=(x, y) or a dataset as fit takes them; lamp needs no data."
         )
-    with quiet_tensorflow():
+    with without_traces():
         sizes = [grouping.sizes for grouping in request.groupings.values()]
         _, elements = count_weights(request.model)
         goal = request.target.sparsity

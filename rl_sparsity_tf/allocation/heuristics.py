@@ -12,7 +12,7 @@ import tf_keras as keras
 from rl_sparsity_tf.allocation import ranking
 from rl_sparsity_tf.allocation.problem import PlanRequest
 from rl_sparsity_tf.allocation.target import Target
-from rl_sparsity_tf.console import quiet_tensorflow
+from rl_sparsity_tf.console import without_traces
 from rl_sparsity_tf.data.batches import training_data
 from rl_sparsity_tf.data.checks import Batch
 from rl_sparsity_tf.data.metrics import choose_metric, search_compile_arguments
@@ -225,7 +225,7 @@ def _heuristic(
         include=include,
         exclude=exclude,
     )
-    with quiet_tensorflow():
+    with without_traces():
         gradients: Mapping[str, np.ndarray] | None = None
         if name == "first_order":
             if data is None:

@@ -15,7 +15,7 @@ from rl_sparsity_tf.allocation.budgets import Budget
 from rl_sparsity_tf.allocation.problem import PlanRequest
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.checks import check_count
-from rl_sparsity_tf.console import quiet_tensorflow
+from rl_sparsity_tf.console import without_traces
 from rl_sparsity_tf.data.batches import TrainingData, training_data
 from rl_sparsity_tf.data.extremes import check_weights
 from rl_sparsity_tf.data.metrics import search_compile_arguments
@@ -115,7 +115,7 @@ def tfmot(
             "takes them; lamp needs no data."
         )
     load_tfmot()
-    with quiet_tensorflow():
+    with without_traces():
         # A shuffled dataset's order also depends on the global seed at the time it is made.
         tf.random.set_seed(seed)
         train = training_data(data, request.model, batch_size=batch_size, seed=seed)

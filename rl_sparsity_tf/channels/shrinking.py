@@ -14,7 +14,7 @@ from rl_sparsity_tf.channels.graph import ChannelGraph, PlacedStep, has_graph
 from rl_sparsity_tf.channels.groups import check_plain, no_graph
 from rl_sparsity_tf.channels.steps import Depthwise, Mix
 from rl_sparsity_tf.channels.units import masks, only_pruned, tie_channels
-from rl_sparsity_tf.console import printing, table_lines
+from rl_sparsity_tf.console import printing, table_lines, without_traces
 from rl_sparsity_tf.errors import RLSparsityError, one_line
 from rl_sparsity_tf.layers.copy_checks import check_copy
 from rl_sparsity_tf.layers.copying import copy_compile_state, copy_layer, copy_weights, freeze_alike
@@ -77,6 +77,7 @@ class ShrinkReport:
         print_fn(f"{self.weights_before:,} weights before, {self.weights_after:,} after")
 
 
+@without_traces()
 def shrink(
     model: keras.Model,
     plan: CompressionPlan | None = None,

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.console import quiet_tensorflow
+from rl_sparsity_tf.console import without_traces
 from rl_sparsity_tf.data.batches import Batch, evaluation_data, inputs_of
 from rl_sparsity_tf.data.metrics import (
     Evaluator,
@@ -28,7 +28,6 @@ from rl_sparsity_tf.export.saved_model import flat_call, reference_outputs
 from rl_sparsity_tf.layers.copy_checks import as_it_was, check_figures
 from rl_sparsity_tf.layers.structure import all_layers, flat_inputs, input_specs
 from rl_sparsity_tf.layers.wrapping import strip
-from rl_sparsity_tf.randomness import python_and_numpy_random_kept
 from rl_sparsity_tf.tflite.prediction import run_rows
 from rl_sparsity_tf.tflite.reading import FlatTensor
 from rl_sparsity_tf.tflite.worker import ConversionWorker, WorkerError
@@ -417,7 +416,7 @@ def check_repeatable(model: keras.Model, x: Any, batch_size: int | None = None) 
     """
     fixed = batch_size or next((spec.batch for spec in input_specs(model) if spec.batch), None)
     rows = [np.asarray(array)[: fixed or _ROWS] for array in flat_inputs(model, x)]
-    with quiet_tensorflow(), python_and_numpy_random_kept():
+    with without_traces():
         first, second = (_called(model, rows, fixed) for _ in range(2))
         differs = max(map(_difference, first, second), default=0.0)
         if differs <= _LIMIT_IF_DRAWN:

@@ -35,6 +35,7 @@ from tf_keras.protobuf import saved_metadata_pb2
 # Importing it registers the wrapper, so that wrapped models can be read back.
 import rl_sparsity_tf.layers.wrapper  # noqa: F401
 from rl_sparsity_tf.claims import FREE_BYTES, ClaimError, check_archive, check_hdf5, check_members
+from rl_sparsity_tf.console import logging_kept
 from rl_sparsity_tf.errors import ArgumentError, ModelError, did_you_mean, one_line
 from rl_sparsity_tf.files import as_file
 from rl_sparsity_tf.layers.untrusted import (
@@ -44,6 +45,7 @@ from rl_sparsity_tf.layers.untrusted import (
     forbidden_nodes,
     foreign_parts,
 )
+from rl_sparsity_tf.randomness import python_and_numpy_random_kept
 
 _TFMOT_LAYERS = {
     *("PruneLowMagnitude", "QuantizeLayer", "QuantizeWrapper", "QuantizeWrapperV2"),
@@ -109,6 +111,9 @@ def load_model(path: str | os.PathLike[str], *, trusted: bool = False) -> keras.
                     "file, pass trusted=True."
                 )
             scopes.enter_context(_held_to(path, stored))
+        # Keras draws the seeds of initialisers, and complains of weights through absl.
+        scopes.enter_context(logging_kept())
+        scopes.enter_context(python_and_numpy_random_kept())
         try:
             model = keras.models.load_model(path, safe_mode=not trusted)
         except ModelError:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import tf_keras as keras
 
+from rl_sparsity_tf.console import without_traces
 from rl_sparsity_tf.errors import ModelError, PlanError, check_choice, did_you_mean
 from rl_sparsity_tf.layers.copy_checks import check_copy
 from rl_sparsity_tf.layers.copying import (
@@ -35,6 +36,7 @@ from rl_sparsity_tf.layers.wrapper import CompressionWrapper, KernelSettings, un
 _log = logging.getLogger(__name__)
 
 
+@without_traces()
 def wrap(
     model: keras.Model,
     plan: CompressionPlan | None = None,
@@ -134,6 +136,7 @@ def wrap(
     return wrapped
 
 
+@without_traces()
 def strip(model: keras.Model) -> keras.Model:
     """Copies a wrapped model without its wrappers, masks, grids and permutations folded in.
 

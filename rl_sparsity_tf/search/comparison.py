@@ -19,7 +19,7 @@ from rl_sparsity_tf.allocation.problem import PlanRequest
 from rl_sparsity_tf.allocation.size_budget import formats_for
 from rl_sparsity_tf.allocation.tfmot import load_tfmot, prune_with_tfmot
 from rl_sparsity_tf.checks import check_count
-from rl_sparsity_tf.console import SearchProgress, printing, quiet_tensorflow, table_lines
+from rl_sparsity_tf.console import SearchProgress, printing, table_lines, without_traces
 from rl_sparsity_tf.environment.candidates import Candidate
 from rl_sparsity_tf.environment.curriculum import Constant
 from rl_sparsity_tf.environment.network import evaluate_plan
@@ -78,7 +78,7 @@ ALL_CHANNELS = (*(name for name in ALL if name != "tfmot"), *CHANNEL_HEURISTICS)
 _ATTEMPTS = 4
 
 
-@quiet_tensorflow()
+@without_traces()
 def compare(
     compressor: Compressor,
     contenders: str | Sequence[str] | None = None,

@@ -21,7 +21,7 @@ from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.channels.latency_table import LatencyTable
 from rl_sparsity_tf.channels.permutation import permute_channels
 from rl_sparsity_tf.checks import check_count, check_flag, check_share, check_type
-from rl_sparsity_tf.console import SearchProgress, quiet_tensorflow
+from rl_sparsity_tf.console import SearchProgress, without_traces
 from rl_sparsity_tf.data.batches import TrainingData, evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data.forms import as_rows
 from rl_sparsity_tf.data.weights import weight_table
@@ -215,7 +215,7 @@ class Compressor:
         self.last: FinishedSearch | None = None
         self._held = contextlib.ExitStack()
 
-    @quiet_tensorflow()
+    @without_traces()
     @_letting_go
     def search(
         self,

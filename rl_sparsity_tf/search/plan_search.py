@@ -16,7 +16,7 @@ from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.allocation.density_plans import PlanSpace, random_ratios, shares
 from rl_sparsity_tf.allocation.problem import PlanRequest
 from rl_sparsity_tf.allocation.target import Target
-from rl_sparsity_tf.console import quiet_tensorflow
+from rl_sparsity_tf.console import without_traces
 from rl_sparsity_tf.data.batches import evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data.forms import as_rows
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
@@ -111,7 +111,7 @@ def random_search(
         exclude=exclude,
     )
     _check_counts(evaluations, seed)
-    with quiet_tensorflow():
+    with without_traces():
         network, reward = _prepared(
             "random_search", request, data, validation_data, seed, reward, recovery
         )
@@ -176,7 +176,7 @@ def hill_climbing(
     _check_counts(evaluations, seed)
     if start is not None:
         start = _checked_start(start, request)
-    with quiet_tensorflow():
+    with without_traces():
         network, reward = _prepared(
             "hill_climbing", request, data, validation_data, seed, reward, recovery
         )
