@@ -16,8 +16,10 @@ import tf_keras as keras
 from rl_sparsity_tf.layers.structure import all_layers, is_graph
 from rl_sparsity_tf.layers.wrapper import CompressionWrapper
 
-BeforeCall = Callable[[CompressionWrapper, Any, str], None]
-"""`(wrapper, its inputs, their key)`: called before a wrapper computes."""
+BeforeCall = Callable[[CompressionWrapper, Any, str, bool], None]
+"""`(wrapper, its inputs, their key, first)`: called before a wrapper computes.
+
+`first` is whether this is the wrapper's first call in the model: shared layers have more."""
 
 
 @dataclasses.dataclass
@@ -62,6 +64,10 @@ class IncrementalPass:
         self._steps = [self._step(node.layer, node) for node in _nodes(model)]
         if not self._steps:
             self._steps = [self._step(model, None)]
+        self._first_steps: dict[int, _Step] = {}
+        for step in self._steps:
+            for wrapper in step.wrappers:
+                self._first_steps.setdefault(id(wrapper), step)
         self._keep = True
 
     def _step(self, layer: keras.layers.Layer, node: Any) -> _Step:
@@ -147,17 +153,16 @@ class IncrementalPass:
 
     @contextlib.contextmanager
     def _observed(self, step: _Step, key: str, before_call: BeforeCall) -> Iterator[None]:
-        seen: set[int] = set()
+        seen = {id(one) for one in step.wrappers if self._first_steps[id(one)] is not step}
 
-        def once(wrapper: CompressionWrapper, inputs: Any) -> None:
-            # A layer called several times is fitted to its first inputs.
-            if id(wrapper) not in seen:
-                seen.add(id(wrapper))
-                before_call(wrapper, inputs, key)
+        def called(wrapper: CompressionWrapper, inputs: Any) -> None:
+            first = id(wrapper) not in seen
+            seen.add(id(wrapper))
+            before_call(wrapper, inputs, key, first)
 
         with contextlib.ExitStack() as stack:
             for wrapper in step.wrappers:
-                stack.enter_context(wrapper.observed(functools.partial(once, wrapper)))
+                stack.enter_context(wrapper.observed(functools.partial(called, wrapper)))
             yield
 
     @contextlib.contextmanager

@@ -167,6 +167,33 @@ class Moments:
         return _ROUNDING * float(about_mean + np.mean(np.square(self.mean)))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Calls:
+    """The moments of so many rows of one call of a layer or several, and their outputs' mean."""
+
+    rows: int
+    moments: Moments
+    output_mean: np.ndarray
+
+    def plus(self, other: _Calls) -> _Calls:
+        """Those of both, about the means of both."""
+        rows = self.rows + other.rows
+        share = self.rows / rows
+        mean = share * self.moments.mean + (1.0 - share) * other.moments.mean
+        output_mean = share * self.output_mean + (1.0 - share) * other.output_mean
+        gram, cross = np.zeros_like(self.moments.gram), np.zeros_like(self.moments.cross)
+        for part, one in ((share, self), (1.0 - share, other)):
+            away, out = one.moments.mean - mean, one.output_mean - output_mean
+            if away.ndim == 1:
+                square, mixed = np.outer(away, away), np.outer(away, out)
+            else:  # depthwise
+                square = np.einsum("kc,lc->ckl", away, away)
+                mixed = np.repeat(away, len(out) // away.shape[1], axis=1) * out
+            gram += part * (one.moments.gram + square)
+            cross += part * (one.moments.cross + mixed)
+        return _Calls(rows, Moments(mean, gram, cross), output_mean)
+
+
 # Ordinary activations are computed with as they are, in the unit 1.
 _FAR = 2.0**30
 
@@ -208,14 +235,22 @@ class LayerProblem:
         adapts = getattr(layer, "use_bias", False) and not (fixed or fixed_bias)
         self.bias = layer.bias if adapts else None
         self._bias0 = None if self.bias is None else np.asarray(self.bias)
-        rows = source.take(inputs)
+        self._later: _Calls | None = None
+        self._first = self._call(source.take(inputs))
+        self._join(self._first)
+
+    def _call(self, rows: np.ndarray) -> _Calls:
+        """Takes the rows' outputs for what is wanted; their moments."""
         with np.errstate(over="ignore", invalid="ignore"):  # what that means is said in words
             outputs = self._product(rows, self.original)
             self._output_mean = outputs.mean(axis=0, dtype=np.float64)
             if self.bias is None:
                 self._output_mean = np.zeros_like(self._output_mean)
             self._wanted, self._wanted_unit = self._in_units(outputs - self._output_mean)
-        self.dense = self.moments(rows)
+        return _Calls(len(rows), self._moments(rows), self._output_mean)
+
+    def _join(self, calls: _Calls) -> None:
+        self.dense, self._output_mean = calls.moments, calls.output_mean
         # Single precision will do for comparing errors, and takes half the time.
         self._energy_unit = _unit(float(self.dense.gram.max()), _FAR**2)
         self._gram32 = (self.dense.gram / self._energy_unit).astype(np.float32)
@@ -228,12 +263,28 @@ class LayerProblem:
         other.grouping = grouping
         return other
 
+    def add_call(self, inputs: np.ndarray) -> None:
+        """Adds one more call of the layer to the problem, with its inputs in the dense network."""
+        call = copy.copy(self)._call(self.take(inputs))
+        self._later = call if self._later is None else self._later.plus(call)
+        self._join(self._first.plus(self._later))
+
     def take(self, inputs: np.ndarray) -> np.ndarray:
         """The rows of the layer's inputs."""
         return self._source.take(inputs)
 
     def moments(self, rows: np.ndarray) -> Moments:
-        """Computes the moments of rows taken from the same places as the dense network's."""
+        """Computes the moments of rows taken from the same places as the dense network's.
+
+        The rows are those of the layer's first call; later ones are the dense network's.
+        """
+        moments = self._moments(rows)
+        if self._later is None:
+            return moments
+        first = dataclasses.replace(self._first, moments=moments)
+        return first.plus(self._later).moments
+
+    def _moments(self, rows: np.ndarray) -> Moments:
         count = len(rows)
         mean = rows.mean(axis=0, dtype=np.float64)
         if self.bias is None:

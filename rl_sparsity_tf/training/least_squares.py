@@ -32,7 +32,9 @@ class LeastSquares:
 
     Each kernel is fed with the activations of the network compressed so far and fitted to give
     back the outputs of the dense layer, bias included; batch-norm layers re-estimate their
-    statistics on the way. Kernels of other layers than dense, convolutional and depthwise ones
+    statistics on the way. A layer that is called several times is fitted once, before its first
+    call, to all of them: of the later calls, which depend on the fit, the dense network's inputs
+    are taken. Kernels of other layers than dense, convolutional and depthwise ones
     keep their trained weights; so do frozen layers, whatever they are. Constraints on kernels and
     biases are applied to what was fitted.
 
@@ -76,13 +78,17 @@ class LeastSquares:
 
         faults: list[DataError] = []
 
-        def prepare(wrapper: CompressionWrapper, given: Any, key: str) -> None:
+        def prepare(wrapper: CompressionWrapper, given: Any, key: str, first: bool) -> None:
             for path in self._paths.get(id(wrapper), []):
                 source = sources[path]
                 if source is None or not isinstance(given, tf.Tensor):
                     continue
                 kernel = self._kernels[path]
                 try:
+                    if not first:
+                        if path in self.problems:
+                            self.problems[path].add_call(_array(given))
+                        continue
                     self.problems[path] = LayerProblem(
                         kernel,
                         groupings[path],
@@ -131,8 +137,9 @@ class LeastSquares:
         wrapper: CompressionWrapper,
         given: Any,
         key: str,
+        first: bool,
     ) -> None:
-        for path in self._paths.get(id(wrapper), []):
+        for path in self._paths.get(id(wrapper), []) if first else []:
             problem = self.problems.get(path)
             if problem is None:
                 continue

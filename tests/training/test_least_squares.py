@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.layers.operations import Operation
+from rl_sparsity_tf.layers.wrapper import unwrapped
 from rl_sparsity_tf.layers.wrapping import apply_plan, plan_of, wrap
 from rl_sparsity_tf.training.layer_problem import row_source
 from rl_sparsity_tf.training.least_squares import LeastSquares
@@ -257,14 +258,51 @@ def subclassed():
     return model
 
 
-MODELS = {"chain": chain, "branches": branches, "nested": nested, "subclassed": subclassed}
+def shared():
+    x = keras.Input((6, 6, 2))
+    one = L.Conv2D(4, 3, padding="same", activation="relu", name="one")
+    pair = L.Conv2D(4, 3, padding="same", activation="relu", name="pair")
+    deep = L.DepthwiseConv2D(3, padding="same", name="deep")
+    y = deep(pair(deep(pair(one(x)))))
+    return keras.Model(x, L.Dense(3, name="last")(L.GlobalAveragePooling2D()(y)), name="shared")
+
+
+class SharedInside(keras.Model):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.one = L.Dense(8, activation="relu", name="one")
+        self.pair = L.Dense(8, activation="relu", name="pair")
+        self.two = L.Dense(3, name="two")
+
+    def call(self, inputs):
+        return self.two(self.pair(self.pair(self.one(inputs))))
+
+
+def shared_inside():
+    model = SharedInside(name="shared_inside")
+    model(np.zeros((1, 12), np.float32))
+    return model
+
+
+MODELS = {
+    "chain": chain,
+    "branches": branches,
+    "nested": nested,
+    "subclassed": subclassed,
+    "shared": shared,
+    "shared_inside": shared_inside,
+}
 
 
 class Fitted:
     def __init__(self, name, group="element"):
         keras.utils.set_random_seed(5)
         self.model = MODELS[name]()
-        shape = (12,) if name in ("nested", "subclassed") else self.model.input_shape[1:]
+        shape = (
+            (12,)
+            if name in ("nested", "subclassed", "shared_inside")
+            else self.model.input_shape[1:]
+        )
         self.x = normal(96, *shape, seed=4).astype(np.float32)
         for layer in self.model.layers:  # statistics that fit the data, as after training
             if isinstance(layer, L.BatchNormalization):
@@ -373,6 +411,35 @@ def test_dense_layers_are_fitted_to_the_dense_networks_outputs_in_closed_form():
     design = np.concatenate([inner[:, 3:], np.ones((96, 1))], axis=1)
     best, *_ = np.linalg.lstsq(design, fitted.dense, rcond=None)
     np.testing.assert_allclose(fitted.wrapped(fitted.x).numpy(), design @ best, atol=2e-3)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_shared_layer_is_fitted_to_all_of_its_calls(use_bias):
+    x = normal(90, 3, 6, seed=2).astype(np.float32) + np.float32([[0], [2], [-1]])
+    inputs = [keras.Input((6,)) for _ in range(3)]
+    dense = L.Dense(4, use_bias=use_bias, bias_initializer="ones", name="pair")
+    model = keras.Model(inputs, L.Add()([dense(one) for one in inputs]))
+    parts = [x[:, call] for call in range(3)]
+    wrapped = wrap(model, group="element")
+    kernels = find_kernels(wrapped)
+    squares = LeastSquares(
+        wrapped, kernels, {"pair/kernel": kernels[0].grouping("element")}, parts, ridge=1e-9
+    )
+    live = np.random.default_rng(1).random((6, 4)) < 0.5
+    operations = np.where(live, Operation.KEEP, Operation.PRUNE).astype(np.uint8)
+    kernels[0].wrapper.assign_operations("kernel", operations)
+    squares.recover({"pair/kernel": operations}, {"pair/kernel": 8})
+    rows = np.concatenate(parts).astype(np.float64)
+    wanted = rows @ dense.kernel.numpy()
+    shift, mean = (rows.mean(0), wanted.mean(0)) if use_bias else (0.0, 0.0)
+    found = kernels[0].wrapper.effective_kernel("kernel").numpy()
+    for output in range(4):
+        alive = np.flatnonzero(live[:, output])
+        best = np.linalg.lstsq((rows - shift)[:, alive], (wanted - mean)[:, output], rcond=None)[0]
+        np.testing.assert_allclose(found[alive, output], best, atol=1e-4)
+    if use_bias:
+        bias = unwrapped(kernels[0].wrapper).bias.numpy()
+        np.testing.assert_allclose(bias, 1.0 + mean - shift @ found, atol=1e-4)
 
 
 def test_the_output_error_is_that_of_a_forward_pass():
