@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
@@ -45,6 +46,8 @@ from rl_sparsity_tf.search.finishing import (
 )
 from rl_sparsity_tf.tflite.timing import Timing, benchmark_tflite
 from rl_sparsity_tf.training.mask_training import FineTuning
+
+_log = logging.getLogger(__name__)
 
 _ATTEMPTS = 6
 # How much further than the overshoot the second attempt goes; every one after it goes twice as far
@@ -445,7 +448,38 @@ def play_final(
     least = min(_shortfall(finished) for finished, _ in found)
     found = [one for one in found if _shortfall(one[0]) == least]
     scores = [finished.validation for finished, _ in found]
-    return found[winner(scores, figures.metric, count_rows(figures.validation))]
+    finished, best = found[winner(scores, figures.metric, count_rows(figures.validation))]
+    warning = far_below(task, finished.validation)
+    if warning:
+        _log.warning("%s", warning)
+        progress.say(f"warning: {warning}")
+        finished = dataclasses.replace(finished, warnings=(*finished.warnings, warning))
+    return finished, best
+
+
+def far_below(task: Task, found: Score) -> str:
+    """What to say of a result that is hardly worth having; nothing of others.
+
+    That is one with less than half of what the dense network's figure is above chance (of an
+    accuracy, one of as many classes as the model has outputs; else 0), or an error of more than
+    twice the dense one's.
+    """
+    metric, dense = task.figures.metric, task.network.dense
+    if metric.higher_is_better:
+        chance = 0.0
+        shape = getattr(task.model, "output_shape", None)
+        if metric.is_accuracy and isinstance(shape, tuple) and shape and shape[-1]:
+            chance = 1.0 / max(2, shape[-1])
+        enough = found.metric - chance >= 0.5 * (dense.metric - chance)
+    else:
+        enough = found.metric <= 2.0 * dense.metric or dense.metric < 0
+    if enough:
+        return ""
+    return (
+        f"the result is far below the dense model on the validation data ({metric.name} "
+        f"{dense.metric:.4g} -> {found.metric:.4g}): choose a target that leaves more, more "
+        "finetune_epochs, or more training data"
+    )
 
 
 def _shortfall(finished: Finished) -> int:

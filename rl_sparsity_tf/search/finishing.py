@@ -22,7 +22,7 @@ from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan, KernelPlan
 from rl_sparsity_tf.layers.structure import flat_inputs
 from rl_sparsity_tf.layers.wrapping import plan_of, strip, wrap
-from rl_sparsity_tf.training.mask_training import FineTuning, finetune
+from rl_sparsity_tf.training.mask_training import LEARNING_RATE, FineTuning, clear_pruned, finetune
 
 _log = logging.getLogger(__name__)
 
@@ -132,12 +132,14 @@ def finish(
     wrapped = wrap(model, candidate.plan, mask=training.mask, train_masks=True)
     # Weights first, operations after: hard concrete logits and grids do not depend on them.
     candidate.put_weights(wrapped)
+    clear_pruned(wrapped)
     finetune(
         wrapped,
         figures.train,
         figures.validation,
         figures.metric,
         epochs=training.epochs,
+        learning_rate=LEARNING_RATE,
         teacher=model if teacher is None else teacher,
         distillation=training.distillation,
         warnings=warnings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from rl_sparsity_tf.data.metrics import Evaluator, Metric, Score, search_compile
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.operations import magnitude, permute
+from rl_sparsity_tf.layers.structure import all_layers
 from rl_sparsity_tf.layers.wrapper import CompressionWrapper
 from rl_sparsity_tf.layers.wrapping import wrappers_of
 from rl_sparsity_tf.training.distillation import distilled
@@ -136,6 +137,31 @@ def _borders(scores: np.ndarray, live: np.ndarray, grouping: Grouping) -> np.nda
     return np.repeat(last[:, 0], of, axis=0)[: grouping.inputs]
 
 
+def clear_pruned(wrapped: keras.Model) -> None:
+    """Sets to 0 what straight-through masks hide, in every kernel whose masks learn.
+
+    For plans whose living weights were fitted: what is pruned still has its trained weights, which
+    are larger than the fitted ones, so that the masks would follow them before any training had
+    said so. From 0 a group comes back only if training makes it grow.
+    """
+    for wrapper in wrappers_of(wrapped):
+        if not wrapper.train_masks or wrapper.mask != "straight_through":
+            continue
+        for attribute in wrapper.kernels:
+            state, grouping = wrapper.state(attribute), wrapper.grouping(attribute)
+            if "mask" not in state:
+                continue
+            variable, spec = wrapper.variable(attribute), wrapper.spec(attribute)
+            matrix = spec.to_matrix_numpy(variable.numpy())
+            swaps = state["swaps"] > 0 if "swaps" in state else None
+            if swaps is not None:
+                matrix = permute(tf.constant(matrix), swaps, grouping).numpy()
+            matrix = matrix * grouping.expand_numpy(state["mask"].numpy() > 0)
+            if swaps is not None:  # swapping twice is back
+                matrix = permute(tf.constant(matrix), swaps, grouping).numpy()
+            variable.assign(spec.from_matrix_numpy(matrix, variable.shape))
+
+
 def freeze_masks(
     wrapper: CompressionWrapper, chosen: Callable[[tf.Variable], bool] | None = None
 ) -> None:
@@ -157,8 +183,12 @@ DISTILLATION = 0.0
 with a teacher (benchmarks/finetuning.py); fixed and hard concrete ones were, at 0.5."""
 LEARNING_RATE = 2e-3
 # Adam moves a pruned weight as far as a living one, whatever its gradient's scale: at 2e-3 the
-# weights behind a straight-through mask grow back at random, and the masks follow them.
+# trained weights behind a straight-through mask grow back at random, and the masks follow them.
 STRAIGHT_THROUGH_LEARNING_RATE = 1e-3
+# As many of the pool's batches are enough for a mean and a variance.
+_STATISTICS_BATCHES = 16
+# Of the rate of a training that made the network worse, what a second one begins with.
+_SLOWER = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,7 +291,8 @@ def finetune(
     """Trains a wrapped model, its masks included, and keeps the best epoch after they froze.
 
     Where validation data says that the training made the model worse, or nothing finite came out
-    of it, what is kept is the model from before it.
+    of it, it is trained again from the start at a tenth of the learning rate; where that is no
+    better either, what is kept is the model from before it.
 
     The model is wrapped with `train_masks=True` and trained in place; 0 epochs leave it as it is.
     The learning rate is Adam's first, which falls to 0 as a cosine: by default 2e-3, and 1e-3 for
@@ -274,33 +305,91 @@ def finetune(
         learns = any(w.train_masks and w.mask == "straight_through" for w in wrappers_of(wrapped))
         learning_rate = STRAIGHT_THROUGH_LEARNING_RATE if learns else LEARNING_RATE
     steps = (train.steps or len(train.pool)) * max(1, epochs)
-    arguments = search_compile_arguments(wrapped, learning_rate)
-    schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
-    arguments["optimizer"] = keras.optimizers.Adam(schedule)
-    wrapped.compile(**arguments)
-    evaluator = Evaluator(wrapped, metric)
-    masks = MaskTraining()
-    keeper = _BestEpoch(evaluator, validation, masks)
-    followers = [masks, keeper, *(callbacks or [])]
-    if not epochs:
-        return evaluator(validation)
-    keeper.begin()
-    with distilled(wrapped, teacher, distillation, train.pool):
-        wrapped.fit(train.dataset, epochs=epochs, verbose=0, callbacks=followers)
-    score, warning = keeper.restore()
-    if warning:
-        _log.warning("%s", warning)
-        if warnings is not None:
-            warnings.append(warning)
+    warning = ""
+    for rate in (learning_rate, _SLOWER * learning_rate):
+        arguments = search_compile_arguments(wrapped, rate)
+        schedule = keras.optimizers.schedules.CosineDecay(rate, steps)
+        arguments["optimizer"] = keras.optimizers.Adam(schedule)
+        wrapped.compile(**arguments)
+        evaluator = Evaluator(wrapped, metric)
+        if not epochs:
+            return evaluator(validation)
+        masks = MaskTraining()
+        keeper = _BestEpoch(evaluator, validation, masks, FreshStatistics(wrapped, train.pool))
+        keeper.begin()
+        with distilled(wrapped, teacher, distillation, train.pool):
+            followers = [masks, keeper, *(callbacks or [])]
+            wrapped.fit(train.dataset, epochs=epochs, verbose=0, callbacks=followers)
+        score, failed = keeper.restore()
+        if not failed:
+            return score
+        warning = warning or failed
+    _log.warning("%s", warning)
+    if warnings is not None:
+        warnings.append(warning)
     return score
+
+
+class FreshStatistics:
+    """Estimates a model's batch-norm statistics anew, as means over batches of training rows.
+
+    Keras's moving statistics lag a hundred batches behind the weights, at its default momentum;
+    short trainings end before they have followed. Frozen layers keep theirs.
+    """
+
+    def __init__(self, model: keras.Model, batches: Sequence[Batch]):
+        self.layers = [
+            layer
+            for layer in all_layers(model)
+            if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
+        ]
+        self._model, self._batches = model, batches[:_STATISTICS_BATCHES]
+        self._function = tf.function(lambda x: model(x, training=True))
+
+    def renew(self) -> None:
+        """Sets the statistics of the present weights; nothing else of the model changes."""
+        own = [id(v) for layer in self.layers for v in (layer.moving_mean, layer.moving_variance)]
+        others = [v for v in self._model.non_trainable_variables if id(v) not in own]
+        kept = [variable.numpy() for variable in others]
+        momenta = [layer.momentum for layer in self.layers]
+        found: list[list[list[np.ndarray]]] = []
+        try:
+            for layer in self.layers:
+                layer.momentum = 0.0
+            for batch in self._batches:
+                self._function(batch[0])
+                found.append([_moving(layer) for layer in self.layers])
+        finally:
+            for layer, momentum in zip(self.layers, momenta, strict=True):
+                layer.momentum = momentum
+        for number, layer in enumerate(self.layers):
+            means = [
+                np.mean(parts, axis=0)
+                for parts in zip(*(one[number] for one in found), strict=True)
+            ]
+            layer.moving_mean.assign(means[0])
+            layer.moving_variance.assign(means[1])
+        for variable, value in zip(others, kept, strict=True):
+            variable.assign(value)
+
+
+def _moving(layer: Any) -> list[np.ndarray]:
+    return [layer.moving_mean.numpy(), layer.moving_variance.numpy()]
 
 
 class _BestEpoch(keras.callbacks.Callback):
     """Keeps the weights of the best epoch after the masks froze, and those from before them all."""
 
-    def __init__(self, evaluator: Evaluator, validation: list[Batch], masks: MaskTraining):
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        validation: list[Batch],
+        masks: MaskTraining,
+        statistics: FreshStatistics,
+    ):
         super().__init__()
         self._evaluator, self._validation, self._masks = evaluator, validation, masks
+        self._statistics = statistics
         self._before: tuple[Score, list[np.ndarray]] | None = None
         self._best: tuple[Score, list[np.ndarray]] | None = None
 
@@ -312,12 +401,21 @@ class _BestEpoch(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self._masks.frozen:
             self._consider()
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            self.model.stop_training = True
 
     def _present(self) -> tuple[Score, list[np.ndarray]]:
         return self._evaluator(self._validation), self._evaluator.model.get_weights()
 
     def _consider(self) -> None:
-        found = self._present()
+        self._take(self._present())
+        if self._statistics.layers:
+            trained = self._evaluator.model.get_weights()
+            self._statistics.renew()
+            self._take(self._present())
+            self._evaluator.model.set_weights(trained)
+
+    def _take(self, found: tuple[Score, list[np.ndarray]]) -> None:
         if self._best is None or self._improves(found[0], self._best[0]):
             self._best = found
 

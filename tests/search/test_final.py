@@ -14,7 +14,7 @@ from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.data.metrics import Metric, Score
 from rl_sparsity_tf.errors import ArgumentError, TargetError
 from rl_sparsity_tf.search import final
-from rl_sparsity_tf.search.final import play_final, winner
+from rl_sparsity_tf.search.final import far_below, play_final, winner
 from rl_sparsity_tf.search.finishing import Exported
 
 
@@ -48,7 +48,8 @@ def played(monkeypatch, outcomes, higher=True, name="accuracy", rows=10_000):
         metric=Metric(name=name, higher_is_better=higher),
         validation=[((np.zeros((rows, 1)),), None)],
     )
-    task = SimpleNamespace(figures=figures)
+    network = SimpleNamespace(dense=Score(metric=0.0, loss=0.0))
+    task = SimpleNamespace(figures=figures, model=object(), network=network)
     progress = SearchProgress(1, "accuracy", 0)
     finished, best = play_final(task, [candidate(n) for n in outcomes], [], progress, seed=0)
     assert seen == list(outcomes)
@@ -67,7 +68,9 @@ def test_equal_plans_are_fine_tuned_once(monkeypatch):
     data = [((np.zeros((1, 1)),), None)]
     figures = SimpleNamespace(metric=Metric("accuracy", True), validation=data)
     one, other, twin = candidate("a"), candidate("b"), candidate("c", plan="a")
-    task, progress = SimpleNamespace(figures=figures), SearchProgress(1, "accuracy", 0)
+    network = SimpleNamespace(dense=Score(metric=0.5, loss=1.0))
+    task = SimpleNamespace(figures=figures, model=object(), network=network)
+    progress = SearchProgress(1, "accuracy", 0)
     _, best = play_final(task, [one, other, twin], [], progress, seed=0)
     assert seen == ["a", "b"]
     assert best is one
@@ -155,3 +158,39 @@ def test_a_search_finishes_the_best_plans_of_several_proposers(monkeypatch):
 def test_a_number_of_finalists_that_cannot_be_is_refused(wrong):
     with pytest.raises(ArgumentError, match=r"finalists=.*"):
         rls.Compressor(trained(), rls.Target(sparsity=0.5)).search(None, None, finalists=wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "higher", "dense", "found", "says"),
+    [
+        ("accuracy", True, 0.95, 0.5, True),  # of ten classes, so 0.1 is chance
+        ("accuracy", True, 0.95, 0.53, False),
+        ("auc", True, 0.9, 0.44, True),
+        ("auc", True, 0.9, 0.46, False),
+        ("loss", False, 0.2, 0.41, True),
+        ("loss", False, 0.2, 0.39, False),
+        ("loss", False, -3.0, -1.0, False),  # twice of it says nothing
+        ("accuracy", True, 0.95, float("nan"), True),
+    ],
+)
+def test_a_result_far_below_the_dense_model_is_said_to_be_so(name, higher, dense, found, says):
+    task = SimpleNamespace(
+        figures=SimpleNamespace(metric=Metric(name, higher)),
+        network=SimpleNamespace(dense=Score(dense, 1.0)),
+        model=SimpleNamespace(output_shape=(None, 10)),
+    )
+    said = far_below(task, Score(found, 1.0))
+    assert bool(said) == says
+    if says:
+        assert f"({name} {dense:.4g} -> {found:.4g})" in said
+        assert "choose a target that leaves more" in said
+
+
+@pytest.mark.slow
+def test_of_what_is_left_of_nothing_the_summary_warns(caplog):
+    lines = []
+    result = search(compressor(trained(), target=rls.Target(sparsity=0.97)), finetune_epochs=0)
+    result.summary(print_fn=lines.append)
+    (warning,) = [one for one in result.metrics["warnings"] if "far below" in one]
+    assert warning in caplog.text
+    assert f"warning: {warning}" in "\n".join(lines)

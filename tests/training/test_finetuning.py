@@ -10,16 +10,22 @@ import tf_keras as keras
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
-from rl_sparsity_tf.data.metrics import Metric
+from rl_sparsity_tf.data.metrics import Evaluator, Metric
 from rl_sparsity_tf.environment.candidates import Candidate
 from rl_sparsity_tf.environment.reward import Outcome
-from rl_sparsity_tf.layers.kernels import walk
-from rl_sparsity_tf.layers.plan import CompressionPlan
+from rl_sparsity_tf.layers.kernels import find_kernels, walk
+from rl_sparsity_tf.layers.operations import Operation
+from rl_sparsity_tf.layers.plan import CompressionPlan, KernelPlan
 from rl_sparsity_tf.layers.rules import KernelRule, resolve
 from rl_sparsity_tf.layers.wrapping import wrappers_of
 from rl_sparsity_tf.search.finishing import Figures, finish
 from rl_sparsity_tf.training.distillation import distilled
-from rl_sparsity_tf.training.mask_training import FineTuning, finetune
+from rl_sparsity_tf.training.mask_training import (
+    FineTuning,
+    FreshStatistics,
+    clear_pruned,
+    finetune,
+)
 
 layers, losses = keras.layers, keras.losses
 LOSS = Metric("loss", False)
@@ -446,6 +452,87 @@ def test_what_was_there_before_a_training_that_diverges_is_kept(caplog):
             np.testing.assert_array_equal(one, other)
 
 
+def test_a_training_that_fails_is_tried_again_more_slowly():
+    model, x = network("mse", metrics=["mae"]), rows(64)
+    y = model.predict(x, verbose=0)
+    wrapped = rls.wrap(model, HALF, train_masks=True)
+    validation = evaluation_data((x, y), model, "validation_data")
+    arguments = (wrapped, training_data((x, y), model, batch_size=16), validation)
+    before = finetune(*arguments, Metric("mae", False), epochs=0)
+    rates, found = [], []
+
+    class Rates(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            rates.append(float(self.model.optimizer.learning_rate))
+            frozen = [v for v in self.model.weights if "mask_frozen" in v.name]
+            assert frozen
+            assert not any(float(v) for v in frozen)
+
+    options = {"learning_rate": 0.5, "callbacks": [Rates()], "warnings": found}
+    score = finetune(*arguments, Metric("mae", False), epochs=4, **options)
+    np.testing.assert_allclose(rates, [0.5, 0.05])
+    assert score.metric < before.metric
+    assert found == []
+
+
+@pytest.mark.parametrize("group", ["element", "block4"])
+def test_what_is_pruned_is_cleared_and_the_network_stays(group):
+    model, x = network("mse", units=6), rows(16)
+    rng = np.random.default_rng(0)
+    kernel = find_kernels(model)[0]
+    choice = rng.integers(0, 4, kernel.grouping(group).shape).astype(np.uint8)
+    entry = KernelPlan(kernel.path, kernel.shape, kernel.spec.layout, group, 8, choice)
+    wrapped = rls.wrap(model, CompressionPlan([entry]), train_masks=True)
+    before, (wrapper,) = wrapped(x).numpy(), wrappers_of(wrapped)
+    assert np.count_nonzero(wrapper.variable("kernel")) == kernel.size
+    clear_pruned(wrapped)
+    np.testing.assert_array_equal(wrapped(x), before)
+    live = kernel.grouping(group).expand_numpy(choice != Operation.PRUNE)
+    assert np.count_nonzero(wrapper.variable("kernel")) == np.count_nonzero(live)
+    fixed = rls.wrap(model, CompressionPlan([entry]))
+    clear_pruned(fixed)
+    assert np.count_nonzero(wrappers_of(fixed)[0].variable("kernel")) == kernel.size
+
+
+def test_batch_norm_statistics_are_those_of_the_rows():
+    model = keras.Sequential(
+        [layers.Input((5,)), layers.Dense(3), layers.BatchNormalization(), layers.Dense(2)]
+    )
+    frozen = layers.BatchNormalization(trainable=False)
+    model = keras.Sequential([*model.layers, layers.Dropout(0.5), frozen])
+    model.build((None, 5))
+    x = np.random.default_rng(0).normal(2.0, 3.0, (64, 5)).astype(np.float32)
+    batches = [(x[start : start + 16], None) for start in range(0, 64, 16)]
+    before = model.get_weights()
+    FreshStatistics(model, batches).renew()
+    norm, seen = model.layers[1], model.layers[0](x).numpy()
+    np.testing.assert_allclose(norm.moving_mean, seen.mean(0), rtol=1e-4)
+    inside = np.mean([seen[start : start + 16].var(0) for start in range(0, 64, 16)], axis=0)
+    np.testing.assert_allclose(norm.moving_variance, inside, rtol=1e-4)
+    assert norm.momentum == layers.BatchNormalization().momentum
+    changed = {id(norm.moving_mean), id(norm.moving_variance)}
+    for variable, value in zip(model.weights, before, strict=True):
+        if id(variable) not in changed:
+            np.testing.assert_array_equal(variable, value)
+
+
+def test_no_better_statistics_are_left_out_after_a_short_training():
+    stack = [layers.Input((5,)), layers.Dense(4), layers.BatchNormalization(), layers.Dense(1)]
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(stack)
+    x = np.random.default_rng(0).normal(4.0, 3.0, (64, 5)).astype(np.float32)
+    y = x.sum(1, keepdims=True)
+    model.compile("sgd", "mse")
+    validation = evaluation_data((x, y), model, "validation_data")
+    wrapped = rls.wrap(model, HALF, train_masks=True)
+    data = training_data((x, y), model, batch_size=16)
+    score = finetune(wrapped, data, validation, LOSS, epochs=20)
+    evaluator = Evaluator(wrapped, LOSS)
+    assert evaluator(validation) == score
+    FreshStatistics(wrapped, data.pool).renew()
+    assert evaluator(validation).loss > score.loss - 1e-5
+
+
 # ---------------------------------------------------------------------------- finish
 
 
@@ -482,7 +569,8 @@ def test_finish_with_either_mask_holds_the_plan_and_learns_from_the_model(mask, 
         training=FineTuning(epochs=4, mask=mask, distillation=0.25),
         quantization="plan",
     )
-    assert seen == [({mask}, model, 0.25)]
+    assert seen
+    assert all(one == ({mask}, model, 0.25) for one in seen)
     for path, entry in finished.plan.kernels.items():
         assert (entry.operations == rls.Operation.PRUNE).sum() == (
             plan.kernels[path].operations == rls.Operation.PRUNE
