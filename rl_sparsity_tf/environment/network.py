@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -317,6 +318,16 @@ class CompressedNetwork:
         self.seen.add(digest)
         self.outcome = retargeted(self, self._known[digest])
         return self.outcome
+
+    @contextlib.contextmanager
+    def recovered(self) -> Iterator[LeastSquares]:
+        """Has the fit of the present plan in the network while it is open."""
+        self._recover()  # of the plan evaluated last, all is at hand
+        try:
+            assert self.least_squares is not None
+            yield self.least_squares
+        finally:
+            self._undo_recovery()
 
     def _recover(self) -> None:
         assert self.least_squares is not None

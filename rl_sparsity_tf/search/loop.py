@@ -37,6 +37,7 @@ from rl_sparsity_tf.environment.candidates import (
 )
 from rl_sparsity_tf.environment.curriculum import Stage
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
+from rl_sparsity_tf.environment.reranking import Rounds, can_rerank, reranked
 from rl_sparsity_tf.environment.reward import bounded
 from rl_sparsity_tf.errors import ArgumentError, RunError, SearchInterrupted, one_line
 from rl_sparsity_tf.layers.operations import Operation
@@ -169,6 +170,7 @@ class SearchLoop:
         full = self._network.budget
         if episodes == 0:
             self.begin(Stage(start=0, end=0), full, None, progress)
+            self._rerank(progress)
             assert self.best is not None
             return self.best
         stages = self._settings.curriculum.schedule(episodes)
@@ -192,8 +194,34 @@ class SearchLoop:
                 if stage is not left[0]:
                     begin(stage)
                 self.play(progress)
+        self._rerank(progress)
         assert self.best is not None
         return self.best
+
+    def _rerank(self, progress: SearchProgress) -> None:
+        """Decides anew which groups of the finalists' kernels live, as long as that is better.
+
+        Whoever proposed a plan keeps it: the densities are theirs.
+        """
+        network = self._network
+        if not can_rerank(network):
+            return
+        progress.say("ranking the weights of the best plans anew")
+        steps = self._settings.buckets * network.recovery.steps
+        for one in list(self.finalists):
+            best = one
+            evaluate_plan(network, best.plan, steps)
+            for powers in (rounds := Rounds()):
+                plan = reranked(network, *powers)
+                outcome = evaluate_plan(network, plan, steps)
+                value = bounded(self._settings.reward, outcome, None)
+                rounds.better = is_better(value, outcome, best)
+                if rounds.better:
+                    best = Candidate.of(network, value, one.episode, one.proposed_by)
+                else:
+                    evaluate_plan(network, best.plan, steps)
+            if best is not one:
+                self.finalists.add(best)
 
     @property
     def network(self) -> CompressedNetwork:

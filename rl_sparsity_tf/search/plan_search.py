@@ -20,6 +20,7 @@ from rl_sparsity_tf.console import without_traces
 from rl_sparsity_tf.data.batches import evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data.forms import as_rows
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
+from rl_sparsity_tf.environment.reranking import SCHEDULE, Rounds, can_rerank, reranked
 from rl_sparsity_tf.environment.reward import Outcome, Reward, RewardFunction, bounded
 from rl_sparsity_tf.errors import ArgumentError, DataError, PlanError
 from rl_sparsity_tf.export.verification import check_repeatable
@@ -139,6 +140,9 @@ def hill_climbing(
 ) -> CompressionPlan:
     """Moves density between two kernels at a time, and keeps what improves the reward.
 
+    The last evaluations, four or a quarter of all, rank the best plan's masks anew in the network
+    that was fitted to it, where that can be done.
+
     Args:
         model: A built and compiled `tf_keras` model. It is not changed.
         data: Training data as `fit` takes it, for the recovery.
@@ -204,6 +208,7 @@ def search_randomly(
     trials = _Trials(network, reward, evaluations, steps)
     while trials.going:
         trials.run(space.plan(random_ratios(rng, len(network.kernels))))
+    trials.rerank()
     return trials.found()
 
 
@@ -240,17 +245,23 @@ def climb(
         live = space.live(space.scores(moved))
         if trials.run(space.plan_of(live)):
             densities = shares(live)
+    trials.rerank()
     return trials.found()
 
 
 class _Trials:
-    """Evaluates plans, each once, and remembers the best."""
+    """Evaluates plans, each once, and remembers the best.
+
+    A quarter of the evaluations at most, at the end, goes to masks that are ranked anew.
+    """
 
     def __init__(
         self, network: CompressedNetwork, reward: RewardFunction, evaluations: int, steps: int
     ):
         self._network, self._reward = network, reward
         self._evaluations, self._steps = evaluations, steps
+        rounds = min(len(SCHEDULE), evaluations // 4)
+        self._reserved = rounds if can_rerank(network) else 0
         self._seen: set[str] = set()
         self._repeated = 0
         self._best: tuple[float, Outcome, CompressionPlan] | None = None
@@ -259,7 +270,8 @@ class _Trials:
     @property
     def going(self) -> bool:
         """Whether there are evaluations left, and plans to be expected that were not seen."""
-        return len(self._history) < self._evaluations and self._repeated < _PATIENCE
+        left = self._evaluations - self._reserved - len(self._history)
+        return left > 0 and self._repeated < _PATIENCE
 
     def run(self, plan: CompressionPlan) -> bool:
         """Evaluates a plan if it is new; whether it is the best so far."""
@@ -281,6 +293,16 @@ class _Trials:
         assert self._best is not None
         self._history.append(self._best[0])
         return improved
+
+    def rerank(self) -> None:
+        """Decides anew which groups of the best plan's kernels live, as long as that is better."""
+        self._repeated, steps = 0, self._steps * self._network.recovery.steps
+        for powers in (rounds := Rounds()):
+            if not self._reserved or len(self._history) >= self._evaluations:
+                return
+            assert self._best is not None
+            evaluate_plan(self._network, self._best[2], steps)
+            rounds.better = self.run(reranked(self._network, *powers))
 
     def found(self) -> FoundPlan:
         """The best plan, and how the best value rose."""

@@ -360,9 +360,13 @@ class LayerProblem:
     @property
     def input_energy(self) -> np.ndarray:
         """Mean square of what every weight is multiplied with, shape `(inputs, outputs)` or 1."""
+        return self.energy_of(self.dense)
+
+    def energy_of(self, moments: Moments) -> np.ndarray:
+        """[input_energy][] by other moments than those of the dense network."""
         if not self._source.depthwise:
-            return np.diag(self.dense.gram)[:, None]
-        return np.einsum("okk->ko", self._per_output(self.dense.gram))
+            return np.diag(moments.gram)[:, None]
+        return np.einsum("okk->ko", self._per_output(moments.gram))
 
     def fit(self, operations: np.ndarray, bits: int, moments: Moments) -> None:
         """Sets the kernel and bias to what gives the dense layer's outputs back best.

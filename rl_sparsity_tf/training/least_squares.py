@@ -61,6 +61,7 @@ class LeastSquares:
         fixed = {id(weight) for weight in model.non_trainable_weights}
         self.problems: dict[str, LayerProblem] = {}
         self._moments: dict[str, tuple[str, Moments]] = {}
+        self._fitted_to: dict[str, Moments] = {}
         self._dense_keys: dict[str, str] = {}
         self._paths: dict[int, list[str]] = {}
         sources = {}
@@ -158,7 +159,18 @@ class LeastSquares:
                     problem.restore()
                     continue
                 self._moments[path] = (key, moments)
+            self._fitted_to[path] = moments
             problem.fit(operations[path], bits[path], moments)
+
+    def input_energy(self, path: str) -> np.ndarray | None:
+        """Mean square of what every weight is multiplied with, as of the last fit.
+
+        The shape is `(inputs, outputs)` or `(inputs, 1)`; None for kernels that are not fitted.
+        """
+        problem = self.problems.get(path)
+        if problem is None or problem.fixed:
+            return None
+        return problem.energy_of(self._fitted_to.get(path, problem.dense))
 
     def reset(self) -> None:
         """Puts the trained weights and statistics back, if they were changed."""

@@ -60,19 +60,23 @@ def update_masks(wrapper: CompressionWrapper) -> None:
         state = wrapper.state(attribute)
         if "mask_logits" not in state or float(state["mask_frozen"]) > 0:
             continue
-        grouping = wrapper.grouping(attribute)
-        scores, live = mask_scores(wrapper, attribute), state["mask"].numpy() > 0
-        if grouping.pattern:
-            counts = grouping.in_blocks(live).sum(1)
-            state["mask"].assign(grouping.largest(scores, counts).astype(np.float32))
-            continue
-        # Groups compete with groups of their own size: a short tail block that made way for a
-        # full one would raise the sparsity with every selection.
-        for same in _by_size(grouping.sizes):
-            pruned = live[same].size - np.count_nonzero(live[same])
-            if pruned < live[same].size:
-                live[same] = _without_smallest(scores[same], pruned)
-        state["mask"].assign(live.astype(np.float32))
+        live = state["mask"].numpy() > 0
+        chosen = largest_alike(mask_scores(wrapper, attribute), live, wrapper.grouping(attribute))
+        state["mask"].assign(chosen.astype(np.float32))
+
+
+def largest_alike(scores: np.ndarray, live: np.ndarray, grouping: Grouping) -> np.ndarray:
+    """Marks as many groups as live now, those of the highest scores."""
+    if grouping.pattern:
+        return grouping.largest(scores, grouping.in_blocks(live).sum(1))
+    live = live.copy()
+    # Groups compete with groups of their own size: a short tail block that made way for a
+    # full one would raise the sparsity with every selection.
+    for same in _by_size(grouping.sizes):
+        pruned = live[same].size - int(np.count_nonzero(live[same]))
+        if pruned < live[same].size:
+            live[same] = _without_smallest(scores[same], pruned)
+    return live
 
 
 def _by_size(sizes: np.ndarray) -> list[slice]:

@@ -1,0 +1,157 @@
+"""Masks in context: which weights of a kernel live, ranked anew in the network that was fitted."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras as keras
+
+import rl_sparsity_tf as rls
+from rl_sparsity_tf.allocation.decisions import KernelDecisions
+from rl_sparsity_tf.data.batches import evaluation_data, training_data
+from rl_sparsity_tf.data.datasets import load_digits_data
+from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
+from rl_sparsity_tf.environment.reranking import (
+    SCHEDULE,
+    Rounds,
+    _output_weights,
+    can_rerank,
+    reranked,
+)
+from rl_sparsity_tf.layers.operations import Operation
+
+L = keras.layers
+SPARSITY = 0.92
+
+
+def compiled(model, loss="sparse_categorical_crossentropy", metrics=("accuracy",)):
+    model.compile(keras.optimizers.Adam(1e-2), loss, metrics=list(metrics))
+    return model
+
+
+def network_of(model, x, y, group="element", sparsity=0.8, **options):
+    return CompressedNetwork(
+        model,
+        training_data((x, y), model, batch_size=64),
+        evaluation_data((x, y), model, "validation_data"),
+        target=rls.Target(sparsity=sparsity),
+        decisions=KernelDecisions(group),
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """A trained network with a convolution, a depthwise one and a dense layer called twice."""
+    data = load_digits_data()
+    keras.utils.set_random_seed(1)
+    twice = L.Dense(24, activation="relu", name="twice")
+    given = keras.Input(data.input_shape)
+    x = L.Conv2D(12, 3, activation="relu", name="conv")(given)
+    x = L.DepthwiseConv2D(3, activation="relu", name="deep")(x)
+    x = L.Dense(24, activation="relu", name="first")(L.Flatten()(x))
+    x = L.Dense(data.num_classes, activation="softmax", name="last")(twice(twice(x)))
+    model = compiled(keras.Model(given, x))
+    model.fit(data.x_train, data.y_train, batch_size=64, epochs=8, verbose=0)
+    return model, data
+
+
+@pytest.mark.parametrize("group", ["element", "block4"])
+def test_ranking_anew_is_better_and_prunes_as_much(digits, group):
+    model, data = digits
+    network = network_of(model, data.x_train, data.y_train, group, SPARSITY)
+    plan = rls.baselines.lamp(model, sparsity=SPARSITY, group=group)
+    assert can_rerank(network)
+    first = best = evaluate_plan(network, plan)
+    for powers in (rounds := Rounds()):
+        evaluate_plan(network, plan)
+        weights = network.model.get_weights()
+        new = reranked(network, *powers)
+        assert network.plan == plan  # it is left as it was
+        for one, other in zip(network.model.get_weights(), weights, strict=True):
+            np.testing.assert_array_equal(one, other)
+        for path, entry in new.kernels.items():
+            old = plan.kernels[path].operations
+            assert np.count_nonzero(entry.operations == Operation.PRUNE) == np.count_nonzero(
+                old == Operation.PRUNE
+            )
+            both = (entry.operations != Operation.PRUNE) & (old != Operation.PRUNE)
+            np.testing.assert_array_equal(entry.operations[both], old[both])
+        outcome = evaluate_plan(network, new)
+        assert outcome.sparsity == pytest.approx(first.sparsity, abs=2e-3)
+        rounds.better = outcome.loss < best.loss
+        if rounds.better:
+            plan, best = new, outcome
+    assert best.loss < 0.9 * first.loss
+
+
+def test_outputs_weigh_what_their_gradients_say():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([L.Input((3,)), L.Dense(5, "relu", name="one"), L.Dense(2)])
+    compiled(model, "mse", ["mae"])
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(64, 3)).astype("float32"), rng.normal(size=(64, 2)).astype("float32")
+    network = network_of(model, x, y, sparsity=0.3)
+    evaluate_plan(network, rls.baselines.uniform(model, sparsity=0.3))
+    with network.recovered():
+        wrapped = network.model
+        found = _output_weights(network, network.kernels)
+        inner = [layer.layer for layer in wrapped.layers if hasattr(layer, "layer")]
+        assert [layer.activation.__name__ for layer in inner] == ["relu", "linear"]
+        hidden = tf.keras.backend.get_value(wrapped.layers[0](x))
+        last = wrapped.layers[-1].effective_kernel("kernel").numpy()
+        residual = wrapped(x).numpy() - y
+    # Of the mean over batch and outputs: the factor drops out.
+    own = np.square(residual).mean(0)
+    behind = np.square((residual @ last.T) * (hidden > 0)).mean(0)
+    paths = [kernel.path for kernel in network.kernels]
+    np.testing.assert_allclose(found[paths[1]], own / own.mean(), rtol=1e-4)
+    np.testing.assert_allclose(found[paths[0]], behind / behind.mean(), rtol=1e-4)
+
+
+class OwnStep(keras.Model):
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+def test_what_cannot_be_ranked_anew_is_left_alone():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(64, 4)).astype("float32"), rng.integers(0, 3, 64)
+    given = keras.Input((4,))
+    out = L.Dense(3, activation="softmax")(L.Dense(6, activation="relu")(given))
+    model, own = compiled(keras.Model(given, out)), compiled(OwnStep(given, out))
+    assert not can_rerank(network_of(own, x, y, sparsity=0.5))
+    trained = rls.Recovery(method="finetune", steps=1)
+    assert not can_rerank(network_of(model, x, y, sparsity=0.5, recovery=trained))
+    network = network_of(model, x, y, sparsity=0.5)
+    plan = rls.baselines.uniform(model, sparsity=0.5)
+    shuffled = {
+        path: np.where(entry.operations == Operation.PRUNE, entry.operations, Operation.SHUFFLE)
+        for path, entry in plan.kernels.items()
+    }
+    network.reset()
+    for path, operations in shuffled.items():
+        network.assign(path, operations.astype(np.uint8))
+    network.finish(evaluated=False)
+    assert reranked(network, 0.5, 1.0) == network.plan
+
+
+def test_a_ranking_that_was_no_better_is_not_tried_twice():
+    tried = []
+    for powers in Rounds():
+        tried.append(powers)
+    assert tried == list(dict.fromkeys(SCHEDULE))
+    tried = []
+    for powers in (rounds := Rounds()):
+        tried.append(powers)
+        rounds.better = True
+    assert tried == list(SCHEDULE)
+
+
+def test_searches_without_an_agent_rank_anew_within_their_evaluations(digits):
+    model, data = digits
+    rows = (data.x_train, data.y_train)
+    for search in (rls.baselines.random_search, rls.baselines.hill_climbing):
+        few = search(model, rows, sparsity=0.9, validation_data=rows, evaluations=3)
+        more = search(model, rows, sparsity=0.9, validation_data=rows, evaluations=4)
+        network = network_of(model, *rows, sparsity=0.9)
+        assert evaluate_plan(network, more).loss < evaluate_plan(network, few).loss
