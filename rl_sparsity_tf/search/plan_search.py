@@ -77,8 +77,8 @@ def random_search(
     """The best of many random allocations, each recovered and evaluated on validation data.
 
     Every kernel draws a density, log-uniform within a factor of 8 around the others'; all are
-    scaled to the target, and the smallest groups go first. The last evaluations rank the best plan's
-    masks anew, as in [hill_climbing][rl_sparsity_tf.baselines.hill_climbing].
+    scaled to the target, and the smallest groups go first. The last evaluations rank the best
+    plan's masks anew, as in [hill_climbing][rl_sparsity_tf.baselines.hill_climbing].
 
     Args:
         model: A built and compiled `tf_keras` model. It is not changed.
