@@ -273,15 +273,15 @@ def _interrupted(error: KeyboardInterrupt, options: argparse.Namespace) -> str:
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
+    from rl_sparsity_tf.checks import check_count
+
     # The search checks them as well, but after data and models are loaded, and trained by the demo.
     for name, smallest in _SMALLEST.items():
         value = getattr(options, name, None)
         if name == "episodes" and getattr(options, "policy", None):
             smallest = 0
-        if value is not None and value < smallest:
-            raise ArgumentError(
-                f"{name}={value} cannot be used. Expected a whole number of at least {smallest}."
-            )
+        if value is not None:
+            check_count(name, value, smallest)
 
 
 def _in_options(message: str, options: argparse.Namespace) -> str:
