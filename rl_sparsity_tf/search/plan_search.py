@@ -29,12 +29,13 @@ from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.rules import Patterns, resolve
 from rl_sparsity_tf.layers.structure import fixed_batch
+from rl_sparsity_tf.search.arguments import SearchOptions
 from rl_sparsity_tf.training.recovery import Recovery, as_recovery
 
 # Proposals in a row that were evaluated before, after which there is nothing new to find.
 _PATIENCE = 200
-# As the search has it: rows of the validation data, and decisions per kernel.
-_ROWS, _DECISIONS, _BATCH = 2000, 8, 128
+# As the search has it.
+_DECISIONS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -318,14 +319,14 @@ def _prepared(
             "(outcome, previous) -> float."
         )
     model = request.model
-    rows, batch_size = as_rows(data, "train", _BATCH)
+    rows, batch_size = as_rows(data, "train", SearchOptions.batch_size)
     train = training_data(rows, model, batch_size=batch_size, seed=seed)
     check_repeatable(model, train.pool[0][0])
     validation = evaluation_data(validation_data, model, "validation_data")
     network = CompressedNetwork(
         model,
         train,
-        sample_rows(validation, _ROWS, seed=seed, fixed=fixed_batch(model)),
+        sample_rows(validation, SearchOptions.validation_rows, seed=seed, fixed=fixed_batch(model)),
         target=request.target,
         decisions=KernelDecisions(request.group, selection=request.selection),
         recovery=as_recovery(recovery),
