@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import json
 import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rl_sparsity_tf.console import quiet_libraries
 from rl_sparsity_tf.errors import ArgumentError, RLSparsityError, one_line, printable
@@ -58,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--finetune-epochs", type=int, help="epochs of every fine-tuning (about 1,500 steps)"
     )
-    _add_search_arguments(demo, episodes=20)
+    _add_search_arguments(demo)
 
     compress = commands.add_parser("compress", help="compress a model of your own")
     compress.add_argument("model", help=".keras or .h5 file, or SavedModel folder of tf_keras")
@@ -97,21 +98,17 @@ def build_parser() -> argparse.ArgumentParser:
         )
     compress.add_argument("--latency-table", help="JSON of layers' times (else measured)")
     compress.add_argument("--hierarchy", action="store_true", help="let an agent order the layers")
-    compress.add_argument(
-        "--quantization", choices=_QUANTIZATIONS, default="plan", help="how to export"
-    )
+    compress.add_argument("--quantization", choices=_QUANTIZATIONS, help="how to export")
     compress.add_argument(
         "--recovery",
         choices=_RECOVERIES,
         help="how plans recover before they are evaluated (least_squares where layers allow it)",
     )
-    compress.add_argument("--batch-size", type=int, default=128, help="rows in a training batch")
+    compress.add_argument("--batch-size", type=int, help="rows in a training batch")
     compress.add_argument(
         "--finetune-epochs", type=int, help="epochs of the final fine-tuning (about 1,500 steps)"
     )
-    compress.add_argument(
-        "--finalists", type=int, default=3, help="plans fine-tuned at the end (3)"
-    )
+    compress.add_argument("--finalists", type=int, help="plans fine-tuned at the end (3)")
     compress.add_argument(
         "--unroll", action="store_true", help="export recurrent layers without a loop"
     )
@@ -158,9 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_search_arguments(
-    parser: argparse.ArgumentParser, episodes: int = 24, *, sizes: bool = False
-) -> None:
+def _add_search_arguments(parser: argparse.ArgumentParser, *, sizes: bool = False) -> None:
     parser.add_argument("--agent", choices=("dqn", "ppo"), help="who decides (dqn)")
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
@@ -188,7 +183,7 @@ def _add_search_arguments(
         default="constant",
         help="how the target rises over the episodes",
     )
-    parser.add_argument("--episodes", type=int, default=episodes, help="passes over all layers")
+    parser.add_argument("--episodes", type=int, help="passes over all layers")
     parser.add_argument("--seed", type=int, default=0, help="everything random follows from it")
     parser.add_argument(
         "--compare", action="store_true", help="run all contenders under the same conditions"
@@ -273,15 +268,15 @@ def _interrupted(error: KeyboardInterrupt, options: argparse.Namespace) -> str:
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
+    from rl_sparsity_tf.checks import check_count
+
     # The search checks them as well, but after data and models are loaded, and trained by the demo.
     for name, smallest in _SMALLEST.items():
         value = getattr(options, name, None)
         if name == "episodes" and getattr(options, "policy", None):
             smallest = 0
-        if value is not None and value < smallest:
-            raise ArgumentError(
-                f"{name}={value} cannot be used. Expected a whole number of at least {smallest}."
-            )
+        if value is not None:
+            check_count(name, value, smallest)
 
 
 def _in_options(message: str, options: argparse.Namespace) -> str:
@@ -327,6 +322,12 @@ def _target(options: argparse.Namespace) -> Target:
     return Target(**(given or {"sparsity": _DEFAULT_SPARSITY}))
 
 
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The arguments of those names that the command line gives; others have their defaults."""
+    found = {name: getattr(options, name, None) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _demo(options: argparse.Namespace) -> int:
     from rl_sparsity_tf.demo import run_demo
     from rl_sparsity_tf.search.run_directory import check_unfinished
@@ -337,16 +338,13 @@ def _demo(options: argparse.Namespace) -> int:
         check_unfinished(options.output)
     result = run_demo(
         options.dataset,
-        agent=options.agent or "dqn",
         output=options.output,
         seed=options.seed,
-        episodes=options.episodes,
         sparsity=target.value,
         curriculum=options.curriculum,
-        finetune_epochs=options.finetune_epochs,
         memory_limit_mb=options.memory_limit_mb,
         contenders="all" if options.compare else None,
-        verbose=options.verbose,
+        **_given(options, "agent", "episodes", "finetune_epochs", "verbose"),
     )
     return _without_file(result, options)
 
@@ -361,8 +359,10 @@ def _compress(options: argparse.Namespace) -> int:
 def _compress_known(options: argparse.Namespace) -> int:
     from rl_sparsity_tf.agents.policies import check_policy_path
     from rl_sparsity_tf.data.datasets import load_dataset, load_npz
+    from rl_sparsity_tf.demo import search_data
     from rl_sparsity_tf.errors import ModelError
     from rl_sparsity_tf.layers.loading import load_model
+    from rl_sparsity_tf.search.arguments import SearchOptions
     from rl_sparsity_tf.search.comparison import compare, comparison_table
     from rl_sparsity_tf.search.compressor import Compressor
     from rl_sparsity_tf.search.run_directory import check_directory, check_free
@@ -406,21 +406,8 @@ def _compress_known(options: argparse.Namespace) -> int:
             options.dataset, seed=options.seed, memory_limit_mb=options.memory_limit_mb
         )
     )
-    result = compressor.search(
-        (data.x_train, data.y_train),
-        validation_data=(data.x_validation, data.y_validation),
-        test_data=None if data.x_test is None else (data.x_test, data.y_test),
-        episodes=options.episodes,
-        batch_size=options.batch_size,
-        finetune_epochs=options.finetune_epochs,
-        quantization=options.quantization,
-        unroll=options.unroll,
-        finalists=options.finalists,
-        dataset=data.name,
-        overwrite=options.overwrite,
-        any_versions=options.any_versions,
-        verbose=options.verbose,
-    )
+    given = _given(options, *(field.name for field in dataclasses.fields(SearchOptions)))
+    result = compressor.search(**search_data(data), **{**given, "dataset": data.name})
     if options.save_policy is not None:
         result.save_policy(options.save_policy, overwrite=options.overwrite)
     if options.compare:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -17,6 +19,7 @@ from tiny_search import TEST, TRAIN, VALIDATION, quick_search, trained
 import rl_sparsity_tf as rls
 from rl_sparsity_tf import cli
 from rl_sparsity_tf.cli import main
+from rl_sparsity_tf.search.arguments import SearchOptions
 from rl_sparsity_tf.version import __version__
 
 RESULTS = {"model.keras", "model.tflite", "plan.json", "metrics.json", "history.csv"}
@@ -66,6 +69,19 @@ def compress(folder: Path, *more: str, model="model.keras", data="data.npz", out
 QUICK = (
     "--episodes 1 --finetune-epochs 1 --finalists 1 --target-sparsity 0.5 --batch-size 32".split()
 )
+
+
+def test_what_a_command_does_not_give_is_left_to_the_search(tmp_path):
+    fields = {one.name: one.default for one in dataclasses.fields(SearchOptions)}
+    parameters = inspect.signature(rls.Compressor.search).parameters
+    assert fields.items() <= {name: one.default for name, one in parameters.items()}.items()
+    assert set(parameters) - set(fields) == {"self", "train", "validation_data", "test_data"}
+    given = cli._given(cli.build_parser().parse_args(compress(tmp_path)), *fields)
+    assert given == {name: fields[name] for name in given}
+    more = "--episodes 0 --batch-size 7 --finalists 1 --quantization none --unroll".split()
+    given = cli._given(cli.build_parser().parse_args(compress(tmp_path, *more)), *fields)
+    found = [given[name] for name in "episodes batch_size finalists quantization unroll".split()]
+    assert found == [0, 7, 1, "none", True]
 
 
 # -- what works ----------------------------------------------------------------------------------

@@ -35,7 +35,6 @@ from rl_sparsity_tf.search.storage_choice import StorageChooser
 from rl_sparsity_tf.training.mask_training import FineTuning
 
 if TYPE_CHECKING:
-    from rl_sparsity_tf.search.episodes import LoopSettings
     from rl_sparsity_tf.search.loop import SearchLoop
 
 
@@ -240,12 +239,11 @@ class AccuracySearch:
     def __init__(
         self,
         task: Task,
-        settings: LoopSettings,
         loop: SearchLoop,
         run: RunDirectory | None = None,
         chooser: StorageChooser | None = None,
     ):
-        self._task, self._settings, self._loop, self._run = task, settings, loop, run
+        self._task, self._settings, self._loop, self._run = task, loop.settings, loop, run
         self._networks, self._figures = TrialNetworks(task.network, chooser), task.figures
         self._plain = task.network
         dense = score_model(task.model, self._figures.validation, self._figures.metric).metric

@@ -6,8 +6,10 @@ import dataclasses
 import json
 import logging
 import os
+from typing import Any
 
 import numpy as np
+import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.allocation.channel_decisions import ChannelDecisions, removable_channels
@@ -17,7 +19,9 @@ from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.channels.latency_measurement import measure_latency
 from rl_sparsity_tf.channels.latency_table import LatencyTable
 from rl_sparsity_tf.channels.widths import widths_of
-from rl_sparsity_tf.checks import check_count, check_flag
+from rl_sparsity_tf.checks import check_count, check_flag, check_share
+from rl_sparsity_tf.data.batches import TrainingData
+from rl_sparsity_tf.data.weights import weight_table
 from rl_sparsity_tf.errors import (
     ArgumentError,
     DataError,
@@ -32,6 +36,7 @@ from rl_sparsity_tf.layers.operations import MASKS
 from rl_sparsity_tf.layers.rules import KernelSelection
 from rl_sparsity_tf.search.run_directory import LATEST, TIMES, RunDirectory
 from rl_sparsity_tf.search.storage_choice import INT4
+from rl_sparsity_tf.training.mask_training import DISTILLATION, FineTuning, default_epochs
 
 AUTO = "auto"
 """Groups and bits of every kernel as the bytes of a target want them."""
@@ -211,53 +216,91 @@ def keep_table(decisions: KernelDecisions, run: RunDirectory | None) -> None:
         run.save_checkpoint(TIMES, {"table": np.array(json.dumps(table.to_dict()))})
 
 
-def check_search(
-    target: Target,
-    *,
-    episodes: int,
-    least_episodes: int,
-    batch_size: int,
-    validation_rows: int,
-    finetune_epochs: int | None,
-    finalists: int,
-    mask: str,
-    quantization: str,
-    dataset: str | None,
-    overwrite: bool,
-    verbose: int,
-    validation_data: object,
-) -> None:
-    """Raises unless a search can be called with these arguments.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """What `Compressor.search` takes beside the data, which says what each is; its defaults.
 
-    `least_episodes` is what there have to be where no sizes are searched; the validation data is as
-    yet unread. Raises ArgumentError if an argument cannot be used, and DataError if there is no
-    validation data.
+    The weights of classes are a list once they are checked.
     """
-    sizes_searched = target.max_accuracy_drop is not None
-    check_count("episodes", episodes, 1 if sizes_searched else least_episodes)
-    check_count("batch_size", batch_size, 1)
-    check_count("validation_rows", validation_rows, 1)
-    if finetune_epochs is not None:
-        check_count("finetune_epochs", finetune_epochs, 0)
-    check_count("finalists", finalists, 1)
-    check_choice("mask", mask, MASKS)
-    check_choice("quantization", quantization, QUANTIZATIONS)
-    if dataset is not None and not isinstance(dataset, str):
-        raise ArgumentError(
-            f"dataset={dataset!r} is a {type(dataset).__name__}. Expected the name of the "
-            "data as text, or None; the data itself is passed as train."
+
+    episodes: int = 24
+    batch_size: int = 128
+    finetune_epochs: int | None = None
+    mask: str = "straight_through"
+    distillation: float = DISTILLATION
+    quantization: str = "plan"
+    validation_rows: int = 2000
+    class_weight: Any = None
+    unroll: bool = False
+    finalists: int = 3
+    dataset: str | None = None
+    overwrite: bool = False
+    any_versions: bool = False
+    verbose: int = 1
+
+    def checked(
+        self, target: Target, validation_data: object, *, least_episodes: int
+    ) -> SearchOptions:
+        """Raises unless a search can be called with these; gives them with the checked values.
+
+        `least_episodes` is what there have to be where no sizes are searched; the validation data
+        is as yet unread. Raises ArgumentError if an argument cannot be used, and DataError if there
+        is no validation data.
+        """
+        sizes_searched = target.max_accuracy_drop is not None
+        check_count("episodes", self.episodes, 1 if sizes_searched else least_episodes)
+        check_count("batch_size", self.batch_size, 1)
+        check_count("validation_rows", self.validation_rows, 1)
+        if self.finetune_epochs is not None:
+            check_count("finetune_epochs", self.finetune_epochs, 0)
+        check_count("finalists", self.finalists, 1)
+        check_choice("mask", self.mask, MASKS)
+        check_choice("quantization", self.quantization, QUANTIZATIONS)
+        if self.dataset is not None and not isinstance(self.dataset, str):
+            raise ArgumentError(
+                f"dataset={self.dataset!r} is a {type(self.dataset).__name__}. Expected the name "
+                "of the data as text, or None; the data itself is passed as train."
+            )
+        check_flag("overwrite", self.overwrite)
+        if target.in_bytes and self.quantization != "plan":
+            raise ArgumentError(
+                f"quantization={self.quantization!r} does not go with a target in bytes, which is "
+                "counted for the files that the plan decides on. Leave quantization out, or give "
+                "Target(sparsity=...)."
+            )
+        if not isinstance(self.verbose, int | np.integer) or self.verbose not in (0, 1, 2):
+            raise ArgumentError(f"verbose={self.verbose!r} is not known. Expected 0, 1 or 2.")
+        if validation_data is None:
+            raise DataError(
+                "There is no validation_data, which the reward is computed from. Pass "
+                "validation_data=(x, y) that the model was not trained on."
+            )
+        check_flag("any_versions", self.any_versions)
+        return dataclasses.replace(
+            self,
+            distillation=check_share("distillation", self.distillation),
+            class_weight=weight_table(self.class_weight),
+            unroll=check_flag("unroll", self.unroll),
         )
-    check_flag("overwrite", overwrite)
-    if target.in_bytes and quantization != "plan":
-        raise ArgumentError(
-            f"quantization={quantization!r} does not go with a target in bytes, which is "
-            "counted for the files that the plan decides on. Leave quantization out, or give "
-            "Target(sparsity=...)."
+
+    def resolved(self, train: TrainingData) -> SearchOptions:
+        """With the epochs and the batch size that the data comes to."""
+        epochs = self.finetune_epochs
+        return dataclasses.replace(
+            self,
+            finetune_epochs=default_epochs(train) if epochs is None else epochs,
+            batch_size=len(tf.nest.flatten(train.pool[0])[0]),
         )
-    if not isinstance(verbose, int | np.integer) or verbose not in (0, 1, 2):
-        raise ArgumentError(f"verbose={verbose!r} is not known. Expected 0, 1 or 2.")
-    if validation_data is None:
-        raise DataError(
-            "There is no validation_data, which the reward is computed from. Pass "
-            "validation_data=(x, y) that the model was not trained on."
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the search's bits depend on, as a run's manifest has it."""
+        others = ("dataset", "overwrite", "any_versions", "verbose")
+        return {name: value for name, value in vars(self).items() if name not in others}
+
+    @property
+    def training(self) -> FineTuning:
+        """How finished plans are trained, once the epochs are known."""
+        assert self.finetune_epochs is not None
+        return FineTuning(
+            epochs=self.finetune_epochs, mask=self.mask, distillation=self.distillation
         )

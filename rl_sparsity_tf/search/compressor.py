@@ -8,30 +8,32 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.agents.configs import AgentConfig, Random
 from rl_sparsity_tf.agents.policies import SavedPolicy, resolve_policy
-from rl_sparsity_tf.allocation.size_budget import formats_for
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.channels.latency_table import LatencyTable
 from rl_sparsity_tf.channels.permutation import permute_channels
-from rl_sparsity_tf.checks import check_count, check_flag, check_share, check_type
+from rl_sparsity_tf.checks import check_count, check_flag, check_type
 from rl_sparsity_tf.console import SearchProgress, without_traces
-from rl_sparsity_tf.data.batches import TrainingData, evaluation_data, sample_rows, training_data
+from rl_sparsity_tf.data.batches import (
+    Batch,
+    TrainingData,
+    evaluation_data,
+    sample_rows,
+    training_data,
+)
 from rl_sparsity_tf.data.forms import as_rows
-from rl_sparsity_tf.data.weights import weight_table
 from rl_sparsity_tf.environment.curriculum import Curriculum, resolve_curriculum
 from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.environment.reward import Reward, RewardFunction, resolve_reward
 from rl_sparsity_tf.errors import ModelError
 from rl_sparsity_tf.export.recurrent import unrolled_copy
 from rl_sparsity_tf.export.verification import check_repeatable
-from rl_sparsity_tf.export.verification import score_model as score
 from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.layers.kernels import check_constraints, find_kernels
 from rl_sparsity_tf.layers.rules import KernelSelection, Patterns, as_patterns
@@ -41,8 +43,8 @@ from rl_sparsity_tf.layers.wrapping import accepted, is_wrapped, strip
 from rl_sparsity_tf.search.accuracy_search import AccuracySearch, check_alone, first_target
 from rl_sparsity_tf.search.arguments import (
     AUTO,
+    SearchOptions,
     check_int4,
-    check_search,
     check_shuffle,
     decisions_for,
     group_for,
@@ -58,27 +60,38 @@ from rl_sparsity_tf.search.result import FinishedSearch, Result, build_metrics
 from rl_sparsity_tf.search.run_directory import RunDirectory, bytes_of, check_directory, check_free
 from rl_sparsity_tf.search.storage_choice import StorageChoice, StorageChooser
 from rl_sparsity_tf.tflite.worker import start_worker
-from rl_sparsity_tf.training.mask_training import DISTILLATION, FineTuning, default_epochs
 from rl_sparsity_tf.training.recovery import Recovery, as_recovery
 
 if TYPE_CHECKING:
     from rl_sparsity_tf.search.episodes import LoopSettings
 
 
-_P = ParamSpec("_P")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """The model that is compressed, and its data: `rows` as given, `train` in batches."""
 
+    options: SearchOptions
+    model: keras.Model
+    rows: Any
+    train: TrainingData
+    validation: list[Batch]
+    test: list[Batch] | None
 
-def _letting_go(
-    search: Callable[Concatenate[Compressor, _P], Result],
-) -> Callable[Concatenate[Compressor, _P], Result]:
-    """Lets go of the run directory when a search ends, however it does."""
-
-    @functools.wraps(search)
-    def searching(self: Compressor, *args: _P.args, **kwargs: _P.kwargs) -> Result:
-        with contextlib.ExitStack() as self._held:
-            return search(self, *args, **kwargs)
-
-    return searching
+    def task(self, network: CompressedNetwork, target: Target) -> Task:
+        """What the plans of a network are finished for."""
+        return Task(
+            model=self.model,
+            network=network,
+            figures=Figures(
+                train=self.train,
+                validation=self.validation,
+                test=self.test,
+                metric=network.metric,
+            ),
+            target=target,
+            training=self.options.training,
+            quantization=self.options.quantization,
+        )
 
 
 class Compressor:
@@ -213,30 +226,28 @@ class Compressor:
         self.curriculum = check_alone(self.target, resolve_curriculum(curriculum))
         self.hierarchy = check_flag("hierarchy", hierarchy)
         self.last: FinishedSearch | None = None
-        self._held = contextlib.ExitStack()
 
     @without_traces()
-    @_letting_go
     def search(
         self,
         train: Any,
         validation_data: Any = None,
         test_data: Any = None,
-        episodes: int = 24,
+        episodes: int = SearchOptions.episodes,
         *,
-        batch_size: int = 128,
+        batch_size: int = SearchOptions.batch_size,
         finetune_epochs: int | None = None,
-        mask: str = "straight_through",
-        distillation: float = DISTILLATION,
-        quantization: str = "plan",
-        validation_rows: int = 2000,
+        mask: str = SearchOptions.mask,
+        distillation: float = SearchOptions.distillation,
+        quantization: str = SearchOptions.quantization,
+        validation_rows: int = SearchOptions.validation_rows,
         class_weight: dict[int, float] | None = None,
         unroll: bool = False,
-        finalists: int = 3,
+        finalists: int = SearchOptions.finalists,
         dataset: str | None = None,
         overwrite: bool = False,
         any_versions: bool = False,
-        verbose: int = 1,
+        verbose: int = SearchOptions.verbose,
     ) -> Result:
         """Searches, fine-tunes the best plan, and exports it.
 
@@ -288,31 +299,76 @@ class Compressor:
             SearchInterrupted: After an episode in which Ctrl-C was pressed. Everything is saved in
                 `directory`, and the error has the best plan so far.
         """
-        check_search(
-            self.target,
+        options = SearchOptions(
             episodes=episodes,
-            least_episodes=0 if self.policy else 1,
             batch_size=batch_size,
-            validation_rows=validation_rows,
             finetune_epochs=finetune_epochs,
-            finalists=finalists,
             mask=mask,
+            distillation=distillation,
             quantization=quantization,
+            validation_rows=validation_rows,
+            class_weight=class_weight,
+            unroll=unroll,
+            finalists=finalists,
             dataset=dataset,
             overwrite=overwrite,
+            any_versions=any_versions,
             verbose=verbose,
-            validation_data=validation_data,
-        )
-        check_flag("any_versions", any_versions)
+        ).checked(self.target, validation_data, least_episodes=0 if self.policy else 1)
         if self.directory is not None:
             check_free(self.directory)
-        distillation = check_share("distillation", distillation)
-        table = weight_table(class_weight)
         # Only now: wrapping, plans and export work without TF-Agents.
         from rl_sparsity_tf.search.loop import SearchLoop
 
         started = time.monotonic()
-        model = unrolled_copy(self.model) if check_flag("unroll", unroll) else self.model
+        data = self._prepared(options, train, validation_data, test_data)
+        with self._opened(data) as run:
+            start_worker()  # its imports overlap the search
+            build = self._network_maker(data, run)
+            plain = build()
+            task = data.task(plain, self.target)
+            dense = dense_files(task.model, task.figures, quantization)
+            if run is not None:
+                run.start()
+                keep_table(plain.decisions, run)
+            progress = SearchProgress(episodes, plain.metric.name, verbose)
+            choice, chooser = self._choose_storage(plain, build, progress)
+            task = dataclasses.replace(task, network=choice.network)
+            settings = dataclasses.replace(self.loop_settings(), finalists=finalists)
+            loop = SearchLoop(settings, task.network, run, interruptible=True)
+            if loop.done:
+                progress.say(f"going on after episode {loop.done} of {episodes}")
+            noted: dict[str, Any] = {}
+            if self.target.max_accuracy_drop is None:
+                checked = functools.partial(check_early, task, dense.warnings, progress)
+                loop.run(episodes, progress, checked)
+                others = choice.others if finalists > 1 else ()
+                finished, best = play_final(
+                    task, [*loop.finalists, *others], loop.proposed, progress, seed=self.seed
+                )
+            else:
+                found = AccuracySearch(task, loop, run, chooser).run(episodes, progress)
+                task, finished, best, noted = found.task, found.finished, found.best, found.metrics
+            if self.selection.left:
+                noted["left_alone"] = self.selection.to_dict()
+            metrics = build_metrics(
+                *(task, loop, finished, best, dense),
+                seconds=loop.seconds + time.monotonic() - started,
+                dataset=dataset,
+                search=noted,
+            )
+            result = Result(task, loop, finished, best, metrics)
+            if run is not None:
+                result.write_files(run.path)
+        self.last = FinishedSearch(
+            **vars(task), plain=plain, loop=loop, result=result, episodes=loop.done
+        )
+        return result
+
+    def _prepared(
+        self, options: SearchOptions, train: Any, validation_data: Any, test_data: Any
+    ) -> _Prepared:
+        model = unrolled_copy(self.model) if options.unroll else self.model
         # A shuffled dataset's order also depends on the global seed at the time it is made.
         tf.random.set_seed(self.seed)
         if self.shuffle == "channels":
@@ -323,122 +379,22 @@ class Compressor:
                 seed=self.seed,
                 exclude=tuple(self.selection.left),
             )
-        train, batch_size = as_rows(train, "train", batch_size)
+        rows, batch_size = as_rows(train, "train", options.batch_size)
+        weights = options.class_weight
         data = training_data(
-            train, model, batch_size=batch_size, seed=self.seed, class_weight=table
+            rows, model, batch_size=batch_size, seed=self.seed, class_weight=weights
         )
         check_repeatable(model, data.pool[0][0])
         validation = evaluation_data(validation_data, model, "validation_data")
         test = None if test_data is None else evaluation_data(test_data, model, "test_data")
-        epochs = default_epochs(data) if finetune_epochs is None else finetune_epochs
-        arguments = {
-            "episodes": episodes,
-            "finetune_epochs": epochs,
-            "mask": mask,
-            "distillation": distillation,
-            "validation_rows": validation_rows,
-            "quantization": quantization,
-            "class_weight": table,
-            "unroll": unroll,
-            "finalists": finalists,
-            "batch_size": len(tf.nest.flatten(data.pool[0])[0]),
-        }
-        run = self._open_run(
-            *(model, train, data, validation, test, arguments, overwrite, any_versions)
-        )
-        start_worker()  # its imports overlap the search
-        sample = sample_rows(validation, validation_rows, seed=self.seed, fixed=fixed_batch(model))
-        decisions = decisions_for(
-            model,
-            self.target,
-            self.group,
-            kept_table(model, self.target, run) or self.latency_table,
-            quantization,
-            self.shuffle,
-            self.selection,
-        )
-        build = functools.partial(
-            CompressedNetwork,
-            *(model, data, sample),
-            target=first_target(model, self.target),
-            recovery=self.recovery,
-            metric=self.metric,
-            seed=self.seed,
-        )
-        plain = build(decisions=decisions)
-        figures = Figures(train=data, validation=validation, test=test, metric=plain.metric)
-        dense, dense_int8, warnings = dense_files(model, figures, quantization)
-        if run is not None:
-            run.start()
-            keep_table(decisions, run)
-        progress = SearchProgress(episodes, plain.metric.name, verbose)
-        choice, chooser = StorageChoice(plain), None
-        if self.group == AUTO:
-            build = functools.partial(build, like=plain)
-            chooser = StorageChooser(build=build, reward=self.reward, int4=self.int4)
-        if chooser and self.target.max_accuracy_drop is None:
-            progress.say("choosing groups and bits for every kernel")
-            choice = chooser.choose(plain)
-        network, others = choice.network, choice.others if finalists > 1 else ()
-        settings = dataclasses.replace(self.loop_settings(), finalists=finalists)
-        loop = SearchLoop(settings, network, run, interruptible=True)
-        if loop.done:
-            progress.say(f"going on after episode {loop.done} of {episodes}")
-        task = Task(
+        return _Prepared(
+            options=options.resolved(data),
             model=model,
-            network=network,
-            figures=figures,
-            target=self.target,
-            training=FineTuning(epochs=epochs, mask=mask, distillation=distillation),
-            quantization=quantization,
+            rows=rows,
+            train=data,
+            validation=validation,
+            test=test,
         )
-        trials: dict[str, Any] = {}
-        if self.target.max_accuracy_drop is None:
-            checked = functools.partial(check_early, task, warnings, progress)
-            loop.run(episodes, progress, checked)
-            finished, best = play_final(
-                task, [*loop.finalists, *others], loop.proposed, progress, seed=self.seed
-            )
-        else:
-            sizes = AccuracySearch(task, settings, loop, run, chooser)
-            found = sizes.run(episodes, progress)
-            task, finished, best, trials = found.task, found.finished, found.best, found.metrics
-        metrics = build_metrics(
-            model=model,
-            finished=finished,
-            dense=dense,
-            dense_int8=dense_int8,
-            dense_test=score(model, test, network.metric) if test else None,
-            metric=network.metric,
-            agent=self.agent.name,
-            seed=self.seed,
-            proposed_by=best.proposed_by,
-            episodes=loop.done,
-            evaluations=loop.evaluations,
-            seconds=loop.seconds + time.monotonic() - started,
-            dataset=dataset,
-            warnings=warnings,
-        )
-        metrics["search"].update(trials)
-        if self.selection.left:
-            metrics["search"]["left_alone"] = self.selection.to_dict()
-        result = Result(
-            dense=model,
-            finished=finished,
-            metrics=metrics,
-            history=loop.history,
-            candidate=best,
-            figures=figures,
-            quantization=quantization,
-            formats=formats_for(self.target),
-            policy=None if self.hierarchy else SavedPolicy.of(self.agent, loop.episodes.agent),
-        )
-        if run is not None:
-            result.write_files(run.path)
-        self.last = FinishedSearch(
-            **vars(task), plain=plain, loop=loop, result=result, episodes=loop.done
-        )
-        return result
 
     def loop_settings(self) -> LoopSettings:
         """What the episodes depend on beside the network."""
@@ -455,19 +411,10 @@ class Compressor:
             hierarchy=self.hierarchy,
         )
 
-    def _open_run(
-        self,
-        model: keras.Model,
-        train: Any,
-        data: TrainingData,
-        validation: list[Any],
-        test: list[Any] | None,
-        search_arguments: dict[str, Any],
-        overwrite: bool,
-        any_versions: bool,
-    ) -> RunDirectory | None:
+    def _opened(self, data: _Prepared) -> contextlib.AbstractContextManager[RunDirectory | None]:
+        """The run in the directory, if there is one, held until the search ends."""
         if self.directory is None:
-            return None
+            return contextlib.nullcontext()
         reward = self.reward
         described = reward.to_dict() if isinstance(reward, Reward) else name_of(reward)
         arguments = {
@@ -488,18 +435,65 @@ class Compressor:
             "latency_table": None,
             "include": self.include and list(self.include),
             "exclude": self.exclude and list(self.exclude),
-            **search_arguments,
+            **data.options.to_dict(),
         }
         if self.latency_table is not None:
             table = json.dumps(self.latency_table.to_dict())
             arguments["latency_table"] = sha256_of(table.encode())
-        fingerprints = fingerprints_of(model, train, data, validation, test)
+        fingerprints = fingerprints_of(
+            data.model, data.rows, data.train, data.validation, data.test
+        )
         if self.selection.left:  # under other names patterns may match other layers
             kernels = find_kernels(self.model)
             fingerprints["decided"] = [one.path not in self.selection.left for one in kernels]
         if not isinstance(reward, Reward):
             fingerprints["reward_code"] = describe(reward)
-        run = RunDirectory(
-            self.directory, arguments, fingerprints, overwrite, any_versions=any_versions
+        return RunDirectory(
+            self.directory,
+            arguments,
+            fingerprints,
+            data.options.overwrite,
+            any_versions=data.options.any_versions,
         )
-        return self._held.enter_context(run)
+
+    def _network_maker(
+        self, data: _Prepared, run: RunDirectory | None
+    ) -> functools.partial[CompressedNetwork]:
+        """Makes the network that is searched, or another with other decisions."""
+        rows, seed = data.options.validation_rows, self.seed
+        decisions = decisions_for(
+            data.model,
+            self.target,
+            self.group,
+            kept_table(data.model, self.target, run) or self.latency_table,
+            data.options.quantization,
+            self.shuffle,
+            self.selection,
+        )
+        return functools.partial(
+            CompressedNetwork,
+            data.model,
+            data.train,
+            sample_rows(data.validation, rows, seed=seed, fixed=fixed_batch(data.model)),
+            target=first_target(data.model, self.target),
+            decisions=decisions,
+            recovery=self.recovery,
+            metric=self.metric,
+            seed=seed,
+        )
+
+    def _choose_storage(
+        self,
+        plain: CompressedNetwork,
+        build: functools.partial[CompressedNetwork],
+        progress: SearchProgress,
+    ) -> tuple[StorageChoice, StorageChooser | None]:
+        """The network to begin with, and what chooses how kernels are stored, if that is open."""
+        if self.group != AUTO:
+            return StorageChoice(plain), None
+        build = functools.partial(build, like=plain)
+        chooser = StorageChooser(build=build, reward=self.reward, int4=self.int4)
+        if self.target.max_accuracy_drop is not None:  # for every size anew
+            return StorageChoice(plain), chooser
+        progress.say("choosing groups and bits for every kernel")
+        return chooser.choose(plain), chooser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import NamedTuple
 
 import tf_keras as keras
 
@@ -24,10 +25,16 @@ LONG_SEARCH = 100_000
 no longer than the trial is worth."""
 
 
-def dense_files(
-    model: keras.Model, figures: Figures, quantization: str
-) -> tuple[Exported, Exported, list[str]]:
-    """The dense model's float32 and int8 files, which the result is held against, and warnings.
+class DenseFiles(NamedTuple):
+    """The dense model's files, which the result is held against, and what went wrong by then."""
+
+    float32: Exported
+    int8: Exported
+    warnings: list[str]
+
+
+def dense_files(model: keras.Model, figures: Figures, quantization: str) -> DenseFiles:
+    """Exports the dense model in float32 and int8, and tries the quantization that is asked for.
 
     Raises ExportError if the model cannot be converted as asked, or not even its float32 file does
     what it does.
@@ -51,7 +58,7 @@ def dense_files(
             warnings.append(f"the dense model's file as {quantization!r} fails: {error}")
     for warning in warnings:
         _log.warning("%s", warning)
-    return dense, dense_int8, warnings
+    return DenseFiles(dense, dense_int8, warnings)
 
 
 def check_early(

@@ -57,15 +57,7 @@ _LEAST = 0.1
 _LARGE_STEP = 0.7
 
 
-def finish_within(
-    model: keras.Model,
-    candidate: Candidate,
-    figures: Figures,
-    target: Target,
-    *,
-    training: FineTuning,
-    quantization: str,
-) -> Finished:
+def finish_within(task: Task, candidate: Candidate) -> Finished:
     """Finishes a candidate, and if its file is too large, a more pruned form of it.
 
     The search keeps to the size by a model of it. Fine-tuning changes the weights, and with them
@@ -73,11 +65,15 @@ def finish_within(
     smallest groups in proportion, and is fine-tuned again. A target of sparsity is met by the plan
     itself. Raises TargetError if the file is still too large after a few attempts.
     """
-    formats = formats_for(target)
-    reached: list[int] = []
+    target, reached = task.target, []
     for _ in range(_ATTEMPTS):
         finished = finish(
-            model, candidate, figures, training=training, quantization=quantization, formats=formats
+            task.model,
+            candidate,
+            task.figures,
+            training=task.training,
+            quantization=task.quantization,
+            formats=formats_for(target),
         )
         report = finished.exported.report
         # A file in another storage than was asked for has another size, whatever is pruned.
@@ -189,14 +185,7 @@ def finish_candidate(
     TargetError if the target is still missed after a few attempts to prune further.
     """
     if not isinstance(task.network.decisions, ChannelDecisions):
-        return finish_within(
-            task.model,
-            candidate,
-            task.figures,
-            task.target,
-            training=task.training,
-            quantization=task.quantization,
-        )
+        return finish_within(task, candidate)
     unmeasured = ""
     try:
         candidate, small, timing = _best_held(task, candidate, others)

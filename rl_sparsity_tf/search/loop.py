@@ -127,7 +127,7 @@ class SearchLoop:
         *,
         interruptible: bool = False,
     ):
-        self._settings = settings
+        self.settings = settings
         self._network = network
         self._run = run
         self._interruptible = interruptible
@@ -173,7 +173,7 @@ class SearchLoop:
             self._rerank(progress)
             assert self.best is not None
             return self.best
-        stages = self._settings.curriculum.schedule(episodes)
+        stages = self.settings.curriculum.schedule(episodes)
         # What a run proposed that was cut off behind its last episode is a part of the final.
         left = [stage for stage in stages if stage.end > self.done] or stages[-1:]
 
@@ -189,7 +189,7 @@ class SearchLoop:
             begin(stage)
             if check is not None and self.best is not None and not self.done:
                 check(self.best)
-        with progress.running(f"{self._settings.agent.name} search"):
+        with progress.running(f"{self.settings.agent.name} search"):
             for stage in left:
                 if stage is not left[0]:
                     begin(stage)
@@ -238,7 +238,7 @@ class SearchLoop:
         state = self.episodes.get_state()
         network.seen |= self._network.seen
         self._network = network
-        self.episodes = make_episodes(self._settings, network)
+        self.episodes = make_episodes(self.settings, network)
         self.episodes.set_state(state)
 
     def begin(
@@ -258,13 +258,13 @@ class SearchLoop:
         anew = self.done == stage.start
         self._stage, self._previous = stage, previous
         if anew:
-            self.finalists, self._centre = Finalists(self._settings.finalists), None
+            self.finalists, self._centre = Finalists(self.settings.finalists), None
         if budget is not self._network.budget:
             self._network.retarget(budget)
         # A run that was cut off may go on under the budget that its network was made for.
         self.episodes.retarget(anew)
         self.proposed = []
-        if self._settings.policy is not None:
+        if self.settings.policy is not None:
             self._apply_policy(progress)
         if stage.episodes:
             self._propose(max(1, stage.episodes // 3), progress)
@@ -309,7 +309,7 @@ class SearchLoop:
     def _apply_policy(self, progress: SearchProgress) -> None:
         progress.say("evaluating the policy's plan")
         network = self._network
-        tf.random.set_seed(self._settings.seed)
+        tf.random.set_seed(self.settings.seed)
         if STARTING in network.decisions.heuristics:
             with contextlib.suppress(ArgumentError):  # it may not reach a target in bytes
                 self.episodes.centre(heuristic_plan(network, STARTING))
@@ -320,7 +320,7 @@ class SearchLoop:
         for by_magnitude in (False, True) if both else (False,):
             self.episodes.order_by_magnitude(by_magnitude)
             actions = self.episodes.play_policy()
-            value = bounded(self._settings.reward, network.outcome, None)
+            value = bounded(self.settings.reward, network.outcome, None)
             found.append((value, by_magnitude, actions, network.plan))
             self._consider(value, PROPOSED, POLICY)
         value, by_magnitude, actions, plan = max(found, key=lambda one: one[0])
@@ -334,28 +334,28 @@ class SearchLoop:
 
     def _propose(self, demonstrations: int, progress: SearchProgress) -> None:
         network = self._network
-        steps = self._settings.buckets * network.recovery.steps
-        tf.random.set_seed(self._settings.seed)
+        steps = self.settings.buckets * network.recovery.steps
+        tf.random.set_seed(self.settings.seed)
         further = None if self._previous is None else pruned_to_budget(network, self._previous)
         plans = [] if further is None else [(PREVIOUS, further)]
-        if self._settings.warm_start:
+        if self.settings.warm_start:
             progress.say("evaluating the plans of known heuristics")
             plans += [one for one in proposals(network) if one[1] != further]
-        if self._settings.warm_start and network.least_squares is not None:
+        if self.settings.warm_start and network.least_squares is not None:
             exact = propose_all(network, POWERS)
             plans += [(DYNAMIC, plan) for n, plan in enumerate(exact) if plan not in exact[:n]]
         applied = [(self.episodes.reference, one) for one in self.proposed]
         shown: list[tuple[float, Demonstration]] = []
         for name, plan in plans:
             outcome = evaluate_plan(network, plan, steps)
-            value = bounded(self._settings.reward, outcome, None)
+            value = bounded(self.settings.reward, outcome, None)
             shown.append((value, Demonstration.of(name, plan)))
             self._consider(value, PROPOSED, name)
         order = sorted(range(len(shown)), key=lambda index: -shown[index][0])
         found = [*applied, *((shown[index][0], plans[index]) for index in order)]
         self.proposed = [one for _, one in sorted(found, key=lambda pair: -pair[0])]
         # Around a policy's plan they stay as they are: the search begins with its decisions.
-        if self.proposed and self._settings.policy is None:
+        if self.proposed and self.settings.policy is None:
             self.episodes.centre(self.proposed[0][1])
         order.sort(key=lambda index: plans[index][0] != PREVIOUS)
         best_first = [shown[index][1] for index in order]
@@ -365,17 +365,17 @@ class SearchLoop:
     def _episode(self, episode: int) -> dict[str, Any]:
         started = time.monotonic()
         network = self._network
-        words = np.random.SeedSequence([self._settings.seed, episode]).generate_state(1)
+        words = np.random.SeedSequence([self.settings.seed, episode]).generate_state(1)
         tf.random.set_seed(int(words[0]))
         place = episode - self._stage.start
         shown = self._demonstrations[place : place + 1]
         demonstration = shown[0] if shown else None
         if self._stage.episodes >= _LEAST_TO_NARROW and place == self._stage.episodes // 2:
             demonstration = self._narrow()
-        name = self._settings.agent.name
+        name = self.settings.agent.name
         proposed_by = name if demonstration is None else demonstration.name
         total = self.episodes.play(demonstration)
-        value = bounded(self._settings.reward, network.outcome, None)
+        value = bounded(self.settings.reward, network.outcome, None)
         losses = self.episodes.learn(value)
         improved = is_better(value, network.outcome, self.best)
         self._consider(value, episode, proposed_by)
@@ -408,7 +408,7 @@ class SearchLoop:
 
         Not with a policy, which knows the buckets it was taught with, nor where nothing is learned.
         """
-        settings, best = self._settings, self.best
+        settings, best = self.settings, self.best
         if best is None or settings.policy is not None or settings.agent.name == "random":
             return None
         self._centre = best.plan
@@ -454,7 +454,7 @@ class SearchLoop:
             if not 1 <= done <= most:
                 raise ValueError(f"it is of {done} episodes, of a search of {most}")
             # They become names of files.
-            good = 1 <= len(names) <= self._settings.finalists and len(set(names)) == len(names)
+            good = 1 <= len(names) <= self.settings.finalists and len(set(names)) == len(names)
             if not good or not all(_FINALIST.fullmatch(str(name)) for name in names):
                 raise ValueError(f"it names the plans {str(names)[:80]}")
         except Exception as error:

@@ -16,6 +16,7 @@ from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.allocation.density_plans import PlanSpace, random_ratios, shares
 from rl_sparsity_tf.allocation.problem import PlanRequest
 from rl_sparsity_tf.allocation.target import Target
+from rl_sparsity_tf.checks import check_count
 from rl_sparsity_tf.console import without_traces
 from rl_sparsity_tf.data.batches import evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data.forms import as_rows
@@ -29,12 +30,13 @@ from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.rules import Patterns, resolve
 from rl_sparsity_tf.layers.structure import fixed_batch
+from rl_sparsity_tf.search.arguments import SearchOptions
 from rl_sparsity_tf.training.recovery import Recovery, as_recovery
 
 # Proposals in a row that were evaluated before, after which there is nothing new to find.
 _PATIENCE = 200
-# As the search has it: rows of the validation data, and decisions per kernel.
-_ROWS, _DECISIONS, _BATCH = 2000, 8, 128
+# As the search has it.
+_DECISIONS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,8 @@ def random_search(
         include=include,
         exclude=exclude,
     )
-    _check_counts(evaluations, seed)
+    check_count("evaluations", evaluations, 1)
+    check_count("seed", seed, 0)
     with without_traces():
         network, reward = _prepared(
             "random_search", request, data, validation_data, seed, reward, recovery
@@ -178,7 +181,8 @@ def hill_climbing(
         include=include,
         exclude=exclude,
     )
-    _check_counts(evaluations, seed)
+    check_count("evaluations", evaluations, 1)
+    check_count("seed", seed, 0)
     if start is not None:
         start = _checked_start(start, request)
     with without_traces():
@@ -338,29 +342,20 @@ def _prepared(
             "(outcome, previous) -> float."
         )
     model = request.model
-    rows, batch_size = as_rows(data, "train", _BATCH)
+    rows, batch_size = as_rows(data, "train", SearchOptions.batch_size)
     train = training_data(rows, model, batch_size=batch_size, seed=seed)
     check_repeatable(model, train.pool[0][0])
     validation = evaluation_data(validation_data, model, "validation_data")
     network = CompressedNetwork(
         model,
         train,
-        sample_rows(validation, _ROWS, seed=seed, fixed=fixed_batch(model)),
+        sample_rows(validation, SearchOptions.validation_rows, seed=seed, fixed=fixed_batch(model)),
         target=request.target,
         decisions=KernelDecisions(request.group, selection=request.selection),
         recovery=as_recovery(recovery),
         seed=seed,
     )
     return network, reward
-
-
-def _check_counts(evaluations: object, seed: object) -> None:
-    for name, value, least in (("evaluations", evaluations, 1), ("seed", seed, 0)):
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not whole or int(value) < least:  # type: ignore[call-overload]
-            raise ArgumentError(
-                f"{name}={value!r} cannot be used. Expected a whole number of at least {least}."
-            )
 
 
 def _checked_start(start: object, request: PlanRequest) -> CompressionPlan:

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import tf_keras as keras
 from rich.table import Table
 
 from rl_sparsity_tf.agents.policies import SavedPolicy
+from rl_sparsity_tf.allocation.size_budget import formats_for
 from rl_sparsity_tf.console import printing, table_lines
 from rl_sparsity_tf.data.metrics import Metric, Score
 from rl_sparsity_tf.environment.candidates import Candidate
@@ -22,10 +23,12 @@ from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError
 from rl_sparsity_tf.export.export import check_path, export_tflite
 from rl_sparsity_tf.export.report import ExportReport, TensorReport
+from rl_sparsity_tf.export.verification import score_model
 from rl_sparsity_tf.files import replacing, write_text, writing
 from rl_sparsity_tf.layers.kernels import find_kernels, sparsity_of
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
+from rl_sparsity_tf.search.early_files import DenseFiles
 from rl_sparsity_tf.search.final import Task
 from rl_sparsity_tf.search.finishing import Exported, Figures, Finished, RemovedChannels
 from rl_sparsity_tf.search.run_directory import RESULT_FILES, check_directory
@@ -55,30 +58,25 @@ class Result:
 
     def __init__(
         self,
-        *,
-        dense: keras.Model,
+        task: Task,
+        loop: SearchLoop,
         finished: Finished,
-        metrics: dict[str, Any],
-        history: list[dict[str, Any]],
         candidate: Candidate,
-        figures: Figures,
-        quantization: str = "plan",
-        formats: str = "dense",
-        policy: SavedPolicy | None = None,
+        metrics: dict[str, Any],
     ):
+        settings, agent = loop.settings, loop.episodes.agent
         self.model: keras.Model = finished.model
         self.plan: CompressionPlan = finished.plan
         self.channels: RemovedChannels | None = finished.channels
         self.metrics = metrics
-        self.history = history
+        self.history = loop.history
         self.candidate = candidate
         self.report: ExportReport | None = finished.exported.report
-        self.figures = figures
-        self.formats = formats
-        self.policy = policy
-        self._dense = dense
+        self.figures: Figures = task.figures
+        self.formats = formats_for(task.target)
+        self.policy = None if settings.hierarchy else SavedPolicy.of(settings.agent, agent)
         self._tflite = finished.exported.content
-        self._quantization = self.report.quantization if self.report else quantization
+        self._quantization = self.report.quantization if self.report else task.quantization
 
     def __repr__(self) -> str:
         compressed = self.metrics["compressed"]
@@ -303,21 +301,15 @@ FORMAT_VERSION = 1
 
 
 def build_metrics(
-    *,
-    model: keras.Model,
+    task: Task,
+    loop: SearchLoop,
     finished: Finished,
-    dense: Exported,
-    dense_int8: Exported,
-    dense_test: Score | None,
-    metric: Metric,
-    agent: str,
-    seed: int,
-    proposed_by: str,
-    episodes: int,
-    evaluations: int,
+    candidate: Candidate,
+    dense: DenseFiles,
+    *,
     seconds: float,
-    dataset: str | None = None,
-    warnings: Sequence[str] = (),
+    dataset: str | None,
+    search: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Gathers the figures of a run: the document that `metrics.json` holds.
 
@@ -328,18 +320,19 @@ def build_metrics(
     it was not. Sizes are null where no file was verified, and `warnings` says why; the result's own
     warnings come on top.
 
-    `dense` is the model's float32 file and `dense_test` the dense model's score on test data;
-    `evaluations` counts distinct plans. `proposed_by` is who proposed the plan.
+    `evaluations` counts distinct plans; `search` is what else is said of the search.
     """
     report = finished.exported.report
+    model, metric, test = task.model, task.figures.metric, task.figures.test
+    dense_test = score_model(model, test, metric) if test else None
     return {
         "format_version": FORMAT_VERSION,
         "dataset": dataset,
-        "agent": agent,
-        "seed": seed,
+        "agent": loop.settings.agent.name,
+        "seed": loop.settings.seed,
         "metric": metric.to_dict(),
-        "dense": {**_figures(metric, dense_test), **_sizes(dense)},
-        "dense_int8": {**_figures(metric, dense_int8.test), **_sizes(dense_int8)},
+        "dense": {**_figures(metric, dense_test), **_sizes(dense.float32)},
+        "dense_int8": {**_figures(metric, dense.int8.test), **_sizes(dense.int8)},
         "compressed": {
             **_figures(metric, finished.test),
             **_figures(metric, finished.validation, "validation_"),
@@ -348,17 +341,18 @@ def build_metrics(
             **_sizes(finished.exported),
             "max_abs_difference": None if report is None else report.max_abs_difference,
             "batch_size": None if report is None else report.batch_size,
-            "proposed_by": proposed_by,
+            "proposed_by": candidate.proposed_by,
             **_channels(finished),
         },
         "search": {
-            "episodes": episodes,
-            "evaluations": evaluations,
+            "episodes": loop.done,
+            "evaluations": loop.evaluations,
             "seconds": seconds,
             "operations": finished.plan.count_operations(),
+            **search,
         },
         "baselines": [],
-        "warnings": list(dict.fromkeys([*warnings, *finished.warnings])),
+        "warnings": list(dict.fromkeys([*dense.warnings, *finished.warnings])),
     }
 
 

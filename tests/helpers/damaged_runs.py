@@ -95,12 +95,12 @@ class Bench:
         shutil.copytree(folder, self.work, symlinks=True)
         with RunDirectory(self.work, *args[1:], **kwargs) as run:
             run.start()
-            again = SearchLoop(loop._settings, network, run)
+            again = SearchLoop(loop.settings, network, run)
             found: dict[str, Any] = {}
             progress = search_module.SearchProgress(run.arguments["episodes"], "accuracy", 0)
             if self._sizes is not None:
                 values, options = self._sizes
-                sizes = AccuracySearch(*values[:2], again, run, *values[4:], **options)
+                sizes = AccuracySearch(values[0], again, run, *values[3:], **options)
                 count = min(accuracy_search.MOST_TRIALS, run.arguments["episodes"])
                 sizes._resume([run.arguments["episodes"] * n // count for n in range(count + 1)])
                 best = sizes._best.to_arrays() if sizes._best else {}
