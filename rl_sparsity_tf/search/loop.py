@@ -207,14 +207,14 @@ class SearchLoop:
         if not can_rerank(network):
             return
         progress.say("ranking the weights of the best plans anew")
-        steps = self._settings.buckets * network.recovery.steps
+        steps = self.settings.buckets * network.recovery.steps
         for one in list(self.finalists):
             best = one
             evaluate_plan(network, best.plan, steps)
             for powers in (rounds := Rounds()):
                 plan = reranked(network, *powers)
                 outcome = evaluate_plan(network, plan, steps)
-                value = bounded(self._settings.reward, outcome, None)
+                value = bounded(self.settings.reward, outcome, None)
                 rounds.better = is_better(value, outcome, best)
                 if rounds.better:
                     best = Candidate.of(network, value, one.episode, one.proposed_by)
