@@ -15,7 +15,6 @@ import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.allocation import ranking as ranks
-from rl_sparsity_tf.allocation import size_budget
 from rl_sparsity_tf.allocation.budgets import Budget, CostBudget
 from rl_sparsity_tf.allocation.channel_decisions import ChannelDecisions
 from rl_sparsity_tf.allocation.channel_programming import propose_channels
@@ -26,7 +25,7 @@ from rl_sparsity_tf.allocation.layer_errors import (
     measure,
     most_salient,
 )
-from rl_sparsity_tf.allocation.problem import PlanRequest, Problem
+from rl_sparsity_tf.allocation.problem import PlanRequest, Problem, RequestFile
 from rl_sparsity_tf.allocation.size_budget import KernelCosts, SizeBudget
 from rl_sparsity_tf.allocation.storage import Storage
 from rl_sparsity_tf.allocation.target import Target
@@ -385,40 +384,10 @@ def _measured(
     )
 
 
-class _File:
-    """What the file of a request's plan costs, by the size model and the trained weights."""
-
-    def __init__(self, request: PlanRequest):
-        self._request = request
-        self._sizes = size_budget.size_model_for(request.model, request.target)
-        kind = request.target.kind
-        self._field = "raw" if kind == "tflite_bytes" else "gzip"
-        self.limit = request.target.value * (1.0 - size_budget.MARGINS[kind])
-        self._matrices = {kernel.path: kernel.matrix() for kernel in request.kernels}
-
-    def _value(self, kernel: Kernel, alive: np.ndarray) -> np.ndarray:
-        mask = self._request.groupings[kernel.path].expand_numpy(alive)
-        pruned = np.where(mask, self._matrices[kernel.path], 0.0).astype(np.float32)
-        return kernel.spec.from_matrix_numpy(pruned, kernel.shape)
-
-    def total(self, live: Sequence[np.ndarray], bits: Mapping[str, int]) -> float:
-        """Bytes of the file in which some groups live."""
-        pairs = zip(self._request.kernels, live, strict=True)
-        values = {kernel.path: self._value(kernel, alive) for kernel, alive in pairs}
-        return float(getattr(self._sizes.file_size(values, bits), self._field))
-
-    def kernel(self, kernel: Kernel, alive: np.ndarray, bits: int) -> float:
-        """Bytes of one kernel of which some groups live."""
-        size = self._sizes.kernel_size(
-            kernel.path, self._value(kernel, alive), bits, compressed=self._field == "gzip"
-        )
-        return float(getattr(size, self._field))
-
-
 def _within_bytes(
     request: PlanRequest, problems: Mapping[str, LayerProblem], sizes: Sequence[np.ndarray]
 ) -> CompressionPlan:
-    file = _File(request)
+    file = RequestFile(request)
     whole = [np.ones(size.shape, bool) for size in sizes]
     fixed = file.total(whole, {}) - sum(
         file.kernel(kernel, alive, FLOAT)

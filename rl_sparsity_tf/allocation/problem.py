@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -155,44 +155,51 @@ class PlanRequest:
         return storage.plan_from_live(self.kernels, live, self.quantize)
 
     def _within_bytes(self, ranking: ranks.Ranking) -> list[np.ndarray]:
-        kind, value = self.target.kind, self.target.value
-        predicted = _FileBytes(self)
-        share = 1.0 - size_budget.MARGINS[kind]
-        live, reached = ranking.least_pruned(lambda one: predicted(one) <= value * share)
+        file = RequestFile(self)
+        bits = {
+            kernel.path: self.bits
+            for kernel in self.kernels
+            if ranks.survivors(kernel, self.quantize) == Operation.QUANTIZE
+        }
+        live, reached = ranking.least_pruned(lambda one: file.total(one, bits) <= file.limit)
         if not reached:
-            stored = "integers" if self.quantize else "floats"
-            name = f"Target({kind}={value:,.0f})".replace(",", "_")
+            kind, stored = self.target.kind, "integers" if self.quantize else "floats"
+            name = f"Target({kind}={self.target.value:,.0f})".replace(",", "_")
+            least = math.ceil(file.total(live, bits) / (1.0 - size_budget.MARGINS[kind]))
             raise TargetError(
                 f"{name} cannot be reached: with every kernel pruned to its last group and stored "
-                f"as {stored}, the file would have about {math.ceil(predicted(live) / share):,} "
-                "bytes. Expected at least that many."
+                f"as {stored}, the file would have about {least:,} bytes. Expected at least that "
+                "many."
             )
         return live
 
 
-class _FileBytes:
-    """Predicts the bytes of the file that a request's plan would be exported to."""
+class RequestFile:
+    """Predicts the bytes of the file that a request's plan would be exported to.
+
+    `limit` is what they may come to.
+    """
 
     def __init__(self, request: PlanRequest):
-        self._request = request
-        self._sizes = size_budget.size_model_for(request.model, request.target)
-        self._field = "raw" if request.target.kind == "tflite_bytes" else "gzip"
-        self._bits = {
-            kernel.path: request.bits
-            for kernel in request.kernels
-            if ranks.survivors(kernel, request.quantize) == Operation.QUANTIZE
-        }
+        self.limit = size_budget.limit_of(request.target)
+        self._bytes = size_budget.bytes_for(request.model, request.target)
+        self._kernels, self._groupings = request.kernels, request.groupings
+        self._matrices = {kernel.path: kernel.matrix() for kernel in request.kernels}
 
-    def __call__(self, live: Sequence[np.ndarray]) -> float:
-        values = dict(self._values(live))
-        return float(getattr(self._sizes.file_size(values, self._bits), self._field))
+    def total(self, live: Sequence[np.ndarray], bits: Mapping[str, int]) -> float:
+        """Bytes of the file in which some groups live; `bits` are 32 where nothing is said."""
+        pairs = zip(self._kernels, live, strict=True)
+        values = {kernel.path: self._value(kernel, alive) for kernel, alive in pairs}
+        return self._bytes.file(values, bits)
 
-    def _values(self, live: Sequence[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-        groupings = self._request.groupings
-        for kernel, alive in zip(self._request.kernels, live, strict=True):
-            mask = groupings[kernel.path].expand_numpy(alive)
-            matrix = np.where(mask, kernel.matrix(), 0.0).astype(np.float32)
-            yield kernel.path, kernel.spec.from_matrix_numpy(matrix, kernel.shape)
+    def kernel(self, kernel: Kernel, alive: np.ndarray, bits: int) -> float:
+        """Bytes of one kernel of which some groups live."""
+        return self._bytes.kernel(kernel.path, self._value(kernel, alive), bits)
+
+    def _value(self, kernel: Kernel, alive: np.ndarray) -> np.ndarray:
+        mask = self._groupings[kernel.path].expand_numpy(alive)
+        matrix = np.where(mask, self._matrices[kernel.path], 0.0).astype(np.float32)
+        return kernel.spec.from_matrix_numpy(matrix, kernel.shape)
 
 
 def _target(target: Target | None, sparsity: float | None) -> Target:
