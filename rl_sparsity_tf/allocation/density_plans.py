@@ -91,7 +91,7 @@ class PlanSpace:
         for index, (kernel, alive) in enumerate(zip(self._network.kernels, live, strict=True)):
             integers = self._integers[index]
             budget = self._network.budget
-            if integers and isinstance(budget, CostBudget):
+            if integers:
                 integers = budget.integers_pay(index, float(self._sizes[index][alive].sum()))
             stored = self._network.storage.of(kernel.path).bits
             found[kernel.path] = stored if integers else FLOAT

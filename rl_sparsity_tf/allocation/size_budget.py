@@ -73,10 +73,10 @@ class SizeBudget(CostBudget):
         self.limit, self.slack, self.name = limit, 0.5, name
         self.fixed = fixed
         self.costs = list(costs)
-        self.totals: np.ndarray = np.array([int(size.sum()) for size in sizes], np.int64)
         # No kernel can give its last group.
         possible = float(self._capacity(sizes, 0.0).sum()) / elements
-        super().__init__(min(self._implied_sparsity(elements), possible), elements, sizes)
+        implied = self._implied_sparsity(elements, sizes)
+        super().__init__(min(implied, possible), elements, sizes)
         start = [KernelState(0, int(total), False, False) for total in self.totals]
         if self.least(start) > limit:
             self.capacity = self._capacity(sizes, 0.0)
@@ -100,15 +100,16 @@ class SizeBudget(CostBudget):
         pairs = zip(self.costs, lives, strict=True)
         return self.fixed + sum(costs.least(float(live), True) for costs, live in pairs)
 
-    def _implied_sparsity(self, elements: int) -> float:
+    def _implied_sparsity(self, elements: int, sizes: Sequence[np.ndarray]) -> float:
         """The least sparsity that meets the size if all kernels are integers of one density."""
+        totals = np.array([int(size.sum()) for size in sizes], np.int64)
         for density in np.linspace(1.0, 0.0, _DENSITIES_TRIED, endpoint=False):
-            lives = np.maximum(density * self.totals, 1)
+            lives = np.maximum(density * totals, 1)
             size = self.fixed + sum(
                 costs.least(live, True) for costs, live in zip(self.costs, lives, strict=True)
             )
             if size <= self.limit:
-                return float((1.0 - density) * self.totals.sum() / elements)
+                return float((1.0 - density) * totals.sum() / elements)
         return 1.0
 
     def least(self, states: Sequence[KernelState]) -> float:
@@ -153,8 +154,7 @@ class SizeBudget(CostBudget):
     def kernel_bytes(self, states: Sequence[KernelState]) -> float:
         """What the kernels cost as they are, undecided groups at full precision."""
         pruned = [state.pruned for state in states]
-        integers = [s.quantized and not s.kept and s.undecided == 0 for s in states]
-        return self.total(pruned, integers) - self.fixed
+        return self.total(pruned, [state.integers for state in states]) - self.fixed
 
 
 _DENSITIES = (0.0, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
