@@ -33,7 +33,6 @@ from rl_sparsity_tf.data.batches import training_data
 from rl_sparsity_tf.errors import DataError
 from rl_sparsity_tf.export.verification import check_repeatable
 from rl_sparsity_tf.layers.kernel_spec import has_int4
-from rl_sparsity_tf.layers.kernels import Kernel
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.rules import Patterns
 from rl_sparsity_tf.layers.wrapping import wrap, wrapped_kernels
@@ -323,14 +322,12 @@ def _within_bytes(request: PlanRequest, problems: Mapping[str, LayerProblem]) ->
     share = (file.limit - fixed) / (least * sum(int(size.sum()) for size in sizes))
     density = float(np.clip(share, 0.01, 0.5))
     pieces = (request.kernels, request.groupings, request.originals, problems)
-    database = {
-        kernel.path: _without_int4(one, kernel)
-        for kernel, one in zip(
-            request.kernels,
-            measure(*pieces, bits=precisions, density=density).values(),
-            strict=True,
-        )
+    # The quantizer has no form of four bits for some kinds of kernels.
+    bits_of = {
+        kernel.path: [one for one in precisions if one != 4 or has_int4(kernel.spec.kind)]
+        for kernel in request.kernels
     }
+    database = measure(*pieces, bits=bits_of, density=density)
     table = {
         (kernel.path, bits): np.maximum.accumulate(
             [
@@ -362,14 +359,6 @@ def _within_bytes(request: PlanRequest, problems: Mapping[str, LayerProblem]) ->
     if not reached:  # says in words what can be
         return request.plan(choice.scores(database, sizes))
     return request.storage.plan_at(request.kernels, live, choice.bits)
-
-
-def _without_int4(errors: KernelErrors, kernel: Kernel) -> KernelErrors:
-    """Takes four bits out where the quantizer has no such form."""
-    if 4 not in errors.errors or has_int4(kernel.spec.kind):
-        return errors
-    left = {bits: found for bits, found in errors.errors.items() if bits != 4}
-    return dataclasses.replace(errors, errors=left)
 
 
 def _budget_cost(costs: Mapping[str, KernelCosts]) -> Cost:
