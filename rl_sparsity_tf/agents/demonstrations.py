@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from rl_sparsity_tf.allocation import ranking as ranks
-from rl_sparsity_tf.allocation.budgets import CostBudget, KernelState
 from rl_sparsity_tf.allocation.density_plans import random_ratios
+from rl_sparsity_tf.allocation.layer_errors import FLOAT
+from rl_sparsity_tf.allocation.problem import meet
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
 from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.errors import ArgumentError
@@ -122,29 +121,17 @@ def _heuristics(
     network: CompressedNetwork, names: Sequence[str] | None = None
 ) -> Iterator[tuple[str, list[np.ndarray]]]:
     """What lives in the plan of every heuristic that meets the target."""
-    sizes = [network.groupings[kernel.path].sizes for kernel in network.kernels]
+    stored = {
+        kernel.path: network.storage.of(kernel.path).bits if kernel.spec.exports_int8 else FLOAT
+        for kernel in network.kernels
+    }
     for name in names or network.decisions.heuristics:
         scores = network.scores(name)
         if scores is None:
             continue
-        ranking = ranks.Ranking(scores, sizes, network.decisions.removable)
-        budget = network.budget
-        if isinstance(budget, CostBudget):
-            live, reached = ranking.least_pruned(functools.partial(_fits, network, budget))
-            if reached:
-                yield name, live
-        else:
-            yield name, ranking.live(budget.wanted)
-
-
-def _fits(network: CompressedNetwork, budget: CostBudget, live: Sequence[np.ndarray]) -> bool:
-    """Whether the cost is within its limit with what lives as integers where that works."""
-    states = []
-    for kernel, alive in zip(network.kernels, live, strict=True):
-        integers = ranks.survivors(kernel, True) == Operation.QUANTIZE
-        pruned = int(network.groupings[kernel.path].sizes[~alive].sum())
-        states.append(KernelState(pruned, 0, kept=not integers, quantized=integers))
-    return budget.expected(states) <= budget.limit
+        live, reached = meet(network, scores, lambda _: stored)
+        if reached:
+            yield name, live
 
 
 def _alike(one: Mapping[str, float], other: Mapping[str, float]) -> bool:

@@ -17,6 +17,41 @@ from rl_sparsity_tf.layers.operations import Operation
 _FLOOR_SHARE = 0.1
 
 
+@dataclasses.dataclass(frozen=True)
+class KernelState:
+    """How far a kernel is decided.
+
+    `pruned` and `undecided` count weights; `kept` (at full precision) and `quantized` say whether
+    some group is.
+    """
+
+    pruned: int
+    undecided: int
+    kept: bool
+    quantized: bool
+
+    @property
+    def integers(self) -> bool:
+        """Whether the kernel is stored as integers by now."""
+        return self.quantized and not self.kept and self.undecided == 0
+
+    @property
+    def surviving(self) -> KernelState:
+        """The state if nothing more is pruned, and all that can be is stored as integers."""
+        integers = not self.kept and (self.quantized or self.undecided > 0)
+        return dataclasses.replace(self, undecided=0, quantized=integers)
+
+    @classmethod
+    def of(cls, sizes: np.ndarray, decided: np.ndarray, operations: np.ndarray) -> KernelState:
+        """Reads it from what was decided, one entry per group."""
+        return cls(
+            pruned=int(sizes[decided & (operations == Operation.PRUNE)].sum()),
+            undecided=int(sizes[~decided].sum()),
+            kept=bool((decided & (operations == Operation.KEEP)).any()),
+            quantized=bool((decided & (operations == Operation.QUANTIZE)).any()),
+        )
+
+
 class Budget:
     """Counts what has been pruned against the target, and says what is still allowed.
 
@@ -37,6 +72,7 @@ class Budget:
         self.goal = goal
         self.elements = elements
         self._sizes = list(sizes)
+        self.totals = np.array([int(size.sum()) for size in sizes], np.int64)
         # Rounded first: 0.9 * 10 is 9.000000000000002 in some orders of operations.
         self.wanted = math.ceil(round(goal * elements, 6))
         density = (1.0 - goal) * _FLOOR_SHARE
@@ -98,35 +134,18 @@ class Budget:
         rest = self.capacity[list(later)] - self.pruned[list(later)]
         return int(np.maximum(rest, 0).sum())
 
+    def saved(self, states: Sequence[KernelState]) -> float | None:
+        """Share of what was to be saved that is; None where the sparsity says it all."""
+        return None
 
-@dataclasses.dataclass(frozen=True)
-class KernelState:
-    """How far a kernel is decided.
+    def stored_share(self, states: Sequence[KernelState]) -> float:
+        """What the kernels take to store, over what they take in the dense float32 network."""
+        shares = np.where([state.integers for state in states], 0.25, 1.0)
+        return float((self.totals * shares).sum() / self.totals.sum())
 
-    `pruned` and `undecided` count weights; `kept` (at full precision) and `quantized` say whether
-    some group is.
-    """
-
-    pruned: int
-    undecided: int
-    kept: bool
-    quantized: bool
-
-    @property
-    def surviving(self) -> KernelState:
-        """The state if nothing more is pruned, and all that can be is stored as integers."""
-        integers = not self.kept and (self.quantized or self.undecided > 0)
-        return dataclasses.replace(self, undecided=0, quantized=integers)
-
-    @classmethod
-    def of(cls, sizes: np.ndarray, decided: np.ndarray, operations: np.ndarray) -> KernelState:
-        """Reads it from what was decided, one entry per group."""
-        return cls(
-            pruned=int(sizes[decided & (operations == Operation.PRUNE)].sum()),
-            undecided=int(sizes[~decided].sum()),
-            kept=bool((decided & (operations == Operation.KEEP)).any()),
-            quantized=bool((decided & (operations == Operation.QUANTIZE)).any()),
-        )
+    def integers_pay(self, index: int, live: float) -> bool:
+        """Whether a kernel with so many living weights costs no more as integers."""
+        return True
 
 
 class CostBudget(Budget, abc.ABC):
@@ -143,7 +162,6 @@ class CostBudget(Budget, abc.ABC):
     limit: float
     slack: float
     name: str
-    totals: np.ndarray
 
     @abc.abstractmethod
     def limited(self, limit: float, name: str | None = None) -> Self:
@@ -186,18 +204,10 @@ class CostBudget(Budget, abc.ABC):
         For every kernel, `pruned` counts weights and `integers` says whether it is stored so.
         """
 
-    @abc.abstractmethod
-    def stored_share(self, states: Sequence[KernelState]) -> float:
-        """What the kernels take to store, over what they take in the dense float32 network."""
-
     def saved(self, states: Sequence[KernelState]) -> float:
         """Share of what was to be saved that is: 1 once the cost is within its limit."""
-        integers = [s.quantized and not s.kept and s.undecided == 0 for s in states]
+        integers = [state.integers for state in states]
         start = self.total(np.zeros(len(states)), np.zeros(len(states), bool))
         now = self.total([state.pruned for state in states], integers)
         wanted = start - self.limit
         return float(np.clip((start - now) / wanted, 0.0, 1.0)) if wanted > 0 else 1.0
-
-    def integers_pay(self, index: int, live: float) -> bool:
-        """Whether a kernel with so many living weights costs no more as integers."""
-        return True

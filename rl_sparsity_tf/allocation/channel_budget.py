@@ -46,7 +46,7 @@ class ChannelBudget(CostBudget):
         self.limit, self.name = limit, name
         self.cost = cost
         self.units = units
-        self.totals: np.ndarray = np.array([unit.size for unit in units], np.int64)
+        self.totals = np.array([unit.size for unit in units], np.int64)
         self.able = np.array([unit.frozen is None and unit.count > 1 for unit in units])
         self._integers = np.array([unit.spec.exports_int8 for unit in units])
         self._column = np.array([unit.shape[0] for unit in units], np.int64)
@@ -144,8 +144,7 @@ class ChannelBudget(CostBudget):
 
     def stored_share(self, states: Sequence[KernelState]) -> float:
         """Bits that living weights are stored in, or all of them where bytes are the target."""
-        integers = [s.quantized and not s.kept and s.undecided == 0 for s in states]
-        quarter = np.array(integers) & self._integers
+        quarter = np.array([state.integers for state in states]) & self._integers
         if self.cost.integers:
             pruned = [state.pruned for state in states]
             return self.total(pruned, quarter) / self.total(

@@ -12,7 +12,7 @@ from rl_sparsity_tf.allocation.budgets import Budget
 from rl_sparsity_tf.allocation.channel_budget import ChannelBudget, ChannelCost
 from rl_sparsity_tf.allocation.decisions import KernelDecisions, PartMatrix
 from rl_sparsity_tf.allocation.ranking import saliency_of
-from rl_sparsity_tf.allocation.size_budget import MARGINS
+from rl_sparsity_tf.allocation.size_budget import MARGINS, limit_of
 from rl_sparsity_tf.allocation.storage import Storage
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.channels.costs import ChannelCosts, latency_of
@@ -20,7 +20,7 @@ from rl_sparsity_tf.channels.elimination import ChannelErrors, eliminate
 from rl_sparsity_tf.channels.graph import ChannelGraph, has_graph
 from rl_sparsity_tf.channels.latency_table import LatencyTable
 from rl_sparsity_tf.channels.units import ChannelUnit, UnitOperations, find_units
-from rl_sparsity_tf.export.size_model import SizeModel
+from rl_sparsity_tf.export.size_model import KernelBytes, SizeModel
 from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.kernels import Kernel
 from rl_sparsity_tf.layers.operations import Operation
@@ -98,8 +98,8 @@ class ChannelDecisions(KernelDecisions):
         count: Callable[[np.ndarray], np.ndarray]
         if target.kind in MARGINS:
             sizes = SizeModel(model, compressed=target.gzip_bytes is not None)
-            total = costs.bytes(sizes, target.kind)
-            return ChannelCost(total, integers=True), target.value * (1.0 - MARGINS[target.kind])
+            total = costs.bytes(KernelBytes(sizes, target.kind))
+            return ChannelCost(total, integers=True), limit_of(target)
         if target.kind == "sparsity":
             count, share = costs.weights, 1.0 - target.value
         elif target.kind == "macs":

@@ -14,7 +14,7 @@ from rl_sparsity_tf.allocation.ranking import saliency_of
 from rl_sparsity_tf.allocation.size_budget import make_budget
 from rl_sparsity_tf.allocation.storage import Storage
 from rl_sparsity_tf.allocation.target import Target
-from rl_sparsity_tf.export.size_model import SizeModel
+from rl_sparsity_tf.export.size_model import KernelBytes
 from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.kernels import Kernel
 from rl_sparsity_tf.layers.operations import Operation
@@ -36,7 +36,7 @@ class KernelDecisions:
     Args:
         storage: How the kernels are cut and stored, or the kind of groups of all of them.
         shuffles: Whether Shuffle is among the operations.
-        sizes: The size model that a target in bytes is met by; by default it is made.
+        sizes: The bytes that a target in bytes is met by; by default they are found out.
         selection: The kernels of the model that are decided on; by default all that are not frozen.
 
     Attributes:
@@ -59,7 +59,7 @@ class KernelDecisions:
         self,
         storage: Storage | str,
         shuffles: bool = True,
-        sizes: SizeModel | None = None,
+        sizes: KernelBytes | None = None,
         selection: KernelSelection | None = None,
     ):
         storage = Storage(storage) if isinstance(storage, str) else storage

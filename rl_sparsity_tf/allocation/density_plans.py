@@ -10,9 +10,8 @@ from rl_sparsity_tf.allocation import ranking as ranks
 from rl_sparsity_tf.allocation.budgets import CostBudget, KernelState
 from rl_sparsity_tf.allocation.channel_budget import ChannelBudget
 from rl_sparsity_tf.allocation.channel_programming import cost_of_plan, pruned_to
-from rl_sparsity_tf.allocation.dynamic_programming import cost_of, fill
 from rl_sparsity_tf.allocation.layer_errors import FLOAT
-from rl_sparsity_tf.allocation.problem import Problem
+from rl_sparsity_tf.allocation.problem import Problem, cost_of, meet, sizes_of
 from rl_sparsity_tf.errors import TargetError
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
@@ -33,7 +32,7 @@ class PlanSpace:
     def __init__(self, network: Problem, quantize: bool):
         self._network = network
         kernels = network.kernels
-        self._sizes = [network.groupings[kernel.path].sizes for kernel in kernels]
+        self._sizes = sizes_of(network)
         self.totals = np.array([float(size.sum()) for size in self._sizes])
         self._saliency = [
             # Of the trained weights: those of the moment may have recovered from another plan.
@@ -72,24 +71,15 @@ class PlanSpace:
         A budget of bytes that cannot be met without integers raises a TargetError.
         """
         budget = self._network.budget
-        ranking = ranks.Ranking(scores, self._sizes, self._network.decisions.removable)
-        if not isinstance(budget, CostBudget):
-            return ranking.live(budget.wanted)
-
-        def fits(live: Sequence[np.ndarray]) -> bool:
-            return cost_of(self._network, live, self.bits(live)) <= budget.limit
-
-        live, reached = fill(ranking, fits, self._pruned)
-        if not reached:
+        live, reached = meet(self._network, scores, self.bits, self._pruned)
+        if isinstance(budget, CostBudget) and not reached:
             size = cost_of(self._network, live, self.bits(live))
             raise TargetError(
                 f"The file would have about {size:,.0f} bytes with every kernel pruned to its "
                 f"last group and stored as asked for; {budget.limit:,.0f} are left of the target "
                 "after the size model's margin. Expected a larger target, or quantize=True."
             )
-        self._pruned = sum(
-            int(size[~alive].sum()) for size, alive in zip(self._sizes, live, strict=True)
-        )
+        self._pruned = _pruned(self._sizes, live)
         return live
 
     def bits(self, live: Sequence[np.ndarray]) -> dict[str, int]:
@@ -101,7 +91,7 @@ class PlanSpace:
         for index, (kernel, alive) in enumerate(zip(self._network.kernels, live, strict=True)):
             integers = self._integers[index]
             budget = self._network.budget
-            if integers and isinstance(budget, CostBudget):
+            if integers:
                 integers = budget.integers_pay(index, float(self._sizes[index][alive].sum()))
             stored = self._network.storage.of(kernel.path).bits
             found[kernel.path] = stored if integers else FLOAT
@@ -170,7 +160,7 @@ def pruned_to_budget(network: Problem, plan: CompressionPlan) -> CompressionPlan
     alive = [operations != Operation.PRUNE for operations in before]
     space = PlanSpace(network, quantize=True)
     space.prefer(alive)
-    sizes = [network.groupings[kernel.path].sizes for kernel in network.kernels]
+    sizes = sizes_of(network)
     ranking = ranks.Ranking(space.scores(shares(alive)), sizes, network.decisions.removable)
 
     def as_planned(live: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -194,7 +184,7 @@ def pruned_to_budget(network: Problem, plan: CompressionPlan) -> CompressionPlan
             enough = _pruned(sizes, live) >= pruned
             return enough and _cost(budget, sizes, operations_of(live)) <= budget.limit
 
-        live, reached = fill(ranking, fits, pruned)
+        live, reached = ranking.least_pruned(fits, pruned)
         if reached:
             found.append((_pruned(sizes, live), operations_of(live)))
     if not found:

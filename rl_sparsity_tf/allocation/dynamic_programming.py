@@ -15,8 +15,7 @@ import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.allocation import ranking as ranks
-from rl_sparsity_tf.allocation import size_budget
-from rl_sparsity_tf.allocation.budgets import Budget, CostBudget
+from rl_sparsity_tf.allocation.budgets import CostBudget
 from rl_sparsity_tf.allocation.channel_decisions import ChannelDecisions
 from rl_sparsity_tf.allocation.channel_programming import propose_channels
 from rl_sparsity_tf.allocation.layer_errors import (
@@ -26,16 +25,14 @@ from rl_sparsity_tf.allocation.layer_errors import (
     measure,
     most_salient,
 )
-from rl_sparsity_tf.allocation.problem import PlanRequest, Problem
+from rl_sparsity_tf.allocation.problem import PlanRequest, Problem, RequestFile, meet, sizes_of
 from rl_sparsity_tf.allocation.size_budget import KernelCosts, SizeBudget
-from rl_sparsity_tf.allocation.storage import Storage
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.console import without_traces
 from rl_sparsity_tf.data.batches import training_data
 from rl_sparsity_tf.errors import DataError
 from rl_sparsity_tf.export.verification import check_repeatable
 from rl_sparsity_tf.layers.kernel_spec import has_int4
-from rl_sparsity_tf.layers.kernels import Kernel, count_weights
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.rules import Patterns
 from rl_sparsity_tf.layers.wrapping import wrap, wrapped_kernels
@@ -180,43 +177,6 @@ def weights_cost(_: str, live: np.ndarray, __: int) -> np.ndarray:
     return live
 
 
-def fill(
-    ranking: ranks.Ranking, fits: Callable[[list[np.ndarray]], bool], pruned: float
-) -> tuple[list[np.ndarray], bool]:
-    """Looks for the fewest pruned weights that something accepts, from the guess `pruned` on.
-
-    Pruning more is taken to help. Returns what lives, and whether it is accepted: if nothing is,
-    all that can be is pruned. The number of living weights is right to a 512th.
-    """
-    guess = int(np.clip(pruned, 0, ranking.reachable))
-    step = max(1, (ranking.elements - guess) // 64)
-    live = ranking.live(guess)
-    accepted = fits(live)
-    low = high = guess
-    while accepted and low > 0:  # the best so far prunes `high`
-        low = max(0, low - step)
-        tried = ranking.live(low)
-        if not fits(tried):
-            break
-        live, high, step = tried, low, 2 * step
-    if accepted and high == 0:
-        return live, True
-    while not accepted and high < ranking.reachable:
-        low, high = high, min(ranking.reachable, high + step)
-        live = ranking.live(high)
-        accepted, step = fits(live), 2 * step
-    if not accepted:
-        return live, False
-    while high - low > max(1, (ranking.elements - high) // 512):
-        middle = (low + high) // 2
-        tried = ranking.live(middle)
-        if fits(tried):
-            live, high = tried, middle
-        else:
-            low = middle
-    return live, True
-
-
 POWERS = (1.0, 0.5, 0.25)
 """Of the layers' errors, see [propose_all][]: no power gives the best plan for every network."""
 
@@ -270,19 +230,16 @@ def dynamic_programming(
             "Pass data=(x, y) or a dataset as fit takes them; lamp needs no data."
         )
     with without_traces():
-        sizes = [grouping.sizes for grouping in request.groupings.values()]
-        _, elements = count_weights(request.model)
-        goal = request.target.sparsity
+        if request.target.sparsity is None:
+            return _within_bytes(request, _problems(request, data))
         # Refuses a sparsity out of reach before anything is computed.
         with request.selection.explained():
-            budget = Budget(0.0 if goal is None else goal, elements, sizes)
-        problems = _problems(request, data)
-        if goal is not None:
-            allowed = sum(int(size.sum()) for size in sizes) - budget.wanted
-            database = _measured(request, problems, [FLOAT], 1.0 - goal, allowed)
-            choice = cheapest(database, weights_cost, allowed) or densest(database)
-            return request.plan(choice.scores(database, sizes))
-        return _within_bytes(request, problems, sizes)
+            allowed = float(sum(size.sum() for size in request.sizes) - request.wanted)
+        density, most = 1.0 - request.target.sparsity, dict.fromkeys(request.groupings, allowed)
+        pieces = (request.kernels, request.groupings, request.originals, _problems(request, data))
+        database = measure(*pieces, density=density, most=most)
+        choice = cheapest(database, weights_cost, allowed) or densest(database)
+        return request.plan(choice.scores(database, request.sizes))
 
 
 def propose(network: Problem) -> CompressionPlan:
@@ -306,7 +263,7 @@ def propose_all(network: Problem, powers: Sequence[float]) -> list[CompressionPl
         return propose_channels(network, powers)
     kernels, groupings, budget = network.kernels, network.groupings, network.budget
     problems = {} if network.least_squares is None else network.least_squares.problems
-    sizes = [groupings[kernel.path].sizes for kernel in kernels]
+    sizes = sizes_of(network)
     costs: dict[str, KernelCosts] = {}
     allowed = float(sum(size.sum() for size in sizes) - budget.wanted)
     most = dict.fromkeys(groupings, allowed)
@@ -331,27 +288,10 @@ def propose_all(network: Problem, powers: Sequence[float]) -> list[CompressionPl
 
 def _as_plan(network: Problem, choice: Choice, scores: Sequence[np.ndarray]) -> CompressionPlan:
     """A choice's plan, filled up to the budget."""
-    kernels, budget = network.kernels, network.budget
-    sizes = [network.groupings[kernel.path].sizes for kernel in kernels]
-    ranking = ranks.Ranking(scores, sizes)
-    if not isinstance(budget, CostBudget):
-        live = ranking.live(budget.wanted)
-        return network.storage.plan_from_live(kernels, live)
-    live, _ = fill(
-        ranking,
-        lambda alive: cost_of(network, alive, choice.bits) <= budget.limit,
-        choice.pruned(sizes),
-    )
-    return network.storage.plan_at(kernels, live, choice.bits)
-
-
-def cost_of(network: Problem, live: Sequence[np.ndarray], bits: Mapping[str, int]) -> float:
-    """What a network costs in which some groups live, by its budget."""
-    budget = network.budget
-    assert isinstance(budget, CostBudget)
-    sizes = [network.groupings[kernel.path].sizes for kernel in network.kernels]
-    pruned = [float(size[~alive].sum()) for size, alive in zip(sizes, live, strict=True)]
-    return budget.total(pruned, [bits[kernel.path] < FLOAT for kernel in network.kernels])
+    live, _ = meet(network, scores, lambda _: choice.bits, choice.pruned(sizes_of(network)))
+    if isinstance(network.budget, CostBudget):
+        return network.storage.plan_at(network.kernels, live, choice.bits)
+    return network.storage.plan_from_live(network.kernels, live)
 
 
 # ---------------------------------------------------------------------- of a plain model
@@ -367,58 +307,8 @@ def _problems(request: PlanRequest, data: Any) -> Mapping[str, LayerProblem]:
     return closed_form(wrapped, wrapped_kernels(wrapped), request.groupings, train).problems
 
 
-def _measured(
-    request: PlanRequest,
-    problems: Mapping[str, LayerProblem],
-    bits: Sequence[int],
-    density: float,
-    allowed: int | None = None,
-) -> dict[str, KernelErrors]:
-    return measure(
-        request.kernels,
-        request.groupings,
-        {kernel.path: kernel.matrix() for kernel in request.kernels},
-        problems,
-        bits=bits,
-        density=density,
-        most=None if allowed is None else dict.fromkeys(request.groupings, float(allowed)),
-    )
-
-
-class _File:
-    """What the file of a request's plan costs, by the size model and the trained weights."""
-
-    def __init__(self, request: PlanRequest):
-        self._request = request
-        self._sizes = size_budget.size_model_for(request.model, request.target)
-        kind = request.target.kind
-        self._field = "raw" if kind == "tflite_bytes" else "gzip"
-        self.limit = request.target.value * (1.0 - size_budget.MARGINS[kind])
-        self._matrices = {kernel.path: kernel.matrix() for kernel in request.kernels}
-
-    def _value(self, kernel: Kernel, alive: np.ndarray) -> np.ndarray:
-        mask = self._request.groupings[kernel.path].expand_numpy(alive)
-        pruned = np.where(mask, self._matrices[kernel.path], 0.0).astype(np.float32)
-        return kernel.spec.from_matrix_numpy(pruned, kernel.shape)
-
-    def total(self, live: Sequence[np.ndarray], bits: Mapping[str, int]) -> float:
-        """Bytes of the file in which some groups live."""
-        pairs = zip(self._request.kernels, live, strict=True)
-        values = {kernel.path: self._value(kernel, alive) for kernel, alive in pairs}
-        return float(getattr(self._sizes.file_size(values, bits), self._field))
-
-    def kernel(self, kernel: Kernel, alive: np.ndarray, bits: int) -> float:
-        """Bytes of one kernel of which some groups live."""
-        size = self._sizes.kernel_size(
-            kernel.path, self._value(kernel, alive), bits, compressed=self._field == "gzip"
-        )
-        return float(getattr(size, self._field))
-
-
-def _within_bytes(
-    request: PlanRequest, problems: Mapping[str, LayerProblem], sizes: Sequence[np.ndarray]
-) -> CompressionPlan:
-    file = _File(request)
+def _within_bytes(request: PlanRequest, problems: Mapping[str, LayerProblem]) -> CompressionPlan:
+    file, sizes = RequestFile(request), request.sizes
     whole = [np.ones(size.shape, bool) for size in sizes]
     fixed = file.total(whole, {}) - sum(
         file.kernel(kernel, alive, FLOAT)
@@ -431,12 +321,13 @@ def _within_bytes(
     least = max(1, min(precisions) // 8) + 1
     share = (file.limit - fixed) / (least * sum(int(size.sum()) for size in sizes))
     density = float(np.clip(share, 0.01, 0.5))
-    database = {
-        kernel.path: _without_int4(one, kernel)
-        for kernel, one in zip(
-            request.kernels, _measured(request, problems, precisions, density).values(), strict=True
-        )
+    pieces = (request.kernels, request.groupings, request.originals, problems)
+    # The quantizer has no form of four bits for some kinds of kernels.
+    bits_of = {
+        kernel.path: [one for one in precisions if one != 4 or has_int4(kernel.spec.kind)]
+        for kernel in request.kernels
     }
+    database = measure(*pieces, bits=bits_of, density=density)
     table = {
         (kernel.path, bits): np.maximum.accumulate(
             [
@@ -454,29 +345,20 @@ def _within_bytes(
     allowed = file.limit - fixed
     for _ in range(_ATTEMPTS):
         choice = cheapest(database, cost, allowed) or densest(database)
-        live = ranks.Ranking(choice.scores(database, sizes), sizes).live(choice.pruned(sizes))
+        ranking = ranks.Ranking(choice.scores(database, sizes), sizes)
+        live = ranking.live(choice.pruned(sizes))
         over = file.total(live, choice.bits) - file.limit
         # Tensors stored dense get no smaller by some zeros more, so that the least excess would
         # cost every kernel half of its weights.
         if over <= 0:
             break
         allowed -= over
-    live, reached = fill(
-        ranks.Ranking(choice.scores(database, sizes), sizes),
-        lambda alive: file.total(alive, choice.bits) <= file.limit,
-        choice.pruned(sizes),
+    live, reached = ranking.least_pruned(
+        lambda alive: file.total(alive, choice.bits) <= file.limit, choice.pruned(sizes)
     )
     if not reached:  # says in words what can be
         return request.plan(choice.scores(database, sizes))
-    return Storage(request.group).plan_at(request.kernels, live, choice.bits)
-
-
-def _without_int4(errors: KernelErrors, kernel: Kernel) -> KernelErrors:
-    """Takes four bits out where the quantizer has no such form."""
-    if 4 not in errors.errors or has_int4(kernel.spec.kind):
-        return errors
-    left = {bits: found for bits, found in errors.errors.items() if bits != 4}
-    return dataclasses.replace(errors, errors=left)
+    return request.storage.plan_at(request.kernels, live, choice.bits)
 
 
 def _budget_cost(costs: Mapping[str, KernelCosts]) -> Cost:

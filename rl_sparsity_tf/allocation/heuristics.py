@@ -234,9 +234,8 @@ def _heuristic(
                     "Pass data=(x, y) or a dataset as fit takes them; lamp needs no data."
                 )
             gradients = mean_gradients(request.model, data, request.selection.paths)
-        matrices = {kernel.path: kernel.matrix() for kernel in request.kernels}
-        scores = ranking.scores(name, request.kernels, request.groupings, matrices, gradients)
-        return request.plan(scores)
+        pieces = (request.kernels, request.groupings, request.originals, gradients)
+        return request.plan(ranking.scores(name, *pieces))
 
 
 _ANY = 1e-12

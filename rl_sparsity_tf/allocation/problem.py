@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -12,8 +13,9 @@ import tf_keras as keras
 
 from rl_sparsity_tf.allocation import ranking as ranks
 from rl_sparsity_tf.allocation import size_budget
-from rl_sparsity_tf.allocation.budgets import Budget
+from rl_sparsity_tf.allocation.budgets import Budget, CostBudget
 from rl_sparsity_tf.allocation.decisions import KernelDecisions
+from rl_sparsity_tf.allocation.layer_errors import FLOAT
 from rl_sparsity_tf.allocation.storage import Storage
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.data.extremes import check_weights
@@ -61,6 +63,42 @@ class Problem(Protocol):
     @property
     def least_squares(self) -> LeastSquares | None:
         """The layers' least-squares problems; None if plans recover otherwise."""
+
+
+def sizes_of(problem: Problem) -> list[np.ndarray]:
+    """For every kernel the weights of each of its groups."""
+    return [problem.groupings[kernel.path].sizes for kernel in problem.kernels]
+
+
+def cost_of(problem: Problem, live: Sequence[np.ndarray], bits: Mapping[str, int]) -> float:
+    """What a network costs in which some groups live, by its budget."""
+    assert isinstance(problem.budget, CostBudget)
+    pairs = zip(sizes_of(problem), live, strict=True)
+    pruned = [float(size[~alive].sum()) for size, alive in pairs]
+    return problem.budget.total(pruned, [bits[kernel.path] < FLOAT for kernel in problem.kernels])
+
+
+def meet(
+    problem: Problem,
+    scores: Sequence[np.ndarray],
+    bits: Callable[[Sequence[np.ndarray]], Mapping[str, int]],
+    guess: float | None = None,
+) -> tuple[list[np.ndarray], bool]:
+    """What lives when the groups of lowest score go until the budget is met, and whether it is.
+
+    `bits` are those of the kernels in which some groups live, by path, where the budget is a cost;
+    a `guess` of the weights to prune makes that quicker. All that can go does if nothing less
+    meets it.
+    """
+    budget = problem.budget
+    ranking = ranks.Ranking(scores, sizes_of(problem), problem.decisions.removable)
+    if not isinstance(budget, CostBudget):
+        return ranking.live(budget.wanted), True
+
+    def within(live: Sequence[np.ndarray]) -> bool:
+        return cost_of(problem, live, bits(live)) <= budget.limit
+
+    return ranking.least_pruned(within, guess)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,10 +165,31 @@ class PlanRequest:
             bits=int(bits),
         )
 
-    @property
+    @functools.cached_property
     def groupings(self) -> dict[str, Grouping]:
         """How the kernels are cut, by path."""
-        return {kernel.path: kernel.grouping(self.group) for kernel in self.kernels}
+        return self.storage.groupings(self.kernels)
+
+    @functools.cached_property
+    def originals(self) -> dict[str, np.ndarray]:
+        """The kernels as `(inputs, outputs)`, by path."""
+        return {kernel.path: kernel.matrix() for kernel in self.kernels}
+
+    @property
+    def sizes(self) -> list[np.ndarray]:
+        """For every kernel the weights of each of its groups."""
+        return [grouping.sizes for grouping in self.groupings.values()]
+
+    @property
+    def storage(self) -> Storage:
+        """How the kernels are cut and stored."""
+        return Storage(self.group, default_bits=self.bits)
+
+    @property
+    def wanted(self) -> int:
+        """Weights that a sparsity prunes; a TargetError says that there are not so many to give."""
+        assert self.target.sparsity is not None
+        return Budget(self.target.sparsity, count_weights(self.model)[1], self.sizes).wanted
 
     def plan(self, scores: Sequence[np.ndarray]) -> CompressionPlan:
         """The plan that prunes the groups of lowest score until the target is met.
@@ -138,61 +197,63 @@ class PlanRequest:
         There is one score per group for every kernel. A target that cannot be met raises a
         TargetError; one in bytes raises an ExportError if the model cannot be converted.
         """
-        sizes = [grouping.sizes for grouping in self.groupings.values()]
-        ranking = ranks.Ranking(scores, sizes)
-        if self.target.sparsity is not None:
-            _, elements = count_weights(self.model)
-            with self.selection.explained():
-                live = ranking.live(Budget(self.target.sparsity, elements, sizes).wanted)
-        else:
-            with self.selection.explained():
+        ranking = ranks.Ranking(scores, self.sizes)
+        with self.selection.explained():
+            if self.target.sparsity is None:
                 live = self._within_bytes(ranking)
+            else:
+                live = ranking.live(self.wanted)
         return self.plan_from_live(live)
 
     def plan_from_live(self, live: Sequence[np.ndarray]) -> CompressionPlan:
         """The plan in which some groups live, quantized or kept as requested."""
-        storage = Storage(self.group, default_bits=self.bits)
-        return storage.plan_from_live(self.kernels, live, self.quantize)
+        return self.storage.plan_from_live(self.kernels, live, self.quantize)
 
     def _within_bytes(self, ranking: ranks.Ranking) -> list[np.ndarray]:
-        kind, value = self.target.kind, self.target.value
-        predicted = _FileBytes(self)
-        share = 1.0 - size_budget.MARGINS[kind]
-        live, reached = ranking.least_pruned(lambda one: predicted(one) <= value * share)
+        file = RequestFile(self)
+        bits = {
+            kernel.path: self.bits
+            for kernel in self.kernels
+            if ranks.survivors(kernel, self.quantize) == Operation.QUANTIZE
+        }
+        live, reached = ranking.least_pruned(lambda one: file.total(one, bits) <= file.limit)
         if not reached:
-            stored = "integers" if self.quantize else "floats"
-            name = f"Target({kind}={value:,.0f})".replace(",", "_")
+            kind, stored = self.target.kind, "integers" if self.quantize else "floats"
+            name = f"Target({kind}={self.target.value:,.0f})".replace(",", "_")
+            least = math.ceil(file.total(live, bits) / (1.0 - size_budget.MARGINS[kind]))
             raise TargetError(
                 f"{name} cannot be reached: with every kernel pruned to its last group and stored "
-                f"as {stored}, the file would have about {math.ceil(predicted(live) / share):,} "
-                "bytes. Expected at least that many."
+                f"as {stored}, the file would have about {least:,} bytes. Expected at least that "
+                "many."
             )
         return live
 
 
-class _FileBytes:
-    """Predicts the bytes of the file that a request's plan would be exported to."""
+class RequestFile:
+    """Predicts the bytes of the file that a request's plan would be exported to.
+
+    `limit` is what they may come to.
+    """
 
     def __init__(self, request: PlanRequest):
+        self.limit = size_budget.limit_of(request.target)
+        self._bytes = size_budget.bytes_for(request.model, request.target)
         self._request = request
-        self._sizes = size_budget.size_model_for(request.model, request.target)
-        self._field = "raw" if request.target.kind == "tflite_bytes" else "gzip"
-        self._bits = {
-            kernel.path: request.bits
-            for kernel in request.kernels
-            if ranks.survivors(kernel, request.quantize) == Operation.QUANTIZE
-        }
 
-    def __call__(self, live: Sequence[np.ndarray]) -> float:
-        values = dict(self._values(live))
-        return float(getattr(self._sizes.file_size(values, self._bits), self._field))
+    def total(self, live: Sequence[np.ndarray], bits: Mapping[str, int]) -> float:
+        """Bytes of the file in which some groups live; `bits` are 32 where nothing is said."""
+        pairs = zip(self._request.kernels, live, strict=True)
+        values = {kernel.path: self._value(kernel, alive) for kernel, alive in pairs}
+        return self._bytes.file(values, bits)
 
-    def _values(self, live: Sequence[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-        groupings = self._request.groupings
-        for kernel, alive in zip(self._request.kernels, live, strict=True):
-            mask = groupings[kernel.path].expand_numpy(alive)
-            matrix = np.where(mask, kernel.matrix(), 0.0).astype(np.float32)
-            yield kernel.path, kernel.spec.from_matrix_numpy(matrix, kernel.shape)
+    def kernel(self, kernel: Kernel, alive: np.ndarray, bits: int) -> float:
+        """Bytes of one kernel of which some groups live."""
+        return self._bytes.kernel(kernel.path, self._value(kernel, alive), bits)
+
+    def _value(self, kernel: Kernel, alive: np.ndarray) -> np.ndarray:
+        mask = self._request.groupings[kernel.path].expand_numpy(alive)
+        matrix = np.where(mask, self._request.originals[kernel.path], 0.0).astype(np.float32)
+        return kernel.spec.from_matrix_numpy(matrix, kernel.shape)
 
 
 def _target(target: Target | None, sparsity: float | None) -> Target:

@@ -19,8 +19,8 @@ from rl_sparsity_tf.layers.operations import Operation, magnitude
 HEURISTICS = ("uniform", "erk", "global_magnitude", "lamp", "first_order")
 """The names that [scores][] knows."""
 
-# The least sparse plan is looked for to this share of the weights.
-_STEPS = 1024
+# The least sparse plan is looked for to this share of the weights, or of those that live.
+_STEPS, _STEPS_OF_LIVING = 1024, 512
 
 
 def scores(
@@ -185,29 +185,42 @@ class Ranking:
         return np.concatenate([below, ties[: count - below.size]])
 
     def least_pruned(
-        self, fits: Callable[[list[np.ndarray]], bool]
+        self, fits: Callable[[list[np.ndarray]], bool], guess: float | None = None
     ) -> tuple[list[np.ndarray], bool]:
         """Looks by bisection for the fewest pruned groups that something accepts.
 
         Pruning more is taken to help. Returns what lives, and whether it is accepted: if nothing
         is, all that can be is pruned. The result is exact to one thousandth of the weights, below
-        2,048 of them to one.
+        2,048 of them to one. With a `guess` of the weights to prune it is looked for around that,
+        and is exact to a 512th of the weights that live.
         """
-        live = self.live(0)
-        if fits(live):
-            return live, True
-        low, high = 0, self.reachable
+        low = high = 0 if guess is None else int(np.clip(guess, 0, self.reachable))
+        step = self.reachable if guess is None else max(1, (self.elements - high) // 64)
         live = self.live(high)
-        if not fits(live):
-            return live, False
-        while high - low > max(1, self.elements // _STEPS):
+        accepted = fits(live)
+        while accepted and low > 0:  # the best so far prunes `high`
+            low = max(0, low - step)
+            tried = self.live(low)
+            if not fits(tried):
+                break
+            live, high, step = tried, low, 2 * step
+        while not accepted and high < self.reachable:
+            low, high = high, min(self.reachable, high + step)
+            live = self.live(high)
+            accepted, step = fits(live), 2 * step
+        while accepted and high - low > max(1, self._finest(high, guess)):
             middle = (low + high) // 2
             tried = self.live(middle)
             if fits(tried):
                 high, live = middle, tried
             else:
                 low = middle
-        return live, True
+        return live, accepted
+
+    def _finest(self, pruned: int, guess: float | None) -> int:
+        if guess is None:
+            return self.elements // _STEPS
+        return (self.elements - pruned) // _STEPS_OF_LIVING
 
 
 def _within(scores: np.ndarray, sizes: np.ndarray, able: np.ndarray, capacity: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from rl_sparsity_tf.allocation.budgets import Budget, CostBudget, KernelState
 from rl_sparsity_tf.allocation.storage import KernelStorage, Storage
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.errors import TargetError
-from rl_sparsity_tf.export.size_model import SizeModel
+from rl_sparsity_tf.export.size_model import KernelBytes, SizeModel
 from rl_sparsity_tf.layers.kernels import Kernel, count_weights
 from rl_sparsity_tf.layers.rules import prune_by_magnitude
 
@@ -73,10 +73,10 @@ class SizeBudget(CostBudget):
         self.limit, self.slack, self.name = limit, 0.5, name
         self.fixed = fixed
         self.costs = list(costs)
-        self.totals: np.ndarray = np.array([int(size.sum()) for size in sizes], np.int64)
         # No kernel can give its last group.
         possible = float(self._capacity(sizes, 0.0).sum()) / elements
-        super().__init__(min(self._implied_sparsity(elements), possible), elements, sizes)
+        implied = self._implied_sparsity(elements, sizes)
+        super().__init__(min(implied, possible), elements, sizes)
         start = [KernelState(0, int(total), False, False) for total in self.totals]
         if self.least(start) > limit:
             self.capacity = self._capacity(sizes, 0.0)
@@ -100,15 +100,16 @@ class SizeBudget(CostBudget):
         pairs = zip(self.costs, lives, strict=True)
         return self.fixed + sum(costs.least(float(live), True) for costs, live in pairs)
 
-    def _implied_sparsity(self, elements: int) -> float:
+    def _implied_sparsity(self, elements: int, sizes: Sequence[np.ndarray]) -> float:
         """The least sparsity that meets the size if all kernels are integers of one density."""
+        totals = np.array([int(size.sum()) for size in sizes], np.int64)
         for density in np.linspace(1.0, 0.0, _DENSITIES_TRIED, endpoint=False):
-            lives = np.maximum(density * self.totals, 1)
+            lives = np.maximum(density * totals, 1)
             size = self.fixed + sum(
                 costs.least(live, True) for costs, live in zip(self.costs, lives, strict=True)
             )
             if size <= self.limit:
-                return float((1.0 - density) * self.totals.sum() / elements)
+                return float((1.0 - density) * totals.sum() / elements)
         return 1.0
 
     def least(self, states: Sequence[KernelState]) -> float:
@@ -153,8 +154,7 @@ class SizeBudget(CostBudget):
     def kernel_bytes(self, states: Sequence[KernelState]) -> float:
         """What the kernels cost as they are, undecided groups at full precision."""
         pruned = [state.pruned for state in states]
-        integers = [s.quantized and not s.kept and s.undecided == 0 for s in states]
-        return self.total(pruned, integers) - self.fixed
+        return self.total(pruned, [state.integers for state in states]) - self.fixed
 
 
 _DENSITIES = (0.0, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
@@ -170,9 +170,15 @@ def formats_for(target: Target) -> str:
     return "raw" if raw else "gzip" if target.kind == "gzip_bytes" else "dense"
 
 
-def size_model_for(model: keras.Model, target: Target) -> SizeModel:
-    """The size model that a target in bytes needs."""
-    return SizeModel(model, formats_for(target), compressed=target.gzip_bytes is not None)
+def limit_of(target: Target) -> float:
+    """Bytes that a file may have by the size model for a target in bytes."""
+    return target.value * (1.0 - MARGINS[target.kind])
+
+
+def bytes_for(model: keras.Model, target: Target) -> KernelBytes:
+    """The bytes that a target counts, by a size model of the dense model."""
+    sizes = SizeModel(model, formats_for(target), compressed=target.gzip_bytes is not None)
+    return KernelBytes(sizes, target.kind)
 
 
 def make_budget(
@@ -180,7 +186,7 @@ def make_budget(
     kernels: list[Kernel],
     target: Target,
     storage: Storage,
-    sizes: SizeModel | None = None,
+    sizes: KernelBytes | None = None,
 ) -> Budget:
     """The budget of a target: in weights for a sparsity, else in bytes; see [size_budget][].
 
@@ -204,38 +210,30 @@ def size_budget(
     target: Target,
     storage: Storage,
     elements: int,
-    sizes: SizeModel | None = None,
+    sizes: KernelBytes | None = None,
 ) -> SizeBudget:
-    """The budget of a target in bytes; its kind says whether the raw or the gzipped size counts.
+    """The budget of a target in bytes.
 
-    `model` is the dense one, `elements` are all its weights of rank >= 2, and `sizes` is its size
-    model, made if it is not given. A size that cannot be reached raises a TargetError, a model that
-    cannot be converted an ExportError.
+    `model` is the dense one, `elements` are all its weights of rank >= 2, and `sizes` its bytes,
+    found out if they are not given. A size that cannot be reached raises a TargetError, a model
+    that cannot be converted an ExportError.
     """
-    kind = target.kind
-    sizes = sizes or size_model_for(model, target)
-    costs = [kernel_costs(sizes, kernel, storage.of(kernel.path), kind) for kernel in kernels]
+    sizes = sizes or bytes_for(model, target)
+    costs = [kernel_costs(sizes, kernel, storage.of(kernel.path)) for kernel in kernels]
     values = {kernel.path: kernel.value() for kernel in kernels}
-    fixed = _bytes(sizes.file_size(values, {}), kind) - sum(
-        _bytes(sizes.kernel_size(kernel.path, values[kernel.path]), kind) for kernel in kernels
-    )
+    fixed = sizes.file(values, {}) - sum(sizes.kernel(*one) for one in values.items())
     return SizeBudget(
-        target.value * (1.0 - MARGINS[kind]),
+        limit_of(target),
         fixed,
         costs,
         elements,
         [storage.grouping(kernel).sizes for kernel in kernels],
-        f"Target({kind}={target.value:,.0f})".replace(",", "_"),
+        f"Target({target.kind}={target.value:,.0f})".replace(",", "_"),
     )
 
 
-def kernel_costs(
-    sizes: SizeModel, kernel: Kernel, storage: KernelStorage, kind: str
-) -> KernelCosts:
-    """What a kernel costs at several densities, by its own weights.
-
-    The target's `kind` says whether the raw or the gzipped size counts.
-    """
+def kernel_costs(sizes: KernelBytes, kernel: Kernel, storage: KernelStorage) -> KernelCosts:
+    """What a kernel costs at several densities, by its own weights."""
     matrix, grouping = kernel.matrix(), kernel.grouping(storage.group)
     lives: list[int] = []
     floats: list[float] = []
@@ -248,18 +246,11 @@ def kernel_costs(
         if lives and live <= lives[-1]:
             continue
         lives.append(live)
-        compressed = kind == "gzip_bytes"
-        size = sizes.kernel_size(kernel.path, pruned, compressed=compressed)
-        floats.append(_bytes(size, kind))
+        floats.append(sizes.kernel(kernel.path, pruned))
         if kernel.spec.exports_int8:
-            size = sizes.kernel_size(kernel.path, pruned, storage.bits, compressed=compressed)
-            integers.append(_bytes(size, kind))
+            integers.append(sizes.kernel(kernel.path, pruned, storage.bits))
     return KernelCosts(
         np.array(lives, np.float64),
         np.maximum.accumulate(np.array(floats)),
         np.maximum.accumulate(np.array(integers)) if integers else None,
     )
-
-
-def _bytes(size: object, kind: str) -> float:
-    return float(getattr(size, "raw" if kind == "tflite_bytes" else "gzip"))

@@ -11,7 +11,6 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.allocation import ranking
-from rl_sparsity_tf.allocation.budgets import Budget
 from rl_sparsity_tf.allocation.problem import PlanRequest
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.checks import check_count
@@ -27,7 +26,7 @@ from rl_sparsity_tf.errors import (
     one_line,
 )
 from rl_sparsity_tf.layers.copying import copy_compile_state
-from rl_sparsity_tf.layers.kernels import Kernel, count_weights
+from rl_sparsity_tf.layers.kernels import Kernel
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.rules import Patterns
 from rl_sparsity_tf.layers.structure import is_graph
@@ -271,12 +270,9 @@ def _pruned_weights(pruning: Any, layer: keras.layers.Layer) -> list[tf.Variable
 def _wanted(request: PlanRequest, prunable: _Prunable) -> int:
     """Weights to prune for a request's target."""
     if request.target.sparsity is not None:
-        _, elements = count_weights(request.model)
-        sizes = [kernel.grouping("element").sizes for kernel in request.kernels]
-        return Budget(request.target.sparsity, elements, sizes).wanted
+        return request.wanted
     paths = {kernel.path for kernel in prunable.kernels}
-    matrices = {kernel.path: kernel.matrix() for kernel in request.kernels}
-    scores = ranking.scores("uniform", request.kernels, request.groupings, matrices)
+    scores = ranking.scores("uniform", request.kernels, request.groupings, request.originals)
     for kernel, score in zip(request.kernels, scores, strict=True):
         if kernel.path not in paths:
             score[:] = _LAST

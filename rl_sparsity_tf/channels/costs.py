@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from rl_sparsity_tf.channels.steps import Depthwise, Mix
 from rl_sparsity_tf.channels.units import ChannelUnit
 from rl_sparsity_tf.channels.widths import LayerWidths
 from rl_sparsity_tf.errors import TargetError
-from rl_sparsity_tf.export.size_model import SizeModel
-from rl_sparsity_tf.layers.kernels import Kernel, find_kernels
+from rl_sparsity_tf.export.size_model import KernelBytes
+from rl_sparsity_tf.layers.kernels import find_kernels
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,57 +101,31 @@ class ChannelCosts:
         layers = [place.step.layer for place in self._places]
         return others, np.array([_positions(*pair) for pair in zip(layers, sides, strict=True)])
 
-    def bytes(self, sizes: SizeModel, kind: str) -> FileBytes:
-        """The bytes of the file, by the size model of the dense model.
+    def bytes(self, sizes: KernelBytes) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+        """The bytes of a file without its dead channels, every tensor dense.
 
-        `kind` is `"tflite_bytes"` or `"gzip_bytes"`.
+        The function takes the shares of the units' channels that live, shape `(..., units)`, and
+        whether a unit's kernels are stored as integers, `(units,)`; it returns bytes, `(...)`.
         """
-        return FileBytes(self, sizes, kind, {k.path: k for k in self._kernels()})
-
-    def _kernels(self) -> list[Kernel]:
-        return [m.kernel for unit in self._units for m in unit.members]
-
-
-class FileBytes:
-    """The bytes of a file without its dead channels, every tensor dense.
-
-    `sizes` is the size model of the dense model, `kind` is `"tflite_bytes"` or `"gzip_bytes"`.
-    """
-
-    def __init__(
-        self, costs: ChannelCosts, sizes: SizeModel, kind: str, kernels: Mapping[str, Kernel]
-    ):
-        self._costs = costs
+        kernels = {m.kernel.path: m.kernel for unit in self._units for m in unit.members}
         values = {path: kernel.value() for path, kernel in kernels.items()}
-        field = "raw" if kind == "tflite_bytes" else "gzip"
 
-        def stored(bits: int) -> np.ndarray:
-            found = []
-            for path in costs.paths:
-                if path not in kernels:
-                    found.append(0.0)
-                    continue
-                integers = bits == 8 and kernels[path].spec.exports_int8
-                size = sizes.kernel_size(path, values[path], 8 if integers else 32)
-                found.append(float(getattr(size, field)))
-            return np.array(found)
+        def stored(path: str, bits: int) -> float:
+            if path not in kernels:
+                return 0.0
+            return sizes.kernel(path, values[path], bits if kernels[path].spec.exports_int8 else 32)
 
-        self._floats, self._integers = stored(32), stored(8)
-        whole = np.ones(len(costs._units))
-        self._pairs = costs._products(whole)
-        total = float(getattr(sizes.file_size(values, {}), field))
-        self._fixed = total - self._floats.sum()
+        as_floats = np.array([stored(path, 32) for path in self.paths])
+        as_integers = np.array([stored(path, 8) for path in self.paths])
+        fixed = sizes.file(values, {}) - as_floats.sum()
+        whole = self._products(np.ones(len(self._units)))
 
-    def __call__(self, live: np.ndarray, integers: np.ndarray) -> np.ndarray:
-        """Bytes of the file, shape `(...)`.
+        def total(live: np.ndarray, integers: np.ndarray) -> np.ndarray:
+            chosen = (self._owners >= 0) & integers[self._owners]
+            each = np.where(chosen, as_integers, as_floats)
+            return fixed + (self._products(live) / whole) @ each
 
-        `live` is the share of every unit's channels that lives, shape `(..., units)`; `integers`
-        says whether a unit's kernels are stored as integers, shape `(units,)`.
-        """
-        owners = self._costs._owners
-        chosen = (owners >= 0) & integers[owners]
-        each = np.where(chosen, self._integers, self._floats)
-        return self._fixed + (self._costs._products(live) / self._pairs) @ each
+        return total
 
 
 def _taps(place: PlacedStep) -> int:

@@ -312,8 +312,7 @@ class LayerEnvironment(py_environment.PyEnvironment):
     def _legal(self) -> np.ndarray:
         budget, groups = self.network.budget, self._buckets[self._position]
         legal = np.ones(len(Operation), np.int32)
-        wanted = isinstance(budget, CostBudget) or budget.missing > 0
-        prunable = self._prunable(groups) if wanted else 0
+        prunable = self._prunable(groups)
         legal[Operation.PRUNE] = prunable > 0
         legal[Operation.SHUFFLE] = self.network.decisions.shuffles and self.grouping.pairs > 0
         legal[Operation.QUANTIZE] = self.network.kernels[self.index].spec.exports_int8

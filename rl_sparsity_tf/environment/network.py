@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.allocation.budgets import Budget, CostBudget, KernelState
+from rl_sparsity_tf.allocation.budgets import Budget, KernelState
 from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.data.batches import Batch, TrainingData
@@ -27,7 +27,7 @@ from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.layers.copy_checks import check_figures
 from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.kernels import Kernel, walk
-from rl_sparsity_tf.layers.operations import Operation, stored_as_integers
+from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.structure import fixed_batch
 from rl_sparsity_tf.layers.wrapper import unwrapped
@@ -42,12 +42,7 @@ def outcome_of(network: CompressedNetwork, score: Score) -> Outcome:
     """The outcome of the present decisions, by a score on validation data or an estimate of it."""
     altered = sum(network.errors[kernel.path] * kernel.size for kernel in network.kernels)
     sizes = sum(kernel.size for kernel in network.kernels)
-    budget, progress = network.budget, None
-    if isinstance(budget, CostBudget):
-        states = network.states()
-        stored_bits, progress = budget.stored_share(states), budget.saved(states)
-    else:
-        stored_bits = _stored_bits(network)
+    budget, states = network.budget, network.states()
     return Outcome(
         metric=score.metric,
         dense_metric=network.dense.metric,
@@ -55,10 +50,10 @@ def outcome_of(network: CompressedNetwork, score: Score) -> Outcome:
         retention=network.metric.retention(score.metric, network.dense.metric),
         sparsity=budget.sparsity,
         target_sparsity=budget.goal,
-        stored_bits=stored_bits,
+        stored_bits=budget.stored_share(states),
         reconstruction_error=altered / sizes,
         output_error=float(np.mean(list(network.output_errors.values()))),
-        progress=progress,
+        progress=budget.saved(states),
     )
 
 
@@ -67,18 +62,8 @@ def retargeted(network: CompressedNetwork, outcome: Outcome) -> Outcome:
 
     What was measured does not depend on the target; how much of it is reached does.
     """
-    budget, progress = network.budget, None
-    if isinstance(budget, CostBudget):
-        progress = budget.saved(network.states())
-    return dataclasses.replace(outcome, target_sparsity=budget.goal, progress=progress)
-
-
-def _stored_bits(network: CompressedNetwork) -> float:
-    stored = 0.0
-    for kernel in network.kernels:
-        integers = stored_as_integers(network.operations[kernel.path])
-        stored += kernel.size * (0.25 if integers else 1.0)
-    return stored / sum(kernel.size for kernel in network.kernels)
+    goal, progress = network.budget.goal, network.budget.saved(network.states())
+    return dataclasses.replace(outcome, target_sparsity=goal, progress=progress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +214,7 @@ class CompressedNetwork:
         shapes = {path: grouping.shape for path, grouping in self.groupings.items()}
         self.operations = {p: np.full(s, Operation.KEEP, np.uint8) for p, s in shapes.items()}
         self.decided = {path: np.zeros(shape, bool) for path, shape in shapes.items()}
+        self._states: dict[str, KernelState] = {}  # as far as they are asked for
         self.errors = dict.fromkeys(self.groupings, 0.0)
         self.output_errors = dict.fromkeys(self.groupings, 0.0)
         self.seen: set[str] = set()  # digests of the plans that were evaluated
@@ -258,6 +244,7 @@ class CompressedNetwork:
         """
         self.decided[path].reshape(-1)[groups] = True
         self.operations[path].reshape(-1)[groups] = operation
+        self._states.pop(path, None)
         if operation == Operation.KEEP or len(groups) == 0:
             return self.outcome
         self._apply(path)
@@ -275,6 +262,7 @@ class CompressedNetwork:
         """Decides a whole kernel, without recovery or evaluation."""
         self.decided[path][:] = True
         self.operations[path][:] = operations
+        self._states.pop(path, None)
         self._apply(path)
         self._measure_alteration(path)
 
@@ -361,22 +349,18 @@ class CompressedNetwork:
 
     def states(self) -> list[KernelState]:
         """How far every kernel is decided."""
-        return [self.state_after(kernel.path, None) for kernel in self.kernels]
+        for path, grouping in self.groupings.items():
+            if path not in self._states:
+                pieces = (grouping.sizes, self.decided[path], self.operations[path])
+                self._states[path] = KernelState.of(*pieces)
+        return [self._states[path] for path in self.groupings]
 
-    def state_after(
-        self, path: str, groups: np.ndarray | None, operation: int = Operation.KEEP
-    ) -> KernelState:
-        """How far a kernel would be decided if some groups got an operation.
-
-        The groups are flat indices; None stands for the kernel as it is.
-        """
-        sizes = self.groupings[path].sizes
-        decided, operations = self.decided[path], self.operations[path]
-        if groups is not None:
-            decided, operations = decided.copy(), operations.copy()
-            decided.reshape(-1)[groups] = True
-            operations.reshape(-1)[groups] = operation
-        return KernelState.of(sizes, decided, operations)
+    def state_after(self, path: str, groups: np.ndarray, operation: Operation) -> KernelState:
+        """How far a kernel would be decided if some groups, by flat indices, got an operation."""
+        decided, operations = self.decided[path].copy(), self.operations[path].copy()
+        decided.reshape(-1)[groups] = True
+        operations.reshape(-1)[groups] = operation
+        return KernelState.of(self.groupings[path].sizes, decided, operations)
 
     @property
     def evaluations(self) -> int:
@@ -462,6 +446,7 @@ class CompressedNetwork:
             variable.assign(value)
         self.operations = {path: value.copy() for path, value in snapshot.operations.items()}
         self.decided = {path: value.copy() for path, value in snapshot.decided.items()}
+        self._states.clear()
         self.errors = dict(snapshot.errors)
         self.output_errors = dict(snapshot.output_errors)
         self.budget.pruned[:] = snapshot.pruned

@@ -262,6 +262,29 @@ class SizeModel:
         return total + self._each_more.scaled(max(0, integers - 1))
 
 
+@dataclasses.dataclass(frozen=True)
+class KernelBytes:
+    """The bytes that a kind of target counts, by a size model of the dense model.
+
+    They are gzipped for a `kind` of `"gzip_bytes"`, and raw for others.
+    """
+
+    sizes: SizeModel
+    kind: str
+
+    def kernel(self, path: str, value: np.ndarray, bits: int = 32) -> float:
+        """What a kernel adds to the file, see [SizeModel.kernel_size][]."""
+        compressed = self.kind == "gzip_bytes"
+        return self._of(self.sizes.kernel_size(path, value, bits, compressed=compressed))
+
+    def file(self, values: Mapping[str, np.ndarray], bits: Mapping[str, int]) -> float:
+        """The whole file, see [SizeModel.file_size][]."""
+        return self._of(self.sizes.file_size(values, bits))
+
+    def _of(self, size: FileSize) -> float:
+        return float(size.gzip if self.kind == "gzip_bytes" else size.raw)
+
+
 def _stored(kernel: Kernel, part: MatchedTensor, value: np.ndarray, bits: int) -> np.ndarray:
     """A tensor's values as TFLite stores them: its layout and type, two 4-bit values a byte."""
     if bits == 32:

@@ -14,7 +14,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.allocation.channel_decisions import ChannelDecisions, removable_channels
 from rl_sparsity_tf.allocation.decisions import KernelDecisions
-from rl_sparsity_tf.allocation.size_budget import size_model_for
+from rl_sparsity_tf.allocation.size_budget import bytes_for
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.channels.latency_measurement import measure_latency
 from rl_sparsity_tf.channels.latency_table import LatencyTable
@@ -158,7 +158,7 @@ def decisions_for(
     """
     if group != "channel":
         if group == AUTO:  # several networks will need the sizes
-            sizes = size_model_for(model, target)
+            sizes = bytes_for(model, target)
             return KernelDecisions("element", sizes=sizes, selection=selection)
         return KernelDecisions(group, shuffles=shuffle == "neighbours", selection=selection)
     if not removable_channels(model, selection):

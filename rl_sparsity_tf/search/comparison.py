@@ -12,7 +12,6 @@ from rich.table import Table
 
 from rl_sparsity_tf.agents.configs import Random
 from rl_sparsity_tf.agents.demonstrations import heuristic_plan
-from rl_sparsity_tf.allocation import ranking
 from rl_sparsity_tf.allocation.channel_decisions import CHANNEL_HEURISTICS, ChannelDecisions
 from rl_sparsity_tf.allocation.dynamic_programming import propose
 from rl_sparsity_tf.allocation.problem import PlanRequest
@@ -239,15 +238,14 @@ class _Ring:
                 "group='channel'."
             )
         request = self._request(quantize=quantize)
-        gradients = {path: one.gradient for path, one in network.dense_statistics.items()}
-        if name == "first_order" and not any(one.any() for one in gradients.values()):
+        scores = network.scores(heuristic)
+        if scores is None:
             raise DataError(
                 "The gradient of the loss is zero in every kernel on the search's training data, "
                 "so that first_order cannot tell groups apart. Expected data with examples that "
                 "the model does not fit perfectly yet, or contenders without first_order."
             )
-        pieces = (request.kernels, request.groupings, network.originals, gradients)
-        return request.plan(ranking.scores(heuristic, *pieces))
+        return request.plan(scores)
 
     def _evaluated(self, plan: CompressionPlan, name: str) -> Candidate:
         """A plan with the weights it has after the search's recovery."""

@@ -33,7 +33,7 @@ from rl_sparsity_tf.environment.candidates import PROPOSED, Candidate
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reward import Outcome, RewardFunction, bounded
 from rl_sparsity_tf.errors import TargetError
-from rl_sparsity_tf.export.size_model import SizeModel
+from rl_sparsity_tf.export.size_model import KernelBytes
 from rl_sparsity_tf.layers.kernel_spec import INT4_AS_FAST, has_int4
 from rl_sparsity_tf.layers.kernels import Kernel
 
@@ -127,7 +127,7 @@ def choose_storage(
 
 
 def propose_storages(
-    network: CompressedNetwork, sizes: SizeModel, int4: str = "all"
+    network: CompressedNetwork, sizes: KernelBytes, int4: str = "all"
 ) -> list[Storage]:
     """What the knapsack chooses when every kernel may be cut and stored in any way.
 
@@ -179,19 +179,18 @@ class _Option:
 def _options(
     network: CompressedNetwork,
     kernel: Kernel,
-    sizes: SizeModel,
+    sizes: KernelBytes,
     density: float,
     limit: float,
     int4: bool,
 ) -> list[_Option]:
-    kind = network.target.kind
     fits = network.least_squares
     problem = None if fits is None else fits.problems.get(kernel.path)
     matrix = network.originals[kernel.path]
     found = []
     for group in GROUPS:
         grouping = kernel.grouping(group)
-        costs = kernel_costs(sizes, kernel, KernelStorage(group), kind)
+        costs = kernel_costs(sizes, kernel, KernelStorage(group))
         errors = kernel_errors(
             matrix,
             grouping,
@@ -206,7 +205,7 @@ def _options(
     if int4:
         # There is no sparse form of 4 bits, so that zeros save nothing: only the whole kernel.
         storage = KernelStorage("element", 4)
-        costs = kernel_costs(sizes, kernel, storage, kind)
+        costs = kernel_costs(sizes, kernel, storage)
         errors = kernel_errors(
             matrix,
             kernel.grouping("element"),

@@ -13,7 +13,7 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf import baselines
 from rl_sparsity_tf.allocation import dynamic_programming
 from rl_sparsity_tf.allocation import ranking as ranks
-from rl_sparsity_tf.allocation.dynamic_programming import cheapest, fill, knapsack, weights_cost
+from rl_sparsity_tf.allocation.dynamic_programming import cheapest, knapsack, weights_cost
 from rl_sparsity_tf.allocation.layer_errors import FLOAT, KernelErrors, kernel_errors, levels
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
@@ -117,7 +117,7 @@ def test_filling_finds_the_fewest_pruned_from_any_guess(count, guess, share, see
     scores = [np.random.default_rng(seed).random((count, 1))]
     ranking = ranks.Ranking(scores, [np.ones((count, 1), int)])
     most = int(share * count)
-    live, reached = fill(ranking, lambda one: one[0].sum() <= most, guess * count)
+    live, reached = ranking.least_pruned(lambda one: one[0].sum() <= most, guess * count)
     assert reached == (most >= 1)
     alive = int(live[0].sum())
     if reached:

@@ -14,7 +14,7 @@ from rl_sparsity_tf.channels.costs import ChannelCosts, count_macs
 from rl_sparsity_tf.channels.graph import ChannelGraph
 from rl_sparsity_tf.channels.units import UnitOperations, find_units
 from rl_sparsity_tf.errors import ModelError, PlanError, TargetError
-from rl_sparsity_tf.export.size_model import SizeModel
+from rl_sparsity_tf.export.size_model import KernelBytes, SizeModel
 from rl_sparsity_tf.layers.kernels import find_kernels
 
 layers = keras.layers
@@ -252,7 +252,8 @@ def test_bytes_fall_with_channels_and_with_integers():
     model = residual()
     graph = ChannelGraph(model)
     units = find_units(graph, find_kernels(model))
-    bytes_of = ChannelCosts(model, graph, units).bytes(SizeModel(model), "tflite_bytes")
+    sizes = KernelBytes(SizeModel(model), "tflite_bytes")
+    bytes_of = ChannelCosts(model, graph, units).bytes(sizes)
     whole, none, every = np.ones(len(units)), np.zeros(len(units), bool), np.ones(len(units), bool)
     kernels = {kernel.path: kernel.value() for kernel in find_kernels(model)}
     assert bytes_of(whole, none) == pytest.approx(SizeModel(model).file_size(kernels, {}).raw)

@@ -18,7 +18,7 @@ from rl_sparsity_tf.allocation.storage import KernelStorage, Storage
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
 from rl_sparsity_tf.data.metrics import Score
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
-from rl_sparsity_tf.export.size_model import SizeModel
+from rl_sparsity_tf.export.size_model import KernelBytes, SizeModel
 from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.search import final
@@ -195,7 +195,7 @@ def test_recovery_fits_to_the_coarser_grid(model):
 def chosen(model, limit):
     """The network that it began with, what was chosen, and the networks that were made."""
     target = rls.Target(tflite_bytes=limit)
-    sizes = SizeModel(model, "raw")
+    sizes = KernelBytes(SizeModel(model, "raw"), target.kind)
     plain = network_of(model, target, KernelDecisions("element", sizes=sizes))
     made = []
 
@@ -309,7 +309,8 @@ def convolutional():
     sizes = SizeModel(made, "raw")
     whole = sizes.file_size({k.path: k.value() for k in kernels}, {k.path: 4 for k in kernels})
     target = rls.Target(tflite_bytes=round(1.1 * whole.raw))
-    return network_of(made, target, KernelDecisions("element", sizes=sizes))
+    counted = KernelBytes(sizes, target.kind)
+    return network_of(made, target, KernelDecisions("element", sizes=counted))
 
 
 def kernels_in_4_bits(network, storages):
@@ -378,9 +379,10 @@ def test_raw_bytes_alone_are_the_raw_bytes_of_both(model):
 
 def test_four_bits_cost_the_same_at_every_density(model):
     sizes = SizeModel(model, "raw")
-    costs = kernel_costs(sizes, find_kernels(model)[0], KernelStorage("element", 4), "tflite_bytes")
+    counted = KernelBytes(sizes, "tflite_bytes")
+    costs = kernel_costs(counted, find_kernels(model)[0], KernelStorage("element", 4))
     assert np.ptp(costs.integers) == 0
-    whole = kernel_costs(sizes, find_kernels(model)[0], KernelStorage(), "tflite_bytes")
+    whole = kernel_costs(counted, find_kernels(model)[0], KernelStorage())
     extra = sizes.kernel_size("wide/kernel", find_kernels(model)[0].value(), 8).raw - 64 * 96
     assert costs.integers[-1] == pytest.approx(64 * 96 / 2 + extra)
     assert whole.integers[-1] == pytest.approx(64 * 96 + extra)
