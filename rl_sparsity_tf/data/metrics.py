@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,16 @@ class Metric:
         else:
             ratio = dense / value if value > 0 else 1.0
         return min(1.0, max(0.0, ratio))
+
+    def margin(self, value: float, rows: int) -> float:
+        """What figures near a value may differ by without saying anything.
+
+        An accuracy is a count of rows: its standard error, sqrt(p (1 - p) / rows). Of other metrics
+        0.
+        """
+        if not self.is_accuracy or rows < 1 or not 0.0 <= value <= 1.0:
+            return 0.0
+        return math.sqrt(value * (1.0 - value) / rows)
 
     def better(self, one: float, other: float) -> bool:
         """Whether `one` is the better figure."""

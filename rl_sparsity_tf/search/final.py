@@ -492,9 +492,7 @@ def winner(scores: Sequence[Score], metric: Metric, rows: int) -> int:
     for score in scores:
         if math.isnan(best) or metric.better(score.metric, best):
             best = score.metric
-    margin = 0.0
-    if metric.is_accuracy and rows > 0 and 0.0 <= best <= 1.0:
-        margin = math.sqrt(best * (1.0 - best) / rows)
+    margin = metric.margin(best, rows)
     near = [n for n, one in enumerate(scores) if abs(one.metric - best) <= margin]
     # None is near where every metric is NaN.
     return min(near or range(len(scores)), key=lambda n: (_number(scores[n].loss), n))

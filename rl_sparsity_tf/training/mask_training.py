@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.data.batches import Batch, TrainingData
+from rl_sparsity_tf.data.batches import Batch, TrainingData, count_rows
 from rl_sparsity_tf.data.metrics import Evaluator, Metric, Score, search_compile_arguments
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.layers.groups import Grouping
@@ -430,6 +430,15 @@ class _BestEpoch(keras.callbacks.Callback):
             return score.loss < best.loss
         return self._evaluator.metric.better(score.metric, best.metric)
 
+    def _worse(self, score: Score, first: Score) -> bool:
+        """Whether a score is worse than the first; accuracies alike are told apart by the loss."""
+        if not _is_finite(first) or not _is_finite(score):
+            return _is_finite(first)
+        margin = self._evaluator.metric.margin(first.metric, count_rows(self._validation))
+        if abs(score.metric - first.metric) <= margin:
+            return score.loss > first.loss
+        return self._improves(first, score)
+
     def restore(self) -> tuple[Score, str]:
         """Sets the best weights; returns their score, and what to say if they are the first."""
         if self._best is None:  # a single epoch of unknown length
@@ -437,8 +446,7 @@ class _BestEpoch(keras.callbacks.Callback):
         assert self._best is not None
         assert self._before is not None
         (score, weights), (first, kept) = self._best, self._before
-        worse = _is_finite(first) and (not _is_finite(score) or self._improves(first, score))
-        if not worse:
+        if not self._worse(score, first):
             self._evaluator.model.set_weights(weights)
             return score, ""
         self._evaluator.model.set_weights(kept)
