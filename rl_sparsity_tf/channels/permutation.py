@@ -26,7 +26,7 @@ from rich.table import Table
 from rl_sparsity_tf.channels.graph import ChannelGraph, has_graph
 from rl_sparsity_tf.channels.groups import check_plain
 from rl_sparsity_tf.channels.steps import Depthwise, Mix
-from rl_sparsity_tf.checks import check_count
+from rl_sparsity_tf.checks import check_count, is_number
 from rl_sparsity_tf.console import table_lines
 from rl_sparsity_tf.data.extremes import check_weights
 from rl_sparsity_tf.errors import ArgumentError, check_choice
@@ -80,8 +80,7 @@ class Goal:
             return cls(group, 0.0)
         if sparsity is None:
             return cls(group, _SPARSITY)
-        number = isinstance(sparsity, int | float | np.number) and not isinstance(sparsity, bool)
-        if not number or not 0.0 < sparsity < 1.0:
+        if not is_number(sparsity) or not 0.0 < sparsity < 1.0:
             raise ArgumentError(
                 f"sparsity={sparsity!r} cannot be used. Expected a number above 0 and below 1: the "
                 "share of weights that will be pruned by blocks."

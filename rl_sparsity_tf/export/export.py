@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tf_keras as keras
 
+from rl_sparsity_tf.checks import check_flag
 from rl_sparsity_tf.data.extremes import check_weights
 from rl_sparsity_tf.errors import ArgumentError, VerificationError, check_choice
 from rl_sparsity_tf.export.arguments import (
@@ -168,8 +169,7 @@ def export_tflite(
         check_recipe_path(target, overwrite)
     check_numbers(tolerance, batch_size)
     for name, flag in (("unroll", unroll), ("stateful", stateful)):
-        if not isinstance(flag, bool):
-            raise ArgumentError(f"{name}={flag!r} cannot be used. Expected True or False.")
+        check_flag(name, flag)
     plain, plan = plain_model(model, plan)
     if quantization == "plan" and plan is None:
         raise ArgumentError(

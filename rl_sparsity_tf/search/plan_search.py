@@ -16,6 +16,7 @@ from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.allocation.density_plans import PlanSpace, random_ratios, shares
 from rl_sparsity_tf.allocation.problem import PlanRequest
 from rl_sparsity_tf.allocation.target import Target
+from rl_sparsity_tf.checks import check_count
 from rl_sparsity_tf.console import without_traces
 from rl_sparsity_tf.data.batches import evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data.forms import as_rows
@@ -110,7 +111,8 @@ def random_search(
         include=include,
         exclude=exclude,
     )
-    _check_counts(evaluations, seed)
+    check_count("evaluations", evaluations, 1)
+    check_count("seed", seed, 0)
     with without_traces():
         network, reward = _prepared(
             "random_search", request, data, validation_data, seed, reward, recovery
@@ -173,7 +175,8 @@ def hill_climbing(
         include=include,
         exclude=exclude,
     )
-    _check_counts(evaluations, seed)
+    check_count("evaluations", evaluations, 1)
+    check_count("seed", seed, 0)
     if start is not None:
         start = _checked_start(start, request)
     with without_traces():
@@ -329,15 +332,6 @@ def _prepared(
         seed=seed,
     )
     return network, reward
-
-
-def _check_counts(evaluations: object, seed: object) -> None:
-    for name, value, least in (("evaluations", evaluations, 1), ("seed", seed, 0)):
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not whole or int(value) < least:  # type: ignore[call-overload]
-            raise ArgumentError(
-                f"{name}={value!r} cannot be used. Expected a whole number of at least {least}."
-            )
 
 
 def _checked_start(start: object, request: PlanRequest) -> CompressionPlan:
