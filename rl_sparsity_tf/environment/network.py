@@ -14,7 +14,8 @@ import tf_keras as keras
 from rl_sparsity_tf.allocation.budgets import Budget, CostBudget, KernelState
 from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.allocation.target import Target
-from rl_sparsity_tf.data.batches import Batch, TrainingData
+from rl_sparsity_tf.data.batches import TrainingData
+from rl_sparsity_tf.data.checks import Batch
 from rl_sparsity_tf.data.extremes import check_loss, check_training, check_weights
 from rl_sparsity_tf.data.metrics import Evaluator, Metric, Score, choose_metric
 from rl_sparsity_tf.data.metrics import search_compile_arguments as search_arguments

@@ -117,8 +117,6 @@ _COMPARED_ROWS = 16
 _ROOMY = 4
 _ROOM = 65536
 
-__all__ = ["MicroReport", "export_micro"]
-
 
 def export_micro(
     model: Any,

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from rl_sparsity_tf.agents.configs import Agent, AgentConfig, build_agent
+from rl_sparsity_tf.agents.base import Agent
+from rl_sparsity_tf.agents.configs import AgentConfig, build_agent
 from rl_sparsity_tf.agents.demonstrations import Demonstration, random_demonstration
 from rl_sparsity_tf.agents.exploration import Anchor, Untried
 from rl_sparsity_tf.agents.policies import SavedPolicy

@@ -12,7 +12,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.checks import check_share
-from rl_sparsity_tf.data.batches import Batch
+from rl_sparsity_tf.data.checks import Batch
 from rl_sparsity_tf.data.labels import loss_kind
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.layers.copying import compile_arguments

@@ -13,7 +13,8 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.checks import check_share
-from rl_sparsity_tf.data.batches import Batch, TrainingData
+from rl_sparsity_tf.data.batches import TrainingData
+from rl_sparsity_tf.data.checks import Batch
 from rl_sparsity_tf.data.metrics import Evaluator, Metric, Score, search_compile_arguments
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.layers.groups import Grouping
