@@ -59,6 +59,15 @@ def is_graph(layer: keras.layers.Layer) -> bool:
     )
 
 
+def graph_nodes(model: keras.Model) -> list[Any]:
+    """The calls in a Sequential or functional model's graph, in the order they run.
+
+    There are none where the graph is not known; those of the inputs are among them.
+    """
+    by_depth = getattr(model, "_nodes_by_depth", None) or {}
+    return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]]
+
+
 def input_specs(model: keras.Model) -> tuple[InputSpec, ...]:
     """Describes a model's inputs in Keras's order; empty if it was never called or built.
 
