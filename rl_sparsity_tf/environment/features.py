@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from rl_sparsity_tf.environment.group_ranks import NAMES
 from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.environment.standings import NAMES
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.layers.operations import Operation
 
@@ -170,7 +170,7 @@ def observe(network: CompressedNetwork, path: str, bucket: BucketView) -> np.nda
     first_order, by_mask = network.first_order(path)
     in_bucket = float(first_order[bucket.groups].sum()) / max(1, flat_sizes.sum())
     in_kernel = float(first_order.sum()) / kernel.size
-    standings = network.standings
+    group_ranks = network.group_ranks
     values = _of_network(network) | {
         "weight_mean": _over(mean, math.sqrt(square)),
         "weight_variance": against(square - mean**2, original.variance),
@@ -197,9 +197,9 @@ def observe(network: CompressedNetwork, path: str, bucket: BucketView) -> np.nda
             float(by_mask[bucket.groups].mean()) if len(bucket.groups) else 0.0,
             float(np.abs(by_mask).mean()),
         ),
-        "bucket_lamp": _mean(standings.of("lamp", path, bucket.groups)),
-        "bucket_magnitude": _mean(standings.of("global_magnitude", path, bucket.groups)),
-        "bucket_output_price": _mean(standings.of("output_price", path, bucket.groups)),
+        "bucket_lamp": _mean(group_ranks.of("lamp", path, bucket.groups)),
+        "bucket_magnitude": _mean(group_ranks.of("global_magnitude", path, bucket.groups)),
+        "bucket_output_price": _mean(group_ranks.of("output_price", path, bucket.groups)),
         "kept": done[Operation.KEEP] / kernel.size,
         "pruned": done[Operation.PRUNE] / kernel.size,
         "quantized": done[Operation.QUANTIZE] / kernel.size,
@@ -361,7 +361,7 @@ def static_features(network: CompressedNetwork, index: int) -> dict[str, float]:
     spread = [moments.variance for moments in network.original_moments.values()]
     sizes = network.groupings[path].sizes.reshape(-1)
     gone = [
-        float(sizes[network.standings.of(name, path) < 0.5].sum()) / kernel.size for name in NAMES
+        float(sizes[network.group_ranks.of(name, path) < 0.5].sum()) / kernel.size for name in NAMES
     ]
     return _of_kernel(network, index) | {
         "present": 1.0,

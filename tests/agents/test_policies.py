@@ -90,7 +90,7 @@ def fitted() -> CompressedNetwork:
     network.reset()
     network.seen.clear()
     network.decisions.by_magnitude = False
-    network.standings.forget()
+    network.group_ranks.forget()
     return network
 
 
