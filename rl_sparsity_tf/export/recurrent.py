@@ -22,7 +22,12 @@ from ai_edge_litert import schema_py_generated as schema
 
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.files import replacing
-from rl_sparsity_tf.layers.structure import input_specs, is_fused, recurrent_layers
+from rl_sparsity_tf.layers.structure import (
+    input_specs,
+    is_fused,
+    recurrent_layers,
+    switch_off_loop,
+)
 from rl_sparsity_tf.layers.wrapping import strip
 from rl_sparsity_tf.tflite.editing import FileEditor, make_operator
 from rl_sparsity_tf.tflite.reading import FlatModel, FlatTensor, read_flat_model
@@ -109,7 +114,7 @@ def unrolled_copy(model: keras.Model) -> keras.Model:
     check_unroll(model)
     copy = strip(model)
     for layer in looping_layers(copy):
-        _switch_off_loop(layer)
+        switch_off_loop(layer)
     return copy
 
 
@@ -120,26 +125,10 @@ def unrolled(model: keras.Model) -> Iterator[None]:
     The layers are switched, not rebuilt: that keeps shared layers, initial states, directions and
     layers inside custom ones as they are. They are as they were when the context ends.
     """
-    kept = []
-    try:
+    with contextlib.ExitStack() as stack:
         for layer in looping_layers(model):
-            kept.append((layer, _switch_off_loop(layer)))
+            stack.callback(switch_off_loop(layer))
         yield
-    finally:
-        for layer, fused in kept:
-            layer.unroll = False
-            if fused is not None:
-                layer._could_use_gpu_kernel = fused
-
-
-def _switch_off_loop(layer: keras.layers.RNN) -> bool | None:
-    """Unrolls a layer; returns whether it had the fused form, None if its class has none."""
-    # The fused form of LSTM and GRU, chosen when the layer is made, ignores unroll.
-    fused = getattr(layer, "_could_use_gpu_kernel", None)
-    layer.unroll = True
-    if fused is not None:
-        layer._could_use_gpu_kernel = False
-    return fused
 
 
 _VERSION = 2  # of BROADCAST_TO, the first that has int8
