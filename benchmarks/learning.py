@@ -75,7 +75,7 @@ def all_values(network: CompressedNetwork, buckets: int) -> list[float]:
     """The value of every plan, by playing every sequence of decisions."""
     played = episodes(network, rls.Random(), buckets, 0)
     values: list[float] = []
-    while not played.untried.exhausted:
+    while not played.tree.exhausted:
         known = network.evaluations
         played.play()
         played.agent.discard_episode()
@@ -89,7 +89,7 @@ def evaluations_to(
 ) -> int:
     """Distinct plans that an agent evaluates until one has the best value."""
     played = episodes(network, agent, buckets, seed)
-    while not played.untried.exhausted:
+    while not played.tree.exhausted:
         words = np.random.SeedSequence([seed, network.evaluations]).generate_state(1)
         tf.random.set_seed(int(words[0]))
         played.play()

@@ -145,7 +145,7 @@ def searches(
         network.reset()
         network.seen.clear()
         network.decisions.by_magnitude = False
-        network.standings.forget()
+        network.group_ranks.forget()
         settings = LoopSettings(
             agent=agent, reward=rls.Reward(), buckets=8, seed=seed, warm_start=True, policy=policy
         )

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import numpy as np
 
 from rl_sparsity_tf.errors import ArgumentError
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number, of NumPy's too; True and False are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a real number, of NumPy's too; True and False are none."""
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 def check_type(name: str, value: object, expected: type, example: str) -> None:
@@ -28,20 +39,18 @@ def check_flag(name: str, value: object) -> bool:
 
 def check_count(name: str, value: object, smallest: int) -> int:
     """Raises unless a value is a whole number of at least `smallest`."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or int(value) < smallest:  # type: ignore[call-overload]
+    if not is_whole(value) or int(value) < smallest:
         raise ArgumentError(
             f"{name}={value!r} cannot be used. Expected a whole number of at least {smallest}."
         )
-    return int(value)  # type: ignore[call-overload]
+    return int(value)
 
 
 def check_share(name: str, value: object) -> float:
     """Raises unless a value is a number from 0 to 1."""
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not 0.0 <= value <= 1.0:  # type: ignore
+    if not is_number(value) or not math.isfinite(value) or not 0.0 <= value <= 1.0:
         raise ArgumentError(f"{name}={value!r} cannot be used. Expected a share from 0 to 1.")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 _GREY, _COLOURS, _WITH_ALPHA = 1, 3, 4

@@ -16,7 +16,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
 import h5py
+import numpy as np
 from h5py import h5o, h5t
+
+from rl_sparsity_tf.errors import one_line
 
 FREE_BYTES = 2**28
 """What any file may claim, however small it is."""
@@ -35,6 +38,46 @@ _HEAP = b"GCOL"
 
 class ClaimError(ValueError):
     """A file claims what it does not hold, or leads to another file."""
+
+
+class ArrayFileError(ValueError):
+    """A .npz file cannot be read; the text goes on behind "The file ".
+
+    The reason is `"damaged"` (or cut off, or another file), `"claims"` or `"objects"`.
+    """
+
+    def __init__(self, text: str, reason: str = "damaged"):
+        super().__init__(text)
+        self.reason = reason
+
+
+def load_arrays(path: Path, *, largest: int | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file from elsewhere, which may have `largest` bytes together.
+
+    Python objects are never unpickled: that runs code which the file brings.
+    """
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            truncated = file.read(4) == b"PK\x03\x04"
+        raise ArrayFileError(
+            "is truncated: its end is missing" if truncated else "is not a .npz file"
+        )
+    arrays: dict[str, np.ndarray] = {}
+    name = ""
+    try:
+        with zipfile.ZipFile(path) as members:
+            check_archive(members, largest=largest)
+        with np.load(path, allow_pickle=False) as archive:
+            for name in archive.files:
+                arrays[name] = archive[name]
+    except ClaimError as error:
+        raise ArrayFileError(f"was not read: {error}", "claims") from error
+    except Exception as error:  # zlib, zipfile and numpy each have their own
+        if "allow_pickle" in str(error):
+            text = f"holds Python objects in {name!r}, which are never unpickled"
+            raise ArrayFileError(text, "objects") from error
+        raise ArrayFileError(f"is damaged at {name!r} ({one_line(error, 300)})") from error
+    return arrays
 
 
 def check_claim(what: str, claimed: int, real: int) -> None:

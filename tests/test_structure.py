@@ -224,6 +224,27 @@ def test_no_private_name_crosses_the_border_of_a_file():
 CROSSED: set[tuple[str, str]] = set()
 
 
+def test_names_are_imported_from_where_they_are_defined():
+    stores = {
+        name: {
+            n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        }
+        | {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        for name, tree in TREES.items()
+    }
+    elsewhere = {
+        (name, node.module, alias.name)
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{NAME}.")
+        for alias in node.names
+        if not own([f"{node.module}.{alias.name}"]) - own([node.module])
+        and alias.name not in stores[node.module.removeprefix(f"{NAME}.")]
+    }
+    # TF-Agents is imported in one place, for what that does to the process.
+    assert {one for one in elsewhere if not one[1].endswith("._tf_agents")} == set()
+
+
 def test_only_environments_and_agents_import_tf_agents():
     direct = {
         name
@@ -269,10 +290,10 @@ def test_importing_the_package_is_cheap():
     assert run(script).split() == []
 
 
-def test_the_child_processes_do_not_load_keras():
-    children = f"import sys, {NAME}.tflite.worker_process, {NAME}.export.micro_process"
+def test_the_child_process_does_not_load_keras():
+    child = f"import sys, {NAME}.tflite.worker_process"
     heavy = "print(*[n for n in ('tf_keras', 'tensorflow') if n in sys.modules])"
-    assert run(f"{children}; {heavy}").split() == []
+    assert run(f"{child}; {heavy}").split() == []
 
 
 def test_wrapping_and_plans_do_not_load_tf_agents():

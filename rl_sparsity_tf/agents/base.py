@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rl_sparsity_tf.claims import ArrayFileError, load_arrays
 from rl_sparsity_tf.errors import AgentStateError, ArgumentError
 from rl_sparsity_tf.files import as_file, reading, replacing
 from rl_sparsity_tf.randomness import pack_generator, spin, unpack_generator
@@ -342,13 +343,17 @@ class Agent(abc.ABC):
     def load(self, path: str | os.PathLike[str]) -> None:
         """Reads what `save` wrote.
 
-        Raises AgentStateError if the file is of another agent, configuration or specs, and
-        FileError if it cannot be read.
+        Raises AgentStateError if the file is damaged or of another agent, configuration or specs,
+        and FileError if it cannot be read.
         """
         expected = "a file that the agent's save wrote"
         path = as_file("path", path, expected)
-        with reading(path, expected), np.load(path, allow_pickle=False) as file:
-            self.set_state({key: file[key] for key in file.files})
+        with reading(path, expected):
+            try:
+                state = load_arrays(path)
+            except ArrayFileError as error:
+                raise AgentStateError(f"{str(path)!r} {error}. Expected {expected}.") from error
+        self.set_state(state)
 
     # -- helpers ---------------------------------------------------------------------------------
 

@@ -17,8 +17,6 @@ from rl_sparsity_tf.agents.base import Agent
 from rl_sparsity_tf.errors import ArgumentError, MissingDependencyError, check_choice
 from rl_sparsity_tf.settings import NamedSettings
 
-__all__ = ["DQN", "PPO", "Agent", "AgentConfig", "Random", "build_agent", "config_from_dict"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AgentConfig(NamedSettings):

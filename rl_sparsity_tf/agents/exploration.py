@@ -29,16 +29,16 @@ _STAYS = 0.5
 _FREE = 6
 
 
-class Anchor:
+class ReturnThenExplore:
     """Remembers the best episode's actions, and says when to repeat them.
 
     The generator draws when to leave them.
 
     Example:
-        >>> anchor.restart(steps)
-        >>> action = agent.step(time_step, allowed=anchor.offer(allowed))
-        >>> anchor.take(action)
-        >>> anchor.finish(value)
+        >>> explorer.restart(steps)
+        >>> action = agent.step(time_step, allowed=explorer.offer(allowed))
+        >>> explorer.take(action)
+        >>> explorer.finish(value)
     """
 
     def __init__(self, generator: np.random.Generator):
@@ -130,7 +130,7 @@ class _Node:
     exhausted: bool = False
 
 
-class Untried:
+class DecisionTree:
     """Keeps episodes from repeating one another.
 
     An episode is a sequence of actions. A decision is exhausted once every sequence that begins
@@ -139,11 +139,11 @@ class Untried:
     the policy likes next, instead of paying for the same plan again.
 
     Example:
-        >>> untried = Untried()
-        >>> untried.restart()
-        >>> action = agent.step(time_step, allowed=untried.offer(time_step.observation["legal"]))
-        >>> untried.take(action)
-        >>> untried.finish()
+        >>> tree = DecisionTree()
+        >>> tree.restart()
+        >>> action = agent.step(time_step, allowed=tree.offer(time_step.observation["legal"]))
+        >>> tree.take(action)
+        >>> tree.finish()
     """
 
     def __init__(self) -> None:
@@ -196,7 +196,7 @@ class Untried:
         return np.concatenate([np.zeros((0, 3), np.int64), *rows])
 
     @classmethod
-    def from_array(cls, rows: np.ndarray) -> Untried:
+    def from_array(cls, rows: np.ndarray) -> DecisionTree:
         """Reads what [to_array][] gave; raises ValueError if the rows are no such array."""
         found = cls()
         if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != 3:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from rl_sparsity_tf.agents.base import Agent
 from rl_sparsity_tf.agents.configs import AgentConfig, Random, config_from_dict, resolve_config
-from rl_sparsity_tf.claims import ClaimError, check_archive
+from rl_sparsity_tf.claims import ArrayFileError, load_arrays
 from rl_sparsity_tf.environment.features import FEATURES
 from rl_sparsity_tf.errors import ArgumentError, PolicyFileError, RLSparsityError, one_line
 from rl_sparsity_tf.files import as_file, check_new_file, parse_strict, replacing, sha256_of
@@ -194,25 +193,10 @@ def _bad(path: Path, found: str, expected: str = _EXPECTED) -> PolicyFileError:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            truncated = file.read(4) == b"PK\x03\x04"
-        raise _bad(path, "is truncated: its end is missing" if truncated else "is no .npz file")
-    arrays: dict[str, Any] = {}
-    name = ""
     try:
-        with zipfile.ZipFile(path) as archive:
-            check_archive(archive, largest=_LARGEST)
-        with np.load(path, allow_pickle=False) as archive:
-            for name in archive.files:
-                arrays[name] = archive[name]
-    except ClaimError as error:
-        raise _bad(path, f"was not read: {error}") from error
-    except Exception as error:  # zlib, zipfile and numpy each have their own
-        if "allow_pickle" in str(error):
-            found = f"holds Python objects in {name!r}, which are never unpickled"
-            raise _bad(path, found) from error
-        raise _bad(path, f"is damaged at {name!r} ({one_line(error)})") from error
+        arrays = load_arrays(path, largest=_LARGEST)
+    except ArrayFileError as error:
+        raise _bad(path, str(error)) from error
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray):  # a member that is no array comes out as bytes
             raise _bad(path, f"holds {name!r}, which is no array")

@@ -6,8 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-import numpy as np
-
+from rl_sparsity_tf.checks import is_number, is_whole
 from rl_sparsity_tf.errors import ArgumentError
 
 _SHARES = {
@@ -63,9 +62,8 @@ class Target:
                 "Target(max_accuracy_drop=0.01), what the smallest file may lose."
             )
         ((name, value),) = given.items()
-        number = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
         if name == "max_accuracy_drop":
-            if not number or not 0.0 <= value < math.inf:
+            if not is_number(value) or not 0.0 <= value < math.inf:
                 raise ArgumentError(
                     f"Target({name}={value!r}) cannot be met. Expected a number of at least 0: how "
                     f"much worse than the dense model's the metric may be, for example "
@@ -74,15 +72,14 @@ class Target:
             object.__setattr__(self, name, float(value))
             return
         if name in _SHARES:
-            if not number or not 0.0 < value < 1.0:
+            if not is_number(value) or not 0.0 < value < 1.0:
                 raise ArgumentError(
                     f"Target({name}={value!r}) cannot be met. Expected a number above 0 and "
                     f"below 1: {_SHARES[name]}."
                 )
             object.__setattr__(self, name, float(value))
             return
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not whole or value < 1:
+        if not is_whole(value) or value < 1:
             raise ArgumentError(
                 f"Target({name}={value!r}) cannot be met. Expected a whole number of bytes above "
                 f"0, for example Target({name}=50_000)."

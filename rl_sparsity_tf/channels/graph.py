@@ -20,7 +20,7 @@ from rl_sparsity_tf.channels.layer_rules import (
 )
 from rl_sparsity_tf.channels.steps import Mix, Opaque, Step
 from rl_sparsity_tf.layers.kernels import walk
-from rl_sparsity_tf.layers.structure import is_graph
+from rl_sparsity_tf.layers.structure import graph_nodes, is_graph
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -154,14 +154,13 @@ class ChannelGraph:
     def _follow(self, model: keras.Model, inputs: list[int]) -> list[int]:
         """Adds the steps of a model that reads the tensors given; returns its outputs."""
         known = {id(tensor): n for tensor, n in zip(model.inputs, inputs, strict=True)}
-        for depth in sorted(model._nodes_by_depth, reverse=True):
-            for node in model._nodes_by_depth[depth]:
-                outputs = tf.nest.flatten(node.outputs)
-                if node.is_input or all(id(tensor) in known for tensor in outputs):
-                    continue
-                given = [known[id(tensor)] for tensor in node.keras_inputs]
-                made = self._call(node, given, [_width(tensor.shape) for tensor in outputs])
-                known.update({id(t): n for t, n in zip(outputs, made, strict=True)})
+        for node in graph_nodes(model):
+            outputs = tf.nest.flatten(node.outputs)
+            if node.is_input or all(id(tensor) in known for tensor in outputs):
+                continue
+            given = [known[id(tensor)] for tensor in node.keras_inputs]
+            made = self._call(node, given, [_width(tensor.shape) for tensor in outputs])
+            known.update({id(t): n for t, n in zip(outputs, made, strict=True)})
         return [known[id(tensor)] for tensor in model.outputs]
 
     def _call(self, node: Any, given: list[int], sizes: list[int]) -> list[int]:
@@ -221,21 +220,16 @@ def _width(shape: tf.TensorShape) -> int:
 def _count_calls(model: keras.Model) -> collections.Counter[int]:
     """How often every layer runs in a model, and in the models inside it."""
     calls: collections.Counter[int] = collections.Counter()
-    for node in _nodes(model):
+    for node in (node for node in graph_nodes(model) if not node.is_input):
         calls[id(node.layer)] += 1
         if is_graph(node.layer) and has_graph(node.layer):
             calls.update(_count_calls(node.layer))
     return calls
 
 
-def _nodes(model: keras.Model) -> list[Any]:
-    nodes = [node for some in model._nodes_by_depth.values() for node in some]
-    return [node for node in nodes if not node.is_input]
-
-
 def has_graph(model: keras.Model) -> bool:
     """Whether the graph of a model is known: a Sequential one has none before it is called."""
-    return is_graph(model) and bool(getattr(model, "_nodes_by_depth", None) and model.inputs)
+    return is_graph(model) and bool(graph_nodes(model) and model.inputs)
 
 
 def _check_call(node: Any, calls: int) -> None:

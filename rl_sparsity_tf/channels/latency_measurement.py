@@ -53,7 +53,7 @@ _SHARES = (1.0, 0.8, 0.6, 0.4, 0.25)
 Builder = Callable[[str], tuple[list[Any], list[Any]]]
 
 
-def piece(chain: Chain, width: Width) -> Builder:
+def layer_model(chain: Chain, width: Width) -> Builder:
     """Builds a chain with other channels; the outputs of a tied one follow from its inputs."""
     outputs = width.outputs
     if chain.tied:
@@ -61,7 +61,7 @@ def piece(chain: Chain, width: Width) -> Builder:
     return lambda prefix: chain.build(Width(width.inputs, outputs), prefix)
 
 
-def whole(model: keras.Model) -> Builder:
+def whole_model(model: keras.Model) -> Builder:
     """Builds a model, whose weights will be others."""
 
     def build(prefix: str) -> tuple[list[Any], list[Any]]:
@@ -72,7 +72,7 @@ def whole(model: keras.Model) -> Builder:
     return build
 
 
-def nearly_nothing(prefix: str) -> tuple[list[Any], list[Any]]:
+def empty_model(prefix: str) -> tuple[list[Any], list[Any]]:
     """What a call costs whatever it does."""
     x = keras.Input((1,))
     return [x], [keras.layers.ReLU(name=prefix)(x)]
@@ -261,8 +261,8 @@ def measure_latency(
     }
     models = narrowed(model)
     say(f"Latency: converting {len(wanted)} layers and {len(models)} models")
-    builders = [whole(some) for some in models] + [nearly_nothing]
-    builders += [piece(chain, width) for (_, width), chain in wanted.items()]
+    builders = [whole_model(some) for some in models] + [empty_model]
+    builders += [layer_model(chain, width) for (_, width), chain in wanted.items()]
     with converted(builders, file_batch_size(model, None, False)[0], quantization) as files:
         say(f"Latency: timing {len(files)} files")
         ids = _smallest_vocabulary(model)

@@ -26,7 +26,7 @@ from rich.table import Table
 from rl_sparsity_tf.channels.graph import ChannelGraph, has_graph
 from rl_sparsity_tf.channels.groups import check_plain
 from rl_sparsity_tf.channels.steps import Depthwise, Mix
-from rl_sparsity_tf.checks import check_count
+from rl_sparsity_tf.checks import check_count, is_number
 from rl_sparsity_tf.console import table_lines
 from rl_sparsity_tf.data.extremes import check_weights
 from rl_sparsity_tf.errors import ArgumentError, check_choice
@@ -57,7 +57,7 @@ def squares_of(matrix: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Goal:
+class PermutationGoal:
     """What a matrix will be pruned to. Matrices are of squares here.
 
     `group` is one of [PERMUTED][]; `sparsity` is the share of weights pruned by blocks, 0 for
@@ -68,7 +68,7 @@ class Goal:
     sparsity: float
 
     @classmethod
-    def of(cls, group: str, sparsity: float | None) -> Goal:
+    def of(cls, group: str, sparsity: float | None) -> PermutationGoal:
         """Checks a user's arguments; an ArgumentError says which one cannot be used."""
         check_choice("group", group, PERMUTED)
         if group in PATTERNS:
@@ -80,8 +80,7 @@ class Goal:
             return cls(group, 0.0)
         if sparsity is None:
             return cls(group, _SPARSITY)
-        number = isinstance(sparsity, int | float | np.number) and not isinstance(sparsity, bool)
-        if not number or not 0.0 < sparsity < 1.0:
+        if not is_number(sparsity) or not 0.0 < sparsity < 1.0:
             raise ArgumentError(
                 f"sparsity={sparsity!r} cannot be used. Expected a number above 0 and below 1: the "
                 "share of weights that will be pruned by blocks."
@@ -151,7 +150,7 @@ def rows_of(channels: np.ndarray, numbers: np.ndarray, rows: int) -> np.ndarray:
     return np.where(table < 0, -1, table + starts).reshape(-1, len(numbers))
 
 
-class Reader:
+class PermutedReader:
     """A kernel that reads the channels of a group.
 
     `squares` are those of its matrix, `rows` its rows that read the channels (see [rows_of][]), and
@@ -162,7 +161,7 @@ class Reader:
         self,
         squares: np.ndarray,
         rows: np.ndarray,
-        goal: Goal,
+        goal: PermutationGoal,
         rng: np.random.Generator,
         size: int,
     ):
@@ -227,7 +226,9 @@ class Search:
     draw from `rng`.
     """
 
-    def __init__(self, readers: Sequence[Reader], alike: np.ndarray, rng: np.random.Generator):
+    def __init__(
+        self, readers: Sequence[PermutedReader], alike: np.ndarray, rng: np.random.Generator
+    ):
         self.readers, self._rng = readers, rng
         self._alike = alike
         self._values = [reader.values() for reader in readers]
@@ -416,7 +417,7 @@ def permute_channels(
     """
     check_plain(model, "permute_channels")
     check_weights(model)
-    goal = Goal.of(group, sparsity)
+    goal = PermutationGoal.of(group, sparsity)
     seed = check_count("seed", seed, 0)
     permuted = strip(model)
     if has_graph(permuted):
@@ -470,7 +471,7 @@ def permutation_report(
     Example:
         >>> rls.permutation_report(model, permuted, group="2:4", print_fn=print)
     """
-    goal = Goal.of(group, sparsity)
+    goal = PermutationGoal.of(group, sparsity)
     kept = []
     for one in (model, permuted):
         check_plain(one, "permutation_report")
@@ -500,7 +501,7 @@ def permutation_report(
 # Which channels can be exchanged, and where they are read.
 
 
-def _find_order(graph: ChannelGraph, goal: Goal, rng: np.random.Generator) -> np.ndarray:
+def _find_order(graph: ChannelGraph, goal: PermutationGoal, rng: np.random.Generator) -> np.ndarray:
     """For the place of every channel the number of the channel that goes there."""
     order = np.arange(len(graph.frozen))
     readers = [
@@ -521,7 +522,10 @@ def _find_order(graph: ChannelGraph, goal: Goal, rng: np.random.Generator) -> np
         if not found:
             continue
         search = Search(
-            [Reader(matrices[index], rows, goal, rng, len(numbers)) for index, rows in found],
+            [
+                PermutedReader(matrices[index], rows, goal, rng, len(numbers))
+                for index, rows in found
+            ],
             alike,
             rng,
         )

@@ -13,7 +13,7 @@ from rich.table import Table
 from rl_sparsity_tf.channels.graph import ChannelGraph, PlacedStep, has_graph
 from rl_sparsity_tf.channels.groups import check_plain, no_graph
 from rl_sparsity_tf.channels.steps import Depthwise, Mix
-from rl_sparsity_tf.channels.units import masks, only_pruned, tie_channels
+from rl_sparsity_tf.channels.units import element_plan, only_pruned, tie_channels
 from rl_sparsity_tf.console import printing, table_lines, without_traces
 from rl_sparsity_tf.errors import RLSparsityError, one_line
 from rl_sparsity_tf.layers.copy_checks import check_copy
@@ -110,7 +110,7 @@ def shrink(
     if plan is not None:
         tied = tie_channels(model, plan).kernels.values()
         pruned = {entry.path: only_pruned(entry.operations) for entry in tied}
-        model = strip(wrap(model, masks(find_kernels(model), pruned)))
+        model = strip(wrap(model, element_plan(find_kernels(model), pruned)))
     small, report = shrink_with_report(model)
     if print_fn is not None:
         report.summary(print_fn)

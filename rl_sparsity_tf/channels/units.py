@@ -410,10 +410,12 @@ def tie_channels(model: keras.Model, plan: CompressionPlan) -> CompressionPlan:
     kernels = find_kernels(model)
     operations = UnitOperations(find_units(ChannelGraph(model), kernels))
     decided = operations.of_units(resolve(plan, model))
-    return masks(kernels, {k.path: operations.of(k.path, decided) for k in kernels})
+    return element_plan(kernels, {k.path: operations.of(k.path, decided) for k in kernels})
 
 
-def masks(kernels: Sequence[Kernel], operations: Mapping[str, np.ndarray]) -> CompressionPlan:
+def element_plan(
+    kernels: Sequence[Kernel], operations: Mapping[str, np.ndarray]
+) -> CompressionPlan:
     """The plan of operations on single weights, given by path, shape `(inputs, outputs)`."""
     return CompressionPlan(
         KernelPlan(k.path, k.shape, k.spec.layout, "element", 8, operations[k.path])

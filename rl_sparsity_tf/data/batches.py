@@ -13,7 +13,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.data.checks import Batch, BatchCheck, row_count
 from rl_sparsity_tf.data.extremes import LargeRows
-from rl_sparsity_tf.data.forms import as_arrays, check_elements, join_sequence, read_batches
+from rl_sparsity_tf.data.forms import as_rows, check_elements, read_batches
 from rl_sparsity_tf.errors import DataError
 from rl_sparsity_tf.layers.structure import fixed_batch
 
@@ -76,11 +76,9 @@ def training_data(
     """
     check = BatchCheck(model, "train", class_weight)
     fixed = fixed_batch(model)
-    if isinstance(data, keras.utils.Sequence):
-        data, batch_size = join_sequence(data, "train")
-    if isinstance(data, tf.data.Dataset):
-        return _training_dataset(data, check, pool_size, fixed)
-    arrays = as_arrays(data, "train")
+    arrays, batch_size = as_rows(data, "train", batch_size)
+    if isinstance(arrays, tf.data.Dataset):
+        return _training_dataset(arrays, check, pool_size, fixed)
     rows = row_count(arrays, "train")
     check(arrays)
     check.finish()
@@ -179,17 +177,15 @@ def evaluation_data(
     """
     check = BatchCheck(model, name)
     fixed = fixed_batch(model)
-    if isinstance(data, keras.utils.Sequence):
-        data, _ = join_sequence(data, name)
-    if isinstance(data, tf.data.Dataset):
-        check_elements(data, name)
-        batches = _all_batches(data, check, name)
+    arrays, _ = as_rows(data, name, batch_size)
+    if isinstance(arrays, tf.data.Dataset):
+        check_elements(arrays, name)
+        batches = _all_batches(arrays, check, name)
         _check_row_shapes(batches, name)
         if fixed is None or all(row_count(batch, name) == fixed for batch in batches):
             return batches
         arrays = _joined(batches)
     else:
-        arrays = as_arrays(data, name)
         row_count(arrays, name)
         check(arrays)
         check.finish()

@@ -8,14 +8,13 @@ import logging
 import math
 import os
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rl_sparsity_tf.claims import ClaimError, check_archive
+from rl_sparsity_tf.claims import ArrayFileError, load_arrays
 from rl_sparsity_tf.errors import ArgumentError, DataError, did_you_mean, one_line
 from rl_sparsity_tf.files import as_file
 
@@ -48,30 +47,14 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     wanted = "a complete file written by numpy.savez(path, x_train=..., y_train=..., ...)"
     if not path.is_file():
         raise _bad_file(path, "is a folder" if path.is_dir() else "does not exist", wanted)
-    if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            truncated = file.read(4) == b"PK\x03\x04"
-        found = "is truncated: its end is missing" if truncated else "is not a .npz file"
-        raise _bad_file(path, found, wanted)
-    arrays = {}
-    name = ""
     try:
-        with zipfile.ZipFile(path) as members:
-            check_archive(members)
-        with np.load(path, allow_pickle=False) as archive:
-            for name in archive.files:
-                arrays[name] = archive[name]
-    except ClaimError as error:
-        wanted += " (not savez_compressed, where nearly all values are equal)"
-        raise _bad_file(path, f"was not read: {error}", wanted) from error
-    except Exception as error:  # zlib, zipfile and numpy each have their own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        found = f"is damaged at {name!r} ({reason})"
-        if "allow_pickle" in str(error):
-            found = f"holds Python objects in {name!r}, which are never unpickled"
+        return load_arrays(path)
+    except ArrayFileError as error:
+        if error.reason == "claims":
+            wanted += " (not savez_compressed, where nearly all values are equal)"
+        if error.reason == "objects":
             wanted = "numbers: rows of equal length, a numeric type"
-        raise _bad_file(path, found, wanted) from error
-    return arrays
+        raise _bad_file(path, str(error), wanted) from error
 
 
 def _bad_file(path: Path, found: str, expected: str) -> DataError:

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.data.batches import Batch
+from rl_sparsity_tf.data.checks import Batch
 from rl_sparsity_tf.data.labels import last_line, loss_kind
 from rl_sparsity_tf.errors import (
     ArgumentError,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from rl_sparsity_tf.checks import is_number, is_whole
 from rl_sparsity_tf.data.labels import Output
 from rl_sparsity_tf.errors import ArgumentError, DataError
 
@@ -28,16 +29,14 @@ def weight_table(class_weight: Any) -> list[float] | None:
             f"class_weight={class_weight!r} is a {type(class_weight).__name__}. {_EXAMPLE}.{hint}"
         )
     keys = list(class_weight)
-    integers = all(isinstance(k, int | np.integer) and not isinstance(k, bool) for k in keys)
-    if not integers or sorted(keys) != list(range(len(keys))) or not keys:
+    if not all(map(is_whole, keys)) or sorted(keys) != list(range(len(keys))) or not keys:
         raise ArgumentError(
             f"class_weight has the keys {keys}. Expected the classes 0, 1, 2, ... without a gap."
         )
     weights = []
     for key in range(len(keys)):
         value = class_weight[key]
-        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        if not number or not 0 <= float(value) < float("inf"):
+        if not is_number(value) or not 0 <= float(value) < float("inf"):
             raise ArgumentError(
                 f"class_weight[{key}]={value!r} cannot be used. Expected a finite number of at "
                 "least 0."

@@ -9,8 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
-
+from rl_sparsity_tf.checks import is_number
 from rl_sparsity_tf.errors import ArgumentError, check_choice
 from rl_sparsity_tf.settings import NamedSettings
 
@@ -101,7 +100,7 @@ class Linear(Curriculum):
 
     def __post_init__(self) -> None:
         """Checks the start."""
-        if not _is_number(self.start) or not 0.0 < self.start < 1.0:
+        if not is_number(self.start) or not 0.0 < self.start < 1.0:
             raise ArgumentError(
                 f"Linear(start={self.start!r}) cannot be used. Expected the share of the way to "
                 "the target that the search begins with, above 0 and below 1, for instance 0.5; "
@@ -141,7 +140,7 @@ class Staged(Curriculum):
         """Checks the stages and turns a list, as JSON gives it, into a tuple."""
         given: Any = self.stages
         good = isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0
-        good = good and all(_is_number(share) and 0.0 < share <= 1.0 for share in given)
+        good = good and all(is_number(share) and 0.0 < share <= 1.0 for share in given)
         if not good or list(given) != sorted(set(given)) or given[-1] != 1.0:
             raise ArgumentError(
                 f"Staged(stages={given!r}) cannot be used. Expected shares of the way to the "
@@ -178,7 +177,3 @@ def resolve_curriculum(curriculum: str | Curriculum) -> Curriculum:
             "'linear', 'staged', or a configuration such as rls.Staged(stages=(0.5, 1.0))."
         )
     return curriculum
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from rl_sparsity_tf.environment.group_ranks import NAMES
 from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.environment.standings import NAMES
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.layers.operations import Operation
 
@@ -81,9 +81,9 @@ STATE_SIZE = len(FEATURES)
 _BINS = 32
 
 
-def lower_bounds() -> np.ndarray:
-    """Smallest value of every feature, float32 of shape `(STATE_SIZE,)`."""
-    return np.array([feature.low for feature in FEATURES], np.float32)
+def lower_bounds(features: Sequence[Feature]) -> np.ndarray:
+    """Smallest value of every feature, float32."""
+    return np.array([feature.low for feature in features], np.float32)
 
 
 def describe_state(
@@ -157,9 +157,8 @@ def observe(network: CompressedNetwork, path: str, bucket: BucketView) -> np.nda
     index = network.index_of(path)
     kernel, grouping = network.kernels[index], network.groupings[path]
     weights = network.effective_matrix(path)
-    original = network.original_moments[path]
+    original, fixed = network.original_moments[path], _of_kernel(network, index)
     now, dense = network.statistics[path], network.dense_statistics[path]
-    all_variances = [s.gradient_variance for s in network.dense_statistics.values()]
     decided = network.decided[path]
     done = np.bincount(
         network.operations[path][decided], grouping.sizes[decided], minlength=len(Operation)
@@ -171,9 +170,8 @@ def observe(network: CompressedNetwork, path: str, bucket: BucketView) -> np.nda
     first_order, by_mask = network.first_order(path)
     in_bucket = float(first_order[bucket.groups].sum()) / max(1, flat_sizes.sum())
     in_kernel = float(first_order.sum()) / kernel.size
-    owner = type(kernel.owner).__name__
-    outcome, standings = network.outcome, network.standings
-    values = {
+    group_ranks = network.group_ranks
+    values = _of_network(network) | {
         "weight_mean": _over(mean, math.sqrt(square)),
         "weight_variance": against(square - mean**2, original.variance),
         "weight_entropy": _entropy(weights, original.largest),
@@ -185,11 +183,9 @@ def observe(network: CompressedNetwork, path: str, bucket: BucketView) -> np.nda
         "gradient_mean": _over(
             now.gradient_mean, math.hypot(math.sqrt(now.gradient_variance), now.gradient_mean)
         ),
-        "gradient_variance": against(now.gradient_variance, float(np.mean(all_variances))),
+        "gradient_variance": against(now.gradient_variance, _mean_variance(network)),
         "reconstruction_error": network.errors[path],
-        "network_error": outcome.reconstruction_error,
         "output_error": network.output_errors[path],
-        "network_output_error": outcome.output_error,
         "bucket_position": bucket.position / max(1, bucket.count - 1),
         "bucket_size": float(flat_sizes.sum()) / kernel.size,
         "bucket_saliency": against(
@@ -201,32 +197,68 @@ def observe(network: CompressedNetwork, path: str, bucket: BucketView) -> np.nda
             float(by_mask[bucket.groups].mean()) if len(bucket.groups) else 0.0,
             float(np.abs(by_mask).mean()),
         ),
-        "bucket_lamp": _mean(standings.of("lamp", path, bucket.groups)),
-        "bucket_magnitude": _mean(standings.of("global_magnitude", path, bucket.groups)),
-        "bucket_output_price": _mean(standings.of("output_price", path, bucket.groups)),
+        "bucket_lamp": _mean(group_ranks.of("lamp", path, bucket.groups)),
+        "bucket_magnitude": _mean(group_ranks.of("global_magnitude", path, bucket.groups)),
+        "bucket_output_price": _mean(group_ranks.of("output_price", path, bucket.groups)),
         "kept": done[Operation.KEEP] / kernel.size,
         "pruned": done[Operation.PRUNE] / kernel.size,
         "quantized": done[Operation.QUANTIZE] / kernel.size,
         "shuffled": done[Operation.SHUFFLE] / kernel.size,
-        "retention": outcome.retention,
-        "loss_ratio": against(network.dense.loss, outcome.loss),
-        "target": outcome.target_sparsity,
-        "budget_progress": network.budget.progress,
         "budget_pressure": bucket.pressure,
         "goal": bucket.goal,
         "goal_progress": _over(done[Operation.PRUNE] / kernel.size, bucket.goal)
         if bucket.goal > 0
         else 1.0,
-        "kernel_share": kernel.size / network.budget.elements,
-        "kernel_fan_in": math.log2(1 + grouping.inputs) / 16,
-        "kernel_fan_out": math.log2(1 + grouping.outputs) / 16,
-        "kernel_sensitivity": against(dense.gradient_variance, float(np.mean(all_variances))),
-        "kernel_depth": index / max(1, len(network.kernels) - 1),
+        "kernel_share": fixed["share"],
+        "kernel_fan_in": fixed["fan_in"],
+        "kernel_fan_out": fixed["fan_out"],
+        "kernel_sensitivity": fixed["sensitivity"],
+        "kernel_depth": fixed["depth"],
+        "convolution": fixed["convolution"],
+        "depthwise": fixed["depthwise"],
+    }
+    return _state(FEATURES, values)
+
+
+def _of_network(network: CompressedNetwork) -> dict[str, float]:
+    """What both agents see of the whole network."""
+    outcome = network.outcome
+    return {
+        "target": outcome.target_sparsity,
+        "budget_progress": network.budget.progress,
+        "network_error": outcome.reconstruction_error,
+        "network_output_error": outcome.output_error,
+        "retention": outcome.retention,
+        "loss_ratio": against(network.dense.loss, outcome.loss),
+    }
+
+
+def _of_kernel(network: CompressedNetwork, index: int) -> dict[str, float]:
+    """What both agents see of a kernel whatever was decided."""
+    kernel, grouping = network.kernels[index], network.groupings[network.kernels[index].path]
+    owner = type(kernel.owner).__name__
+    variance = network.dense_statistics[kernel.path].gradient_variance
+    return {
+        "share": kernel.size / network.budget.elements,
+        "fan_in": math.log2(1 + grouping.inputs) / 16,
+        "fan_out": math.log2(1 + grouping.outputs) / 16,
+        "sensitivity": against(variance, _mean_variance(network)),
+        "depth": index / max(1, len(network.kernels) - 1),
+        # By name: of a class that the user registered, no operator of TFLite is known.
         "convolution": float("Conv" in owner),
         "depthwise": float("depthwise" in kernel.spec.attribute or "Depthwise" in owner),
     }
-    state = np.array([values[feature.name] for feature in FEATURES], np.float32)
-    return np.clip(np.nan_to_num(state, nan=0.0, posinf=1.0, neginf=-1.0), lower_bounds(), 1.0)
+
+
+def _mean_variance(network: CompressedNetwork) -> float:
+    return float(np.mean([one.gradient_variance for one in network.dense_statistics.values()]))
+
+
+def _state(features: Sequence[Feature], values: Mapping[str, float]) -> np.ndarray:
+    """The values in the features' order: float32, finite and within bounds."""
+    state = np.array([values[feature.name] for feature in features], np.float32)
+    finite = np.nan_to_num(state, nan=0.0, posinf=1.0, neginf=-1.0)
+    return np.clip(finite, lower_bounds(features), 1.0)
 
 
 def _over(value: float, scale: float) -> float:
@@ -322,30 +354,19 @@ def describe_selection_state(
     print_features(SELECTION_FEATURES, state, print_fn)
 
 
-def portrait(network: CompressedNetwork, index: int) -> dict[str, float]:
-    """What is seen of a kernel whatever was decided: the static ones of [SLOT_FEATURES][]."""
+def static_features(network: CompressedNetwork, index: int) -> dict[str, float]:
+    """What is seen of a kernel whatever was decided: [SLOT_FEATURES][] but for `share_left`."""
     kernel = network.kernels[index]
-    path, grouping = kernel.path, network.groupings[kernel.path]
-    variances = [one.gradient_variance for one in network.dense_statistics.values()]
+    path = kernel.path
     spread = [moments.variance for moments in network.original_moments.values()]
-    owner = type(kernel.owner).__name__
-    sizes = grouping.sizes.reshape(-1)
+    sizes = network.groupings[path].sizes.reshape(-1)
     gone = [
-        float(sizes[network.standings.of(name, path) < 0.5].sum()) / kernel.size for name in NAMES
+        float(sizes[network.group_ranks.of(name, path) < 0.5].sum()) / kernel.size for name in NAMES
     ]
-    return {
+    return _of_kernel(network, index) | {
         "present": 1.0,
-        "share": kernel.size / network.budget.elements,
-        "fan_in": math.log2(1 + grouping.inputs) / 16,
-        "fan_out": math.log2(1 + grouping.outputs) / 16,
-        "sensitivity": against(
-            network.dense_statistics[path].gradient_variance, float(np.mean(variances))
-        ),
         "variance": against(network.original_moments[path].variance, float(np.mean(spread))),
         "activity": 1.0 - network.dense_statistics[path].activation_sparsity,
-        "depth": index / max(1, len(network.kernels) - 1),
-        "convolution": float("Conv" in owner),
-        "depthwise": float("depthwise" in kernel.spec.attribute or "Depthwise" in owner),
         "integers": float(kernel.spec.exports_int8),
         "capacity": int(network.budget.capacity[index]) / kernel.size,
         "lamp": gone[NAMES.index("lamp")],
@@ -357,40 +378,29 @@ def portrait(network: CompressedNetwork, index: int) -> dict[str, float]:
 @np.errstate(over="ignore", invalid="ignore")  # a network that diverged has a state, too
 def observe_selection(
     network: CompressedNetwork,
-    portraits: Sequence[dict[str, float]],
+    static: Sequence[dict[str, float]],
     undecided: Sequence[int],
     density: float,
     pressure: float,
 ) -> np.ndarray:
     """The state before a kernel is chosen, finite and within bounds.
 
-    It is float32 of shape `(SELECTION_STATE_SIZE,)`. There is a [portrait][] of every kernel;
-    `undecided` has the undecided kernels' indices, those in the slots first. `density` is what the
-    target leaves of their weights, and `pressure` is weights still to prune / those that they can
-    still give.
+    It is float32 of shape `(SELECTION_STATE_SIZE,)`. `static` has the [static_features][] of every
+    kernel; `undecided` has the undecided kernels' indices, those in the slots first. `density` is
+    what the target leaves of their weights, and `pressure` is weights still to prune / those that
+    they can still give.
     """
     left = sum(network.kernels[index].size for index in undecided)
     whole = sum(kernel.size for kernel in network.kernels)
-    values = [0.0] * (SLOTS * len(SLOT_FEATURES))
+    values = dict.fromkeys((feature.name for feature in SELECTION_FEATURES), 0.0)
     for slot, index in enumerate(undecided[:SLOTS]):
-        seen = {**portraits[index], "share_left": network.kernels[index].size / left}
-        start = slot * len(SLOT_FEATURES)
-        values[start : start + len(SLOT_FEATURES)] = [seen[one.name] for one in SLOT_FEATURES]
-    outcome = network.outcome
-    seen = {
-        "target": outcome.target_sparsity,
-        "budget_progress": network.budget.progress,
+        seen = static[index] | {"share_left": network.kernels[index].size / left}
+        values |= {f"slot_{slot}_{name}": value for name, value in seen.items()}
+    values |= _of_network(network) | {
         "budget_pressure": pressure,
         "mean_density": density,
         "weights_decided": 1.0 - left / whole,
         "kernels_decided": 1.0 - len(undecided) / len(network.kernels),
-        "network_error": outcome.reconstruction_error,
-        "network_output_error": outcome.output_error,
-        "retention": outcome.retention,
-        "loss_ratio": against(network.dense.loss, outcome.loss),
-        "stored_bits": outcome.stored_bits,
+        "stored_bits": network.outcome.stored_bits,
     }
-    values += [seen[feature.name] for feature in NETWORK_FEATURES]
-    state = np.array(values, np.float32)
-    low = np.array([feature.low for feature in SELECTION_FEATURES], np.float32)
-    return np.clip(np.nan_to_num(state, nan=0.0, posinf=1.0, neginf=-1.0), low, 1.0)
+    return _state(SELECTION_FEATURES, values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from rl_sparsity_tf.allocation.budgets import CostBudget
 from rl_sparsity_tf.environment._tf_agents import array_spec, py_environment, types
 from rl_sparsity_tf.environment._tf_agents import time_step as ts
 from rl_sparsity_tf.environment.buckets import bucket_edges, near_edges, split_buckets
-from rl_sparsity_tf.environment.features import STATE_SIZE, BucketView, lower_bounds, observe
+from rl_sparsity_tf.environment.features import FEATURES, BucketView, Feature, lower_bounds, observe
 from rl_sparsity_tf.environment.network import CompressedNetwork, Snapshot
 from rl_sparsity_tf.environment.reward import Outcome, Reward, RewardFunction, bounded
 from rl_sparsity_tf.errors import ArgumentError
@@ -35,7 +35,83 @@ class _State:
     current: ts.TimeStep
 
 
-class LayerEnvironment(py_environment.PyEnvironment):
+class NetworkEnvironment(py_environment.PyEnvironment):
+    """What the environments of a network share: their specs, and how a step is paid.
+
+    `features` are those of the state, `action` is the name of the `actions` that there are.
+    """
+
+    def __init__(
+        self,
+        network: CompressedNetwork,
+        reward: RewardFunction | None,
+        features: Sequence[Feature],
+        actions: int,
+        action: str,
+    ):
+        super().__init__(handle_auto_reset=False)
+        if not isinstance(network, CompressedNetwork):
+            raise ArgumentError(
+                f"network={network!r} is a {type(network).__name__}. Expected a CompressedNetwork, "
+                "made of a model, its data and a target."
+            )
+        self.network = network
+        self.reward: RewardFunction = reward if reward is not None else Reward()
+        self.illegal_actions = 0
+        bounded_spec = array_spec.BoundedArraySpec
+        self._action_spec = bounded_spec((), np.int32, minimum=0, maximum=actions - 1, name=action)
+        self._observation_spec = {
+            "state": bounded_spec(
+                (len(features),),
+                np.float32,
+                minimum=lower_bounds(features),
+                maximum=np.ones(len(features), np.float32),
+                name="state",
+            ),
+            "legal": bounded_spec((actions,), np.int32, minimum=0, maximum=1, name="legal"),
+        }
+        self._reward_spec = bounded_spec((), np.float32, minimum=-1.0, maximum=1.0, name="reward")
+
+    def action_spec(self) -> types.NestedArraySpec:
+        """A scalar int32 from 0."""
+        return self._action_spec
+
+    def observation_spec(self) -> types.NestedArraySpec:
+        """The state and the legal actions."""
+        return self._observation_spec
+
+    def reward_spec(self) -> types.NestedArraySpec:
+        """A float32 in [-1, 1]."""
+        return self._reward_spec
+
+    def _reset(self) -> ts.TimeStep:
+        self._begin()
+        return ts.restart(self._observe(), reward_spec=self._reward_spec)
+
+    def _step(self, action: types.NestedArray) -> ts.TimeStep:
+        if self._current_time_step is None or self._current_time_step.is_last():
+            return self.reset()
+        previous = self.network.outcome
+        outcome, ended = self._execute(int(action))
+        reward = np.float32(bounded(self.reward, outcome, previous))
+        observation = self._observe()
+        if ended:
+            return ts.termination(observation, reward)
+        return ts.transition(observation, reward, discount=1.0)
+
+    def _begin(self) -> None:
+        """Undoes what the last episode decided."""
+        raise NotImplementedError
+
+    def _execute(self, action: int) -> tuple[Outcome, bool]:
+        """Carries out an action; returns what came of it, and whether the episode has ended."""
+        raise NotImplementedError
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+
+class LayerEnvironment(NetworkEnvironment):
     """Compresses one kernel of a network, bucket by bucket.
 
     An episode walks the kernel's buckets from the least to the most salient. The action is one
@@ -81,20 +157,12 @@ class LayerEnvironment(py_environment.PyEnvironment):
         later: list[str] | None = None,
         evaluate: bool = True,
     ):
-        super().__init__(handle_auto_reset=False)
         if isinstance(buckets, bool) or not isinstance(buckets, int) or buckets < 1:
             raise ArgumentError(f"buckets={buckets!r} cannot be used. Expected an integer above 0.")
-        if not isinstance(network, CompressedNetwork):
-            raise ArgumentError(
-                f"network={network!r} is a {type(network).__name__}. Expected a CompressedNetwork, "
-                "made of a model, its data and a target."
-            )
-        self.network = network
+        super().__init__(network, reward, FEATURES, len(Operation), "operation")
         self.kernel = kernel
         self.index = network.index_of(kernel)
-        self.reward: RewardFunction = reward if reward is not None else Reward()
         self.evaluate = evaluate
-        self.illegal_actions = 0
         self.grouping = network.groupings[kernel]
         self._count = buckets
         behind = [other.path for other in network.kernels[self.index + 1 :]]
@@ -103,24 +171,6 @@ class LayerEnvironment(py_environment.PyEnvironment):
         self._buckets: list[np.ndarray] = []
         self._saliency = np.zeros(0)
         self._position = 0
-        self._action_spec = array_spec.BoundedArraySpec(
-            (), np.int32, minimum=0, maximum=len(Operation) - 1, name="operation"
-        )
-        self._observation_spec = {
-            "state": array_spec.BoundedArraySpec(
-                (STATE_SIZE,),
-                np.float32,
-                minimum=lower_bounds(),
-                maximum=np.ones(STATE_SIZE, np.float32),
-                name="state",
-            ),
-            "legal": array_spec.BoundedArraySpec(
-                (len(Operation),), np.int32, minimum=0, maximum=1, name="legal"
-            ),
-        }
-        self._reward_spec = array_spec.BoundedArraySpec(
-            (), np.float32, minimum=-1.0, maximum=1.0, name="reward"
-        )
 
     def retarget(self) -> None:
         """Follows the network to another budget: its goal, and buckets cut around that.
@@ -194,23 +244,11 @@ class LayerEnvironment(py_environment.PyEnvironment):
         """
         return [(self.kernel, groups) for groups in self._buckets[: self._position]]
 
-    def action_spec(self) -> types.NestedArraySpec:
-        """One operation: a scalar int32 from 0 to 3."""
-        return self._action_spec
-
-    def observation_spec(self) -> types.NestedArraySpec:
-        """The state and the legal operations."""
-        return self._observation_spec
-
-    def reward_spec(self) -> types.NestedArraySpec:
-        """A float32 in [-1, 1]."""
-        return self._reward_spec
-
     def commit(self) -> None:
         """Makes the network as it is now what `reset()` goes back to."""
         self._base = self.network.snapshot()
 
-    def _reset(self) -> ts.TimeStep:
+    def _begin(self) -> None:
         if self._base is None:
             self.commit()
         assert self._base is not None
@@ -222,23 +260,14 @@ class LayerEnvironment(py_environment.PyEnvironment):
         # Without training the weights are the same in every episode.
         self._buckets = list(self._first_buckets)
         self._position = 0
-        return ts.restart(self._observe(), reward_spec=self._reward_spec)
 
-    def _step(self, action: types.NestedArray) -> ts.TimeStep:
-        if self._current_time_step is None or self._current_time_step.is_last():
-            return self.reset()
-        previous = self.network.outcome
-        outcome = self._execute(Operation(int(action)))
+    def _execute(self, action: int) -> tuple[Outcome, bool]:
+        outcome = self._decide(Operation(action))
         self._position += 1
-        if self._position == self.steps and self.evaluate:
-            outcome = self.network.finish()
-        reward = np.float32(bounded(self.reward, outcome, previous))
-        observation = self._observe()
-        if self._position == self.steps:
-            return ts.termination(observation, reward)
-        return ts.transition(observation, reward, discount=1.0)
+        ended = self._position == self.steps
+        return self.network.finish() if ended and self.evaluate else outcome, ended
 
-    def _execute(self, operation: Operation) -> Outcome:
+    def _decide(self, operation: Operation) -> Outcome:
         legal = self._legal()
         if not legal[operation]:
             self.illegal_actions += 1

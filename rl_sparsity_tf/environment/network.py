@@ -15,13 +15,14 @@ import tf_keras as keras
 from rl_sparsity_tf.allocation.budgets import Budget, KernelState
 from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.allocation.target import Target
-from rl_sparsity_tf.data.batches import Batch, TrainingData
+from rl_sparsity_tf.data.batches import TrainingData
+from rl_sparsity_tf.data.checks import Batch
 from rl_sparsity_tf.data.extremes import check_loss, check_training, check_weights
 from rl_sparsity_tf.data.metrics import Evaluator, Metric, Score, choose_metric
 from rl_sparsity_tf.data.metrics import search_compile_arguments as search_arguments
 from rl_sparsity_tf.environment.autoencoder import WeightAutoencoder
+from rl_sparsity_tf.environment.group_ranks import GroupRanks
 from rl_sparsity_tf.environment.reward import Outcome
-from rl_sparsity_tf.environment.standings import Standings
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.layers.copy_checks import check_figures
@@ -229,7 +230,7 @@ class CompressedNetwork:
             groupings = self.decisions.part_storage.groupings(self.parts)
             pieces = (self.model, self.parts, groupings, train, fixed_batch(model))
             self.least_squares = closed_form(*pieces, ridge=self.recovery.ridge)
-        self.standings = Standings(self)
+        self.group_ranks = GroupRanks(self)
         self.outcome = outcome_of(self, self.dense)
         self._start = self.snapshot()
 
@@ -474,7 +475,7 @@ class CompressedNetwork:
         self.reset()
         self.budget = budget
         self.decisions.adopt(budget)
-        self.standings = Standings(self)
+        self.group_ranks = GroupRanks(self)
         self.outcome = retargeted(self, self.outcome)
         self._start = self.snapshot()
 

@@ -10,18 +10,16 @@ from typing import Any
 import numpy as np
 
 from rl_sparsity_tf.allocation.budgets import CostBudget, KernelState
-from rl_sparsity_tf.environment._tf_agents import array_spec, py_environment, types
 from rl_sparsity_tf.environment._tf_agents import time_step as ts
 from rl_sparsity_tf.environment.features import (
     SELECTION_FEATURES,
-    SELECTION_STATE_SIZE,
     SLOTS,
     observe_selection,
-    portrait,
+    static_features,
 )
-from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
+from rl_sparsity_tf.environment.layer_environment import LayerEnvironment, NetworkEnvironment
 from rl_sparsity_tf.environment.network import CompressedNetwork, Snapshot
-from rl_sparsity_tf.environment.reward import Reward, RewardFunction, bounded
+from rl_sparsity_tf.environment.reward import Outcome, RewardFunction
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.layers.operations import Operation
 
@@ -184,7 +182,7 @@ class _State:
     current: ts.TimeStep
 
 
-class LayerSelectionEnvironment(py_environment.PyEnvironment):
+class LayerSelectionEnvironment(NetworkEnvironment):
     """Compresses a network kernel by kernel: which comes next, and how much goes of it.
 
     An episode decides every kernel once. The action is `slot * 5 + goal`: four slots hold the
@@ -228,50 +226,23 @@ class LayerSelectionEnvironment(py_environment.PyEnvironment):
         reward: RewardFunction | None = None,
         play_layer: PlayLayer | None = None,
     ):
-        super().__init__(handle_auto_reset=False)
-        if not isinstance(network, CompressedNetwork):
-            raise ArgumentError(
-                f"network={network!r} is a {type(network).__name__}. Expected a CompressedNetwork, "
-                "made of a model, its data and a target."
-            )
+        super().__init__(network, reward, SELECTION_FEATURES, ACTIONS, "slot_and_goal")
         if play_layer is not None and not callable(play_layer):
             raise ArgumentError(
                 f"play_layer={play_layer!r} cannot be called. Expected a function (kernel_path, "
                 "goal) that decides the kernel, or None."
             )
-        self.network = network
-        self.reward: RewardFunction = reward if reward is not None else Reward()
         self.play_layer: PlayLayer = play_layer or self._prune_to_goal
-        self.illegal_actions = 0
         sizes = [kernel.size for kernel in network.kernels]
         self._order = sorted(range(len(sizes)), key=lambda index: (sizes[index], index))
         self.retarget()
         self._undecided = list(self._order)
         self._goals: list[Goals] = []
-        self._action_spec = array_spec.BoundedArraySpec(
-            (), np.int32, minimum=0, maximum=ACTIONS - 1, name="slot_and_goal"
-        )
-        self._observation_spec = {
-            "state": array_spec.BoundedArraySpec(
-                (SELECTION_STATE_SIZE,),
-                np.float32,
-                minimum=np.array([feature.low for feature in SELECTION_FEATURES], np.float32),
-                maximum=np.ones(SELECTION_STATE_SIZE, np.float32),
-                name="state",
-            ),
-            "legal": array_spec.BoundedArraySpec(
-                (ACTIONS,), np.int32, minimum=0, maximum=1, name="legal"
-            ),
-        }
-        self._reward_spec = array_spec.BoundedArraySpec(
-            (), np.float32, minimum=-1.0, maximum=1.0, name="reward"
-        )
 
     def retarget(self) -> None:
         """Follows the network to another budget, by which its kernels look different."""
-        self._portraits = [
-            portrait(self.network, index) for index in range(len(self.network.kernels))
-        ]
+        kernels = range(len(self.network.kernels))
+        self._static = [static_features(self.network, index) for index in kernels]
         self.centre(None)
 
     def centre(self, densities: Mapping[str, float] | None, near: bool = False) -> None:
@@ -304,18 +275,6 @@ class LayerSelectionEnvironment(py_environment.PyEnvironment):
         """The kernels to choose from, four at most."""
         return self.undecided[:SLOTS]
 
-    def action_spec(self) -> types.NestedArraySpec:
-        """A slot and a goal: a scalar int32 from 0 to 19."""
-        return self._action_spec
-
-    def observation_spec(self) -> types.NestedArraySpec:
-        """The state and the legal actions."""
-        return self._observation_spec
-
-    def reward_spec(self) -> types.NestedArraySpec:
-        """A float32 in [-1, 1]."""
-        return self._reward_spec
-
     def goals(self, slot: int) -> list[float]:
         """The shares to prune that the goals of a slot mean, hardest first.
 
@@ -324,21 +283,16 @@ class LayerSelectionEnvironment(py_environment.PyEnvironment):
         """
         return [self._goals[slot].share(level) for level in range(GOALS)]
 
-    def _reset(self) -> ts.TimeStep:
+    def _begin(self) -> None:
         self.network.reset()
         self._undecided = list(self._order)
-        return ts.restart(self._observe(), reward_spec=self._reward_spec)
 
-    def _step(self, action: types.NestedArray) -> ts.TimeStep:
-        if self._current_time_step is None or self._current_time_step.is_last():
-            return self.reset()
-        previous = self.network.outcome
+    def _execute(self, action: int) -> tuple[Outcome, bool]:
         legal = self._legal()
-        chosen = int(action)
-        if not legal[chosen]:
+        if not legal[action]:
             self.illegal_actions += 1
-            chosen = int(np.argmax(legal))
-        slot, level = divmod(chosen, GOALS)
+            action = int(np.argmax(legal))
+        slot, level = divmod(action, GOALS)
         path, goal = self.slots[slot], self._goals[slot].share(level)
         del self._undecided[slot]
         self.play_layer(path, goal)
@@ -348,12 +302,8 @@ class LayerSelectionEnvironment(py_environment.PyEnvironment):
                 f"{int((~self.network.decided[path]).sum())} groups undecided. Expected it to "
                 "decide them all, for example by playing a LayerEnvironment to its end."
             )
-        outcome = self.network.outcome if self._undecided else self.network.finish()
-        reward = np.float32(bounded(self.reward, outcome, previous))
-        observation = self._observe()
-        if not self._undecided:
-            return ts.termination(observation, reward)
-        return ts.transition(observation, reward, discount=1.0)
+        ended = not self._undecided
+        return self.network.finish() if ended else self.network.outcome, ended
 
     def _prune_to_goal(self, path: str, goal: float) -> None:
         layer = LayerEnvironment(
@@ -391,7 +341,7 @@ class LayerSelectionEnvironment(py_environment.PyEnvironment):
             for index in undecided[:SLOTS]
         ]
         state = observe_selection(
-            network, self._portraits, undecided, density, pressure(network, undecided)
+            network, self._static, undecided, density, pressure(network, undecided)
         )
         return {"state": state, "legal": self._legal()}
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import tf_keras as keras
 
+from rl_sparsity_tf.checks import check_flag
 from rl_sparsity_tf.data.extremes import check_weights
 from rl_sparsity_tf.errors import ArgumentError, VerificationError, check_choice
 from rl_sparsity_tf.export.arguments import (
-    QUANTIZATIONS,
     check_calibration,
     check_ids,
     check_mode,
@@ -30,7 +30,7 @@ from rl_sparsity_tf.export.arguments import (
 )
 from rl_sparsity_tf.export.matching import match_kernels, name_ports
 from rl_sparsity_tf.export.recurrent import kept_states, start_at_zero, stateless, unrolled
-from rl_sparsity_tf.export.report import ExportReport, TensorReport, tensor_reports
+from rl_sparsity_tf.export.report import ExportReport, tensor_reports
 from rl_sparsity_tf.export.saved_model import (
     conversion_error,
     in_float32,
@@ -57,18 +57,7 @@ from rl_sparsity_tf.layers.structure import input_specs
 from rl_sparsity_tf.tflite.prediction import run_rows
 from rl_sparsity_tf.tflite.reading import read_flat_model
 from rl_sparsity_tf.tflite.recipes import Recipe, check_recipe_path, replacing_with_recipe
-from rl_sparsity_tf.tflite.worker import WorkerError, shared_worker, start_worker
-
-__all__ = [
-    "QUANTIZATIONS",
-    "ExportReport",
-    "TensorReport",
-    "check_path",
-    "export_tflite",
-    "file_batch_size",
-    "predict_tflite",
-    "start_worker",
-]
+from rl_sparsity_tf.tflite.worker import WorkerError, shared_worker
 
 
 def export_tflite(
@@ -168,8 +157,7 @@ def export_tflite(
         check_recipe_path(target, overwrite)
     check_numbers(tolerance, batch_size)
     for name, flag in (("unroll", unroll), ("stateful", stateful)):
-        if not isinstance(flag, bool):
-            raise ArgumentError(f"{name}={flag!r} cannot be used. Expected True or False.")
+        check_flag(name, flag)
     plain, plan = plain_model(model, plan)
     if quantization == "plan" and plan is None:
         raise ArgumentError(

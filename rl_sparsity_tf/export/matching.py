@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
-from ai_edge_litert import schema_py_generated as schema
 
 from rl_sparsity_tf.errors import PlanError, did_you_mean
 from rl_sparsity_tf.layers.kernels import find_kernels, rank_of, walk
-from rl_sparsity_tf.tflite.reading import FlatTensor, pack_model
+from rl_sparsity_tf.tflite.editing import FileEditor
+from rl_sparsity_tf.tflite.reading import FlatTensor
 
 # A tensor at most this far from a kernel (relative to the kernel's norm) is the kernel itself, no
 # batch normalisation folded in. Rounding to 4 bits moves a kernel by up to about 0.15.
@@ -325,9 +325,8 @@ def name_ports(file: Path, inputs: Sequence[str], outputs: Sequence[str]) -> Non
     The file's signature has the inputs `input_0`, `input_1`, ... and the outputs `output_0`, ...;
     the file is rewritten.
     """
-    content = file.read_bytes()
-    model = schema.ModelT.InitFromPackedBuf(content, 0)
-    graph, signature = model.subgraphs[0], model.signatureDefs[0]
+    editor = FileEditor(file.read_bytes())
+    graph, signature = editor.model.subgraphs[0], editor.model.signatureDefs[0]
     given, made = _numbered(signature.inputs), _numbered(signature.outputs)
     for name, entry in zip(inputs, given, strict=True):
         # What interpreters without signatures go by; other tools give it this prefix, too.
@@ -338,7 +337,7 @@ def name_ports(file: Path, inputs: Sequence[str], outputs: Sequence[str]) -> Non
     graph.inputs = np.array([entry.tensorIndex for entry in given], np.int32)
     graph.outputs = np.array([entry.tensorIndex for entry in made], np.int32)
     signature.inputs, signature.outputs = given, made
-    file.write_bytes(pack_model(model, content))
+    file.write_bytes(editor.packed())
 
 
 def _numbered(entries: Sequence[Any]) -> list[Any]:

@@ -17,13 +17,7 @@ from rl_sparsity_tf.export.arguments import plain_model, sample_rows
 from rl_sparsity_tf.export.export import export_tflite
 from rl_sparsity_tf.export.micro_arena import estimate_arena
 from rl_sparsity_tf.export.micro_header import MicroPort, check_name, check_operators, header_text
-from rl_sparsity_tf.export.micro_runtime import (
-    TflmError,
-    TflmMissingError,
-    measure_arena,
-    run_tflm,
-    tflm_installed,
-)
+from rl_sparsity_tf.export.micro_runtime import TflmError, measure_arena, run_tflm, tflm_installed
 from rl_sparsity_tf.export.recurrent import can_unroll, looping_layers, names_of, stateless
 from rl_sparsity_tf.export.report import ExportReport
 from rl_sparsity_tf.export.saved_model import in_float32, reference_outputs
@@ -32,6 +26,7 @@ from rl_sparsity_tf.files import check_new_file, scratch_folder, write_text
 from rl_sparsity_tf.layers.structure import input_specs
 from rl_sparsity_tf.tflite.reading import FlatModel, read_flat_model
 from rl_sparsity_tf.tflite.worker import shared_worker
+from rl_sparsity_tf.tflite.worker_process import TflmMissingError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,8 +116,6 @@ class MicroReport:
 _COMPARED_ROWS = 16
 _ROOMY = 4
 _ROOM = 65536
-
-__all__ = ["MicroReport", "export_micro"]
 
 
 def export_micro(

@@ -1,49 +1,35 @@
 """Runs .tflite files in TensorFlow Lite for Microcontrollers (TFLM), where it is installed.
 
-It needs the optional package `tflite-micro`. TFLM aborts where others raise, so each request gets a
-process of its own.
+It needs the optional package `tflite-micro`. TFLM aborts where others raise, so its processes are
+its own, and no other file is run in them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import importlib.util
-import json
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from rl_sparsity_tf.export.micro_process import STEP
 from rl_sparsity_tf.files import scratch_folder
-from rl_sparsity_tf.tflite.worker import child_environment, save_inputs
+from rl_sparsity_tf.tflite.worker import ConversionWorker, WorkerError, load_outputs, save_inputs
+from rl_sparsity_tf.tflite.worker_process import TflmMissingError
 
 # The reference kernels are slow; a process that is silent for longer hangs.
 _TIMEOUT_SECONDS = 600.0
 _SHOWN_CHARACTERS = 300
-# Deaths while bisecting; each one halves the interval, as any other answer does.
-_MOST_DEATHS = 64
-_SILENT = "it gave no reason"
+# Arenas are tried in steps of TFLM's alignment.
+_STEP = 16
 
 
 class TflmError(RuntimeError):
     """TFLM cannot run a file; the text is what it wrote last."""
 
 
-class TflmMissingError(RuntimeError):
-    """The package is installed and cannot be imported; the text says why."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Replies:
-    lines: list[dict[str, Any]]
-    finished: bool
-    said: str
+class TflmTimeoutError(TflmError):
+    """TFLM gives no answer."""
 
 
 def tflm_installed() -> bool:
@@ -58,31 +44,19 @@ def measure_arena(path: str | os.PathLike[str], high: int) -> tuple[int, str]:
     raised if TFLM does not take the file at all, a TflmMissingError if the package cannot be
     imported.
     """
-    low, version = 0, ""
-    high = -(-high // STEP) * STEP
-    fitted = False
-    for _ in range(_MOST_DEATHS):
-        replies = _ask(
-            {"command": "arena", "path": os.path.abspath(path), "low": low, "high": high}
-        )
-        trying = 0
-        for line in replies.lines:
-            version = line.get("version", version)
-            trying = line.get("trying", trying)
-            if line.get("fits"):
-                high, fitted = line["arena"], True
-            elif "fits" in line:
-                low, trying = line["arena"], 0
-        if not fitted:
-            message = next((line["message"] for line in replies.lines if "message" in line), "")
-            raise TflmError(replies.said or message or _SILENT)
-        if replies.finished:
-            return high, version
-        # Some arenas that are too small end the process instead of being refused.
-        low = max(low, trying if trying < high else 0)
-        if high - low <= STEP:
-            return high, version
-    raise TflmError(replies.said or _SILENT)
+    low, high = 0, -(-high // _STEP) * _STEP
+    with ConversionWorker(_TIMEOUT_SECONDS) as worker:
+        version = _ask(worker, "plan_tflm", path, arena=high)["version"]
+        while (middle := (low + high) // 2 // _STEP * _STEP) > low:
+            try:
+                _ask(worker, "plan_tflm", path, arena=middle)
+                high = middle
+            except TflmTimeoutError:
+                raise
+            except TflmError:
+                # Some arenas that are too small end the process instead of being refused.
+                low = middle
+    return high, version
 
 
 def run_tflm(
@@ -100,66 +74,33 @@ def run_tflm(
     the file keeps from call to call is reset before each of them. A TflmError is raised if TFLM
     fails or dies, a TflmMissingError if the package cannot be imported.
     """
-    with scratch_folder() as folder:
+    with scratch_folder() as folder, ConversionWorker(_TIMEOUT_SECONDS) as worker:
         rows, results = os.path.join(folder, "in.npz"), os.path.join(folder, "out.npz")
         save_inputs(rows, inputs)
-        replies = _ask(
-            {
-                "command": "run",
-                "path": os.path.abspath(path),
-                "arena": arena,
-                "inputs": rows,
-                "outputs": results,
-                "count": outputs,
-                "reset": reset,
-            }
-        )
-        if not replies.finished:
-            raise TflmError(replies.said or _SILENT)
-        with np.load(results, allow_pickle=False) as arrays:
-            return [arrays[f"output_{index}"] for index in range(outputs)]
+        options = {"inputs": rows, "outputs": results, "count": outputs, "reset": reset}
+        _ask(worker, "run_tflm", path, arena=arena, **options)
+        return load_outputs(results)
 
 
-def _ask(request: dict[str, Any]) -> _Replies:
-    """Starts a process for one request and waits for its end."""
+def _ask(
+    worker: ConversionWorker, command: str, path: str | os.PathLike[str], **arguments: Any
+) -> dict[str, Any]:
     try:
-        with scratch_folder() as folder:
-            done = subprocess.run(
-                # -P: a file in the user's folder must not be imported in a module's place.
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "rl_sparsity_tf.export.micro_process",
-                    json.dumps(request),
-                ],
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                env=child_environment(folder),
-                timeout=_TIMEOUT_SECONDS,
-                stdin=subprocess.DEVNULL,
-            )
-    except subprocess.TimeoutExpired as error:
-        raise TflmError(f"no answer within {_TIMEOUT_SECONDS:g} s") from error
-    lines = []
-    for text in done.stdout.splitlines():
-        # The last line of a process that died may be torn.
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
-    for line in lines:
-        if "missing" in line:
-            raise TflmMissingError(line["missing"])
-    return _Replies(lines=lines, finished=done.returncode == 0, said=_last_words(done))
+        return worker.request(command, path=os.path.abspath(path), **arguments)
+    except WorkerError as error:
+        if error.reason == TflmMissingError.__name__:
+            raise TflmMissingError(error.detail) from error
+        if error.reason == "timeout":
+            raise TflmTimeoutError(f"no answer within {_TIMEOUT_SECONDS:g} s") from error
+        words = _last_words(error.detail if error.reason == "died" else worker.tail())
+        if error.signal:
+            ended = f"its process ended with {error.signal}"
+            raise TflmError(f"{ended} ({words})" if words else ended) from error
+        raise TflmError(words or error.detail or "it gave no reason") from error
 
 
-def _last_words(done: subprocess.CompletedProcess[str]) -> str:
-    written = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+def _last_words(written: str) -> str:
+    lines = [line.strip() for line in written.splitlines() if line.strip()]
     # A traceback ends in the error, and TFLM's own reason stands before it.
-    reasons = [line for line in written if not line.startswith(("File ", "Traceback", "^", "~"))]
-    words = "; ".join(dict.fromkeys(reasons[-3:]))[-_SHOWN_CHARACTERS:]
-    if done.returncode < 0:
-        with contextlib.suppress(ValueError):
-            name = signal.Signals(-done.returncode).name
-            return f"its process ended with {name}" + (f" ({words})" if words else "")
-    return words
+    reasons = [line for line in lines if not line.startswith(("File ", "Traceback", "^", "~"))]
+    return "; ".join(dict.fromkeys(reasons[-3:]))[-_SHOWN_CHARACTERS:]

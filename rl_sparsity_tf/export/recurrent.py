@@ -16,22 +16,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import flatbuffers
 import numpy as np
 import tf_keras as keras
 from ai_edge_litert import schema_py_generated as schema
 
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.files import replacing
-from rl_sparsity_tf.layers.structure import input_specs, is_fused, recurrent_layers
-from rl_sparsity_tf.layers.wrapping import strip
-from rl_sparsity_tf.tflite.reading import (
-    AlignedBuffer,
-    FlatModel,
-    FlatTensor,
-    inline_buffers,
-    read_flat_model,
+from rl_sparsity_tf.layers.structure import (
+    input_specs,
+    is_fused,
+    recurrent_layers,
+    switch_off_loop,
 )
+from rl_sparsity_tf.layers.wrapping import strip
+from rl_sparsity_tf.tflite.editing import FileEditor, make_operator
+from rl_sparsity_tf.tflite.reading import FlatModel, FlatTensor, read_flat_model
 
 _CONVOLUTIONAL = (keras.layers.ConvLSTM1D, keras.layers.ConvLSTM2D, keras.layers.ConvLSTM3D)
 
@@ -115,7 +114,7 @@ def unrolled_copy(model: keras.Model) -> keras.Model:
     check_unroll(model)
     copy = strip(model)
     for layer in looping_layers(copy):
-        _switch_off_loop(layer)
+        switch_off_loop(layer)
     return copy
 
 
@@ -126,30 +125,13 @@ def unrolled(model: keras.Model) -> Iterator[None]:
     The layers are switched, not rebuilt: that keeps shared layers, initial states, directions and
     layers inside custom ones as they are. They are as they were when the context ends.
     """
-    kept = []
-    try:
+    with contextlib.ExitStack() as stack:
         for layer in looping_layers(model):
-            kept.append((layer, _switch_off_loop(layer)))
+            stack.callback(switch_off_loop(layer))
         yield
-    finally:
-        for layer, fused in kept:
-            layer.unroll = False
-            if fused is not None:
-                layer._could_use_gpu_kernel = fused
-
-
-def _switch_off_loop(layer: keras.layers.RNN) -> bool | None:
-    """Unrolls a layer; returns whether it had the fused form, None if its class has none."""
-    # The fused form of LSTM and GRU, chosen when the layer is made, ignores unroll.
-    fused = getattr(layer, "_could_use_gpu_kernel", None)
-    layer.unroll = True
-    if fused is not None:
-        layer._could_use_gpu_kernel = False
-    return fused
 
 
 _VERSION = 2  # of BROADCAST_TO, the first that has int8
-_BEHIND = 127  # in the old field, which is a byte, of operators that have their number in the new
 
 
 def kept_states(flat: FlatModel) -> list[FlatTensor]:
@@ -180,30 +162,24 @@ def start_at_zero(file: Path) -> None:
     states = kept_states(read_flat_model(file))
     if not states:
         return
-    content = inline_buffers(file.read_bytes())
-    rewriting = _Rewriting(schema.ModelT.InitFromPackedBuf(content, 0))
+    resets = _Resets(file.read_bytes())
     for subgraph in sorted({state.subgraph for state in states}):
-        rewriting.reset(subgraph, {s.index: s for s in states if s.subgraph == subgraph})
+        resets.insert(subgraph, {s.index: s for s in states if s.subgraph == subgraph})
     with replacing(file) as temporary:
-        temporary.write_bytes(rewriting.packed(len(content)))
+        temporary.write_bytes(resets.editor.packed())
 
 
-class _Rewriting:
-    """A .tflite file taken apart; constants that are alike are added once for a subgraph."""
+class _Resets:
+    """A file that gets resets; constants that are alike are added once for a subgraph."""
 
-    def __init__(self, model: Any):
-        self._model = model
+    def __init__(self, content: bytes):
+        self.editor = FileEditor(content)
         self._added: dict[tuple[int, str, bytes], int] = {}
-        code = schema.OperatorCodeT()
-        code.builtinCode = schema.BuiltinOperator.BROADCAST_TO
-        code.deprecatedBuiltinCode = _BEHIND
-        code.version = _VERSION
-        model.operatorCodes.append(code)
-        self._code = len(model.operatorCodes) - 1
+        self._code = self.editor.add_code(schema.BuiltinOperator.BROADCAST_TO, _VERSION)
 
-    def reset(self, subgraph: int, states: dict[int, FlatTensor]) -> None:
+    def insert(self, subgraph: int, states: dict[int, FlatTensor]) -> None:
         """Puts a reset of each state in front of every operator that reads it."""
-        graph = self._model.subgraphs[subgraph]
+        graph = self.editor.model.subgraphs[subgraph]
         operators = []
         for operator in graph.operators:
             read = () if operator.inputs is None else operator.inputs
@@ -213,44 +189,24 @@ class _Rewriting:
             operators.append(operator)
         graph.operators = operators
 
-    def packed(self, size: int) -> bytes:
-        """The file's bytes."""
-        buffers = []
-        for buffer in self._model.buffers:
-            aligned = AlignedBuffer()
-            aligned.data = buffer.data
-            buffers.append(aligned)
-        self._model.buffers = buffers
-        builder = flatbuffers.Builder(size)
-        builder.Finish(self._model.Pack(builder), file_identifier=b"TFL3")
-        return bytes(builder.Output())
-
     def _reset(self, subgraph: int, state: FlatTensor) -> Any:
         # An integer state is at zero where its integers are at the zero point.
         zero = int(state.zero_points[0]) if state.quantized else 0
         value = self._constant(subgraph, np.array([zero], state.dtype), state)
         shape = self._constant(subgraph, np.array(state.shape, np.int32), None)
-        operator = schema.OperatorT()
-        operator.opcodeIndex = self._code
-        operator.inputs = np.array([value, shape], np.int32)
-        operator.outputs = np.array([state.index], np.int32)
-        operator.builtinOptionsType = schema.BuiltinOptions.BroadcastToOptions
-        operator.builtinOptions = schema.BroadcastToOptionsT()
-        return operator
+        options = schema.BroadcastToOptionsT()
+        return make_operator(self._code, [value, shape], state.index, options)
 
     def _constant(self, subgraph: int, array: np.ndarray, like: FlatTensor | None) -> int:
         """Adds a vector, of the type and scale of another tensor if there is one."""
-        graph = self._model.subgraphs[subgraph]
+        graph = self.editor.model.subgraphs[subgraph]
         scale = b"" if like is None else like.scales.tobytes()
         key = (subgraph, str(array.dtype), array.tobytes() + b":" + scale)
         if key not in self._added:
-            buffer = schema.BufferT()
-            buffer.data = np.frombuffer(array.tobytes(), np.uint8)
-            self._model.buffers.append(buffer)
             tensor = schema.TensorT()
             tensor.name = b"initial_state_%d" % len(self._added)
             tensor.shape, tensor.hasRank = np.array(array.shape, np.int32), True
-            tensor.buffer = len(self._model.buffers) - 1
+            tensor.buffer = self.editor.add_buffer(array)
             tensor.type = schema.TensorType.INT32
             if like is not None:
                 stored = graph.tensors[like.index]

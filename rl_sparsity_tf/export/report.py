@@ -9,7 +9,7 @@ from typing import Any
 from rl_sparsity_tf.console import printing
 from rl_sparsity_tf.export.matching import MatchedTensor
 from rl_sparsity_tf.tflite.reading import FlatModel, FlatTensor
-from rl_sparsity_tf.tflite.xnnpack import Exploitation
+from rl_sparsity_tf.tflite.xnnpack import KernelUse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +155,7 @@ def tensor_reports(
     Matches are the tensors that hold the model's kernels, by path. From the model, the file's
     content, it is told what the kernels will exploit.
     """
-    exploitation = None if model is None else Exploitation(model)
+    kernel_use = None if model is None else KernelUse(model)
     held = {id(match.tensor): name for name, found in matches.items() for match in found}
     reports = []
     for tensor in tensors:
@@ -171,7 +171,7 @@ def tensor_reports(
                 zeros=tensor.zeros,
                 bytes=tensor.stored_bytes + tensor.index_bytes,
                 format=tensor.format,
-                exploited="" if exploitation is None else exploitation.sentence(tensor),
+                exploited="" if kernel_use is None else kernel_use.sentence(tensor),
             )
         )
     return tuple(sorted(reports, key=lambda report: -report.bytes))

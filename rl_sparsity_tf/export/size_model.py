@@ -17,7 +17,8 @@ import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.errors import ArgumentError, check_choice
-from rl_sparsity_tf.export.export import convert_traced, file_batch_size
+from rl_sparsity_tf.export.arguments import file_batch_size
+from rl_sparsity_tf.export.export import convert_traced
 from rl_sparsity_tf.export.matching import MatchedTensor, match_kernels
 from rl_sparsity_tf.export.recurrent import stateless
 from rl_sparsity_tf.export.saved_model import in_float32

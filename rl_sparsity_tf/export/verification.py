@@ -14,7 +14,8 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.console import without_traces
-from rl_sparsity_tf.data.batches import Batch, evaluation_data, inputs_of
+from rl_sparsity_tf.data.batches import evaluation_data, inputs_of
+from rl_sparsity_tf.data.checks import Batch
 from rl_sparsity_tf.data.metrics import (
     Evaluator,
     Metric,

@@ -18,7 +18,7 @@ from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.kernel_spec import KernelSpec
 from rl_sparsity_tf.layers.operations import constraint_of
 from rl_sparsity_tf.layers.registry import built_kernel_specs
-from rl_sparsity_tf.layers.structure import follow, input_specs, is_graph, obstacle
+from rl_sparsity_tf.layers.structure import all_layers, follow, input_specs, is_graph, obstacle
 from rl_sparsity_tf.layers.wrapper import CompressionWrapper, unwrapped
 
 
@@ -159,7 +159,7 @@ def check_model(model: object) -> None:
             f"Model {model.name!r} is not built: its input shape is unknown. Call it once on data, "
             "call model.build(input_shape), or begin it with an Input layer."
         )
-    for layer in model._flatten_layers(include_self=False):
+    for layer in all_layers(model)[1:]:
         reason = obstacle(layer)
         if reason:
             raise ModelError(f"Model {model.name!r} cannot be compressed as it is: {reason}.")

@@ -13,7 +13,8 @@ does not should not have to.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -57,6 +58,15 @@ def is_graph(layer: keras.layers.Layer) -> bool:
     return isinstance(layer, keras.Model) and (
         isinstance(layer, keras.Sequential) or bool(getattr(layer, "_is_graph_network", False))
     )
+
+
+def graph_nodes(model: keras.Model) -> list[Any]:
+    """The calls in a Sequential or functional model's graph, in the order they run.
+
+    There are none where the graph is not known; those of the inputs are among them.
+    """
+    by_depth = getattr(model, "_nodes_by_depth", None) or {}
+    return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]]
 
 
 def input_specs(model: keras.Model) -> tuple[InputSpec, ...]:
@@ -185,6 +195,20 @@ def is_fused(layer: keras.layers.Layer) -> bool:
     Keras asks for the fused operator of a GPU, and TFLite has one, too.
     """
     return type(layer) is keras.layers.LSTM and layer._could_use_gpu_kernel and not layer.unroll
+
+
+def switch_off_loop(layer: keras.layers.RNN) -> Callable[[], None]:
+    """Unrolls a layer that is a loop; calling what is returned undoes that."""
+    # The fused form of LSTM and GRU, chosen when the layer is made, ignores unroll.
+    fused = getattr(layer, "_could_use_gpu_kernel", None)
+
+    def switch(loop: bool) -> None:
+        layer.unroll = not loop
+        if fused is not None:
+            layer._could_use_gpu_kernel = fused and loop
+
+    switch(False)
+    return functools.partial(switch, True)
 
 
 def named_sublayers(layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:

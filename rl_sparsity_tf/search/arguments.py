@@ -30,7 +30,7 @@ from rl_sparsity_tf.errors import (
     check_choice,
     one_line,
 )
-from rl_sparsity_tf.export.export import QUANTIZATIONS
+from rl_sparsity_tf.export.arguments import QUANTIZATIONS
 from rl_sparsity_tf.layers.groups import GROUPS
 from rl_sparsity_tf.layers.operations import MASKS
 from rl_sparsity_tf.layers.rules import KernelSelection

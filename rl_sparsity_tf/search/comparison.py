@@ -144,7 +144,7 @@ def compare(
         evaluations = search.result.metrics["search"]["evaluations"]
     check_count("evaluations", evaluations, 1)
     progress = SearchProgress(search.episodes, network.metric.name, verbose)
-    ring = _Ring(compressor, search, progress, evaluations)
+    contest = _Contenders(compressor, search, progress, evaluations)
     entries: list[dict[str, Any]] = []
     try:
         for name in names:
@@ -152,7 +152,7 @@ def compare(
             network.seen.clear()
             tf.random.set_seed(compressor.seed)
             try:
-                finished, evaluated_plans = ring.run(name)
+                finished, evaluated_plans = contest.run(name)
             except RLSparsityError as error:
                 if asked:
                     raise
@@ -187,7 +187,7 @@ def _names(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Ring:
+class _Contenders:
     """Runs contenders one after the other, under the conditions of one search."""
 
     compressor: Compressor

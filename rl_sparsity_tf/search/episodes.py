@@ -8,9 +8,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from rl_sparsity_tf.agents.configs import Agent, AgentConfig, build_agent
+from rl_sparsity_tf.agents.base import Agent
+from rl_sparsity_tf.agents.configs import AgentConfig, build_agent
 from rl_sparsity_tf.agents.demonstrations import Demonstration, random_demonstration
-from rl_sparsity_tf.agents.exploration import Anchor, Untried
+from rl_sparsity_tf.agents.exploration import DecisionTree, ReturnThenExplore
 from rl_sparsity_tf.agents.policies import SavedPolicy
 from rl_sparsity_tf.agents.relaxation import Relaxation
 from rl_sparsity_tf.environment.curriculum import Constant, Curriculum
@@ -82,8 +83,8 @@ class Episodes:
         if settings.policy is not None:
             self.agent.set_policy_arrays(settings.policy.weights)
         self.reference = 0.0
-        self.untried = Untried()
-        self._anchor = Anchor(np.random.default_rng([settings.seed, 3]))
+        self.tree = DecisionTree()
+        self._returning = ReturnThenExplore(np.random.default_rng([settings.seed, 3]))
         self._relaxation: Relaxation | None = None
         if getattr(settings.agent, "relaxed_reward", 0.0):
             self._relaxation = Relaxation(network, reward=settings.reward, seed=settings.seed)
@@ -101,8 +102,8 @@ class Episodes:
 
     def begin_anew(self) -> None:
         """Lets decisions that were played be played again: they lead to other plans now."""
-        self.untried = Untried()
-        self._anchor.forget()
+        self.tree = DecisionTree()
+        self._returning.forget()
 
     def retarget(self, anew: bool = True) -> None:
         """Follows the network to another budget; what the agent has learned stays with it.
@@ -125,12 +126,12 @@ class Episodes:
         A demonstration decides in place of the agent.
         """
         self.network.reset()
-        self.untried.restart()
+        self.tree.restart()
         self._demonstrated = demonstration is not None
         demonstration = demonstration or self._random_densities()
-        self._anchor.restart(sum(environment.steps for environment in self.environments))
+        self._returning.restart(sum(environment.steps for environment in self.environments))
         total = sum(self._play_layer(one, demonstration) for one in self.environments)
-        self.untried.finish()
+        self.tree.finish()
         return total
 
     def _random_densities(self) -> Demonstration | None:
@@ -139,9 +140,9 @@ class Episodes:
         Random decisions of single buckets make plans that say little: nearly every kernel has some
         group that is kept, and is stored as floats.
         """
-        if not self.agent.off_policy or not self._anchor.free:
+        if not self.agent.off_policy or not self._returning.free:
             return None
-        return random_demonstration(self.network, self._anchor.generator)
+        return random_demonstration(self.network, self._returning.generator)
 
     def _play_layer(
         self, environment: LayerEnvironment, demonstration: Demonstration | None
@@ -184,7 +185,7 @@ class Episodes:
         If wanted, magnitude decides in all kernels.
         """
         self.network.decisions.by_magnitude = wanted
-        self.network.standings.forget()
+        self.network.group_ranks.forget()
         for environment in self.environments:
             environment.forget()
 
@@ -193,19 +194,19 @@ class Episodes:
 
         Their plan is worth `value`.
         """
-        self._anchor.restart(len(actions))
+        self._returning.restart(len(actions))
         for action in actions:
-            self._anchor.take(action)
-        self._anchor.finish(value, demonstrated=True)
+            self._returning.take(action)
+        self._returning.finish(value, demonstrated=True)
 
     def _decide(self, agent: Agent, time_step: Any, forced: int | None) -> int:
         """An agent's action, or the one it is given, that leads to something new if it can."""
-        allowed = self.untried.offer(time_step.observation["legal"])
+        allowed = self.tree.offer(time_step.observation["legal"])
         if forced is None and agent.off_policy:
-            allowed = self._anchor.offer(allowed)
+            allowed = self._returning.offer(allowed)
         action = agent.step(time_step, action=forced, allowed=allowed)
-        self._anchor.take(action)
-        self.untried.take(action)
+        self._returning.take(action)
+        self.tree.take(action)
         return action
 
     def learn(self, value: float) -> dict[str, float]:
@@ -213,7 +214,7 @@ class Episodes:
 
         Losses are by name.
         """
-        self._anchor.finish(value, self._demonstrated)
+        self._returning.finish(value, self._demonstrated)
         return self._learn(value)
 
     def _learn(self, value: float | Sequence[float]) -> dict[str, float]:
@@ -230,8 +231,8 @@ class Episodes:
         """Everything to go on from, as arrays."""
         return {
             **{f"agent:{key}": value for key, value in self.agent.get_state().items()},
-            "untried": self.untried.to_array(),
-            **self._anchor.get_state(),
+            "untried": self.tree.to_array(),
+            **self._returning.get_state(),
             "reference": np.array(self.reference),
             "illegal_actions": np.array([one.illegal_actions for one in self.environments]),
         }
@@ -249,8 +250,8 @@ class Episodes:
         self.agent.set_state(
             {key.removeprefix("agent:"): v for key, v in state.items() if key.startswith("agent:")}
         )
-        self.untried = Untried.from_array(state["untried"])
-        self._anchor.set_state(state)
+        self.tree = DecisionTree.from_array(state["untried"])
+        self._returning.set_state(state)
         self.reference = reference
         for environment, count in zip(self.environments, counts, strict=True):
             environment.illegal_actions = int(count)
@@ -327,23 +328,25 @@ class HierarchicalEpisodes(Episodes):
 
         A demonstration decides in place of both agents. Gives the sum of the lower level's rewards.
         """
-        self.untried.restart()
+        self.tree.restart()
         self._demonstrated = demonstration is not None
         self._demonstration = demonstration = demonstration or self._random_densities()
         self._played, self.misses, self._total = [], [], 0.0
-        self._anchor.restart(sum(one.steps for one in self.environments) + len(self.environments))
+        self._returning.restart(
+            sum(one.steps for one in self.environments) + len(self.environments)
+        )
         time_step = self.selection.reset()
         while not time_step.is_last():
             forced = None
             if demonstration is not None:
                 # Random densities come in a random order; heuristics have none.
                 count = 1 if self._demonstrated else len(self.selection.slots)
-                slot = int(self._anchor.generator.integers(count))
+                slot = int(self._returning.generator.integers(count))
                 forced = demonstrated_selection(self.selection, demonstration, slot)
             action = self._decide(self.selector, time_step, forced)
             time_step = self.selection.step(np.int32(action))
             self.selector.observe(time_step)
-        self.untried.finish()
+        self.tree.finish()
         return self._total
 
     def _play_kernel(self, path: str, goal: float) -> None:
@@ -368,7 +371,7 @@ class HierarchicalEpisodes(Episodes):
 
         Losses are by name; those of the higher level begin with `selection_`.
         """
-        self._anchor.finish(value, self._demonstrated)
+        self._returning.finish(value, self._demonstrated)
         losses = self._learn([value - INTRINSIC * miss for miss in self.misses])
         above = self.selector.end_episode(worth=value)
         return {**losses, **{f"selection_{name}": loss for name, loss in above.items()}}

@@ -20,7 +20,7 @@ from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.channels.costs import count_macs
 from rl_sparsity_tf.channels.latency_table import LatencyTable
 from rl_sparsity_tf.channels.shrinking import shrink_with_report
-from rl_sparsity_tf.channels.units import masks, only_pruned
+from rl_sparsity_tf.channels.units import element_plan, only_pruned
 from rl_sparsity_tf.channels.widths import widths_of
 from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.data.batches import count_rows
@@ -232,7 +232,7 @@ def without_channels(
     kernels = selection.kernels(model)
     operations = decisions.operations(decided, [kernel.path for kernel in kernels])
     pruned = {path: only_pruned(chosen) for path, chosen in operations.items()}
-    wrapped = wrap(model, masks(kernels, pruned))
+    wrapped = wrap(model, element_plan(kernels, pruned))
     candidate.put_weights(wrapped)
     small, _ = shrink_with_report(strip(wrapped), held=selection.left)
     outputs = decisions.kernel_plan(candidate.plan).kernels

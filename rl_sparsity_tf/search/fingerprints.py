@@ -22,7 +22,7 @@ from rl_sparsity_tf.data.batches import TrainingData
 from rl_sparsity_tf.data.checks import Batch
 from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.layers.copying import compile_arguments
-from rl_sparsity_tf.layers.structure import is_graph
+from rl_sparsity_tf.layers.structure import all_layers, graph_nodes, is_graph
 from rl_sparsity_tf.search.run_directory import data_fingerprint, model_fingerprint
 
 # Whose code is known by the versions of the libraries.
@@ -166,7 +166,7 @@ def _layer(layer: keras.layers.Layer) -> dict[str, Any]:
         return describe_model(layer)
     found = _object(layer, 0)
     found["trainable"] = bool(layer.trainable)
-    inner = [one for one in layer._flatten_layers() if isinstance(one, keras.layers.Lambda)]
+    inner = [one for one in all_layers(layer) if isinstance(one, keras.layers.Lambda)]
     if inner:  # their configs hold compiled code with the name of its file
         found["functions"] = [_function(one.function) for one in inner]
         found["config"] = _without_code(found.get("config"))
@@ -182,7 +182,7 @@ def _without_code(config: Any) -> Any:
 def _connections(model: keras.Model) -> list[Any]:
     """Which layers every call of a layer takes its inputs from, by their places."""
     places = {id(layer): place for place, layer in enumerate(model.layers)}
-    nodes = {id(node) for nodes in model._nodes_by_depth.values() for node in nodes}
+    nodes = set(map(id, graph_nodes(model)))
     calls = {
         id(node): [place, number]
         for layer, place in ((layer, places[id(layer)]) for layer in model.layers)

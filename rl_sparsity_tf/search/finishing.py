@@ -8,7 +8,8 @@ import logging
 import numpy as np
 import tf_keras as keras
 
-from rl_sparsity_tf.data.batches import Batch, TrainingData, inputs_of
+from rl_sparsity_tf.data.batches import TrainingData, inputs_of
+from rl_sparsity_tf.data.checks import Batch
 from rl_sparsity_tf.data.metrics import Metric, Score
 from rl_sparsity_tf.environment.candidates import Candidate
 from rl_sparsity_tf.errors import ExportError

@@ -21,7 +21,8 @@ from rl_sparsity_tf.data.metrics import Metric, Score
 from rl_sparsity_tf.environment.candidates import Candidate
 from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError
-from rl_sparsity_tf.export.export import check_path, export_tflite
+from rl_sparsity_tf.export.arguments import check_path
+from rl_sparsity_tf.export.export import export_tflite
 from rl_sparsity_tf.export.report import ExportReport, TensorReport
 from rl_sparsity_tf.export.verification import score_model
 from rl_sparsity_tf.files import replacing, write_text, writing

@@ -12,7 +12,7 @@ from typing import Any
 from rl_sparsity_tf.console import printing
 from rl_sparsity_tf.files import gzip_size
 from rl_sparsity_tf.tflite.reading import FlatModel, FlatTensor, read_flat_model
-from rl_sparsity_tf.tflite.xnnpack import Exploitation
+from rl_sparsity_tf.tflite.xnnpack import KernelUse
 
 # Constants of these types can be weights; others are shapes, axes and indices.
 _WEIGHT_TYPES = {"float16", "float32", "float64", "int8", "uint8", "int4", "int2", "int16"}
@@ -197,9 +197,9 @@ def inspect_tflite(path: str | os.PathLike[str]) -> FileInspection:
     """
     model = read_flat_model(path)
     content = Path(path).read_bytes()
-    exploitation = Exploitation(model)
+    kernel_use = KernelUse(model)
     constants = [tensor for tensor in model.tensors if tensor.constant]
-    tensors = [_inspect(tensor, exploitation) for tensor in constants if len(tensor.shape) >= 2]
+    tensors = [_inspect(tensor, kernel_use) for tensor in constants if len(tensor.shape) >= 2]
     tensors.sort(key=lambda tensor: -tensor.bytes)
     others = [tensor for tensor in constants if len(tensor.shape) < 2]
     weights = [
@@ -245,7 +245,7 @@ def short_name(name: str) -> str:
     return first if len(first) <= _LONGEST_NAME else "..." + first[3 - _LONGEST_NAME :]
 
 
-def _inspect(tensor: FlatTensor, exploitation: Exploitation) -> TensorInspection:
+def _inspect(tensor: FlatTensor, kernel_use: KernelUse) -> TensorInspection:
     return TensorInspection(
         subgraph=tensor.subgraph,
         name=tensor.name,
@@ -255,8 +255,8 @@ def _inspect(tensor: FlatTensor, exploitation: Exploitation) -> TensorInspection
         zeros=tensor.zeros,
         format=tensor.format,
         bytes=tensor.stored_bytes + tensor.index_bytes,
-        operators=exploitation.operators(tensor),
-        exploited=exploitation.sentence(tensor),
+        operators=kernel_use.operators(tensor),
+        exploited=kernel_use.sentence(tensor),
     )
 
 

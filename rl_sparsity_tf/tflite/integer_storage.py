@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from rl_sparsity_tf.files import replacing
-from rl_sparsity_tf.tflite.reading import AlignedBuffer, FlatModel, FlatTensor, inline_buffers
+from rl_sparsity_tf.tflite.editing import FileEditor, make_operator, read_instead
+from rl_sparsity_tf.tflite.reading import FlatModel, FlatTensor
 
 # The operators seen to compute the same in LiteRT, with and without XNNPACK, on weights behind a
 # DEQUANTIZE, and the axis of those weights that has a scale for each of its slices.
@@ -101,11 +101,11 @@ def store_dequantized(
 
     The tensors are those of `source`, the forms those that [integer_form][] found for them.
     """
-    rewriting = _Rewriting(inline_buffers(source.read_bytes()))
+    integers = _IntegerStore(source.read_bytes())
     for tensor, form in wanted:
-        rewriting.store(tensor, form)
+        integers.store(tensor, form)
     with replacing(output) as temporary:
-        temporary.write_bytes(rewriting.packed())
+        temporary.write_bytes(integers.packed())
 
 
 def same_tensor(flat: FlatModel, tensor: FlatTensor) -> FlatTensor | None:
@@ -119,51 +119,41 @@ def same_tensor(flat: FlatModel, tensor: FlatTensor) -> FlatTensor | None:
     return None
 
 
-class _Rewriting:
-    """A .tflite file taken apart, its float constants becoming integers one by one."""
+class _IntegerStore:
+    """The float constants of a file, becoming integers one by one."""
 
     def __init__(self, content: bytes):
-        self._model = schema.ModelT.InitFromPackedBuf(content, 0)
-        self._size = len(content)
+        self._editor = FileEditor(content)
         self._encoded: dict[tuple[int, IntegerForm], tuple[int, np.ndarray]] = {}
         self._replaced: set[int] = set()
 
     def store(self, tensor: FlatTensor, form: IntegerForm) -> None:
-        graph = self._model.subgraphs[tensor.subgraph]
+        graph = self._editor.model.subgraphs[tensor.subgraph]
         stored = graph.tensors[tensor.index]
         key = (stored.buffer, form)
         if key not in self._encoded:
             assert tensor.raw is not None
             integers, scales = to_integers(tensor.raw, form)
-            buffer = schema.BufferT()
-            buffer.data = pack_integers(integers, form.bits)
-            self._model.buffers.append(buffer)
-            self._encoded[key] = len(self._model.buffers) - 1, scales
+            buffer = self._editor.add_buffer(pack_integers(integers, form.bits))
+            self._encoded[key] = buffer, scales
         self._replaced.add(stored.buffer)
         stored.buffer, scales = self._encoded[key]
         if not form.fetched:
-            restored = self._added(graph, stored, b"dequantized_%d" % tensor.index)
+            restored = self._editor.add_tensor(graph, b"dequantized_%d" % tensor.index, stored)
         stored.type = _TYPES[form.bits]
         stored.quantization = _quantization(scales, form.axis)
         if form.fetched:
             self._restore_behind(graph, tensor.index, scales)
             return
-        for operator in graph.operators:
-            inputs = np.asarray([] if operator.inputs is None else operator.inputs)
-            operator.inputs = np.where(inputs == tensor.index, restored, inputs).astype(np.int32)
+        read_instead(graph, tensor.index, restored)
         graph.operators.insert(0, self._dequantize(tensor.index, restored))
 
     def packed(self) -> bytes:
-        used = {tensor.buffer for graph in self._model.subgraphs for tensor in graph.tensors}
-        buffers = []
-        for number, buffer in enumerate(self._model.buffers):
-            aligned = AlignedBuffer()
-            aligned.data = None if number in self._replaced - used else buffer.data
-            buffers.append(aligned)
-        self._model.buffers = buffers
-        builder = flatbuffers.Builder(self._size)
-        builder.Finish(self._model.Pack(builder), file_identifier=b"TFL3")
-        return bytes(builder.Output())
+        model = self._editor.model
+        used = {tensor.buffer for graph in model.subgraphs for tensor in graph.tensors}
+        for number in self._replaced - used:
+            model.buffers[number].data = None
+        return self._editor.packed()
 
     def _restore_behind(self, graph: Any, table: int, scales: np.ndarray) -> None:
         """Lets operators fetch integer rows, and puts a DEQUANTIZE behind each of them."""
@@ -173,40 +163,18 @@ class _Rewriting:
             if operator.inputs is None or table not in operator.inputs:
                 continue
             restored = int(operator.outputs[0])
-            fetched = self._added(graph, graph.tensors[restored], b"fetched_%d" % restored)
+            name = b"fetched_%d" % restored
+            fetched = self._editor.add_tensor(graph, name, graph.tensors[restored])
             graph.tensors[fetched].type = schema.TensorType.INT8
             graph.tensors[fetched].quantization = _quantization(scales, None)
             operator.outputs = np.array([fetched], np.int32)
-            operator.opcodeIndex = self._code(schema.BuiltinOperator.GATHER, _GATHER_VERSION)
+            operator.opcodeIndex = self._editor.code(schema.BuiltinOperator.GATHER, _GATHER_VERSION)
             operators.append(self._dequantize(fetched, restored))
         graph.operators = operators
 
-    def _added(self, graph: Any, like: Any, name: bytes) -> int:
-        tensor = schema.TensorT()
-        tensor.name, tensor.shape, tensor.shapeSignature = name, like.shape, like.shapeSignature
-        tensor.type, tensor.hasRank = like.type, like.hasRank
-        graph.tensors.append(tensor)
-        return len(graph.tensors) - 1
-
     def _dequantize(self, source: int, output: int) -> Any:
-        operator = schema.OperatorT()
-        code = schema.BuiltinOperator.DEQUANTIZE
-        operator.opcodeIndex = self._code(code, _DEQUANTIZE_VERSION)
-        operator.inputs = np.array([source], np.int32)
-        operator.outputs = np.array([output], np.int32)
-        operator.builtinOptionsType = schema.BuiltinOptions.DequantizeOptions
-        operator.builtinOptions = schema.DequantizeOptionsT()
-        return operator
-
-    def _code(self, builtin: int, version: int) -> int:
-        for number, code in enumerate(self._model.operatorCodes):
-            if code.builtinCode == builtin and code.version >= version:
-                return number
-        code = schema.OperatorCodeT()
-        code.builtinCode = code.deprecatedBuiltinCode = builtin
-        code.version = version
-        self._model.operatorCodes.append(code)
-        return len(self._model.operatorCodes) - 1
+        code = self._editor.code(schema.BuiltinOperator.DEQUANTIZE, _DEQUANTIZE_VERSION)
+        return make_operator(code, [source], output, schema.DequantizeOptionsT())
 
 
 def pack_integers(integers: np.ndarray, bits: int) -> np.ndarray:

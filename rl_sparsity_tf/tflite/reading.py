@@ -14,7 +14,6 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
@@ -158,19 +157,7 @@ class FlatModel:
         raise KeyError((subgraph, index))
 
 
-__all__ = [
-    "FlatGraph",
-    "FlatModel",
-    "FlatOperator",
-    "FlatTensor",
-    "inline_buffers",
-    "read_flat_model",
-    "read_tensors",
-]
-
-_IDENTIFIER = b"TFL3"
-# Runtimes map the file and compute on the weights in place, so they want them aligned like this.
-_ALIGNMENT = 16
+IDENTIFIER = b"TFL3"
 _PACKED_BITS = {"int4": 4, "int2": 2}
 _NUMPY_TYPES = {
     name: np.dtype(name)
@@ -219,7 +206,7 @@ def read_flat_model(path: str | os.PathLike[str]) -> FlatModel:
         raise ArgumentError(f"There is no file {str(path)!r}. Give the path of a .tflite file.")
     with reading(path, "a .tflite file"):
         content = path.read_bytes()
-    model = _parse(content, str(path))
+    model = parse_model(content, str(path))
     _check_sparse(model, str(path), len(content))
     tensors: list[FlatTensor] = []
     operators: list[FlatOperator] = []
@@ -232,7 +219,7 @@ def read_flat_model(path: str | os.PathLike[str]) -> FlatModel:
             count = len(_listed(graph.tensors))
             _check_indices("The graph", (*graphs[-1].inputs, *graphs[-1].outputs), range(count))
             for index, tensor in enumerate(_listed(graph.tensors)):
-                stored = _stored(model.buffers[tensor.buffer], content)
+                stored = stored_in(model.buffers[tensor.buffer], content)
                 tensors.append(_flat_tensor(number, index, tensor, stored))
             for operator in _listed(graph.operators):
                 flat = _flat_operator(number, operator, model.operatorCodes)
@@ -251,58 +238,16 @@ def read_flat_model(path: str | os.PathLike[str]) -> FlatModel:
     )
 
 
-def inline_buffers(content: bytes) -> bytes:
-    """Moves buffers that lie behind the flatbuffer into it.
+def parse_model(content: bytes, name: str) -> Any:
+    """A file's bytes as objects of the schema.
 
-    The LiteRT quantizer writes the buffers of larger models after the flatbuffer and leaves offsets
-    in it, which readers that know the plain schema only take for empty buffers.
-
-    The result is one flatbuffer, its buffers aligned to 16 bytes. Bytes that are not those of a
-    .tflite file raise an ArgumentError, damaged ones an ExportError.
+    Bytes that are not those of a .tflite file raise an ArgumentError, damaged ones an ExportError;
+    both call them by `name`.
     """
-    return pack_model(_parse(content, "the bytes given"), content)
-
-
-def pack_model(model: Any, content: bytes) -> bytes:
-    """Writes a model in one flatbuffer, its buffers aligned to 16 bytes.
-
-    The model is one of the schema's object API. It was read from `content`, behind whose flatbuffer
-    buffers may lie.
-    """
-    buffers = []
-    for buffer in model.buffers:
-        aligned = AlignedBuffer()
-        aligned.data = _stored(buffer, content)
-        buffers.append(aligned)
-    model.buffers = buffers
-    builder = flatbuffers.Builder(len(content) + 1024)
-    builder.Finish(model.Pack(builder), file_identifier=_IDENTIFIER)
-    return bytes(builder.Output())
-
-
-class AlignedBuffer(schema.BufferT):
-    """A buffer that honours the schema's force_align, which the generated Python code ignores."""
-
-    def Pack(self, builder: Any) -> Any:  # noqa: N802
-        """Writes the buffer's table; the name is the schema's."""
-        vector = None
-        if self.data is not None and len(self.data):
-            content = np.asarray(self.data, np.uint8).tobytes()
-            builder.StartVector(1, len(content), _ALIGNMENT)
-            builder.head -= len(content)
-            builder.Bytes[builder.head : builder.head + len(content)] = content
-            vector = builder.EndVector()
-        schema.BufferStart(builder)
-        if vector is not None:
-            schema.BufferAddData(builder, vector)
-        return schema.BufferEnd(builder)
-
-
-def _parse(content: bytes, name: str) -> Any:
-    if content[4:8] != _IDENTIFIER:
+    if content[4:8] != IDENTIFIER:
         raise ArgumentError(
             f"{name} is not a .tflite file: its bytes 4 to 8 are {content[4:8]!r}, expected "
-            f"{_IDENTIFIER!r}. Give a file written by export_tflite or the TFLite converter."
+            f"{IDENTIFIER!r}. Give a file written by export_tflite or the TFLite converter."
         )
     try:
         _check_tables(content)
@@ -363,7 +308,8 @@ def _damaged(name: str, error: Exception) -> ExportError:
     )
 
 
-def _stored(buffer: Any, content: bytes) -> np.ndarray | None:
+def stored_in(buffer: Any, content: bytes) -> np.ndarray | None:
+    """The bytes of a buffer, which may lie behind the flatbuffer; None if it has none."""
     # Offset 1 is the converter's mark for "to be filled in", not a place in the file.
     if buffer.offset and buffer.offset > 1:
         if buffer.offset + buffer.size > len(content):

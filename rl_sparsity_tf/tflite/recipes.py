@@ -17,7 +17,8 @@ from ai_edge_litert import schema_py_generated as schema
 
 from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError
 from rl_sparsity_tf.files import replacing, writing
-from rl_sparsity_tf.tflite.reading import FlatModel, FlatOperator, inline_buffers, read_flat_model
+from rl_sparsity_tf.tflite.editing import FileEditor
+from rl_sparsity_tf.tflite.reading import FlatModel, FlatOperator, read_flat_model
 
 COMPUTES = ("weight_only", "dynamic", "static")
 """How kernels that are integers compute: in float32, on activations quantized on the fly, or on
@@ -141,7 +142,7 @@ def apply_recipe(source: str, recipe: Recipe, ranges: Any = None) -> bytes:
     result = quantizer.Quantizer(source, recipe).quantize(
         ranges, enable_progress_bar=False, enable_progress_report=False
     )
-    return inline_buffers(bytes(result.quantized_model))
+    return FileEditor(bytes(result.quantized_model)).packed()
 
 
 def operators_between(flat: FlatModel, scopes: set[str]) -> list[dict[str, Any]]:

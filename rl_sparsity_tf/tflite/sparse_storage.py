@@ -7,26 +7,20 @@ bytes, and only where LiteRT gives the same results with and without XNNPACK; se
 
 from __future__ import annotations
 
+import collections
 import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from rl_sparsity_tf.errors import ArgumentError, check_choice
 from rl_sparsity_tf.files import replacing
-from rl_sparsity_tf.tflite.reading import (
-    AlignedBuffer,
-    FlatModel,
-    FlatOperator,
-    FlatTensor,
-    inline_buffers,
-    read_flat_model,
-)
+from rl_sparsity_tf.tflite.editing import FileEditor, make_operator, read_instead
+from rl_sparsity_tf.tflite.reading import FlatModel, FlatOperator, FlatTensor, read_flat_model
 from rl_sparsity_tf.tflite.sparse_encoding import SparseEncoding, encode_sparse
 
 FORMATS = ("dense", "csr", "block")
@@ -182,30 +176,28 @@ def sparsify_file(
     chosen = _checked(flat, formats)
     content = Path(source).read_bytes()
     if chosen:
-        rewriting = _Rewriting(inline_buffers(content))
+        store = _SparseStore(content)
         for tensor in chosen:
             name = formats[tensor.subgraph, tensor.index]
-            rewriting.make_sparse(tensor, name, native=is_native(flat, tensor, name))
-        content = rewriting.packed()
+            store.make_sparse(tensor, name, native=is_native(flat, tensor, name))
+        content = store.packed()
     with replacing(Path(output)) as temporary:
         temporary.write_bytes(content)
 
 
-class _Rewriting:
-    """A .tflite file taken apart, its constants becoming sparse one by one."""
+class _SparseStore:
+    """The constants of a file, becoming sparse one by one."""
 
     def __init__(self, content: bytes):
-        self._model = schema.ModelT.InitFromPackedBuf(content, 0)
-        self._size = len(content)
-        self._users: dict[int, int] = {}
-        for graph in self._model.subgraphs:
-            for tensor in graph.tensors:
-                self._users[tensor.buffer] = self._users.get(tensor.buffer, 0) + 1
+        self._editor = FileEditor(content)
+        self._users = collections.Counter(
+            tensor.buffer for graph in self._editor.model.subgraphs for tensor in graph.tensors
+        )
         self._encoded: dict[tuple[int, str, tuple[int, ...]], tuple[int, Any]] = {}
         self._operators: dict[int, list[Any]] = {}
 
     def make_sparse(self, tensor: FlatTensor, tensor_format: str, *, native: bool) -> None:
-        graph = self._model.subgraphs[tensor.subgraph]
+        graph = self._editor.model.subgraphs[tensor.subgraph]
         stored = graph.tensors[tensor.index]
         key = (stored.buffer, tensor_format, tensor.shape)
         if key not in self._encoded:
@@ -214,67 +206,37 @@ class _Rewriting:
             self._encoded[key] = number, _Shared(encoding.parameters())
         stored.buffer, stored.sparsity = self._encoded[key]
         if native:
-            sparse = self._operator_code(_FULLY_CONNECTED, _SPARSE_FULLY_CONNECTED)
+            sparse = self._editor.code(
+                _FULLY_CONNECTED, _SPARSE_FULLY_CONNECTED, _SPARSE_FULLY_CONNECTED
+            )
             for operator in graph.operators:
                 if tensor.index in operator.inputs:
                     operator.opcodeIndex = sparse
             return
-        dense = schema.TensorT()
-        dense.name = b"densify_%d" % tensor.index
-        dense.shape, dense.shapeSignature = stored.shape, stored.shapeSignature
-        dense.type, dense.hasRank = stored.type, stored.hasRank
+        dense = self._editor.add_tensor(graph, b"densify_%d" % tensor.index, stored)
         if stored.quantization is not None:
             # Scales and zero points take 12 bytes per channel: both tensors point to one table.
-            stored.quantization = dense.quantization = _Shared(stored.quantization)
-        for operator in graph.operators:
-            if operator.inputs is not None:
-                operator.inputs = np.where(
-                    np.asarray(operator.inputs) == tensor.index, len(graph.tensors), operator.inputs
-                ).astype(np.int32)
-        densify = schema.OperatorT()
-        densify.opcodeIndex = self._operator_code(_DENSIFY, 1)
-        densify.inputs = np.array([tensor.index], np.int32)
-        densify.outputs = np.array([len(graph.tensors)], np.int32)
-        densify.builtinOptionsType = schema.BuiltinOptions.DensifyOptions
-        densify.builtinOptions = schema.DensifyOptionsT()
-        graph.tensors.append(dense)
+            shared = _Shared(stored.quantization)
+            stored.quantization = graph.tensors[dense].quantization = shared
+        read_instead(graph, tensor.index, dense)
+        densify = make_operator(
+            self._editor.code(_DENSIFY, 1), [tensor.index], dense, schema.DensifyOptionsT()
+        )
         self._operators.setdefault(tensor.subgraph, []).append(densify)
 
     def packed(self) -> bytes:
         for number, operators in self._operators.items():
-            graph = self._model.subgraphs[number]
+            graph = self._editor.model.subgraphs[number]
             graph.operators = [*operators, *graph.operators]
-        buffers = []
-        for buffer in self._model.buffers:
-            aligned = AlignedBuffer()
-            aligned.data = buffer.data
-            buffers.append(aligned)
-        self._model.buffers = buffers
-        builder = flatbuffers.Builder(self._size)
-        builder.Finish(self._model.Pack(builder), file_identifier=b"TFL3")
-        return bytes(builder.Output())
+        return self._editor.packed()
 
     def _place(self, number: int, values: np.ndarray) -> int:
         """Stores values in a tensor's buffer, or in a new one if a dense tensor still needs it."""
-        content = np.frombuffer(values.tobytes(), np.uint8)
         taken = [key for key in self._encoded if key[0] == number]
-        if self._users[number] == 1 and not taken:
-            self._model.buffers[number].data = content
-            return number
-        buffer = schema.BufferT()
-        buffer.data = content
-        self._model.buffers.append(buffer)
-        return len(self._model.buffers) - 1
-
-    def _operator_code(self, builtin: int, version: int) -> int:
-        for number, code in enumerate(self._model.operatorCodes):
-            if (code.builtinCode, code.version) == (builtin, version):
-                return number
-        code = schema.OperatorCodeT()
-        code.builtinCode = code.deprecatedBuiltinCode = builtin
-        code.version = version
-        self._model.operatorCodes.append(code)
-        return len(self._model.operatorCodes) - 1
+        if self._users[number] > 1 or taken:
+            return self._editor.add_buffer(values)
+        self._editor.model.buffers[number].data = np.frombuffer(values.tobytes(), np.uint8)
+        return number
 
 
 class _Shared:

@@ -39,12 +39,14 @@ class WorkerError(ExportError):
     Attributes:
         reason: Name of the exception in the child, or "died" or "timeout".
         detail: Its message, or the end of what the child wrote.
+        signal: Name of the signal that a child died of, if it was one.
     """
 
-    def __init__(self, message: str, reason: str, detail: str) -> None:
+    def __init__(self, message: str, reason: str, detail: str, signal: str = "") -> None:
         super().__init__(message)
         self.reason = reason
         self.detail = detail
+        self.signal = signal
 
 
 class ConversionWorker:
@@ -159,8 +161,7 @@ class ConversionWorker:
                 reset=reset,
                 given=None if names is None else list(names),
             )
-            with np.load(results, allow_pickle=False) as arrays:
-                return [arrays[f"output_{index}"] for index in range(len(arrays.files))]
+            return load_outputs(results)
 
     def time(
         self,
@@ -205,7 +206,7 @@ class ConversionWorker:
             return False
         self._kill()
         self._folder = new_scratch_folder("rl_sparsity_worker_")
-        environment = child_environment(self._folder)
+        environment = _child_environment(self._folder)
         # Conversion needs no GPU, and must not take the memory of the one the parent trains on.
         environment["CUDA_VISIBLE_DEVICES"] = "-1"
         self._replies = queue.Queue()
@@ -258,7 +259,7 @@ class ConversionWorker:
                 line = self._replies.get(timeout=self._timeout)
             except queue.Empty:
                 self._kill_process()
-                tail = self._tail()
+                tail = self.tail()
                 self._kill()
                 raise WorkerError(
                     f"The conversion process did not finish {command!r} within "
@@ -279,21 +280,23 @@ class ConversionWorker:
         assert process is not None
         # Its pipes have closed, so it is on its way out: let it name its own signal.
         self._kill_process(_CLOSE_SECONDS)
-        code, tail = process.returncode, self._tail()
+        code, tail, name = process.returncode, self.tail(), ""
         self._kill()
-        how = f"exit code {code}"
         if code < 0:
             with contextlib.suppress(ValueError):
-                how = f"signal {signal.Signals(-code).name}"
+                name = signal.Signals(-code).name
+        how = f"signal {name}" if name else f"exit code {code}"
         return WorkerError(
             f"The conversion process ended unexpectedly ({how}) during {command!r}. Your program "
             "is not affected; the model probably has an operation that the converter or LiteRT "
             f"cannot handle. The last lines it wrote:\n{tail}",
             "died",
             tail,
+            name,
         )
 
-    def _tail(self) -> str:
+    def tail(self) -> str:
+        """The last lines that the child wrote beside its answers."""
         log = None if self._folder is None else self._folder / _LOG
         if log is None or not log.exists():
             return ""
@@ -341,7 +344,7 @@ def start_worker() -> None:
     shared_worker().start()
 
 
-def child_environment(folder: Path) -> dict[str, str]:
+def _child_environment(folder: Path) -> dict[str, str]:
     """The environment of a child that finds this package, and puts temporary files in a folder."""
     environment = dict(os.environ)
     parent = str(PACKAGE_PARENT)
@@ -356,6 +359,12 @@ def save_inputs(path: str, arrays: Sequence[np.ndarray]) -> None:
         f"input_{index}": np.asarray(array) for index, array in enumerate(arrays)
     }
     np.savez(path, **named)
+
+
+def load_outputs(path: str) -> list[np.ndarray]:
+    """Reads the rows of each output, as the conversion process writes them."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return [arrays[f"output_{index}"] for index in range(len(arrays.files))]
 
 
 def _forward_lines(stream: Any, replies: queue.Queue[str | None]) -> None:

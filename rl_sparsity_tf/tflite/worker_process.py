@@ -1,4 +1,4 @@
-"""The child process that converts, quantizes and runs .tflite files.
+"""The child process that converts, quantizes and runs .tflite files, on microcontrollers too.
 
 Started by [conversion][rl_sparsity_tf.tflite.worker] as `python -m
 rl_sparsity_tf.tflite.worker_process`, because converters and runtimes may abort the process they
@@ -31,6 +31,10 @@ from rl_sparsity_tf.errors import did_you_mean
 
 class InputError(ValueError):
     """The rows received are not what a file takes."""
+
+
+class TflmMissingError(RuntimeError):
+    """The package `tflite-micro` cannot be imported; the text says why."""
 
 
 def names_in_order(
@@ -274,9 +278,49 @@ def run(
         for name, value in runner(**fed).items():
             collected[name].append(_to_real(value, out_of[name])[:count])
     ordered = [np.concatenate(collected[name]) for name in names_in_order(out_of, ports_out)]
-    named: dict[str, Any] = {f"output_{index}": value for index, value in enumerate(ordered)}
-    np.savez(outputs, **named)
-    return {"outputs": len(ordered)}
+    return _save(outputs, ordered)
+
+
+def plan_tflm(path: str, arena: int) -> dict[str, Any]:
+    """Plans a file in an arena of so many bytes, which raises or ends the process if it is small.
+
+    It is the arena of TensorFlow Lite for Microcontrollers, whose version is returned.
+    """
+    _tflm_interpreter(path, arena)
+    import tflite_micro
+
+    return {"version": str(tflite_micro.__version__)}
+
+
+def run_tflm(
+    path: str, arena: int, inputs: str, outputs: str, count: int, reset: bool
+) -> dict[str, Any]:
+    """Runs rows one by one in an arena of so many bytes.
+
+    `inputs` is an .npz file with the rows of each of the file's inputs, as the file stores them;
+    `outputs` is the .npz file to write, with `count` outputs in the file's order. `reset` says
+    whether what the file keeps from call to call is reset before each of them.
+    """
+    interpreter = _tflm_interpreter(path, arena)
+    rows = list(_load(inputs).values())
+    results: list[list[np.ndarray]] = []
+    for row in range(len(rows[0])):
+        if reset:
+            interpreter.reset()
+        for index, array in enumerate(rows):
+            interpreter.set_input(array[row : row + 1], index)
+        interpreter.invoke()
+        # Copies: the arrays look into the arena, which the next call overwrites.
+        results.append([np.array(interpreter.get_output(index)) for index in range(count)])
+    return _save(outputs, [np.concatenate(values) for values in zip(*results, strict=True)])
+
+
+def _tflm_interpreter(path: str, arena: int) -> Any:
+    try:
+        from tflite_micro import runtime
+    except ImportError as error:
+        raise TflmMissingError(str(error)) from error
+    return runtime.Interpreter.from_bytes(Path(path).read_bytes(), arena_size=arena)
 
 
 def time_files(
@@ -397,12 +441,20 @@ def _load(path: str) -> dict[str, np.ndarray]:
         return {name: arrays[name] for name in sorted(arrays.files, key=_numbered)}
 
 
+def _save(path: str, outputs: Sequence[np.ndarray]) -> dict[str, Any]:
+    named: dict[str, Any] = {f"output_{index}": value for index, value in enumerate(outputs)}
+    np.savez(path, **named)
+    return {"outputs": len(outputs)}
+
+
 _COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "warm": warm,
     "convert": convert,
     "quantize": quantize,
     "run": run,
     "time": time_files,
+    "plan_tflm": plan_tflm,
+    "run_tflm": run_tflm,
 }
 
 

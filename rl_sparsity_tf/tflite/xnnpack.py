@@ -376,12 +376,12 @@ class _Use:
     through: tuple[str, ...]
 
 
-class Exploitation:
+class KernelUse:
     """Answers for one file who reads a constant and what the kernels gain from it.
 
     Example:
-        >>> exploitation = Exploitation(read_flat_model("model.tflite"))
-        >>> exploitation.sentence(tensor)
+        >>> kernel_use = KernelUse(read_flat_model("model.tflite"))
+        >>> kernel_use.sentence(tensor)
         'dense: zeros are multiplied like any number'
     """
 
@@ -398,7 +398,7 @@ class Exploitation:
         """Names of the operators on the way from a constant to the computation, each once.
 
         Example:
-            >>> exploitation.operators(tensor)
+            >>> kernel_use.operators(tensor)
             ('DENSIFY', 'CONV_2D')
         """
         names: dict[str, None] = {}

@@ -11,7 +11,8 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.data.batches import Batch
+from rl_sparsity_tf.checks import check_share
+from rl_sparsity_tf.data.checks import Batch
 from rl_sparsity_tf.data.labels import loss_kind
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.layers.copying import compile_arguments
@@ -54,8 +55,7 @@ def distilled(
     variance is that of its outputs on the first of the batches. An ArgumentError tells the user of
     a share outside 0 to 1, and of a teacher whose outputs have other shapes than the student's.
     """
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 <= share <= 1.0:
-        raise ArgumentError(f"distillation={share!r} cannot be used. Expected a share from 0 to 1.")
+    check_share("distillation", share)
     if teacher is None or share == 0:
         yield
         return

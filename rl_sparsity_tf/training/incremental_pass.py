@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.layers.structure import all_layers, is_graph
+from rl_sparsity_tf.layers.structure import all_layers, graph_nodes, is_graph
 from rl_sparsity_tf.layers.wrapper import CompressionWrapper
 
 BeforeCall = Callable[[CompressionWrapper, Any, str, bool], None]
@@ -192,11 +192,9 @@ def _nodes(model: keras.Model) -> list[Any]:
     """The calls of a functional or Sequential model's graph, in the order they are run."""
     # A subclass of a functional model may call its layers in another way than its graph.
     own_call = not type(model).call.__module__.startswith("tf_keras.")
-    by_depth = getattr(model, "_nodes_by_depth", None)
-    if own_call or not is_graph(model) or not by_depth:
+    if own_call or not is_graph(model):
         return []
-    ordered = [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]]
-    return [node for node in ordered if not node.is_input]
+    return [node for node in graph_nodes(model) if not node.is_input]
 
 
 def _key(*parts: str) -> str:

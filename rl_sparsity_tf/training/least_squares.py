@@ -10,7 +10,8 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.data.batches import Batch, TrainingData, inputs_of
+from rl_sparsity_tf.data.batches import TrainingData, inputs_of
+from rl_sparsity_tf.data.checks import Batch
 from rl_sparsity_tf.errors import DataError
 from rl_sparsity_tf.files import sha256_of
 from rl_sparsity_tf.layers.groups import Grouping

@@ -12,7 +12,9 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.data.batches import Batch, TrainingData, count_rows
+from rl_sparsity_tf.checks import check_share
+from rl_sparsity_tf.data.batches import TrainingData, count_rows
+from rl_sparsity_tf.data.checks import Batch
 from rl_sparsity_tf.data.metrics import Evaluator, Metric, Score, search_compile_arguments
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.layers.groups import Grouping
@@ -232,12 +234,8 @@ class MaskTraining(keras.callbacks.Callback):
         super().__init__()
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ArgumentError(f"every={every!r} cannot be used. Expected an integer above 0.")
-        if not isinstance(freeze_after, int | float) or not 0.0 <= freeze_after <= 1.0:
-            raise ArgumentError(
-                f"freeze_after={freeze_after!r} cannot be used. Expected a share from 0 to 1."
-            )
         self.every = every
-        self.freeze_after = freeze_after
+        self.freeze_after = check_share("freeze_after", freeze_after)
         self.frozen = False
         self._step = 0
         self._wrappers: list[CompressionWrapper] = []

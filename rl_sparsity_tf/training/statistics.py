@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.data.batches import Batch
+from rl_sparsity_tf.data.checks import Batch
 from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.kernels import Kernel
 from rl_sparsity_tf.layers.wrapping import wrapped_kernels, wrappers_of

@@ -629,6 +629,15 @@ def test_state_holds_plain_arrays_that_later_training_does_not_change() -> None:
     assert any(not np.array_equal(kept[key], v) for key, v in agent.get_state().items())
 
 
+def test_a_damaged_file_of_a_state_is_refused(tmp_path: Path) -> None:
+    agent = build(SMALL["dqn"], toy.ContextualEnvironment())
+    agent.save(tmp_path / "agent.npz")
+    content = (tmp_path / "agent.npz").read_bytes()
+    (tmp_path / "agent.npz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(AgentStateError, match=r"agent\.npz' is truncated: its end is missing\."):
+        agent.load(tmp_path / "agent.npz")
+
+
 def test_foreign_states_are_refused() -> None:
     env = toy.ContextualEnvironment()
     dqn, ppo = build(SMALL["dqn"], env), build(SMALL["ppo"], env)

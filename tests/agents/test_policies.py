@@ -90,7 +90,7 @@ def fitted() -> CompressedNetwork:
     network.reset()
     network.seen.clear()
     network.decisions.by_magnitude = False
-    network.standings.forget()
+    network.group_ranks.forget()
     return network
 
 
@@ -250,7 +250,7 @@ def test_files_that_cannot_be_used_are_refused(changes, message, path, monkeypat
 def test_truncated_files_are_refused(share, path):
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(PolicyFileError, match=r"truncated: its end is missing|is no \.npz file"):
+    with pytest.raises(PolicyFileError, match=r"truncated: its end is missing|is not a \.npz file"):
         SavedPolicy.load(path)
 
 

@@ -6,7 +6,8 @@ from byte_budgets import budget, dense_costs, sparse_costs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_sparsity_tf.allocation.size_budget import KernelCosts, KernelState
+from rl_sparsity_tf.allocation.budgets import KernelState
+from rl_sparsity_tf.allocation.size_budget import KernelCosts
 from rl_sparsity_tf.errors import TargetError
 
 

@@ -10,7 +10,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.channels import latency_measurement
 from rl_sparsity_tf.channels.groups import find_groups, groups_of
-from rl_sparsity_tf.channels.latency_measurement import converted, measure_latency, piece
+from rl_sparsity_tf.channels.latency_measurement import converted, layer_model, measure_latency
 from rl_sparsity_tf.channels.latency_table import LatencyTable, LayerLatency
 from rl_sparsity_tf.channels.shrinking import shrink
 from rl_sparsity_tf.channels.units import mask_channels
@@ -359,7 +359,7 @@ def test_pieces_add_up_to_the_model(tmp_path, monkeypatch):
 def test_pieces_are_stored_as_the_model_will_be(quantization, operators):
     inputs = keras.Input((4, 4, 3))
     (chain,) = LayerWidths(keras.Model(inputs, layers.Conv2D(8, 3, name="conv")(inputs))).chains
-    builders = [piece(chain, Width(3, 8)), piece(chain, Width(3, 8))]
+    builders = [layer_model(chain, Width(3, 8)), layer_model(chain, Width(3, 8))]
     with converted(builders, None, quantization) as files:
         for file in files:
             flat = read_flat_model(file)
@@ -495,9 +495,9 @@ def test_loops_and_joins_run_by_themselves():
     model = keras.Model(inputs, layers.Flatten(name="flat")(x))
     chains = {chain.path: chain for chain in LayerWidths(model).chains}
     builders = [
-        piece(chains["gru"], chains["gru"].width),
-        piece(chains["join"], Width(7, 7)),
-        piece(chains["conv"], Width(4, 2)),
+        layer_model(chains["gru"], chains["gru"].width),
+        layer_model(chains["join"], Width(7, 7)),
+        layer_model(chains["conv"], Width(4, 2)),
     ]
     with converted(builders, 1, "none") as files:
         loop, join, conv = (read_flat_model(file) for file in files)

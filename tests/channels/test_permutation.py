@@ -14,8 +14,8 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf.channels import permutation
 from rl_sparsity_tf.channels.permutation import (
     PERMUTED,
-    Goal,
-    Reader,
+    PermutationGoal,
+    PermutedReader,
     Search,
     permutation_report,
     permute_channels,
@@ -235,7 +235,9 @@ def search_of(matrix, group, sparsity=None, seed=0, positions=1):
     count = len(matrix) // positions
     rng = np.random.default_rng(seed)
     rows = rows_of(np.arange(count), np.arange(count), len(matrix))
-    reader = Reader(squares_of(matrix), rows, Goal.of(group, sparsity), rng, count)
+    reader = PermutedReader(
+        squares_of(matrix), rows, PermutationGoal.of(group, sparsity), rng, count
+    )
     return Search([reader], np.zeros(count, int), rng)
 
 
@@ -302,7 +304,7 @@ def test_estimated_gains_are_what_a_swap_brings(goal, shape, seed):
 @given(st.sampled_from(["block4", "block16"]), st.integers(2, 60), st.integers(0, 2**31))
 def test_what_is_kept_is_what_the_rule_keeps(group, inputs, seed):
     matrix = np.random.default_rng(seed).normal(size=(inputs, 4)).astype(np.float32)
-    goal, grouping = Goal.of(group, 0.7), permutation.Grouping(group, inputs, 4)
+    goal, grouping = PermutationGoal.of(group, 0.7), permutation.Grouping(group, inputs, 4)
     live = grouping.expand_numpy(prune_by_magnitude(matrix, grouping, 0.7))
     squares = squares_of(matrix)
     assert goal.kept(squares) == pytest.approx((squares * live).sum() / squares.sum())
@@ -336,9 +338,9 @@ def test_no_reader_pays_for_another():
     ]
     for seed in range(12):
         rng = np.random.default_rng(seed)
-        rows, goal = rows_of(identity, identity, 8), Goal.of("block4", 0.5)
+        rows, goal = rows_of(identity, identity, 8), PermutationGoal.of("block4", 0.5)
         readers = [
-            Reader(squares_of(rng.normal(size=(8, outputs))), rows, goal, rng, 8)
+            PermutedReader(squares_of(rng.normal(size=(8, outputs))), rows, goal, rng, 8)
             for outputs in (9, 2)
         ]
         search = Search(readers, np.zeros(8, int), rng)

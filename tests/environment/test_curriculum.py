@@ -306,12 +306,12 @@ def test_a_retargeted_network_knows_its_plans_and_what_is_wanted_now():
     network = network_for()
     full = network.budget
     plan = random_plan(network, 0.7, 3)
-    standing = network.standings.of("lamp", network.kernels[0].path)
+    standing = network.group_ranks.of("lamp", network.kernels[0].path)
     before = evaluate_plan(network, plan)
     network.retarget(full.eased(0.5))
     assert network.budget.missing == network.budget.wanted == 22  # of 72 * 0.3 = 21.6
     assert network.outcome.target_sparsity == pytest.approx(0.3)
-    assert (network.standings.of("lamp", network.kernels[0].path) >= standing).all()
+    assert (network.group_ranks.of("lamp", network.kernels[0].path) >= standing).all()
     known = dict(network._known)
     after = evaluate_plan(network, plan)
     assert network._known == known  # it was not evaluated again
@@ -436,7 +436,7 @@ def test_the_agent_goes_on_with_what_it_has_learned(staged):
     agent = one.last.loop.episodes.agent
     assert agent.episodes == 7
     decisions = 6 + 2 * one.hierarchy
-    assert len(one.last.loop.episodes.untried.to_array()) == 4 * decisions  # of the last stage
+    assert len(one.last.loop.episodes.tree.to_array()) == 4 * decisions  # of the last stage
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from rl_sparsity_tf.training.statistics import KernelStatistics
 def test_features_have_unique_names_bounds_and_meanings():
     names = [feature.name for feature in FEATURES]
     assert len(set(names)) == len(names) == STATE_SIZE
-    assert set(lower_bounds()) <= {-1.0, 0.0}
+    assert set(lower_bounds(FEATURES)) <= {-1.0, 0.0}
     assert all(feature.meaning for feature in FEATURES)
     # What the concept asks for is there.
     asked = "weight_mean weight_variance weight_entropy activation_mean activation_variance "
@@ -108,7 +108,7 @@ def assert_bounded(state):
     assert state.shape == (STATE_SIZE,)
     assert state.dtype == np.float32
     assert np.isfinite(state).all()
-    assert (state >= lower_bounds()).all()
+    assert (state >= lower_bounds(FEATURES)).all()
     assert (state <= 1).all()
 
 

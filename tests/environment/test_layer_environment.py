@@ -17,7 +17,7 @@ from tiny_search import quick_search
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.allocation.budgets import Budget
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
-from rl_sparsity_tf.environment.features import STATE_SIZE, lower_bounds
+from rl_sparsity_tf.environment.features import FEATURES, STATE_SIZE, lower_bounds
 from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.errors import ArgumentError, TargetError
 from rl_sparsity_tf.layers import registry
@@ -167,7 +167,7 @@ def test_observations_are_the_state_and_the_legal_operations():
     state = time_step.observation["state"]
     assert state.shape == (STATE_SIZE,)
     assert state.dtype == np.float32
-    assert (state >= lower_bounds()).all()
+    assert (state >= lower_bounds(FEATURES)).all()
     assert (state <= 1.0).all()
     assert time_step.observation["legal"].tolist() == [1, 1, 1, 1]
     assert time_step.is_first()

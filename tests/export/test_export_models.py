@@ -12,11 +12,11 @@ from fake_plans import plan_for
 from rl_sparsity_tf.errors import ArgumentError, ExportError, VerificationError
 from rl_sparsity_tf.export.export import export_tflite, predict_tflite
 from rl_sparsity_tf.export.matching import kernel_variables, match_kernels
-from rl_sparsity_tf.export.recurrent import recurrent_layers
 from rl_sparsity_tf.export.saved_model import conversion_error
 from rl_sparsity_tf.export.verification import TOLERANCES, compare_outputs
 from rl_sparsity_tf.layers.kernel_spec import INTEGER_MODES
 from rl_sparsity_tf.layers.kernels import find_kernels
+from rl_sparsity_tf.layers.structure import recurrent_layers
 from rl_sparsity_tf.tflite.reading import read_tensors
 from rl_sparsity_tf.tflite.worker import WorkerError, shared_worker
 

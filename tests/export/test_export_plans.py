@@ -4,7 +4,7 @@ import numpy as np
 from zoo import ZOO
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.layers.rules import KernelRule
+from rl_sparsity_tf.layers.plan import KernelRule
 from rl_sparsity_tf.tflite.reading import read_tensors
 
 PLAN = rls.CompressionPlan(

@@ -37,8 +37,7 @@ from rl_sparsity_tf.export.micro_header import (
     registering_method,
 )
 from rl_sparsity_tf.export.micro_runtime import TflmError, measure_arena, run_tflm, tflm_installed
-from rl_sparsity_tf.layers.plan import CompressionPlan
-from rl_sparsity_tf.layers.rules import KernelRule
+from rl_sparsity_tf.layers.plan import CompressionPlan, KernelRule
 from rl_sparsity_tf.tflite.inspection import inspect_tflite
 from rl_sparsity_tf.tflite.reading import read_flat_model
 

@@ -12,7 +12,8 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf.errors import one_line
 from rl_sparsity_tf.layers.copying import copy_layer, copy_weights
 from rl_sparsity_tf.layers.kernels import find_kernels, sparsity_of
-from rl_sparsity_tf.layers.rules import KernelRule, uniform_plan
+from rl_sparsity_tf.layers.plan import KernelRule
+from rl_sparsity_tf.layers.rules import uniform_plan
 
 LINKS = ("_inbound_nodes", "_outbound_nodes")
 

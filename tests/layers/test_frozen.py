@@ -25,8 +25,8 @@ from rl_sparsity_tf.errors import (
 from rl_sparsity_tf.export.size_model import SizeModel
 from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.layers.operations import Operation
-from rl_sparsity_tf.layers.plan import KernelPlan
-from rl_sparsity_tf.layers.rules import KernelRule, KernelSelection, resolve
+from rl_sparsity_tf.layers.plan import KernelPlan, KernelRule
+from rl_sparsity_tf.layers.rules import KernelSelection, resolve
 from rl_sparsity_tf.layers.support import support_report
 from rl_sparsity_tf.layers.wrapping import plan_of, wrapped_kernels, wrappers_of
 from rl_sparsity_tf.search import compressor as search_module

@@ -11,8 +11,8 @@ from zoo import RECURRENT_ETC, ZOO, inputs_for, layers
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.layers.operations import Operation
+from rl_sparsity_tf.layers.plan import KernelRule
 from rl_sparsity_tf.layers.registry import kernel_specs
-from rl_sparsity_tf.layers.rules import KernelRule
 from rl_sparsity_tf.layers.wrapping import plan_of
 from rl_sparsity_tf.training.mask_training import update_masks
 

@@ -14,8 +14,8 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf.errors import FileExistsRLSparsityError, PlanError
 from rl_sparsity_tf.layers.groups import GROUPS, Grouping
 from rl_sparsity_tf.layers.kernels import count_weights, find_kernels, sparsity_of
-from rl_sparsity_tf.layers.plan import CompressionPlan, KernelPlan
-from rl_sparsity_tf.layers.rules import KernelRule, prune_by_magnitude, resolve, uniform_plan
+from rl_sparsity_tf.layers.plan import CompressionPlan, KernelPlan, KernelRule
+from rl_sparsity_tf.layers.rules import prune_by_magnitude, resolve, uniform_plan
 from rl_sparsity_tf.layers.wrapping import plan_of
 
 KEEP, PRUNE, QUANTIZE, SHUFFLE = rls.Operation

@@ -8,7 +8,8 @@ from zoo import layers
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.layers.kernels import find_kernels
-from rl_sparsity_tf.layers.rules import KernelRule, uniform_plan
+from rl_sparsity_tf.layers.plan import KernelRule
+from rl_sparsity_tf.layers.rules import uniform_plan
 from rl_sparsity_tf.layers.wrapping import plan_of
 
 X = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)

@@ -8,7 +8,7 @@ import tf_keras as keras
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.layers.kernels import find_kernels
-from rl_sparsity_tf.layers.rules import KernelRule
+from rl_sparsity_tf.layers.plan import KernelRule
 from rl_sparsity_tf.layers.wrapping import plan_of
 
 tfmot = pytest.importorskip("tensorflow_model_optimization")

@@ -9,7 +9,8 @@ from zoo import ZOO, inputs_for, layers
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.layers.kernels import find_kernels, sparsity_of
-from rl_sparsity_tf.layers.rules import KernelRule, uniform_plan
+from rl_sparsity_tf.layers.plan import KernelRule
+from rl_sparsity_tf.layers.rules import uniform_plan
 from rl_sparsity_tf.layers.wrapping import is_wrapped, plan_of, wrappers_of
 
 

@@ -187,7 +187,7 @@ def test_no_two_episodes_take_the_same_decisions(fitted):
     sequences = set()
     for _ in range(12):
         episodes.play()
-        sequences.add(episodes.untried._played[-1].tobytes())
+        sequences.add(episodes.tree._played[-1].tobytes())
         episodes.learn(0.0)
     assert len(sequences) == 12
 

@@ -27,8 +27,8 @@ from rl_sparsity_tf.search.run_directory import (
     check_unfinished,
     data_fingerprint,
     model_fingerprint,
-    versions,
 )
+from rl_sparsity_tf.search.run_files import versions
 
 ARGUMENTS = {"target": {"sparsity": 0.9}, "seed": 0, "agent": {"name": "dqn"}}
 ONE, TWO, THREE = (sha256_of(text) for text in (b"1", b"2", b"3"))

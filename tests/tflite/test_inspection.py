@@ -18,7 +18,7 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf.cli import main
 from rl_sparsity_tf.errors import ArgumentError, ExportError
 from rl_sparsity_tf.export.report import tensor_reports
-from rl_sparsity_tf.layers.rules import KernelRule
+from rl_sparsity_tf.layers.plan import KernelRule
 from rl_sparsity_tf.tflite.inspection import inspect_tflite, short_name
 from rl_sparsity_tf.tflite.reading import read_flat_model
 from rl_sparsity_tf.tflite.xnnpack import SparseClusters

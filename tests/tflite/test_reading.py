@@ -11,7 +11,8 @@ from tflite_files import QUANTIZED, SPARSE, convert, pack, tables, with_zeros
 
 from rl_sparsity_tf.errors import ArgumentError, ExportError, PlanError
 from rl_sparsity_tf.export.matching import find_variable, kernel_variables, match_kernels
-from rl_sparsity_tf.tflite.reading import FlatTensor, inline_buffers, read_flat_model, read_tensors
+from rl_sparsity_tf.tflite.editing import FileEditor
+from rl_sparsity_tf.tflite.reading import FlatTensor, read_flat_model, read_tensors
 
 layers = keras.layers
 
@@ -94,7 +95,7 @@ def test_buffers_outside_the_flatbuffer_are_read_and_moved_into_it(tmp_path):
     path = tmp_path / "m.tflite"
     path.write_bytes(content)
     np.testing.assert_array_equal(read_tensors(path)[0].values(), values)
-    inlined = inline_buffers(content)
+    inlined = FileEditor(content).packed()
     path.write_bytes(inlined)
     np.testing.assert_array_equal(read_tensors(path)[0].values(), values)
     buffer = schema.Model.GetRootAs(inlined).Buffers(1)

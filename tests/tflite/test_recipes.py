@@ -16,7 +16,7 @@ from rl_sparsity_tf.export import export, stored_weights
 from rl_sparsity_tf.export.export import export_tflite, predict_tflite
 from rl_sparsity_tf.export.matching import kernel_variables, match_kernels
 from rl_sparsity_tf.export.verification import TOLERANCES, tolerance_for
-from rl_sparsity_tf.layers.rules import KernelRule
+from rl_sparsity_tf.layers.plan import KernelRule
 from rl_sparsity_tf.tflite import recipes
 from rl_sparsity_tf.tflite.integer_storage import (
     IntegerForm,

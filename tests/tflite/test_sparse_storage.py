@@ -11,7 +11,8 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from rl_sparsity_tf.errors import ArgumentError
-from rl_sparsity_tf.tflite.reading import inline_buffers, read_flat_model
+from rl_sparsity_tf.tflite.editing import FileEditor
+from rl_sparsity_tf.tflite.reading import read_flat_model
 from rl_sparsity_tf.tflite.sparse_storage import (
     choose_formats,
     saved_bytes,
@@ -105,7 +106,7 @@ class Network:
         self.graph.inputs, self.graph.outputs = [0], [self.last]
         builder = flatbuffers.Builder(64)
         builder.Finish(self.model.Pack(builder), file_identifier=b"TFL3")
-        path.write_bytes(inline_buffers(bytes(builder.Output())))
+        path.write_bytes(FileEditor(bytes(builder.Output())).packed())
         return path
 
 
@@ -458,7 +459,7 @@ def test_metadata_and_signatures_stay(tmp_path):
     builder = flatbuffers.Builder(64)
     builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
     path, out = tmp_path / "m.tflite", tmp_path / "out.tflite"
-    path.write_bytes(inline_buffers(bytes(builder.Output())))
+    path.write_bytes(FileEditor(bytes(builder.Output())).packed())
     sparsify_file(path, out, choose_formats(read_flat_model(path)))
     kept = schema.ModelT.InitFromPackedBuf(out.read_bytes(), 0)
     assert bytes(kept.buffers[kept.metadata[0].buffer].data) == b"made by a test"

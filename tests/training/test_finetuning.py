@@ -15,8 +15,8 @@ from rl_sparsity_tf.environment.candidates import Candidate
 from rl_sparsity_tf.environment.reward import Outcome
 from rl_sparsity_tf.layers.kernels import find_kernels, walk
 from rl_sparsity_tf.layers.operations import Operation
-from rl_sparsity_tf.layers.plan import CompressionPlan, KernelPlan
-from rl_sparsity_tf.layers.rules import KernelRule, resolve
+from rl_sparsity_tf.layers.plan import CompressionPlan, KernelPlan, KernelRule
+from rl_sparsity_tf.layers.rules import resolve
 from rl_sparsity_tf.layers.wrapping import wrappers_of
 from rl_sparsity_tf.search.finishing import Figures, finish
 from rl_sparsity_tf.training.distillation import distilled

@@ -14,8 +14,8 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf.layers.groups import GROUPS, Grouping
 from rl_sparsity_tf.layers.kernels import find_kernels, sparsity_of
 from rl_sparsity_tf.layers.operations import MASKS, hard_concrete_sample, magnitude, select_live
-from rl_sparsity_tf.layers.plan import CompressionPlan
-from rl_sparsity_tf.layers.rules import KernelRule, resolve
+from rl_sparsity_tf.layers.plan import CompressionPlan, KernelRule
+from rl_sparsity_tf.layers.rules import resolve
 from rl_sparsity_tf.layers.wrapping import plan_of, wrappers_of
 from rl_sparsity_tf.training.mask_training import (
     _without_smallest,

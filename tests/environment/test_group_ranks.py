@@ -9,8 +9,8 @@ from tiny_search import SPARSITY, TRAIN, VALIDATION, quick_search, trained
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.agents.demonstrations import heuristic_plan
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
+from rl_sparsity_tf.environment.group_ranks import NAMES, Ranks, output_prices, threshold
 from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.environment.standings import NAMES, Ranks, output_prices, threshold
 from rl_sparsity_tf.layers.operations import Operation
 
 
@@ -81,9 +81,9 @@ def test_halving_finds_what_sorting_finds_in_all_kernels_at_once(kernels, share,
 
 def all_of(network, name, kernel):
     count = network.groupings[kernel.path].count
-    standing = network.standings.of(name, kernel.path)
+    standing = network.group_ranks.of(name, kernel.path)
     some = np.arange(count)[::2]
-    np.testing.assert_array_equal(network.standings.of(name, kernel.path, some), standing[some])
+    np.testing.assert_array_equal(network.group_ranks.of(name, kernel.path, some), standing[some])
     return standing
 
 
@@ -100,7 +100,7 @@ def test_as_much_stands_below_a_half_as_the_heuristic_prunes_and_the_least_salie
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_standings_are_bounded_and_rise_with_the_saliency(network, name):
+def test_ranks_are_bounded_and_rise_with_the_saliency(network, name):
     for kernel in network.kernels:
         standing = all_of(network, name, kernel)
         assert standing.shape == (network.groupings[kernel.path].count,)
@@ -111,38 +111,38 @@ def test_standings_are_bounded_and_rise_with_the_saliency(network, name):
 def test_the_threshold_follows_what_was_decided(network):
     first, last = network.kernels
     network.reset()
-    start = network.standings.threshold("lamp")
-    assert network.standings.threshold("lamp") == start
+    start = network.group_ranks.threshold("lamp")
+    assert network.group_ranks.threshold("lamp") == start
     count = network.groupings[first.path].count
     # All of the first kernel stays: the other has to give what is missing, as far as it can.
     network.assign(first.path, np.full(network.groupings[first.path].shape, Operation.KEEP))
-    assert network.standings.threshold("lamp") > start
+    assert network.group_ranks.threshold("lamp") > start
     network.reset()
     # More of the first kernel goes than LAMP would take: less has to go of the other.
     plan = np.full(count, Operation.PRUNE)
     plan[np.argmax(network.scores("lamp")[0])] = Operation.KEEP
     shape = network.groupings[first.path].shape
     network.assign(first.path, plan.reshape(shape))
-    assert network.standings.threshold("lamp") < start
+    assert network.group_ranks.threshold("lamp") < start
     missing = network.budget.missing
     assert missing == 0 or (all_of(network, "lamp", last) < 0.5).sum() == missing
     everything = np.full(network.groupings[last.path].shape, Operation.PRUNE)
     network.assign(last.path, everything)
-    assert network.standings.threshold("lamp") == 0.0
+    assert network.group_ranks.threshold("lamp") == 0.0
     assert (all_of(network, "lamp", first) == 1.0).all()
     network.reset()
 
 
 def test_where_magnitude_is_to_decide_heuristics_by_magnitude_are_met_exactly(network):
     network.decisions.by_magnitude = True
-    network.standings.forget()
+    network.group_ranks.forget()
     plan = heuristic_plan(network, "lamp")
     for kernel in network.kernels:
         pruned = plan.kernels[kernel.path].operations == Operation.PRUNE
-        standing = network.standings.of("lamp", kernel.path).reshape(pruned.shape)
+        standing = network.group_ranks.of("lamp", kernel.path).reshape(pruned.shape)
         assert (pruned != (standing < 0.5)).sum() <= 1
     network.decisions.by_magnitude = False
-    network.standings.forget()
+    network.group_ranks.forget()
 
 
 def test_prices_are_what_weights_add_to_the_outputs_by_hand(network):

@@ -74,13 +74,13 @@ class Ranks:
         return np.cumsum(self.sizes * ~decided.reshape(-1)[self.order])
 
 
-class Standings:
-    """The standings of the groups of a network; each ranking is made when first asked for.
+class GroupRanks:
+    """The ranks of the groups of a network; each ranking is made when first asked for.
 
     The network's budget says how much is still to be pruned.
 
     Example:
-        >>> Standings(network).of("lamp", "dense/kernel", groups).mean() < 0.5  # LAMP prunes them
+        >>> GroupRanks(network).of("lamp", "dense/kernel", groups).mean() < 0.5  # LAMP prunes them
         True
     """
 
@@ -90,9 +90,9 @@ class Standings:
         self._saliency: dict[str, np.ndarray] = {}
 
     def of(self, name: str, path: str, groups: np.ndarray | None = None) -> np.ndarray:
-        """The standings of some groups of a kernel by one of [NAMES][].
+        """The ranks of some groups of a kernel by one of [NAMES][].
 
-        `groups` are flat indices, by default of all. The standings are in [0, 1], one per group; 1
+        `groups` are flat indices, by default of all. They are in [0, 1], one per group; 1
         where nothing more is to be pruned.
         """
         scores = self._ranks_of(name)[path].scores
