@@ -265,13 +265,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0, help="to go on with more seeds")
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 6])
     parser.add_argument("--rows", type=int, default=10_000, help="training rows at most")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--csv", type=Path, help="file to append rows to")
     options = parser.parse_args()
     found: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for case in options.networks:
             load, _, _, sparsity = CASES[case]
             parts = load(seed)

@@ -360,7 +360,7 @@ def _compress_known(options: argparse.Namespace) -> int:
     from rl_sparsity_tf.agents.policies import check_policy_path
     from rl_sparsity_tf.data.datasets import load_dataset, load_npz
     from rl_sparsity_tf.demo import search_data
-    from rl_sparsity_tf.errors import ModelError
+    from rl_sparsity_tf.errors import ArgumentError, ModelError
     from rl_sparsity_tf.layers.loading import load_model
     from rl_sparsity_tf.search.arguments import SearchOptions
     from rl_sparsity_tf.search.comparison import compare, comparison_table
@@ -371,6 +371,12 @@ def _compress_known(options: argparse.Namespace) -> int:
     target = _target(options)
     if options.save_policy is not None:
         check_policy_path(options.save_policy, overwrite=options.overwrite)
+        if options.hierarchy or options.agent == "random":
+            search = "--hierarchy" if options.hierarchy else "--agent random"
+            raise ArgumentError(
+                f"--save-policy cannot be used with {search}: there is no policy of one agent to "
+                "save. Leave one of the two out."
+            )
     if options.loss is not None:
         _check_loss(options.loss)
     model = load_model(options.model, trusted=options.trusted)

@@ -499,7 +499,7 @@ def test_the_command_line_saves_policies_and_begins_with_them(path, tmp_path, ca
     command = ["compress", str(tmp_path / "model.keras"), "--data", str(tmp_path / "data.npz")]
     command += "--finetune-epochs 1 --finalists 1 --target-sparsity 0.5".split()
     command += "--batch-size 32 --verbose 0".split()
-    saved = tmp_path / "learned.npz"
+    saved, new = tmp_path / "learned.npz", str(tmp_path / "new.npz")
     first = ["--episodes", "1", "--output", str(tmp_path / "one"), "--policy", str(path)]
     assert main([*command, *first, "--save-policy", str(saved)]) == 0
     assert SavedPolicy.load(saved).agent == DQN
@@ -511,6 +511,8 @@ def test_the_command_line_saves_policies_and_begins_with_them(path, tmp_path, ca
         (["--episodes", "0"], "episodes=0 cannot be used"),
         (["--policy", str(tmp_path / "data.npz")], "is of format none"),
         (["--policy", str(path), "--agent", "ppo"], "cannot go on from a policy of 'dqn'"),
+        (["--save-policy", new, "--hierarchy"], "cannot be used with --hierarchy: there is no"),
+        (["--save-policy", new, "--agent", "random"], "cannot be used with --agent random"),
         (["--save-policy", str(saved)], "exists already. Choose another name, or pass --overwrite"),
     ):
         capsys.readouterr()

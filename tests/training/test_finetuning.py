@@ -2,6 +2,7 @@
 
 import logging
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import tf_keras as keras
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
-from rl_sparsity_tf.data.metrics import Evaluator, Metric
+from rl_sparsity_tf.data.metrics import Evaluator, Metric, Score
 from rl_sparsity_tf.environment.candidates import Candidate
 from rl_sparsity_tf.environment.reward import Outcome
 from rl_sparsity_tf.layers.kernels import find_kernels, walk
@@ -23,6 +24,7 @@ from rl_sparsity_tf.training.distillation import distilled
 from rl_sparsity_tf.training.mask_training import (
     FineTuning,
     FreshStatistics,
+    _BestEpoch,
     clear_pruned,
     finetune,
 )
@@ -473,6 +475,30 @@ def test_a_training_that_fails_is_tried_again_more_slowly():
     np.testing.assert_allclose(rates, [0.5, 0.05])
     assert score.metric < before.metric
     assert found == []
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("name", "after", "worse"),
+    [
+        ("accuracy", (0.89, 1.0), False),  # within 0.03, the standard error of 100 rows
+        ("accuracy", (0.89, 3.0), True),
+        ("accuracy", (0.91, 3.0), True),
+        ("accuracy", (0.86, 1.0), True),
+        ("accuracy", (0.94, 3.0), False),
+        ("accuracy", (0.94, NAN), True),
+        ("auc", (0.89, 1.0), True),
+        ("auc", (0.91, 3.0), False),
+    ],
+)
+def test_a_training_is_worse_beyond_the_standard_error(name, after, worse):
+    evaluator = SimpleNamespace(metric=Metric(name, True), model=None)
+    rows = [((np.zeros((60, 1)),), None), ((np.zeros((40, 1)),), None)]
+    keeper = _BestEpoch(evaluator, rows, None, None)
+    assert keeper._worse(Score(*after), Score(0.9, 2.0)) == worse
+    assert not keeper._worse(Score(*after), Score(NAN, NAN))
 
 
 @pytest.mark.parametrize("group", ["element", "block4"])
