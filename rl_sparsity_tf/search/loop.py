@@ -170,7 +170,6 @@ class SearchLoop:
         full = self._network.budget
         if episodes == 0:
             self.begin(Stage(start=0, end=0), full, None, progress)
-            self._rerank(progress)
             assert self.best is not None
             return self.best
         stages = self.settings.curriculum.schedule(episodes)

@@ -211,9 +211,8 @@ def search_randomly(
     rng = np.random.default_rng([seed, 1])
     space = PlanSpace(network, quantize)
     trials = _Trials(network, reward, evaluations, steps)
-    while trials.going:
+    while trials.go_on():
         trials.run(space.plan(random_ratios(rng, len(network.kernels))))
-    trials.rerank()
     return trials.found()
 
 
@@ -245,12 +244,11 @@ def climb(
     trials.run(space.plan_of(live))
     densities = shares(live)
     # Within a kernel LAMP's order is that of magnitudes, so that densities say all of a plan.
-    while trials.going and len(densities) > 1:
+    while trials.go_on() and len(densities) > 1:
         moved = space.step(densities, rng)
         live = space.live(space.scores(moved))
         if trials.run(space.plan_of(live)):
             densities = shares(live)
-    trials.rerank()
     return trials.found()
 
 
@@ -272,11 +270,18 @@ class _Trials:
         self._best: tuple[float, Outcome, CompressionPlan] | None = None
         self._history: list[float] = []
 
-    @property
-    def going(self) -> bool:
-        """Whether there are evaluations left, and plans to be expected that were not seen."""
-        left = self._evaluations - self._reserved - len(self._history)
-        return left > 0 and self._repeated < _PATIENCE
+    def go_on(self) -> bool:
+        """Whether there are evaluations left, and plans to be expected that were not seen.
+
+        Where only the last ones are left, masks are ranked anew with these.
+        """
+        if self._reserved and not self._goes_on(self._evaluations - self._reserved):
+            self._reserved = 0
+            self._rerank()
+        return self._goes_on(self._evaluations)
+
+    def _goes_on(self, evaluations: int) -> bool:
+        return len(self._history) < evaluations and self._repeated < _PATIENCE
 
     def run(self, plan: CompressionPlan) -> bool:
         """Evaluates a plan if it is new; whether it is the best so far."""
@@ -299,15 +304,16 @@ class _Trials:
         self._history.append(self._best[0])
         return improved
 
-    def rerank(self) -> None:
+    def _rerank(self) -> None:
         """Decides anew which groups of the best plan's kernels live, as long as that is better."""
-        self._repeated, steps = 0, self._steps * self._network.recovery.steps
+        repeated, steps = self._repeated, self._steps * self._network.recovery.steps
         for powers in (rounds := Rounds()):
-            if not self._reserved or len(self._history) >= self._evaluations:
-                return
+            if len(self._history) >= self._evaluations:
+                break
             assert self._best is not None
             evaluate_plan(self._network, self._best[2], steps)
             rounds.better = self.run(reranked(self._network, *powers))
+        self._repeated = repeated
 
     def found(self) -> FoundPlan:
         """The best plan, and how the best value rose."""

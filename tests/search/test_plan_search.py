@@ -13,6 +13,7 @@ from rl_sparsity_tf.allocation import dynamic_programming
 from rl_sparsity_tf.allocation.density_plans import PlanSpace, shares
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
+from rl_sparsity_tf.environment.reranking import SCHEDULE
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.search.plan_search import climb, search_randomly
 
@@ -94,11 +95,11 @@ def test_no_plan_is_evaluated_twice(network, search):
 
 @SEARCHES
 def test_searches_end_when_there_is_nothing_new(search):
-    # One kernel of six groups: a sparsity leaves one plan.
+    # One kernel of six groups: a sparsity leaves one plan, and what its masks become.
     model = keras.Sequential([L.Input((6,)), L.Dense(3, activation="softmax")])
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     found = search(compressed(model, rls.Target(sparsity=0.5)), REWARD, 50)
-    assert found.evaluations == 1
+    assert found.evaluations <= 1 + len(SCHEDULE)
     assert pruned_weights(found.plan) == 9
 
 

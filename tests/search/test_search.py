@@ -295,7 +295,7 @@ def test_the_summary_lists_every_kernel_and_the_figures(run):
 
 
 def test_verbose_2_prints_a_line_per_episode(run):
-    lines = run.printed.splitlines()
+    lines = [one for one in run.printed.splitlines() if "far below the dense model" not in one]
     count = len(run.result.history)
     if run.compressor.warm_start:
         assert lines.pop(0) == "evaluating the plans of known heuristics"
