@@ -21,12 +21,12 @@ from rl_sparsity_tf.channels.permutation import permute_channels
 from rl_sparsity_tf.checks import check_count, check_flag, check_type
 from rl_sparsity_tf.console import SearchProgress, without_traces
 from rl_sparsity_tf.data.batches import (
-    Batch,
     TrainingData,
     evaluation_data,
     sample_rows,
     training_data,
 )
+from rl_sparsity_tf.data.checks import Batch
 from rl_sparsity_tf.data.forms import as_rows
 from rl_sparsity_tf.environment.curriculum import Curriculum, resolve_curriculum
 from rl_sparsity_tf.environment.network import CompressedNetwork

@@ -144,7 +144,9 @@ def test_the_next_finalist_takes_the_place_of_one_whose_file_failed(kinds, best,
     data = [((np.zeros((10_000, 1)),), None)]
     figures = SimpleNamespace(metric=Metric("accuracy", True), validation=data)
     plans = [SimpleNamespace(found_by=str(n), plan=n) for n in range(len(kinds))]
-    task, progress = SimpleNamespace(figures=figures), SearchProgress(1, "accuracy", 0)
+    network = SimpleNamespace(dense=Score(0.0, 1.0))
+    task = SimpleNamespace(figures=figures, model=object(), network=network)
+    progress = SearchProgress(1, "accuracy", 0)
     _, found = final.play_final(task, plans, [], progress, seed=0)
     assert found is plans[best]
 
