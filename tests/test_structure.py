@@ -296,6 +296,7 @@ def test_the_child_process_does_not_load_keras():
     assert run(f"{child}; {heavy}").split() == []
 
 
+@pytest.mark.slow
 def test_wrapping_and_plans_do_not_load_tf_agents():
     script = (
         f"import sys, {NAME} as rls\n"

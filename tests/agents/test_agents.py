@@ -204,6 +204,7 @@ def test_agents_are_those_of_tf_agents() -> None:
     assert type(build(SMALL["ppo"], env).tf_agent) is ppo_clip_agent.PPOClipAgent
 
 
+@pytest.mark.slow
 def test_global_generators_are_left_alone() -> None:
     env = toy.ContextualEnvironment()
     before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
@@ -402,6 +403,7 @@ def test_learns_what_is_best_in_each_context(config: Any, episodes: int) -> None
     assert toy.greedy_share(build("random", env)) < 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dqn", "ppo"])
 def test_nothing_is_traced_after_the_first_episode(name: str) -> None:
     env = toy.ContextualEnvironment()

@@ -146,6 +146,7 @@ def test_a_saved_policy_takes_the_same_actions_when_it_is_loaded(config, tmp_pat
     assert before != expected, "a test that any policy would pass"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [DQN, PPO, rls.DQN(hidden_layers=(5, 3, 4))])
 def test_the_shapes_a_configuration_tells_are_those_of_the_agents_networks(config):
     network = fitted()
@@ -314,6 +315,7 @@ def test_the_pretrained_agent_is_the_usual_one_unless_another_is_named():
     assert rls.Compressor(trained(), policy="pretrained").agent == rls.DQN()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", ["dqn", "ppo"])
 def test_the_policies_that_come_with_the_package_prune_what_is_missed_least(agent):
     network = fitted()
@@ -372,6 +374,7 @@ def test_an_agent_refuses_weights_of_other_networks_and_explores_less_with_its_o
 # -- searches that begin with one ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [DQN, PPO], ids=["dqn", "ppo"])
 def test_the_plan_without_a_search_is_what_the_policy_likes_best(config):
     policy = drawn(config, seed=5)
@@ -397,6 +400,7 @@ def test_the_plan_without_a_search_is_what_the_policy_likes_best(config):
     assert loop.history == []
 
 
+@pytest.mark.slow
 def test_the_policys_plan_stands_beside_those_of_heuristics_and_the_best_is_returned():
     loop = loop_of(drawn(seed=5))
     best = loop.run(3, silent(3))
@@ -410,6 +414,7 @@ def test_the_policys_plan_stands_beside_those_of_heuristics_and_the_best_is_retu
     assert len(loop.history) == 3
 
 
+@pytest.mark.slow
 def test_values_are_learned_relative_to_what_the_policys_plan_is_worth():
     policy = drawn(seed=5)
     loop = loop_of(policy, warm_start=False)

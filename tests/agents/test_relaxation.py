@@ -161,6 +161,7 @@ def test_hard_kernels_are_those_of_the_wrapper(name: str) -> None:
             assert not np.array_equal(expected, kernel.value())
 
 
+@pytest.mark.slow
 def test_gradient_by_a_choice_says_what_its_operation_would_change() -> None:
     relaxation = relaxed()
     kernel = half_dead().kernels[0]
@@ -215,6 +216,7 @@ def test_expected_bits_are_those_of_all_plans() -> None:
     assert float(got) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_price_meets_the_sparsity_and_its_gradient_is_exact() -> None:
     rng = np.random.default_rng(4)
     logits, weights = rng.normal(size=(3, 4)), tf.constant([0.2, 0.5, 0.3])
@@ -238,6 +240,7 @@ def test_the_price_meets_the_sparsity_and_its_gradient_is_exact() -> None:
         assert gradient[place] == pytest.approx(slope, abs=5e-3)
 
 
+@pytest.mark.slow
 def test_gradient_is_finite_and_none_where_there_is_no_choice() -> None:
     relaxation = relaxed([USEFUL, USELESS, (LAST, np.arange(16))])
     logits, legal = zeros(3)
@@ -252,6 +255,7 @@ def test_gradient_is_finite_and_none_where_there_is_no_choice() -> None:
     assert gradient[0, SHUFFLE] == 0
 
 
+@pytest.mark.slow
 def test_a_forced_decision_tells_what_pruning_elsewhere_would_buy() -> None:
     relaxation = relaxed(reward=rls.Reward(size=0.0))
     logits, legal = zeros()
@@ -276,6 +280,7 @@ def test_dense_and_empty_networks_are_the_ends_of_the_scale() -> None:
     assert mean_loss(PRUNE) == pytest.approx(1.0, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_descending_prunes_what_nothing_depends_on() -> None:
     relaxation = relaxed(reward=rls.Reward(size=0.0))
     values, legal = zeros()
@@ -366,6 +371,7 @@ def toy_agent(config: PPO, relaxed_loss: Any = None, seed: int = 0) -> tuple[Any
     return agent, env
 
 
+@pytest.mark.slow
 def test_ppo_follows_the_gradient_it_is_given() -> None:
     config = PPO(hidden_layers=(16,), num_epochs=10, learning_rate=1e-2, relaxed_reward=2.0)
     chosen = {}

@@ -251,6 +251,7 @@ def test_a_sparsity_is_met_by_the_fewest_groups(group):
     assert baselines.dynamic_programming(model, TRAIN, sparsity=0.5, group=group) == plan
 
 
+@pytest.mark.slow
 def test_what_no_one_listens_to_goes_first():
     # Half of the inputs are 0 in all of the data; their weights are the largest.
     rng = np.random.default_rng(0)
@@ -332,6 +333,7 @@ def test_the_real_file_fits_and_is_no_smaller_than_it_must(
     assert 0.99 * margin * target.value < used <= margin * target.value + 1
 
 
+@pytest.mark.slow
 def test_a_size_out_of_reach_is_refused_as_by_the_others(sized, rows):
     target = rls.Target(tflite_bytes=1_100)
     with pytest.raises(rls.TargetError, match=r"tflite_bytes=1_100\) cannot be reached: with ev"):
@@ -341,6 +343,7 @@ def test_a_size_out_of_reach_is_refused_as_by_the_others(sized, rows):
 # ---------------------------------------------------------------------- in the search
 
 
+@pytest.mark.slow
 def test_the_search_is_proposed_what_users_get():
     model = trained()
     network = compressed(model, rls.Target(sparsity=0.6))
@@ -372,6 +375,7 @@ def test_without_least_squares_weights_count():
     assert original[first].max() < original[~first].min()
 
 
+@pytest.mark.slow
 def test_proposals_for_a_size_fit_it():
     keras.utils.set_random_seed(1)
     model = keras.Sequential([L.Input((6,)), L.Dense(300, activation="relu"), L.Dense(3)])

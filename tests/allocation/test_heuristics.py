@@ -376,6 +376,7 @@ def test_a_size_that_integers_meet_is_met_without_zeros(sized):
     assert set(np.unique(_flat(plan))) == {Operation.QUANTIZE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quantize", "stored"), [(None, "integers"), (False, "floats")])
 def test_a_size_out_of_reach_is_refused_with_one_that_is_not(sized, quantize, stored):
     with pytest.raises(rls.TargetError) as caught:

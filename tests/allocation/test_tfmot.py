@@ -110,6 +110,7 @@ def test_survivors_are_quantized_for_bytes_or_when_asked():
     assert tfmot(model, data, sparsity=0.5, **QUICK).count_operations()["keep"] == 36
 
 
+@pytest.mark.slow
 def test_other_layers_make_up_for_those_that_tfmot_leaves_alone():
     model, data = several_outputs()
     before = [value.copy() for value in model.get_weights()]
@@ -135,6 +136,7 @@ def test_kernels_of_recurrent_layers_are_pruned_as_tfmot_does():
     assert [e.sparsity for e in plan.kernels.values()] == [0.5, 0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_the_trained_model_is_plain_and_compiled_as_the_original():
     model = trained()
     request = PlanRequest.of(model, sparsity=0.6)

@@ -334,6 +334,7 @@ def fake_times(monkeypatch, noise=0.0):
     return timed
 
 
+@pytest.mark.slow
 def test_pieces_add_up_to_the_model(tmp_path, monkeypatch):
     model = block_model()
     before = [value.copy() for value in model.get_weights()]
@@ -432,6 +433,7 @@ def test_arguments_are_checked(settings, message):
         measure_latency(keras.Sequential([layers.Input((8,)), layers.Dense(4)]), **settings)
 
 
+@pytest.mark.slow
 def test_a_table_is_measured_in_litert(monkeypatch):
     # A busy machine must not fail the test.
     monkeypatch.setattr(latency_measurement, "LARGEST_SPREAD", np.inf)

@@ -187,6 +187,7 @@ def test_a_resnet_at_half_its_channels(resnet):
     assert len(set(expected.argmax(-1))) > 1  # else equal classes would mean nothing
 
 
+@pytest.mark.slow
 def test_the_exported_file_is_smaller(resnet, tmp_path):
     _, _, masked = resnet
     paths = [tmp_path / "masked.tflite", tmp_path / "small.tflite"]

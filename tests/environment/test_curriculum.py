@@ -283,6 +283,7 @@ def test_a_plan_pruned_further_meets_the_budget_and_keeps_what_was_pruned(
         np.testing.assert_array_equal(living, plan.kernels[path].operations[~mask])
 
 
+@pytest.mark.slow
 def test_a_plan_of_floats_becomes_integers_where_that_lets_more_live():
     network = network_for(rls.Target(tflite_bytes=20_000))
     floats = random_plan(network, 0.0, 0)
@@ -394,6 +395,7 @@ def staged(request, tmp_path_factory):
     return one, result, stages, folder
 
 
+@pytest.mark.slow
 def test_the_target_rises_over_the_episodes(staged):
     _, result, _, folder = staged
     assert [entry["stage"] for entry in result.history] == [0.5] * 3 + [1.0] * 4

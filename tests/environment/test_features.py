@@ -133,6 +133,7 @@ def test_the_dense_network_looks_dense(network):
         assert seen["depthwise"] == ("depthwise" in kernel.path)
 
 
+@pytest.mark.slow
 def test_decisions_are_seen(network):
     kernel = max(network.kernels, key=lambda kernel: kernel.size)
     grouping = network.groupings[kernel.path]

@@ -143,6 +143,7 @@ def test_it_passes_both_checks(group, method):
     assert {"determinism", "replay", "illegal_actions"} <= set(report.rules)
 
 
+@pytest.mark.slow
 def test_neither_actions_nor_states_depend_on_the_network():
     one, other = environment(), environment(build(units=(4, 3)))
     assert one.action_spec() == other.action_spec()
@@ -505,6 +506,7 @@ def test_only_the_last_step_evaluates():
     assert counts == [0] * (len(UNITS) - 1) + [1]
 
 
+@pytest.mark.slow
 def test_get_state_and_set_state_come_back_to_the_middle_of_an_episode():
     env = environment(network_of("element", "finetune"))
     env.reset()

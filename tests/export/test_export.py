@@ -210,6 +210,7 @@ def test_a_wrapped_model_is_stripped(tmp_path):
     np.testing.assert_allclose(predict_tflite(path, x), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_recurrent_model_gets_a_batch_of_one_and_then_matches(tmp_path):
     model = prune(keras.Sequential([layers.Input((5, 3)), layers.LSTM(4), layers.Dense(3)]))
     path = tmp_path / "m.tflite"

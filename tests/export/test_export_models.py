@@ -113,6 +113,7 @@ def test_recurrent_models_are_exported_with_one_row_or_unrolled(name, unroll, tm
     assert {t.kernel for t in report.tensors} - {None} == set(kernel_variables(model))
 
 
+@pytest.mark.slow
 def test_an_open_number_of_time_steps_and_masks_work_with_one_row(tmp_path):
     model = keras.Sequential(
         [
@@ -205,6 +206,7 @@ def test_a_subclassed_model_with_dicts_is_exported(tmp_path):
     assert {tensor.dtype for tensor in planned.tensors if tensor.kernel} == {"int8"}
 
 
+@pytest.mark.slow
 def test_a_subclassed_recurrent_model_is_unrolled_too(tmp_path):
     class Tagger(keras.Model):
         def __init__(self):
@@ -244,6 +246,7 @@ def policy(request):
     keras.mixed_precision.set_global_policy(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"], indirect=True)
 def test_a_mixed_precision_model_is_exported_in_float32(policy, tmp_path):
     model = mixed_model()

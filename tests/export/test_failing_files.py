@@ -60,6 +60,7 @@ def searched(monkeypatch, *modes, **options):
     return search(compressor(trained()), finetune_epochs=0, test_data=TEST, **options)
 
 
+@pytest.mark.slow
 def test_a_safer_storage_takes_the_place_of_a_file_that_fails(monkeypatch, caplog, tmp_path):
     with caplog.at_level(logging.WARNING):
         result = searched(monkeypatch, "plan")
@@ -76,6 +77,7 @@ def test_a_safer_storage_takes_the_place_of_a_file_that_fails(monkeypatch, caplo
     assert result.export_tflite(tmp_path / "m.tflite").quantization == "none"
 
 
+@pytest.mark.slow
 def test_without_any_file_the_rest_is_returned_and_saved(monkeypatch, tmp_path):
     result = searched(monkeypatch, "plan", "none")
     assert result.report is None
@@ -187,6 +189,7 @@ def test_of_the_dense_files_in_integers_a_warning_is_enough(monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_the_file_of_an_early_plan_is_tried_where_a_search_takes_long(monkeypatch):
     tried = []
 

@@ -135,6 +135,7 @@ def digits(tmp_path_factory):
 # -------------------------------------------------------------------------------- the header
 
 
+@pytest.mark.slow
 def test_the_header_holds_an_integer_model_that_does_what_keras_does(digits, tmp_path):
     folder, report, model = digits
     (x,) = rows_for(model)
@@ -295,6 +296,7 @@ def test_methods_are_named_as_in_the_resolver(operator, method):
 # --------------------------------------------------------------------------------- the models
 
 
+@pytest.mark.slow
 def test_search_results_wrapped_and_shrunk_models_are_taken(tmp_path):
     model = seeded(separable)
     x = rows_for(model)
@@ -318,6 +320,7 @@ def test_search_results_wrapped_and_shrunk_models_are_taken(tmp_path):
     assert small.tflite_bytes < plain.tflite_bytes
 
 
+@pytest.mark.slow
 def test_an_lstm_is_taken_and_keeps_its_state_only_on_request(tmp_path):
     model = seeded(
         lambda: keras.Sequential([layers.Input((5, 4)), layers.LSTM(6), layers.Dense(3)])
@@ -332,6 +335,7 @@ def test_an_lstm_is_taken_and_keeps_its_state_only_on_request(tmp_path):
     assert "Reset()" in (tmp_path / "n.h").read_text()
 
 
+@pytest.mark.slow
 def test_ids_stay_integers(tmp_path):
     model = seeded(
         lambda: keras.Sequential(
@@ -381,6 +385,7 @@ def test_an_operator_that_tflm_lacks_is_named_with_a_way_out(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_loops_without_an_integer_form_are_refused_and_unrolled_ones_taken(tmp_path):
     model = seeded(
         lambda: keras.Sequential(
@@ -448,6 +453,7 @@ def test_buffers_share_memory_when_their_lifetimes_allow():
     assert plan_buffers([*gap, Buffer(size=16, first=3, last=3)]) == 64 + 48 + 16
 
 
+@pytest.mark.slow
 def test_activations_live_from_their_maker_to_their_last_reader(tmp_path):
     model = seeded(residual)
     export_micro(model, tmp_path / "m.h", rows_for(model))
@@ -487,6 +493,7 @@ def test_without_tflm_the_arena_is_estimated_and_said_to_be(tmp_path, monkeypatc
     assert any(line.endswith("bytes of RAM (estimated)") for line in lines)
 
 
+@pytest.mark.slow
 @needs_tflm
 @pytest.mark.parametrize("build", NETWORKS)
 def test_tflm_agrees_in_the_smallest_arena_and_the_estimate_is_near_it(tmp_path, build):
@@ -503,6 +510,7 @@ def test_tflm_agrees_in_the_smallest_arena_and_the_estimate_is_near_it(tmp_path,
         run_tflm(file, report.arena_bytes - 16, zeros, 1)
 
 
+@pytest.mark.slow
 @needs_tflm
 def test_another_result_in_tflm_is_an_error_and_more_than_a_step_a_note(tmp_path, monkeypatch):
     model = seeded(lenet)

@@ -62,6 +62,7 @@ def loop(path, x, resolver):
     return np.array(found)
 
 
+@pytest.mark.slow
 def test_an_ordinary_loop_over_rows_gives_what_keras_gives(tmp_path):
     model, path, x = many_kinds(), tmp_path / "m.tflite", rows(6)
     report = export_tflite(model, path, "none", representative_data=x)
@@ -73,6 +74,7 @@ def test_an_ordinary_loop_over_rows_gives_what_keras_gives(tmp_path):
         np.testing.assert_allclose(loop(path, x, resolver), model.predict(x), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["plan", "int8"])
 def test_integers_do_not_depend_on_the_calls_before(quantization, tmp_path):
     model, path, x = one_lstm(), tmp_path / "m.tflite", rows(64)
@@ -85,6 +87,7 @@ def test_integers_do_not_depend_on_the_calls_before(quantization, tmp_path):
         assert not np.array_equal(alone[0], alone[1])
 
 
+@pytest.mark.slow
 def test_a_state_is_kept_on_request(tmp_path):
     path, x = tmp_path / "m.tflite", rows(1, shape=(8, 3))
     model = one_lstm()
@@ -118,6 +121,7 @@ def test_a_file_that_depends_on_the_calls_before_is_refused(tmp_path):
     assert file.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_float16_starts_from_zero_or_keeps_its_state_too(tmp_path):
     """The converter restores their initial states by operators that run at the first call only."""
     model, path, x = one_lstm(), tmp_path / "m.tflite", rows(6)

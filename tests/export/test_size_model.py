@@ -122,6 +122,7 @@ def test_sizes_are_predicted(network, formats):
         assert predicted.gzip == pytest.approx(compressed, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_dense_files_are_predicted_to_the_byte():
     model = trained_like("dense", 1)
     sizes = SizeModel(model)
@@ -152,6 +153,7 @@ def test_wrong_names_are_refused():
         SizeModel(model, "sparse")
 
 
+@pytest.mark.slow
 def test_the_size_of_a_plan_and_of_the_model_that_came_of_it():
     model = trained_like("dense", 2)
     sizes = rls.SizeModel(model)
@@ -165,6 +167,7 @@ def test_the_size_of_a_plan_and_of_the_model_that_came_of_it():
     assert sizes.plan_size(rules, model).gzip > 2 * predicted.gzip  # without its zeros
 
 
+@pytest.mark.slow
 def test_without_gzipped_bytes_the_raw_ones_are_the_same(monkeypatch):
     model = convolutional()
     plan = CompressionPlan([KernelRule("*", 0.8, quantize=True)])

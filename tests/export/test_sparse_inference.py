@@ -269,6 +269,7 @@ def test_all_conditions_are_named_at_once(tmp_path):
         assert any(text in note for note in notes), text
 
 
+@pytest.mark.slow
 def test_too_few_zeros_are_counted_layer_by_layer(tmp_path):
     model = sparse(network(), share=0.5)
     assert notes_of(model, tmp_path) == (

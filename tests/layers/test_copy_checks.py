@@ -203,6 +203,7 @@ class Outer(Required):
         return self.inner.result()
 
 
+@pytest.mark.slow
 def test_metrics_are_copied_with_what_their_config_forgets():
     metrics = [Confident(0.1), Outer(0.1), keras.metrics.SparseTopKCategoricalAccuracy(2)]
     weighted = [keras.metrics.SparseCategoricalAccuracy(name="weighted")]
@@ -216,6 +217,7 @@ def test_metrics_are_copied_with_what_their_config_forgets():
     assert before[0] == before[1] == 1.0
 
 
+@pytest.mark.slow
 def test_metrics_of_several_outputs_keep_their_names():
     inputs = layers.Input((6,))
     hidden = layers.Dense(5, "relu")(inputs)

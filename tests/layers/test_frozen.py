@@ -238,6 +238,7 @@ def test_a_sparsity_that_frozen_layers_put_out_of_reach_is_refused_before_any_wo
         rls.baselines.lamp(model, sparsity=0.4, group="channel")
 
 
+@pytest.mark.slow
 def test_a_size_that_excluded_layers_put_out_of_reach_names_them():
     with pytest.raises(TargetError, match=r"1 kernel is excluded \('first/kernel'\)"):
         rls.baselines.lamp(trained(), target=rls.Target(tflite_bytes=1000), exclude="first")
@@ -246,6 +247,7 @@ def test_a_size_that_excluded_layers_put_out_of_reach_names_them():
 # -- plans and wrap ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_wrap_leaves_frozen_and_excluded_kernels_unwrapped(mixed):
     model = transfer()
     assert [kernel.path for kernel in wrapped_kernels(rls.wrap(model))] == list(HEAD)
@@ -279,6 +281,7 @@ def test_a_plan_that_changes_an_excluded_kernel_is_refused():
     assert plan_of(rls.wrap(model, kept, exclude="last")).sparsity == 0.0
 
 
+@pytest.mark.slow
 def test_frozen_kernels_that_are_included_are_masked_but_never_trained():
     model = transfer()
     plan = rls.CompressionPlan([half_pruned(kernel) for kernel in find_kernels(model)])
@@ -299,6 +302,7 @@ def test_frozen_kernels_that_are_included_are_masked_but_never_trained():
         assert_equal(norm.get_weights(), original.get_weights())
 
 
+@pytest.mark.slow
 def test_frozen_layers_are_measured_in_files_like_others():
     frozen, thawed = SizeModel(transfer()), SizeModel(transfer(frozen=False))
     assert frozen.file_size({}, {}).raw == thawed.file_size({}, {}).raw
@@ -362,6 +366,7 @@ def found(tmp_path_factory):
     return model, result, folder
 
 
+@pytest.mark.slow
 def test_a_search_leaves_a_frozen_base_bit_for_bit(found):
     model, result, folder = found
     assert_equal(weights_of(result.model), weights_of(model))
@@ -401,6 +406,7 @@ def test_a_model_that_is_frozen_as_a_whole_can_be_pruned_without_training(recove
             np.testing.assert_array_equal(kernel.matrix(), expected)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_only_with_the_same_lists_and_frozen_layers(tmp_path, monkeypatch):
     def stop(*_, **__):
         raise StoppedError
@@ -539,6 +545,7 @@ def test_channels_of_what_is_left_alone_are_not_removed(left, removable):
     assert found == {"stem/kernel", "mix/kernel"}
 
 
+@pytest.mark.slow
 def test_channels_are_removed_around_what_is_left_alone():
     model = tied()
     stem = model.get_layer("stem")
@@ -612,6 +619,7 @@ def test_describe_support_says_what_is_left_alone(found):
     assert "base/deep/kernel: frozen, and left alone unless include names it" in lines
 
 
+@pytest.mark.slow
 def test_the_command_takes_lists_and_refuses_names_in_one_line(tmp_path, capsys):
     model = trained()
     model.save(tmp_path / "model.keras")

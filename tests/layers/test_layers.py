@@ -208,6 +208,7 @@ def test_kernels_are_listed_with_their_views(name):
         assert any(kernel.variable is weight for weight in kernel.layer.weights)
 
 
+@pytest.mark.slow
 def test_only_an_embedding_has_one_scale_for_all():
     scales = {k.path: k.spec.scales for k in find_kernels(RECURRENT_ETC["words"]())}
     assert scales.pop("embedding/embeddings") == "per tensor"
@@ -237,12 +238,14 @@ def test_kernel_axes_follow_the_einsum_equation():
 # ---------------------------------------------------------------------------- wrap and strip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["simple_rnn", "stacked_cells", "two_inputs", "local", "signals"])
 def test_a_copy_with_everything_kept_computes_the_same_bits(name):
     model = RECURRENT_ETC[name]()
     assert_same_bits(model, rls.wrap(model))
 
 
+@pytest.mark.slow
 def test_strip_computes_the_same_bits_as_the_wrapped_model(case):
     assert_same_bits(case.wrapped, case.stripped)
     x = inputs_for(case.model, 5)
@@ -250,6 +253,7 @@ def test_strip_computes_the_same_bits_as_the_wrapped_model(case):
     np.testing.assert_array_equal(*in_graphs)
 
 
+@pytest.mark.slow
 def test_stripped_kernels_are_the_closed_form(case):
     for before, after in zip(find_kernels(case.model), find_kernels(case.stripped), strict=True):
         entry = case.plan.kernels[before.path]
@@ -349,6 +353,7 @@ def test_sequence_masks_go_through_wrappers(after):
     np.testing.assert_array_equal(wrapped.layers[0].compute_mask(x), x != 0)
 
 
+@pytest.mark.slow
 def test_masks_given_by_hand_reach_the_layer():
     inputs, mask = keras.Input((6, 4)), keras.Input((6,), dtype="bool")
     model = keras.Model([inputs, mask], layers.LSTM(3)(inputs, mask=mask))

@@ -101,6 +101,7 @@ def test_a_registered_class_of_the_user_loads(tmp_path, name):
     assert any(isinstance(layer, RegisteredScale) for layer in layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_pruned_model_of_the_optimization_toolkit_loads(tmp_path, name):
     import tensorflow_model_optimization as tfmot
@@ -124,6 +125,7 @@ def test_a_lambda_is_refused_and_never_run(tmp_path, name):
     assert not witness.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_lambda_loads_when_the_file_is_trusted(tmp_path, name):
     model = small_model(keras.layers.Lambda(lambda x: x * 3.0))

@@ -282,6 +282,7 @@ def test_quantize_keeps_the_order_and_the_sign(kernel, levels, per_output):
     assert (np.abs(got - matrix) <= scale * 0.50001).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(float_kernels(), st.sampled_from([127.0, 7.0]), st.booleans())
 def test_quantize_gives_the_same_bits_eagerly_and_in_a_graph(kernel, levels, per_output):

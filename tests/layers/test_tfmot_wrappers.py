@@ -98,6 +98,7 @@ def test_plain_models_give_no_notice(caplog):
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_weights_that_drifted_are_masked():
     model = trained(prune(plain()))
     wrapper = model.layers[0]
@@ -108,6 +109,7 @@ def test_weights_that_drifted_are_masked():
     assert masked.sum() == 24
 
 
+@pytest.mark.slow
 def test_a_plan_prunes_further_and_trains():
     model = trained(prune(plain()))
     wrapped = rls.wrap(model, rls.CompressionPlan([KernelRule("*", 0.75)]))
@@ -118,6 +120,7 @@ def test_a_plan_prunes_further_and_trains():
     assert plan_of(rls.wrap(stripped, plan)) == plan
 
 
+@pytest.mark.slow
 def test_the_compile_state_is_kept():
     model = trained(prune(plain()))
     for copy in (rls.wrap(model), rls.strip(model)):
@@ -139,6 +142,7 @@ def test_frozen_layers_stay_frozen():
         assert [layer.trainable for layer in copy.layers] == [False, True, True]
 
 
+@pytest.mark.slow
 def test_the_method_that_tfmot_adds_does_not_change_the_scales():
     def make():
         return keras.Sequential(

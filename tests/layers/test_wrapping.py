@@ -52,6 +52,7 @@ def test_without_a_plan_everything_is_kept():
     assert_same_bits(model, rls.wrap(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "group"),
     [*((name, "element") for name in ZOO), ("dense", "block4"), ("separable", "block4")],
@@ -104,6 +105,7 @@ def test_pruned_weights_are_zero_and_stay_zero_in_training(name):
     assert sparsity_of(rls.strip(wrapped)) == before
 
 
+@pytest.mark.slow
 def test_stripped_models_load_without_this_package(tmp_path):
     model = ZOO["separable"]()
     stripped = rls.strip(rls.wrap(model, random_plan(model, "block4")))

@@ -45,6 +45,7 @@ def macs_search(tmp_path_factory):
     return one, searched(one)
 
 
+@pytest.mark.slow
 def test_the_result_has_fewer_channels_and_meets_the_target(macs_search):
     one, result = macs_search
     share = rls.count_macs(result.model) / rls.count_macs(one.model)

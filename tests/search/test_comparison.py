@@ -83,6 +83,7 @@ def test_all_contenders_have_complete_rows(finished):
     json.dumps(finished.entries)
 
 
+@pytest.mark.slow
 def test_those_that_search_evaluate_as_many_plans_as_the_search(finished):
     search_evaluations = finished.compressor.last.result.metrics["search"]["evaluations"]
     evaluations = {entry["name"]: entry["evaluations"] for entry in finished.entries}
@@ -273,6 +274,7 @@ def test_the_demo_compares_with_more_when_asked(more, contenders, monkeypatch):
     assert comparison._names(None)[0] == DEFAULT == ("uniform_float32", "uniform", "random_policy")
 
 
+@pytest.mark.slow
 def test_contenders_that_search_evaluate_as_many_plans_as_they_are_told(small):
     (entry,) = compare(small, ["random_search"], 0, evaluations=3)
     assert entry["evaluations"] == 3

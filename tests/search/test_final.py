@@ -134,6 +134,7 @@ def test_where_all_miss_it_the_first_error_is_told(monkeypatch):
         played(monkeypatch, outcomes)
 
 
+@pytest.mark.slow
 def test_a_search_finishes_the_best_plans_of_several_proposers(monkeypatch):
     seen = []
     real = final.finish_candidate

@@ -420,6 +420,7 @@ def test_times_that_were_measured_are_kept(tmp_path):
     assert kept(any_versions=True) is None
 
 
+@pytest.mark.slow
 def test_another_latency_table_does_not_continue_a_run(tmp_path):
     from channel_search import TRAIN, VALIDATION
 

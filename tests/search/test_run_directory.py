@@ -556,6 +556,7 @@ def test_two_that_begin_at_the_same_time(tmp_path):
             other.start()
 
 
+@pytest.mark.slow
 def test_a_dead_processs_lock_is_taken_over(tmp_path):
     opened(tmp_path)
     child = """

@@ -103,6 +103,7 @@ def test_the_same_seed_repeats_and_another_differs(whole, tmp_path):
     assert figures_of(other)[2:] != figures_of(same)[2:]
 
 
+@pytest.mark.slow
 def test_the_journal_has_a_line_per_episode_and_the_manifest_the_arguments(whole):
     result, folder = whole
     journal = journal_of(folder)

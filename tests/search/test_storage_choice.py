@@ -218,6 +218,7 @@ def test_proposals_keep_to_the_bytes(chosen, model):
             assert sizes.plan_size(plan).raw <= plain.target.value
 
 
+@pytest.mark.slow
 def test_four_bits_are_chosen_where_they_save_what_zeros_would_cost(chosen):
     """There int4 fits everything; sparse int8 would have to lose three weights in four."""
     plain, best = chosen[0], chosen[1].network
@@ -318,6 +319,7 @@ def kernels_in_4_bits(network, storages):
     return {path for one in storages for path, bits in one.bits(paths).items() if bits == 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("int4", "expected"),
     [
@@ -388,6 +390,7 @@ def test_four_bits_cost_the_same_at_every_density(model):
     assert whole.integers[-1] == pytest.approx(64 * 96 + extra)
 
 
+@pytest.mark.slow
 def test_dynamic_programming_at_four_bits_leaves_dense_kernels_dense(model, limit):
     """The least excess of the whole file over its parts used to cost every kernel its half."""
     target = rls.Target(tflite_bytes=limit)

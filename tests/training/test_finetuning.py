@@ -235,6 +235,7 @@ def test_masked_steps_and_ignored_labels_are_left_out():
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_student_follows_its_teacher_where_the_labels_say_nothing():
     loss = losses.SparseCategoricalCrossentropy(from_logits=True)
     teacher, x = network(loss, seed=1), rows(64)
@@ -403,6 +404,7 @@ def test_a_layer_that_becomes_integers_trains_as_integers():
         assert (latent[trained != 0] != trained[trained != 0]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_stripped_model_has_the_trained_loss_to_the_bit(bits):
     model, x = network("mse"), rows(64)
@@ -417,6 +419,7 @@ def test_the_stripped_model_has_the_trained_loss_to_the_bit(bits):
     assert stripped.evaluate(x, y, batch_size=1024, verbose=0) == score.loss
 
 
+@pytest.mark.slow
 def test_training_on_the_grid_beats_rounding_afterwards_at_4_bits():
     x = rows(256)
     y = network("mse", seed=4).predict(x, verbose=0)
@@ -436,6 +439,7 @@ def test_training_on_the_grid_beats_rounding_afterwards_at_4_bits():
     assert found[True] < 0.8 * found[False]
 
 
+@pytest.mark.slow
 def test_what_was_there_before_a_training_that_diverges_is_kept(caplog):
     model, x = network("mse", metrics=["mae"]), rows(64)
     y = model.predict(x, verbose=0)
@@ -454,6 +458,7 @@ def test_what_was_there_before_a_training_that_diverges_is_kept(caplog):
             np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_is_tried_again_more_slowly():
     model, x = network("mse", metrics=["mae"]), rows(64)
     y = model.predict(x, verbose=0)
@@ -542,6 +547,7 @@ def test_batch_norm_statistics_are_those_of_the_rows():
             np.testing.assert_array_equal(variable, value)
 
 
+@pytest.mark.slow
 def test_no_better_statistics_are_left_out_after_a_short_training():
     stack = [layers.Input((5,)), layers.Dense(4), layers.BatchNormalization(), layers.Dense(1)]
     keras.utils.set_random_seed(0)

@@ -214,6 +214,7 @@ def test_masks_learn_with_the_sparsity_held_and_are_frozen_at_the_end(mask, grou
             np.testing.assert_array_equal(values, watch.masks[frozen_from][path])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
 def test_learned_masks_are_exactly_zero_or_one_at_inference(mask):
     model, wrapped = learnable(mask)
