@@ -34,7 +34,8 @@ from rl_sparsity_tf.training.mask_training import largest_alike
 SCHEDULE = ((0.5, 0.0), (0.5, 0.0), (0.5, 0.5), (0.5, 1.0))
 """The powers (alpha, beta) of the rankings that are tried one after the other."""
 
-_BATCHES = 4
+# Of training data, that the gradients are taken over.
+_ROWS = 256
 # Added to what outputs weigh, 1 on average: one that has no gradient here may have one elsewhere.
 _LEAST_WEIGHT = 0.05
 
@@ -87,7 +88,11 @@ def _output_weights(network: CompressedNetwork, kernels: Sequence[Kernel]) -> di
     By kernel path, shape `(outputs,)`.
     """
     sums: dict[str, np.ndarray] = {}
-    for batch in network.train.pool[:_BATCHES]:
+    rows = 0
+    for batch in network.train.pool:
+        if rows >= _ROWS:
+            break
+        rows += len(tf.nest.flatten(batch[0])[0])
         with tf.GradientTape() as tape, _tapped(kernels, tape) as taps:
             loss = _loss(network.model, *batch)
         flat = [(path, tap) for path, found in taps.items() for tap in found]
