@@ -371,11 +371,10 @@ def _compress_known(options: argparse.Namespace) -> int:
     target = _target(options)
     if options.save_policy is not None:
         check_policy_path(options.save_policy, overwrite=options.overwrite)
-        if options.hierarchy or options.agent == "random":
-            search = "--hierarchy" if options.hierarchy else "--agent random"
+        if options.hierarchy:
             raise ArgumentError(
-                f"--save-policy cannot be used with {search}: there is no policy of one agent to "
-                "save. Leave one of the two out."
+                "--save-policy cannot be used with --hierarchy: of its two agents none can decide "
+                "alone. Leave one of the two out."
             )
     if options.loss is not None:
         _check_loss(options.loss)
