@@ -215,7 +215,7 @@ def test_proposals_keep_to_the_bytes(chosen, model):
     for storage in found:
         network = network_of(model, plain.target, KernelDecisions(storage, sizes=sizes))
         for plan in propose_all(network, (0.5,)):
-            assert sizes.plan_size(plan).raw <= plain.target.value
+            assert sizes.sizes.plan_size(plan).raw <= plain.target.value
 
 
 @pytest.mark.slow
