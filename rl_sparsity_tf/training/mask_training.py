@@ -301,7 +301,8 @@ def finetune(
     straight-through masks that learn. The teacher, usually the dense model, is not changed, and
     `distillation` is its share of the loss, from 0 to 1 (see
     [distilled][rl_sparsity_tf.training.distillation.distilled]). What went wrong is added to
-    `warnings` and goes to the log. The score is the validation score of what was kept.
+    `warnings` and goes to the log; an accuracy within its standard error is not wrong. The score is
+    the validation score of what was kept.
     """
     if learning_rate is None:
         learns = any(w.train_masks and w.mask == "straight_through" for w in wrappers_of(wrapped))
@@ -326,6 +327,9 @@ def finetune(
         if not failed:
             return score
         warning = warning or failed
+    if not keeper.told_apart:
+        _log.info("the fine-tuning brought nothing, so the weights from before it are kept")
+        return score
     _log.warning("%s", warning)
     if warnings is not None:
         warnings.append(warning)
@@ -380,7 +384,11 @@ def _moving(layer: Any) -> list[np.ndarray]:
 
 
 class _BestEpoch(keras.callbacks.Callback):
-    """Keeps the weights of the best epoch after the masks froze, and those from before them all."""
+    """Keeps the weights of the best epoch after the masks froze, and those from before them all.
+
+    Attributes:
+        told_apart: Whether the first weights were kept for more than a loss at the same accuracy.
+    """
 
     def __init__(
         self,
@@ -392,6 +400,7 @@ class _BestEpoch(keras.callbacks.Callback):
         super().__init__()
         self._evaluator, self._validation, self._masks = evaluator, validation, masks
         self._statistics = statistics
+        self.told_apart = False
         self._before: tuple[Score, list[np.ndarray]] | None = None
         self._best: tuple[Score, list[np.ndarray]] | None = None
 
@@ -432,10 +441,14 @@ class _BestEpoch(keras.callbacks.Callback):
         """Whether a score is worse than the first; accuracies alike are told apart by the loss."""
         if not _is_finite(first) or not _is_finite(score):
             return _is_finite(first)
-        margin = self._evaluator.metric.margin(first.metric, count_rows(self._validation))
-        if abs(score.metric - first.metric) <= margin:
+        if self._alike(score, first):
             return score.loss > first.loss
         return self._improves(first, score)
+
+    def _alike(self, score: Score, first: Score) -> bool:
+        metric = self._evaluator.metric
+        margin = metric.margin(first.metric, count_rows(self._validation))
+        return metric.is_accuracy and abs(score.metric - first.metric) <= margin
 
     def restore(self) -> tuple[Score, str]:
         """Sets the best weights; returns their score, and what to say if they are the first."""
@@ -448,6 +461,7 @@ class _BestEpoch(keras.callbacks.Callback):
             self._evaluator.model.set_weights(weights)
             return score, ""
         self._evaluator.model.set_weights(kept)
+        self.told_apart = not self._alike(score, first)
         name = self._evaluator.metric.name
         figures = "" if name == "loss" else f", {name} {first.metric:.4g} -> {score.metric:.4g}"
         return first, (

@@ -483,6 +483,7 @@ def test_a_training_that_fails_is_tried_again_more_slowly():
 
 
 NAN = float("nan")
+ALIKE = (0.89, 0.91)
 
 
 @pytest.mark.parametrize(
@@ -503,6 +504,9 @@ def test_a_training_is_worse_beyond_the_standard_error(name, after, worse):
     rows = [((np.zeros((60, 1)),), None), ((np.zeros((40, 1)),), None)]
     keeper = _BestEpoch(evaluator, rows, None, None)
     assert keeper._worse(Score(*after), Score(0.9, 2.0)) == worse
+    assert keeper._alike(Score(*after), Score(0.9, 2.0)) == (
+        name == "accuracy" and after[0] in ALIKE
+    )
     assert not keeper._worse(Score(*after), Score(NAN, NAN))
 
 
