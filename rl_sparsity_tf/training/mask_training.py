@@ -294,7 +294,8 @@ def finetune(
 
     Where validation data says that the training made the model worse, or nothing finite came out
     of it, it is trained again from the start at a tenth of the learning rate; where that is no
-    better either, what is kept is the model from before it.
+    better either, what is kept is the model from before it, as where only a loss is worse at the
+    same accuracy.
 
     The model is wrapped with `train_masks=True` and trained in place; 0 epochs leave it as it is.
     The learning rate is Adam's first, which falls to 0 as a cosine: by default 2e-3, and 1e-3 for
@@ -326,10 +327,10 @@ def finetune(
         score, failed = keeper.restore()
         if not failed:
             return score
+        if not keeper.told_apart:
+            _log.info("the fine-tuning brought nothing, so the weights from before it are kept")
+            return score
         warning = warning or failed
-    if not keeper.told_apart:
-        _log.info("the fine-tuning brought nothing, so the weights from before it are kept")
-        return score
     _log.warning("%s", warning)
     if warnings is not None:
         warnings.append(warning)
