@@ -300,10 +300,9 @@ class CompressedNetwork:
             return self.outcome
         digest = self._digest()
         if digest not in self._known:
-            self._recover()
-            self._known[digest] = self.evaluate()
             # What is seen of the network does not depend on whether its plan was new.
-            self._undo_recovery()
+            with self.recovered():
+                self._known[digest] = self.evaluate()
         self.seen.add(digest)
         self.outcome = retargeted(self, self._known[digest])
         return self.outcome
