@@ -33,6 +33,7 @@ from rl_sparsity_tf.agents.demonstrations import proposals
 from rl_sparsity_tf.allocation import ranking
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
+from rl_sparsity_tf.environment.reranking import SCHEDULE
 from rl_sparsity_tf.errors import FileExistsRLSparsityError
 from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.search.episodes import LoopSettings
@@ -452,8 +453,9 @@ def test_with_least_squares_the_best_plan_of_all_is_returned_and_rewards_add_up_
     best = loop.run(6, Watch(loop, network))
     for entry, sums in zip(loop.history, learned, strict=True):
         assert sums == [pytest.approx(entry["reward"])] * 2  # one per kernel
-    # One evaluation per episode at most, and those of the heuristics' plans.
-    assert loop.evaluations <= 6 + len(ranking.HEURISTICS) + 3
+    # One evaluation per episode at most, those of the heuristics' plans, and the finalists' kernels
+    # ranked anew.
+    assert loop.evaluations <= 6 + len(ranking.HEURISTICS) + 3 + len(SCHEDULE)
     assert best.value >= max(entry["reward"] for entry in loop.history)
     plans = [plan for _, plan in [*proposals(network)]]
     values = [rls.Reward()(evaluate_plan(network, plan), None) for plan in plans]
