@@ -97,6 +97,8 @@ class Candidate:
             weights[path] = [arrays[f"weights:{index}:{old}"] for index in range(len(wanted))]
             if [(value.shape, value.dtype) for value in weights[path]] != wanted:
                 raise ValueError(f"it has other weights for {path!r} than the model")
+            if not all(np.isfinite(value).all() for value in weights[path]):
+                raise ValueError(f"it has weights for {path!r} that are not finite")
         names = [field.name for field in dataclasses.fields(Outcome)]
         figures: dict[str, Any] = dict(zip(names, arrays["outcome"].tolist(), strict=True))
         if math.isnan(figures["progress"]):  # as None is saved

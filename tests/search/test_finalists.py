@@ -1,9 +1,15 @@
 """The plans that are fine-tuned at the end: the best of every proposer."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from tiny_search import SPARSITY, TRAIN, VALIDATION, trained
 
+import rl_sparsity_tf as rls
+from rl_sparsity_tf.data.batches import evaluation_data, training_data
 from rl_sparsity_tf.environment.candidates import Candidate, Finalists
+from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reward import Outcome
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan, KernelPlan
@@ -96,3 +102,59 @@ def test_nothing_is_the_best_of_nothing():
 def test_those_to_begin_with_are_kept():
     finalists = Finalists(2, [candidate(0.2, "a", 1), candidate(0.3, "b", 2)])
     assert [one.proposed_by for one in finalists] == ["b", "a"]
+
+
+# ---------------------------------------------------------------------------- saved and read
+
+
+@pytest.fixture(scope="module")
+def saved():
+    """A network, and the arrays of a candidate of its own."""
+    model = trained()
+    network = CompressedNetwork(
+        model,
+        training_data(TRAIN, model, batch_size=32),
+        evaluation_data(VALIDATION, model, "validation_data"),
+        target=rls.Target(sparsity=SPARSITY),
+    )
+    evaluate_plan(network, rls.baselines.lamp(model, sparsity=SPARSITY))
+    return network, Candidate.of(network, 0.5, 2, "dqn").to_arrays()
+
+
+def test_a_candidate_is_read_as_it_was_saved(saved):
+    network, arrays = saved
+    found = Candidate.from_arrays(arrays, network)
+    again = found.to_arrays()
+    assert set(again) == set(arrays)
+    assert all(again[name].tobytes() == array.tobytes() for name, array in arrays.items())
+    assert (found.value, found.episode, found.proposed_by) == (0.5, 2, "dqn")
+    assert dataclasses.asdict(found.outcome) == dataclasses.asdict(network.outcome)
+
+
+WRONG = {
+    "the value": (lambda a: a | {"value": np.array(1.5)}, r"the value 1\.5, which is not in \[-1"),
+    "a layer less": (
+        lambda a: a | {"layers": a["layers"][:-1]},
+        "the weights of 1 layers, not of 2",
+    ),
+    "a shape": (
+        lambda a: a | {"weights:0:first": a["weights:0:first"][:, :-1]},
+        "other weights for 'first' than the model",
+    ),
+    "no number": (
+        lambda a: a | {"weights:0:last": np.full_like(a["weights:0:last"], np.nan)},
+        "weights for 'last' that are not finite",
+    ),
+    "infinite": (
+        lambda a: a | {"weights:1:last": np.full_like(a["weights:1:last"], np.inf)},
+        "weights for 'last' that are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_no_candidate_of_the_network_is_refused(saved, what):
+    network, arrays = saved
+    change, message = WRONG[what]
+    with pytest.raises(ValueError, match=message):
+        Candidate.from_arrays(change(dict(arrays)), network)
