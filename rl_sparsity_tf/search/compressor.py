@@ -371,6 +371,12 @@ class Compressor:
         model = unrolled_copy(self.model) if options.unroll else self.model
         # A shuffled dataset's order also depends on the global seed at the time it is made.
         tf.random.set_seed(self.seed)
+        rows, batch_size = as_rows(train, "train", options.batch_size)
+        weights = options.class_weight
+        data = training_data(
+            rows, model, batch_size=batch_size, seed=self.seed, class_weight=weights
+        )
+        check_repeatable(model, data.pool[0][0])
         if self.shuffle == "channels":
             model = permute_channels(
                 model,
@@ -379,12 +385,6 @@ class Compressor:
                 seed=self.seed,
                 exclude=tuple(self.selection.left),
             )
-        rows, batch_size = as_rows(train, "train", options.batch_size)
-        weights = options.class_weight
-        data = training_data(
-            rows, model, batch_size=batch_size, seed=self.seed, class_weight=weights
-        )
-        check_repeatable(model, data.pool[0][0])
         validation = evaluation_data(validation_data, model, "validation_data")
         test = None if test_data is None else evaluation_data(test_data, model, "test_data")
         return _Prepared(

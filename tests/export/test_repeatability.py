@@ -141,6 +141,9 @@ def test_it_is_refused_before_any_work(tmp_path):
         "search": lambda: rls.Compressor(
             model, rls.Target(sparsity=0.5), directory=tmp_path / "run"
         ).search(data, data, episodes=1, verbose=0),
+        "a search of permuted channels": lambda: rls.Compressor(
+            model, rls.Target(sparsity=0.5), group="block4", shuffle="channels"
+        ).search(data, data, episodes=1, verbose=0),
         "dynamic programming": lambda: rls.baselines.dynamic_programming(model, data, sparsity=0.5),
         "hill climbing": lambda: rls.baselines.hill_climbing(
             model, data, sparsity=0.5, validation_data=data
