@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -50,10 +50,16 @@ class PlanSpace:
         ]
         self._pruned = network.budget.wanted
 
-    def prefer(self, live: Sequence[np.ndarray]) -> None:
-        """Ranks some groups above the others; within both, magnitude decides."""
-        for index, alive in enumerate(live):
-            order = np.argsort(self._saliency[index], axis=None, kind="stable")
+    def prefer(
+        self, live: Sequence[np.ndarray], saliency: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Ranks some groups above the others; within both, saliency decides.
+
+        Of the kernels of some paths it can be given, with the shape of their groups.
+        """
+        for index, (kernel, alive) in enumerate(zip(self._network.kernels, live, strict=True)):
+            mine = (saliency or {}).get(kernel.path, self._saliency[index])
+            order = np.argsort(mine, axis=None, kind="stable")
             rank = np.empty(order.size)
             rank[order] = np.arange(order.size)
             self._saliency[index] = rank.reshape(alive.shape) + alive * order.size

@@ -14,9 +14,8 @@ moments in powers that say how far they are trusted. As many groups live as befo
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,35 +50,98 @@ def can_rerank(network: CompressedNetwork) -> bool:
     return fitted and not own_step
 
 
-def reranked(network: CompressedNetwork, alpha: float, beta: float) -> CompressionPlan:
-    """The plan that a network was evaluated with last, its kernels' masks ranked anew.
+class Context:
+    """What the weights of a network matter in the plan that it was evaluated with last.
 
-    Kernels that are not fitted stay as they are, and so do those with shuffled groups. The network
-    is left as it was.
+    It is of the moment it is made in; the network is left as it was.
+
+    Attributes:
+        operations: The plan's operations, by kernel path.
     """
-    operations = {path: value.copy() for path, value in network.operations.items()}
-    with network.recovered() as squares:
-        energies = {k.path: squares.input_energy(k.path) for k in network.kernels}
-        fitted = [kernel for kernel in network.kernels if energies[kernel.path] is not None]
-        weights = _output_weights(network, fitted)
-        for kernel in fitted:
-            present, energy = operations[kernel.path], energies[kernel.path]
-            if kernel.path not in weights or energy is None:
-                continue
-            live = present != Operation.PRUNE
-            if (present == Operation.SHUFFLE).any() or live.all() or not live.any():
-                continue
-            inputs = np.power(energy / max(float(energy.mean()), 1e-30), beta)
-            outputs = np.power(weights[kernel.path] + _LEAST_WEIGHT, alpha)
-            salient = np.square(kernel.matrix(), dtype=np.float64) * inputs * outputs
-            grouping = network.groupings[kernel.path]
-            scores = grouping.sum_numpy(salient) / grouping.sizes
-            chosen = largest_alike(scores, live, grouping)
-            # What comes back is stored as most of the kernel is.
-            usual = survivors(kernel, bool((present == Operation.QUANTIZE).any()))
-            new = np.where(chosen, np.where(live, present, usual), Operation.PRUNE)
-            operations[kernel.path] = new.astype(np.uint8)
-    return network.storage.plan(network.kernels, list(operations.values()))
+
+    def __init__(self, network: CompressedNetwork):
+        self._network = network
+        self.operations = {path: value.copy() for path, value in network.operations.items()}
+        self._weights: dict[str, np.ndarray] = {}
+        self._usual: dict[str, Operation] = {}
+        with network.recovered() as squares:
+            found = {k.path: squares.input_energy(k.path) for k in network.kernels}
+            energies = {path: energy for path, energy in found.items() if energy is not None}
+            fitted = [kernel for kernel in network.kernels if kernel.path in energies]
+            weights = _output_weights(network, fitted)
+            self._outputs = {k.path: weights[k.path] for k in fitted if k.path in weights}
+            self._inputs = {path: energies[path] for path in self._outputs}
+            for kernel in fitted:
+                if kernel.path not in self._outputs:
+                    continue
+                self._weights[kernel.path] = np.array(kernel.matrix())
+                integers = (self.operations[kernel.path] == Operation.QUANTIZE).any()
+                self._usual[kernel.path] = survivors(kernel, bool(integers))
+
+    @property
+    def paths(self) -> list[str]:
+        """Of the kernels that can be ranked: fitted, and without shuffled groups."""
+        return [p for p in self._outputs if not (self.operations[p] == Operation.SHUFFLE).any()]
+
+    def scores(self, path: str, alpha: float, beta: float) -> np.ndarray:
+        """What a kernel's groups matter per weight, with the shape of its groups."""
+        energy = self._inputs[path]
+        inputs = np.power(energy / max(float(energy.mean()), 1e-30), beta)
+        outputs = np.power(self._outputs[path] + _LEAST_WEIGHT, alpha)
+        grouping = self._network.groupings[path]
+        squares = np.square(self._weights[path], dtype=np.float64)
+        return grouping.sum_numpy(squares * inputs * outputs) / grouping.sizes
+
+    def ranked(self, path: str, alpha: float, beta: float) -> np.ndarray:
+        """A kernel's operations when as many groups live as before, those that matter most.
+
+        What comes back is stored as most of the kernel is.
+        """
+        present = self.operations[path]
+        live = present != Operation.PRUNE
+        if live.all() or not live.any():
+            return present
+        grouping = self._network.groupings[path]
+        chosen = largest_alike(self.scores(path, alpha, beta), live, grouping)
+        new = np.where(chosen, np.where(live, present, self._usual[path]), Operation.PRUNE)
+        return new.astype(np.uint8)
+
+    def plan(
+        self, alpha: float, beta: float, paths: Sequence[str] | None = None
+    ) -> CompressionPlan:
+        """The plan with the kernels of some paths, by default all, ranked anew."""
+        chosen = self.paths if paths is None else [path for path in self.paths if path in paths]
+        operations = dict(self.operations)
+        operations |= {path: self.ranked(path, alpha, beta) for path in chosen}
+        return self._network.storage.plan(self._network.kernels, list(operations.values()))
+
+
+def rank_anew(
+    network: CompressedNetwork,
+    restore: Callable[[], object],
+    improves: Callable[[CompressionPlan], bool],
+    most: int = len(SCHEDULE),
+) -> None:
+    """Ranks all kernels of the best plan anew, as long as that makes it better.
+
+    A ranking that was no better is not tried a second time.
+
+    Args:
+        network: That is ranked.
+        restore: Evaluates the best plan, so that the network is fitted to it.
+        improves: Evaluates a plan, and says whether it is the best now.
+        most: Plans that are evaluated at most.
+    """
+    failed: set[tuple[float, float]] = set()
+    fitted, tried = False, 0
+    for powers in SCHEDULE:
+        if powers in failed or tried == most:
+            continue
+        if not fitted:
+            restore()
+        fitted, tried = improves(Context(network).plan(*powers)), tried + 1
+        if not fitted:
+            failed.add(powers)
 
 
 def _output_weights(network: CompressedNetwork, kernels: Sequence[Kernel]) -> dict[str, np.ndarray]:
@@ -136,25 +198,3 @@ def _tapped(
     finally:
         for path, activation in before.items():
             layers[path].activation = activation
-
-
-@dataclasses.dataclass
-class Rounds:
-    """Which rankings are tried in turn: one that was no better is not tried a second time.
-
-    Example:
-        >>> for powers in (rounds := Rounds()):
-        ...     rounds.better = improves(reranked(network, *powers))
-    """
-
-    better: bool = True
-
-    def __iter__(self) -> Iterator[tuple[float, float]]:
-        failed: set[tuple[float, float]] = set()
-        for powers in SCHEDULE:
-            if powers in failed:
-                continue
-            self.better = False
-            yield powers
-            if not self.better:
-                failed.add(powers)

@@ -37,7 +37,7 @@ from rl_sparsity_tf.environment.candidates import (
 )
 from rl_sparsity_tf.environment.curriculum import Stage
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
-from rl_sparsity_tf.environment.reranking import Rounds, can_rerank, reranked
+from rl_sparsity_tf.environment.reranking import can_rerank, rank_anew
 from rl_sparsity_tf.environment.reward import bounded
 from rl_sparsity_tf.errors import ArgumentError, RunError, SearchInterrupted, one_line
 from rl_sparsity_tf.layers.operations import Operation
@@ -206,21 +206,27 @@ class SearchLoop:
         if not can_rerank(network):
             return
         progress.say("ranking the weights of the best plans anew")
-        steps = self.settings.buckets * network.recovery.steps
         for one in list(self.finalists):
-            best = one
+            self._rerank_one(one)
+
+    def _rerank_one(self, one: Candidate) -> None:
+        network, best = self._network, one
+        steps = self.settings.buckets * network.recovery.steps
+
+        def restore() -> None:
             evaluate_plan(network, best.plan, steps)
-            for powers in (rounds := Rounds()):
-                plan = reranked(network, *powers)
-                outcome = evaluate_plan(network, plan, steps)
-                value = bounded(self.settings.reward, outcome, None)
-                rounds.better = is_better(value, outcome, best)
-                if rounds.better:
-                    best = Candidate.of(network, value, one.episode, one.proposed_by)
-                else:
-                    evaluate_plan(network, best.plan, steps)
-            if best is not one:
-                self.finalists.add(best)
+
+        def improves(plan: CompressionPlan) -> bool:
+            nonlocal best
+            outcome = evaluate_plan(network, plan, steps)
+            value = bounded(self.settings.reward, outcome, None)
+            if better := is_better(value, outcome, best):
+                best = Candidate.of(network, value, one.episode, one.proposed_by)
+            return better
+
+        rank_anew(network, restore, improves)
+        if best is not one:
+            self.finalists.add(best)
 
     @property
     def network(self) -> CompressedNetwork:

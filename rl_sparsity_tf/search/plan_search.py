@@ -1,4 +1,4 @@
-"""Searches that learn nothing: random densities, and hill climbing from a heuristic's plan.
+"""Searches that learn nothing: random densities, and hill climbing from one plan to better ones.
 
 What a learned policy has to beat, at the same number of evaluated plans, on the same network, with
 the same recovery and reward.
@@ -20,8 +20,9 @@ from rl_sparsity_tf.checks import check_count
 from rl_sparsity_tf.console import without_traces
 from rl_sparsity_tf.data.batches import evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data.forms import as_rows
+from rl_sparsity_tf.environment.moves import BETAS, Move, Neighbours
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
-from rl_sparsity_tf.environment.reranking import SCHEDULE, Rounds, can_rerank, reranked
+from rl_sparsity_tf.environment.reranking import SCHEDULE, can_rerank, rank_anew
 from rl_sparsity_tf.environment.reward import Outcome, Reward, RewardFunction, bounded
 from rl_sparsity_tf.errors import ArgumentError, DataError, PlanError
 from rl_sparsity_tf.export.verification import check_repeatable
@@ -37,6 +38,10 @@ from rl_sparsity_tf.training.recovery import Recovery, as_recovery
 _PATIENCE = 200
 # As the search has it.
 _DECISIONS = 8
+# Of the moves by chance, those that rank all kernels anew.
+_RANK_ALL = 0.15
+# The factors by which they make a kernel denser or sparser.
+_LEAST_STEP, _MOST_STEP = 1.05, 2.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,10 +147,12 @@ def hill_climbing(
     include: Patterns | None = None,
     exclude: Patterns | None = None,
 ) -> CompressionPlan:
-    """Moves density between two kernels at a time, and keeps what improves the reward.
+    """Changes one thing of a plan at a time, and keeps what improves the reward.
 
-    The last evaluations, four or a quarter of all, rank the best plan's masks anew in the network
-    that was fitted to it, where that can be done.
+    All kernels are ranked anew first, in the network that was fitted to the plan, up to four times:
+    `evaluations=5` does no more than that. Then chance decides: a kernel is ranked anew, all of
+    them are, or one becomes denser or sparser, which the others pay for or gain from. Where nothing
+    is fitted in closed form, and for whole channels, density moves between two kernels at a time.
 
     Args:
         model: A built and compiled `tf_keras` model. It is not changed.
@@ -170,6 +177,15 @@ def hill_climbing(
     Example:
         >>> plan = rls.baselines.hill_climbing(
         ...     model, (x, y), sparsity=0.9, validation_data=(x_val, y_val)
+        ... )
+
+        The plan of [dynamic_programming][rl_sparsity_tf.baselines.dynamic_programming], its masks
+        decided anew in context:
+
+        >>> plan = rls.baselines.dynamic_programming(model, (x, y), sparsity=0.9)
+        >>> plan = rls.baselines.hill_climbing(
+        ...     model, (x, y), sparsity=0.9, validation_data=(x_val, y_val),
+        ...     start=plan, evaluations=5,
         ... )
     """
     request = PlanRequest.of(
@@ -210,7 +226,7 @@ def search_randomly(
     """
     rng = np.random.default_rng([seed, 1])
     space = PlanSpace(network, quantize)
-    trials = _Trials(network, reward, evaluations, steps)
+    trials = _Trials(network, reward, evaluations, steps, min(len(SCHEDULE), evaluations // 4))
     while trials.go_on():
         trials.run(space.plan(random_ratios(rng, len(network.kernels))))
     return trials.found()
@@ -242,6 +258,8 @@ def climb(
         live = space.live(space.scores(shares(live)))
     trials = _Trials(network, reward, evaluations, steps)
     trials.run(space.plan_of(live))
+    if can_rerank(network):
+        return _improved(trials, network, quantize, rng)
     densities = shares(live)
     # Within a kernel LAMP's order is that of magnitudes, so that densities say all of a plan.
     while trials.go_on() and len(densities) > 1:
@@ -252,19 +270,47 @@ def climb(
     return trials.found()
 
 
+def _improved(
+    trials: _Trials, network: CompressedNetwork, quantize: bool, rng: np.random.Generator
+) -> FoundPlan:
+    """Takes moves from the plan just evaluated: all kernels ranked anew first, then by chance."""
+    near = Neighbours(network, quantize)
+    kernels = [kernel.path for kernel in network.kernels]
+    first = [Move("rank", None, beta) for _, beta in SCHEDULE]
+    while trials.go_on():
+        if first:
+            move = first.pop(0)
+        elif rng.random() < _RANK_ALL:
+            move = Move("rank", None, float(rng.choice(BETAS)))
+        else:
+            by_kernel = [moves for kernel in kernels if (moves := near.moves(kernel))]
+            if not by_kernel:
+                break
+            moves = by_kernel[int(rng.integers(len(by_kernel)))]
+            factor = float(np.exp(rng.uniform(np.log(_LEAST_STEP), np.log(_MOST_STEP))))
+            move = dataclasses.replace(moves[int(rng.integers(len(moves)))], factor=factor)
+        if trials.run(near.plan(move)):
+            near.renew()
+    return trials.found()
+
+
 class _Trials:
     """Evaluates plans, each once, and remembers the best.
 
-    A quarter of the evaluations at most, at the end, goes to masks that are ranked anew.
+    The last evaluations, as many as are reserved, go to masks that are ranked anew.
     """
 
     def __init__(
-        self, network: CompressedNetwork, reward: RewardFunction, evaluations: int, steps: int
+        self,
+        network: CompressedNetwork,
+        reward: RewardFunction,
+        evaluations: int,
+        steps: int,
+        reserved: int = 0,
     ):
         self._network, self._reward = network, reward
         self._evaluations, self._steps = evaluations, steps
-        rounds = min(len(SCHEDULE), evaluations // 4)
-        self._reserved = rounds if can_rerank(network) else 0
+        self._reserved = reserved if can_rerank(network) else 0
         self._seen: set[str] = set()
         self._repeated = 0
         self._best: tuple[float, Outcome, CompressionPlan] | None = None
@@ -307,12 +353,12 @@ class _Trials:
     def _rerank(self) -> None:
         """Decides anew which groups of the best plan's kernels live, as long as that is better."""
         repeated, steps = self._repeated, self._steps * self._network.recovery.steps
-        for powers in (rounds := Rounds()):
-            if len(self._history) >= self._evaluations:
-                break
+
+        def restore() -> None:
             assert self._best is not None
             evaluate_plan(self._network, self._best[2], steps)
-            rounds.better = self.run(reranked(self._network, *powers))
+
+        rank_anew(self._network, restore, self.run, self._evaluations - len(self._history))
         self._repeated = repeated
 
     def found(self) -> FoundPlan:

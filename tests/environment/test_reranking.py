@@ -9,13 +9,14 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
 from rl_sparsity_tf.data.datasets import load_digits_data
+from rl_sparsity_tf.environment import reranking
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reranking import (
     SCHEDULE,
-    Rounds,
+    Context,
     _output_weights,
     can_rerank,
-    reranked,
+    rank_anew,
 )
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.search.plan_search import climb, search_randomly
@@ -64,15 +65,15 @@ def test_ranking_anew_is_better_and_prunes_as_much(digits, group):
     plan = rls.baselines.lamp(model, sparsity=SPARSITY, group=group)
     assert can_rerank(network)
     first = best = evaluate_plan(network, plan)
-    for powers in (rounds := Rounds()):
-        evaluate_plan(network, plan)
-        weights = network.model.get_weights()
-        new = reranked(network, *powers)
-        assert network.plan == plan  # it is left as it was
-        for one, other in zip(network.model.get_weights(), weights, strict=True):
-            np.testing.assert_array_equal(one, other)
+    last = plan
+
+    def restore():
+        evaluate_plan(network, last)
+
+    def improves(new):
+        nonlocal last, best
         for path, entry in new.kernels.items():
-            old = plan.kernels[path].operations
+            old = last.kernels[path].operations
             assert np.count_nonzero(entry.operations == Operation.PRUNE) == np.count_nonzero(
                 old == Operation.PRUNE
             )
@@ -80,10 +81,32 @@ def test_ranking_anew_is_better_and_prunes_as_much(digits, group):
             np.testing.assert_array_equal(entry.operations[both], old[both])
         outcome = evaluate_plan(network, new)
         assert outcome.sparsity == pytest.approx(first.sparsity, abs=2e-3)
-        rounds.better = outcome.loss < best.loss
-        if rounds.better:
-            plan, best = new, outcome
+        better = outcome.loss < best.loss
+        if better:
+            last, best = new, outcome
+        return better
+
+    rank_anew(network, restore, improves)
     assert best.loss < 0.9 * first.loss
+
+
+def test_looking_at_a_network_leaves_it_as_it_was(digits):
+    model, data = digits
+    network = network_of(model, data.x_train, data.y_train, sparsity=SPARSITY)
+    plan = rls.baselines.lamp(model, sparsity=SPARSITY)
+    evaluate_plan(network, plan)
+    weights = network.model.get_weights()
+    context = Context(network)
+    context.plan(0.5, 0.5)
+    assert network.plan == plan
+    for one, other in zip(network.model.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+    # A single kernel is ranked as it is among all.
+    path = context.paths[1]
+    one, all_of_them = context.plan(0.5, 0.5, [path]), context.plan(0.5, 0.5)
+    assert one.kernels[path] == all_of_them.kernels[path] != plan.kernels[path]
+    for other in set(plan.kernels) - {path}:
+        assert one.kernels[other] == plan.kernels[other]
 
 
 def test_outputs_weigh_what_their_gradients_say():
@@ -135,28 +158,40 @@ def test_what_cannot_be_ranked_anew_is_left_alone():
     for path, operations in shuffled.items():
         network.assign(path, operations.astype(np.uint8))
     network.finish(evaluated=False)
-    assert reranked(network, 0.5, 1.0) == network.plan
+    assert Context(network).plan(0.5, 1.0) == network.plan
 
 
-def test_a_ranking_that_was_no_better_is_not_tried_twice():
-    tried = []
-    for powers in Rounds():
+@pytest.mark.parametrize("better", [True, False])
+@pytest.mark.parametrize("most", [0, 1, 3, 9])
+def test_a_ranking_that_was_no_better_is_not_tried_twice(most, better, monkeypatch):
+    tried, restored = [], []
+
+    class Asked:
+        def __init__(self, network):
+            assert network == "network"
+
+        def plan(self, *powers):
+            return powers
+
+    def improves(powers):
         tried.append(powers)
-    assert tried == list(dict.fromkeys(SCHEDULE))
-    tried = []
-    for powers in (rounds := Rounds()):
-        tried.append(powers)
-        rounds.better = True
-    assert tried == list(SCHEDULE)
+        return better
+
+    monkeypatch.setattr(reranking, "Context", Asked)
+    rank_anew("network", lambda: restored.append(None), improves, most)
+    assert tried == [*(SCHEDULE if better else dict.fromkeys(SCHEDULE))][:most]
+    # The network is fitted to the best plan already if that was the last to be evaluated.
+    assert len(restored) == (min(1, most) if better else len(tried))
 
 
 @pytest.mark.parametrize("search", [search_randomly, climb])
 def test_searches_without_an_agent_rank_anew_within_their_evaluations(digits, search):
     model, data = digits
     network = network_of(model, data.x_train, data.y_train, sparsity=0.9)
-    few, more = (search(network, rls.Reward(), evaluations) for evaluations in (3, 4))
-    assert (few.evaluations, more.evaluations) == (3, 4)
-    # The fourth ranks the best of three anew.
+    before, after = (1, 2) if search is climb else (3, 4)
+    few, more = (search(network, rls.Reward(), evaluations) for evaluations in (before, after))
+    assert (few.evaluations, more.evaluations) == (before, after)
+    # The last one ranks the best before it anew.
     assert more.outcome.loss < few.outcome.loss
     live = [
         {path: np.count_nonzero(one.operations == Operation.PRUNE) for path, one in plan}
