@@ -116,6 +116,26 @@ class Context:
         return self._network.storage.plan(self._network.kernels, list(operations.values()))
 
 
+def ranked_as_trained(network: CompressedNetwork, plan: CompressionPlan) -> CompressionPlan:
+    """The plan with as many groups in every kernel, those of largest trained weights.
+
+    Kernels with shuffled groups stay as they are. The plan is one of the network's.
+    """
+    operations = []
+    for kernel in network.kernels:
+        present, grouping = plan.kernels[kernel.path].operations, network.groupings[kernel.path]
+        live = present != Operation.PRUNE
+        if live.all() or not live.any() or (present == Operation.SHUFFLE).any():
+            operations.append(present)
+            continue
+        squares = np.square(network.originals[kernel.path], dtype=np.float64)
+        chosen = largest_alike(grouping.sum_numpy(squares) / grouping.sizes, live, grouping)
+        usual = survivors(kernel, bool((present == Operation.QUANTIZE).any()))
+        new = np.where(chosen, np.where(live, present, usual), Operation.PRUNE)
+        operations.append(new.astype(np.uint8))
+    return network.storage.plan(network.kernels, operations)
+
+
 def rank_anew(
     network: CompressedNetwork,
     restore: Callable[[], object],

@@ -28,8 +28,8 @@ from rl_sparsity_tf.export.verification import score_model, score_tflite
 from rl_sparsity_tf.files import scratch_folder
 from rl_sparsity_tf.layers.kernels import walk
 from rl_sparsity_tf.layers.plan import CompressionPlan
-from rl_sparsity_tf.search.final import Task, finish_candidate
-from rl_sparsity_tf.search.finishing import Finished
+from rl_sparsity_tf.search.final import finish_candidate
+from rl_sparsity_tf.search.finishing import Finished, Task
 from rl_sparsity_tf.search.run_directory import TRIALS, RunDirectory
 from rl_sparsity_tf.search.storage_choice import StorageChooser
 from rl_sparsity_tf.training.mask_training import FineTuning

@@ -35,7 +35,7 @@ from rl_sparsity_tf.layers.kernels import count_weights
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.wrapping import strip, wrap
 from rl_sparsity_tf.search.compressor import Compressor
-from rl_sparsity_tf.search.final import finish_candidate, share_to_keep, size_held
+from rl_sparsity_tf.search.final import play_final, share_to_keep, size_held
 from rl_sparsity_tf.search.finishing import Finished, export_what_holds
 from rl_sparsity_tf.search.loop import SearchLoop
 from rl_sparsity_tf.search.plan_search import FoundPlan, climb, search_randomly
@@ -261,8 +261,7 @@ class _Contenders:
 
     def _finish(self, name: str, candidate: Candidate) -> Finished:
         self._say(name)
-        tf.random.set_seed(self.compressor.seed)
-        return finish_candidate(self.search, candidate)
+        return play_final(self.search, [candidate], (), self.progress, seed=self.compressor.seed)[0]
 
     # ------------------------------------------------------------------ contenders that search
 

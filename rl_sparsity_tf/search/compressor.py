@@ -53,9 +53,9 @@ from rl_sparsity_tf.search.arguments import (
     table_for,
 )
 from rl_sparsity_tf.search.early_files import check_early, dense_files
-from rl_sparsity_tf.search.final import Task, play_final
+from rl_sparsity_tf.search.final import play_final
 from rl_sparsity_tf.search.fingerprints import describe, fingerprints_of, name_of
-from rl_sparsity_tf.search.finishing import Figures
+from rl_sparsity_tf.search.finishing import Figures, Task
 from rl_sparsity_tf.search.result import FinishedSearch, Result, build_metrics
 from rl_sparsity_tf.search.run_directory import RunDirectory, bytes_of, check_directory, check_free
 from rl_sparsity_tf.search.storage_choice import StorageChoice, StorageChooser

@@ -15,8 +15,13 @@ from rl_sparsity_tf.environment.candidates import Candidate
 from rl_sparsity_tf.errors import ExportError, VerificationError
 from rl_sparsity_tf.layers.kernels import count_weights
 from rl_sparsity_tf.layers.wrapping import strip, wrap
-from rl_sparsity_tf.search.final import Task
-from rl_sparsity_tf.search.finishing import Exported, Figures, export_and_score, export_dense_int8
+from rl_sparsity_tf.search.finishing import (
+    Exported,
+    Figures,
+    Task,
+    export_and_score,
+    export_dense_int8,
+)
 
 _log = logging.getLogger(__name__)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import cast
@@ -24,9 +23,9 @@ from rl_sparsity_tf.channels.units import element_plan, only_pruned
 from rl_sparsity_tf.channels.widths import widths_of
 from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.data.batches import count_rows
-from rl_sparsity_tf.data.metrics import Metric, Score
+from rl_sparsity_tf.data.metrics import Score
 from rl_sparsity_tf.environment.candidates import PROPOSED, Candidate
-from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
+from rl_sparsity_tf.environment.network import evaluate_plan
 from rl_sparsity_tf.environment.reward import Outcome
 from rl_sparsity_tf.errors import ExportError, TargetError
 from rl_sparsity_tf.export.export import export_tflite
@@ -38,14 +37,14 @@ from rl_sparsity_tf.layers.plan import CompressionPlan, KernelPlan
 from rl_sparsity_tf.layers.rules import prune_by_magnitude
 from rl_sparsity_tf.layers.wrapping import strip, wrap
 from rl_sparsity_tf.search.finishing import (
-    Figures,
     Finished,
     RemovedChannels,
+    Task,
     all_quantized,
     finish,
 )
+from rl_sparsity_tf.search.heats import run_heats, winner
 from rl_sparsity_tf.tflite.timing import Timing, benchmark_tflite
-from rl_sparsity_tf.training.mask_training import FineTuning
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ _LEAST = 0.1
 _LARGE_STEP = 0.7
 
 
-def finish_within(task: Task, candidate: Candidate) -> Finished:
+def finish_within(task: Task, candidate: Candidate, train_masks: bool = True) -> Finished:
     """Finishes a candidate, and if its file is too large, a more pruned form of it.
 
     The search keeps to the size by a model of it. Fine-tuning changes the weights, and with them
@@ -74,6 +73,7 @@ def finish_within(task: Task, candidate: Candidate) -> Finished:
             training=task.training,
             quantization=task.quantization,
             formats=formats_for(target),
+            train_masks=train_masks,
         )
         report = finished.exported.report
         # A file in another storage than was asked for has another size, whatever is pruned.
@@ -152,27 +152,11 @@ _EXTRA = 0.01
 _TIME_TOLERANCE = 0.02
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
-    """What a candidate is finished for.
-
-    Attributes:
-        model: The original model.
-        network: The network that was searched.
-        dense: The dense model's file in that quantization, once it was needed.
-    """
-
-    model: keras.Model
-    network: CompressedNetwork
-    figures: Figures
-    target: Target
-    training: FineTuning
-    quantization: str
-    dense: list[bytes] = dataclasses.field(default_factory=list)
-
-
 def finish_candidate(
-    task: Task, candidate: Candidate, others: Sequence[tuple[str, CompressionPlan]] = ()
+    task: Task,
+    candidate: Candidate,
+    others: Sequence[tuple[str, CompressionPlan]] = (),
+    train_masks: bool = True,
 ) -> Finished:
     """Fine-tunes and exports a candidate, whatever was decided on.
 
@@ -185,7 +169,7 @@ def finish_candidate(
     TargetError if the target is still missed after a few attempts to prune further.
     """
     if not isinstance(task.network.decisions, ChannelDecisions):
-        return finish_within(task, candidate)
+        return finish_within(task, candidate, train_masks)
     unmeasured = ""
     try:
         candidate, small, timing = _best_held(task, candidate, others)
@@ -402,10 +386,12 @@ def play_final(
     *,
     seed: int,
 ) -> tuple[Finished, Candidate]:
-    """Fine-tunes and exports every finalist, each from the same seed of TensorFlow's generator.
+    """Fine-tunes and exports the finalists, each from the same seed of TensorFlow's generator.
 
-    The finalists come the best first; of equal plans the first counts. `others` are plans to fall
-    back on, see [finish_candidate][rl_sparsity_tf.search.final.finish_candidate].
+    The finalists come the best first; of equal plans the first counts. Heats decide how they begin,
+    and which of them are trained to the end: see
+    [run_heats][rl_sparsity_tf.search.heats.run_heats]. `others` are plans to fall back on, see
+    [finish_candidate][rl_sparsity_tf.search.final.finish_candidate].
 
     Gives the finished model that is best on all of the validation data, and the candidate it was
     made of: see [winner][]. One that misses the target is out; one whose file failed, and is stored
@@ -414,16 +400,20 @@ def play_final(
     """
     found: list[tuple[Finished, Candidate]] = []
     missed: TargetError | None = None
-    plans: list[CompressionPlan] = []
-    for candidate in finalists:
-        if candidate.plan in plans:
-            continue
-        plans.append(candidate.plan)
-        what = "the best plan" if len(plans) == 1 else "another plan"
+    distinct: list[Candidate] = []
+    for one in finalists:
+        if all(one.plan != other.plan for other in distinct):
+            distinct.append(one)
+    starts, places = run_heats(task, distinct, progress, seed=seed)
+    for number, start in enumerate(starts):
+        if len(found) == places:
+            break
+        candidate = start.candidate
+        what = "another plan" if number else "the best plan"
         progress.say(f"fine-tuning {what} ({candidate.found_by}) and exporting it")
         tf.random.set_seed(seed)
         try:
-            finished = finish_candidate(task, candidate, others)
+            finished = finish_candidate(task, candidate, others, start.train_masks)
         except TargetError as error:
             missed = missed or error
             continue
@@ -475,28 +465,3 @@ def _shortfall(finished: Finished) -> int:
     """0 for the file that was asked for, 1 for one in another storage, 2 for none."""
     exported = finished.exported
     return 2 if exported.report is None else int(bool(exported.failure))
-
-
-def winner(scores: Sequence[Score], metric: Metric, rows: int) -> int:
-    """The place of the best of several scores on the same data, the first of equals.
-
-    An accuracy is a count of rows: what lies within its standard error of the best,
-    sqrt(p (1 - p) / rows), is not told apart by it, and the loss, which says more of every row,
-    decides. Of other metrics, only equal values are left to the loss.
-
-    Example:
-        >>> winner([Score(0.91, 0.4), Score(0.90, 0.3)], Metric("accuracy", True), rows=1000)
-        1
-    """
-    best = math.nan
-    for score in scores:
-        if math.isnan(best) or metric.better(score.metric, best):
-            best = score.metric
-    margin = metric.margin(best, rows)
-    near = [n for n, one in enumerate(scores) if abs(one.metric - best) <= margin]
-    # None is near where every metric is NaN.
-    return min(near or range(len(scores)), key=lambda n: (_number(scores[n].loss), n))
-
-
-def _number(loss: float) -> float:
-    return math.inf if math.isnan(loss) else loss

@@ -8,10 +8,12 @@ import logging
 import numpy as np
 import tf_keras as keras
 
+from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.data.batches import TrainingData, inputs_of
 from rl_sparsity_tf.data.checks import Batch
 from rl_sparsity_tf.data.metrics import Metric, Score
 from rl_sparsity_tf.environment.candidates import Candidate
+from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.errors import ExportError
 from rl_sparsity_tf.export.export import export_tflite
 from rl_sparsity_tf.export.report import ExportReport
@@ -113,6 +115,25 @@ class Figures:
         return tuple(part[:_REPRESENTATIVE_ROWS] for part in rows)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a candidate is finished for.
+
+    Attributes:
+        model: The original model.
+        network: The network that was searched.
+        dense: The dense model's file in that quantization, once it was needed.
+    """
+
+    model: keras.Model
+    network: CompressedNetwork
+    figures: Figures
+    target: Target
+    training: FineTuning
+    quantization: str
+    dense: list[bytes] = dataclasses.field(default_factory=list)
+
+
 def finish(
     model: keras.Model,
     candidate: Candidate,
@@ -122,29 +143,27 @@ def finish(
     quantization: str,
     formats: str = "dense",
     teacher: keras.Model | None = None,
+    train_masks: bool = True,
 ) -> Finished:
-    """Fine-tunes a candidate with learning masks, strips it and exports it.
+    """Fine-tunes a candidate, strips it and exports it.
 
-    The finished model's plan has the masks that were learned. What its file is where the one asked
-    for fails, see [export_what_holds][]. `formats` is whether tensors may be stored sparse, see
-    `export_tflite`; outputs are learned from the teacher, too, by default the model.
+    The finished model's plan has the masks that were learned, with `train_masks`; without they stay
+    as they are. What its file is where the one asked for fails, see [export_what_holds][].
+    `formats` is whether tensors may be stored sparse, see `export_tflite`; outputs are learned from
+    the teacher, too, by default the model.
     """
     warnings: list[str] = []
-    wrapped = wrap(model, candidate.plan, mask=training.mask, train_masks=True)
-    # Weights first, operations after: hard concrete logits and grids do not depend on them.
-    candidate.put_weights(wrapped)
-    clear_pruned(wrapped)
-    finetune(
-        wrapped,
-        figures.train,
-        figures.validation,
-        figures.metric,
-        epochs=training.epochs,
-        learning_rate=LEARNING_RATE,
-        teacher=model if teacher is None else teacher,
-        distillation=training.distillation,
+    wrapped, _ = trained(
+        model,
+        candidate,
+        figures,
+        training,
+        teacher=teacher,
+        train_masks=train_masks,
         warnings=warnings,
     )
+    for warning in warnings:
+        _log.warning("%s", warning)
     plan = _complete(plan_of(wrapped), candidate.plan)
     stripped = strip(wrapped)
     validation = score_model(stripped, figures.validation, figures.metric)
@@ -159,6 +178,36 @@ def finish(
         exported=exported,
         warnings=(*warnings, *filter(None, [exported.failure])),
     )
+
+
+def trained(
+    model: keras.Model,
+    candidate: Candidate,
+    figures: Figures,
+    training: FineTuning,
+    *,
+    teacher: keras.Model | None = None,
+    train_masks: bool = True,
+    warnings: list[str] | None = None,
+) -> tuple[keras.Model, Score]:
+    """A candidate's wrapped model after fine-tuning, and its score on the validation data."""
+    wrapped = wrap(model, candidate.plan, mask=training.mask, train_masks=train_masks)
+    # Weights first, operations after: hard concrete logits and grids do not depend on them.
+    candidate.put_weights(wrapped)
+    if train_masks:
+        clear_pruned(wrapped)
+    score = finetune(
+        wrapped,
+        figures.train,
+        figures.validation,
+        figures.metric,
+        epochs=training.epochs,
+        learning_rate=LEARNING_RATE,
+        teacher=model if teacher is None else teacher,
+        distillation=training.distillation,
+        warnings=warnings,
+    )
+    return wrapped, score
 
 
 def _complete(learned: CompressionPlan, planned: CompressionPlan) -> CompressionPlan:

@@ -30,8 +30,7 @@ from rl_sparsity_tf.layers.kernels import find_kernels, sparsity_of
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.search.early_files import DenseFiles
-from rl_sparsity_tf.search.final import Task
-from rl_sparsity_tf.search.finishing import Exported, Figures, Finished, RemovedChannels
+from rl_sparsity_tf.search.finishing import Exported, Figures, Finished, RemovedChannels, Task
 from rl_sparsity_tf.search.run_directory import RESULT_FILES, check_directory
 from rl_sparsity_tf.tflite.recipes import check_recipe_path, recipe_path, replacing_with_recipe
 

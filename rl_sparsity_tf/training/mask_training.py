@@ -302,7 +302,7 @@ def finetune(
     straight-through masks that learn. The teacher, usually the dense model, is not changed, and
     `distillation` is its share of the loss, from 0 to 1 (see
     [distilled][rl_sparsity_tf.training.distillation.distilled]). What went wrong is added to
-    `warnings` and goes to the log; an accuracy within its standard error is not wrong. The score is
+    `warnings`, or goes to the log; an accuracy within its standard error is not wrong. The score is
     the validation score of what was kept.
     """
     if learning_rate is None:
@@ -331,8 +331,9 @@ def finetune(
             _log.info("the fine-tuning brought nothing, so the weights from before it are kept")
             return score
         warning = warning or failed
-    _log.warning("%s", warning)
-    if warnings is not None:
+    if warnings is None:
+        _log.warning("%s", warning)
+    else:
         warnings.append(warning)
     return score
 

@@ -14,8 +14,9 @@ from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.data.metrics import Metric, Score
 from rl_sparsity_tf.errors import ArgumentError, TargetError
 from rl_sparsity_tf.search import final
-from rl_sparsity_tf.search.final import far_below, play_final, winner
+from rl_sparsity_tf.search.final import far_below, play_final
 from rl_sparsity_tf.search.finishing import Exported
+from rl_sparsity_tf.search.heats import winner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +33,18 @@ def candidate(name, plan=None):
     return SimpleNamespace(found_by=name, plan=plan or name)
 
 
+def task_of(figures, dense):
+    """Nothing is trained in it, so that there are no heats."""
+    network = SimpleNamespace(dense=dense, decisions=SimpleNamespace(group="element"))
+    training = SimpleNamespace(epochs=0)
+    return SimpleNamespace(figures=figures, model=object(), network=network, training=training)
+
+
 def played(monkeypatch, outcomes, higher=True, name="accuracy", rows=10_000):
     """Plays a final whose candidates come to given scores, or miss the target."""
     seen = []
 
-    def finish(task, one, others):
+    def finish(task, one, others, train_masks):
         seen.append(one.found_by)
         found = outcomes[one.found_by]
         if isinstance(found, Exception):
@@ -48,8 +56,7 @@ def played(monkeypatch, outcomes, higher=True, name="accuracy", rows=10_000):
         metric=Metric(name=name, higher_is_better=higher),
         validation=[((np.zeros((rows, 1)),), None)],
     )
-    network = SimpleNamespace(dense=Score(metric=0.0, loss=0.0))
-    task = SimpleNamespace(figures=figures, model=object(), network=network)
+    task = task_of(figures, Score(metric=0.0, loss=0.0))
     progress = SearchProgress(1, "accuracy", 0)
     finished, best = play_final(task, [candidate(n) for n in outcomes], [], progress, seed=0)
     assert seen == list(outcomes)
@@ -60,7 +67,7 @@ def played(monkeypatch, outcomes, higher=True, name="accuracy", rows=10_000):
 def test_equal_plans_are_fine_tuned_once(monkeypatch):
     seen = []
 
-    def finish(task, one, others):
+    def finish(task, one, others, train_masks):
         seen.append(one.found_by)
         return Ended(Score(metric=0.5, loss=1.0))
 
@@ -68,8 +75,7 @@ def test_equal_plans_are_fine_tuned_once(monkeypatch):
     data = [((np.zeros((1, 1)),), None)]
     figures = SimpleNamespace(metric=Metric("accuracy", True), validation=data)
     one, other, twin = candidate("a"), candidate("b"), candidate("c", plan="a")
-    network = SimpleNamespace(dense=Score(metric=0.5, loss=1.0))
-    task = SimpleNamespace(figures=figures, model=object(), network=network)
+    task = task_of(figures, Score(metric=0.5, loss=1.0))
     progress = SearchProgress(1, "accuracy", 0)
     _, best = play_final(task, [one, other, twin], [], progress, seed=0)
     assert seen == ["a", "b"]
@@ -139,8 +145,8 @@ def test_a_search_finishes_the_best_plans_of_several_proposers(monkeypatch):
     seen = []
     real = final.finish_candidate
 
-    def watched(task, one, others):
-        finished = real(task, one, others)
+    def watched(task, one, others, train_masks):
+        finished = real(task, one, others, train_masks)
         seen.append((one.proposed_by, finished.validation))
         return finished
 
