@@ -279,9 +279,10 @@ class Compressor:
             unroll: Compresses and exports the recurrent layers without a loop: their kernels can
                 then be stored as int8 and the file's batch size stays open, but the file grows
                 with the number of time steps, which has to be fixed.
-            finalists: How many plans are fine-tuned at the end, the best of every proposer: what
-                is best after a fit in closed form is not always best after the fine-tuning, so
-                the validation data decides among them; with `group="auto"` and two or more, the
+            finalists: How many plans go into the final, the best of every proposer: what is best
+                after a fit in closed form is not always best after the fine-tuning, so short
+                trainings decide who is trained to the end, and the validation data decides among
+                these; with `group="auto"` and two or more, the
                 plan of dynamic programming for single weights is one more. With a limit on the
                 accuracy's drop it is always one.
             dataset: Name of the data, for metrics.json.
