@@ -41,7 +41,7 @@ GROUND = {
     "version",
 }
 ROOF = {"__init__", "baselines", "cli", "demo"}
-FEWEST, MOST = 4, 15
+FEWEST, MOST = 4, 16
 LONGEST = 600
 # Imports that are still to be turned.
 EXCEPTIONS: set[tuple[str, str]] = set()
