@@ -8,13 +8,16 @@ a search does it, and then trained for the same epochs on the same batches in fi
 - `fixed`: from the fitted weights, with masks that stay, 2e-3;
 - `dense`: from the trained weights, learning masks, 1e-3;
 - `tfmot`: TFMOT's polynomial schedule to the same densities, layer by layer, from the trained
-  weights, Adam at 1e-3 with the same cosine.
+  weights, Adam at 1e-3 with the same cosine;
+- `search` (only if it is asked for): a whole search of 16 episodes instead of LAMP's densities, its
+  final trainings as long.
 
 All keep the best epoch by validation data, with batch-norm statistics estimated anew where that is
 better. Prints the figures on test data (mean and range over the seeds): accuracy, and the mean
 squared error of the autoencoder.
 
     python benchmarks/starts.py --seeds 3 --epochs 1 6
+    python benchmarks/starts.py --networks residual --epochs 30 --ways dense tfmot search
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ import tf_keras as keras  # isort: skip  (after the package, which asks for Kera
 
 layers = keras.layers
 WAYS = ("final", "behind", "fixed", "dense", "tfmot")
+SEARCH, EPISODES = "search", 16
 Rows = list[tuple[np.ndarray, np.ndarray]]
 
 
@@ -260,6 +264,30 @@ def run(
     }
 
 
+def searched(
+    network: CompressedNetwork,
+    model: keras.Model,
+    parts: Rows,
+    test: Any,
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+) -> dict[str, Any]:
+    """The result of a whole search with the network's target, on the same rows."""
+    compressor = rls.Compressor(model, target=network.target, seed=seed)
+    result = compressor.search(
+        parts[0],
+        validation_data=parts[1],
+        episodes=EPISODES,
+        finetune_epochs=epochs,
+        batch_size=batch_size,
+        verbose=0,
+    )
+    found = Evaluator(result.model, network.metric)(test).metric
+    return {"validation": result.metrics["compressed"]["validation_metric"], "test": found}
+
+
 def main() -> None:
     """Runs all cells, printing rows as they finish."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -267,6 +295,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0, help="to go on with more seeds")
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 6])
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS, SEARCH], default=list(WAYS))
     parser.add_argument("--rows", type=int, default=10_000, help="training rows at most")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--csv", type=Path, help="file to append rows to")
@@ -295,22 +324,30 @@ def main() -> None:
             dense = Evaluator(model, network.metric)(test).metric
             found.append({**base, "epochs": 0, "way": "trained", "validation": 0.0, "test": dense})
             for epochs in options.epochs:
-                for way in WAYS:
+                for way in options.ways:
                     row: dict[str, Any] = {**base, "epochs": epochs, "way": way}
-                    row |= run(
-                        *(way, model, candidate, data, validation, test, network, epochs, seed)
-                    )
+                    if way == SEARCH:
+                        row |= searched(
+                            *(network, model, parts, test),
+                            epochs=epochs,
+                            batch_size=options.batch_size,
+                            seed=seed,
+                        )
+                    else:
+                        row |= run(
+                            *(way, model, candidate, data, validation, test, network, epochs, seed)
+                        )
                     found.append(row)
                     print(row, file=sys.stderr, flush=True)
                     if options.csv:
                         append(options.csv, row)
-    report(found, options.epochs)
+    report(found, options.epochs, options.ways)
 
 
-def report(rows: list[dict[str, Any]], lengths: list[int]) -> None:
+def report(rows: list[dict[str, Any]], lengths: list[int], ways: list[str]) -> None:
     """Prints the rows as a table."""
-    print(f"| network | epochs | trained | {' | '.join(WAYS)} |")
-    print("|---" * (3 + len(WAYS)) + "|")
+    print(f"| network | epochs | trained | {' | '.join(ways)} |")
+    print("|---" * (3 + len(ways)) + "|")
 
     def shown(case: str, epochs: int, way: str) -> str:
         cell = (case, epochs, way)
@@ -323,8 +360,8 @@ def report(rows: list[dict[str, Any]], lengths: list[int]) -> None:
 
     for case in dict.fromkeys(row["network"] for row in rows):
         for epochs in lengths:
-            ways = [shown(case, epochs, way) for way in WAYS]
-            print(f"| {case} | {epochs} | {shown(case, 0, 'trained')} | {' | '.join(ways)} |")
+            cells = [shown(case, epochs, way) for way in ways]
+            print(f"| {case} | {epochs} | {shown(case, 0, 'trained')} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
