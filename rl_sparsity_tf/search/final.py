@@ -410,7 +410,7 @@ def play_final(
             break
         candidate = start.candidate
         what = "another plan" if number else "the best plan"
-        progress.say(f"fine-tuning {what} ({candidate.found_by}) and exporting it")
+        progress.say(f"fine-tuning {what} ({start}) and exporting it")
         tf.random.set_seed(seed)
         try:
             finished = finish_candidate(task, candidate, others, start.train_masks)

@@ -37,10 +37,19 @@ class Start:
     Attributes:
         candidate: The plan, and the weights that were fitted to it.
         train_masks: Whether its masks learn.
+        as_trained: Whether its masks are those of the largest trained weights, not the plan's own.
     """
 
     candidate: Candidate
     train_masks: bool = True
+    as_trained: bool = False
+
+    def __str__(self) -> str:
+        """Who proposed the plan, and what is done with its masks."""
+        words = [self.candidate.found_by]
+        words += ["masks of the largest weights"] if self.as_trained else []
+        words += [] if self.train_masks else ["masks that stay"]
+        return ", ".join(words)
 
 
 def starts_of(network: CompressedNetwork, candidates: Sequence[Candidate]) -> list[Start]:
@@ -48,10 +57,10 @@ def starts_of(network: CompressedNetwork, candidates: Sequence[Candidate]) -> li
     found: list[Start] = []
     plans = []
     for candidate in candidates:
-        for one in (candidate, _as_trained(network, candidate)):
+        for one, other in ((candidate, False), (_as_trained(network, candidate), True)):
             if one is not None and one.plan not in plans:
                 plans.append(one.plan)
-                found += [Start(one, True), Start(one, False)]
+                found += [Start(one, learns, other) for learns in (True, False)]
     return found
 
 

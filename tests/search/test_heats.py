@@ -70,7 +70,9 @@ def test_every_plan_begins_with_its_own_masks_and_with_those_as_trained(network,
     assert [(one.candidate.plan, one.train_masks) for one in starts] == [
         (plan, learns) for plan in (ranked.plan, lamp, plain.plan) for learns in (True, False)
     ]
-    assert {one.candidate.found_by for one in starts[:4]} == {ranked.found_by}
+    lines = ["lamp, episode 1", "lamp, episode 1, masks of the largest weights", "erk, episode 1"]
+    stay = ", masks that stay"
+    assert [str(one) for one in starts] == [line + end for line in lines for end in ("", stay)]
     # Their weights are fitted to them.
     evaluate_plan(network, lamp)
     fitted = Candidate.of(network, 0.0, 0, "lamp")
