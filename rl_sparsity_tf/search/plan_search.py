@@ -169,7 +169,7 @@ def hill_climbing(
 
     Example:
         >>> plan = rls.baselines.hill_climbing(
-        ...     model, (x, y), sparsity=0.9, validation_data=(x_val, y_val)
+        ...     model, (x, y), sparsity=0.9, validation_data=(x_val, y_val), evaluations=50
         ... )
     """
     request = PlanRequest.of(
