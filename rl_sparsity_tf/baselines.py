@@ -5,7 +5,7 @@ Every function here turns a trained model into a complete plan. All but [random_
 
     >>> plan = rls.baselines.lamp(model, sparsity=0.8)
     >>> wrapped = rls.wrap(model, plan)
-    >>> wrapped.fit(x, y)
+    >>> history = wrapped.fit(x, y, epochs=4, verbose=0)
     >>> small = rls.strip(wrapped)
 
 They all take the same arguments ([n_m][] takes no target, sparsity or group, which its pattern

@@ -17,6 +17,13 @@ class RLSparsityError(Exception):
     """Base class of every error raised by this package.
 
     Its text holds no control characters: names in it may come from files.
+
+    Example:
+        >>> try:
+        ...     rls.Target(sparsity=2)
+        ... except rls.RLSparsityError as error:
+        ...     print(type(error).__name__)
+        ArgumentError
     """
 
     def __str__(self) -> str:
@@ -24,30 +31,66 @@ class RLSparsityError(Exception):
 
 
 class ArgumentError(RLSparsityError, ValueError):
-    """An argument has a value that cannot be used."""
+    """An argument has a value that cannot be used.
+
+    Example:
+        >>> rls.Target(sparsity=2)
+        Traceback (most recent call last):
+        rl_sparsity_tf.errors.ArgumentError: ...
+    """
 
 
 class FileError(ArgumentError, OSError):
     """The system does not let a file or folder be read or written: no right to, no room, no name.
 
     `errno` is the system's number of the reason.
+
+    Example:
+        >>> plan.save("a" * 300)
+        Traceback (most recent call last):
+        rl_sparsity_tf.errors.FileError: ...
     """
 
 
 class ModelError(RLSparsityError, ValueError):
-    """The model given cannot be compressed or read."""
+    """The model given cannot be compressed or read.
+
+    Example:
+        >>> not_built = keras.Sequential([keras.layers.Dense(10)])
+        >>> rls.baselines.erk(not_built, sparsity=0.9)
+        Traceback (most recent call last):
+        rl_sparsity_tf.errors.ModelError: ...
+    """
 
 
 class DataError(RLSparsityError, ValueError):
-    """The data given does not fit the model or the task."""
+    """The data given does not fit the model or the task.
+
+    Example:
+        >>> rls.datasets.load_npz("forgotten.npz")
+        Traceback (most recent call last):
+        rl_sparsity_tf.errors.DataError: ...
+    """
 
 
 class PlanError(RLSparsityError, ValueError):
-    """A compression plan is malformed or does not fit the model."""
+    """A compression plan is malformed or does not fit the model.
+
+    Example:
+        >>> rls.CompressionPlan.from_json("{}")
+        Traceback (most recent call last):
+        rl_sparsity_tf.errors.PlanError: ...
+    """
 
 
 class TargetError(RLSparsityError, ValueError):
-    """The target cannot be reached."""
+    """The target cannot be reached.
+
+    Example:
+        >>> rls.baselines.lamp(model, sparsity=0.99999)
+        Traceback (most recent call last):
+        rl_sparsity_tf.errors.TargetError: ...
+    """
 
 
 class MissingDependencyError(RLSparsityError, ImportError):
@@ -55,15 +98,37 @@ class MissingDependencyError(RLSparsityError, ImportError):
 
 
 class ExportError(RLSparsityError, RuntimeError):
-    """A .tflite file could not be written."""
+    """A .tflite file could not be written, or is damaged.
+
+    Example:
+        >>> half = Path("model.tflite").read_bytes()[:10_000]
+        >>> Path("half.tflite").write_bytes(half)
+        10000
+        >>> rls.inspect_tflite("half.tflite")
+        Traceback (most recent call last):
+        rl_sparsity_tf.errors.ExportError: ...
+    """
 
 
 class NotMeasuredError(ExportError):
-    """Times scatter too much to mean anything."""
+    """Times scatter too much to mean anything.
+
+    Example:
+        >>> try:  # doctest: +SKIP
+        ...     table = rls.measure_latency(model)
+        ... except rls.NotMeasuredError:  # this machine has other things to do
+        ...     table = rls.LatencyTable.load("phone.json")
+    """
 
 
 class VerificationError(ExportError):
-    """A .tflite file was written but does not do what the Keras model does."""
+    """A .tflite file was written but does not do what the Keras model does.
+
+    Example:
+        >>> rls.export_tflite(model, "half.tflite", "float16", tolerance=1e-9)
+        Traceback (most recent call last):
+        rl_sparsity_tf.errors.VerificationError: ...
+    """
 
 
 class FileExistsRLSparsityError(RLSparsityError, FileExistsError):
@@ -151,7 +216,7 @@ class SearchInterrupted(KeyboardInterrupt):
 
     Example:
         >>> try:
-        ...     result = compressor.search(data, validation_data=validation)
+        ...     result = compressor.search((x, y), validation_data=(x_val, y_val), verbose=0)
         ... except rls.SearchInterrupted as interrupted:
         ...     small = rls.strip(rls.wrap(model, interrupted.plan))
     """

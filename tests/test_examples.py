@@ -1,6 +1,7 @@
 """What the README, the script and the notebook say is run, and compared with the code."""
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -11,6 +12,8 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import tf_keras as keras
+from channel_search import table_for
 from layer_rows import HEADER, layer_rows
 from nbclient import NotebookClient
 
@@ -157,6 +160,33 @@ def test_the_code_of_the_documents_runs_in_its_order(tmp_path, quick):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
     # Weights that round to 0 on the integer grid come on top.
     assert 0.9 <= metrics["compressed"]["sparsity"] < 0.91
+
+
+def test_the_code_about_latency_runs_but_for_the_measurement(tmp_path, monkeypatch):
+    (code,) = blocks("py")
+    model = keras.Sequential(
+        [
+            keras.layers.Input((8, 8, 1)),
+            keras.layers.Conv2D(4, 3, activation="relu", name="conv"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(3, name="classes"),
+        ]
+    )
+    call = inspect.signature(rls.measure_latency)
+
+    def measure(*arguments, **options):
+        call.bind(*arguments, **options)
+        return table_for(model, options["quantization"])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rls, "measure_latency", measure)
+    plan = rls.baselines.uniform(model, sparsity=0.4, group="channel", exclude="classes")
+    names = {"rls": rls, "model": model, "wrapped": rls.wrap(model, plan)}
+    *statements, prediction = code.strip().splitlines()
+    exec("\n".join(statements), names)
+    assert eval(prediction, names) < 1
+    assert names["small"].get_layer("conv").filters < 4
+    assert names["table"].quantization == "int8"
 
 
 def test_the_two_commands_for_a_fresh_machine_are_each_one_line():

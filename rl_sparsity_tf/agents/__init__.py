@@ -1,1 +1,1 @@
-"""DQN, PPO and random: what they know, keep and explore."""
+"""DQN, PPO and random on one `base`: what they know, keep and explore."""

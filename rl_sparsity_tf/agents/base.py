@@ -1,7 +1,8 @@
 """What every agent does, whatever it learns with: act, record, and hand episodes to training.
 
 Nothing here imports TensorFlow: subclasses say how preferences over actions are computed and how
-a recorded episode is learned from.
+a recorded episode is learned from. A new agent is a module beside this one with a subclass of
+[Agent][] and a function `build` (see `random`), and a configuration of the same name in `configs`.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class DQN(AgentConfig):
         ArgumentError: If a setting is out of range.
 
     Example:
-        >>> DQN(learning_rate=1e-3, exploration="boltzmann").exploration
+        >>> rls.DQN(learning_rate=1e-3, exploration="boltzmann").exploration
         'boltzmann'
     """
 
@@ -197,7 +197,7 @@ class PPO(AgentConfig):
         ArgumentError: If a setting is out of range.
 
     Example:
-        >>> PPO(learning_rate=1e-3, clip_ratio=0.1).clip_ratio
+        >>> rls.PPO(learning_rate=1e-3, clip_ratio=0.1).clip_ratio
         0.1
     """
 
@@ -252,7 +252,11 @@ class PPO(AgentConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Random(AgentConfig):
-    """Uniformly random legal actions: the baseline every learned policy has to beat."""
+    """Uniformly random legal actions: the baseline every learned policy has to beat.
+
+    Example:
+        >>> compressor = rls.Compressor(model, rls.Target(sparsity=0.9), agent=rls.Random())
+    """
 
     name: ClassVar[str] = "random"
 

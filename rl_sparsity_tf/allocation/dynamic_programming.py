@@ -212,7 +212,7 @@ def dynamic_programming(
     whichever leads to less error in all; with `bits=4` the integers may have 8 or 4 bits.
 
     Example:
-        >>> plan = rls.baselines.dynamic_programming(model, (x_train, y_train), sparsity=0.9)
+        >>> plan = rls.baselines.dynamic_programming(model, (x, y), sparsity=0.9)
     """
     request = PlanRequest.of(
         model,

@@ -1,4 +1,4 @@
-"""A budget of bytes: what kernels cost in the file, and what it can still be brought to."""
+"""A target in bytes: what kernels cost in the file, and which actions keep it within reach."""
 
 from __future__ import annotations
 

@@ -36,9 +36,9 @@ class Target:
             sizes are searched for it, by bisection.
 
     Example:
-        >>> Target(sparsity=0.9).kind
+        >>> rls.Target(sparsity=0.9).kind
         'sparsity'
-        >>> Target(tflite_bytes=50_000).kind
+        >>> rls.Target(tflite_bytes=50_000).kind
         'tflite_bytes'
     """
 

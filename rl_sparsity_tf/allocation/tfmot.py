@@ -93,7 +93,7 @@ def tfmot(
         TargetError: If the target cannot be reached.
 
     Example:
-        >>> plan = rls.baselines.tfmot(model, (x_train, y_train), sparsity=0.8, epochs=4)
+        >>> plan = rls.baselines.tfmot(model, (x, y), sparsity=0.8, epochs=4)
     """
     request = PlanRequest.of(
         model,

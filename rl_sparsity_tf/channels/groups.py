@@ -109,7 +109,8 @@ def find_groups(model: keras.Model) -> list[ChannelGroup]:
         ModelError: If the model is not built or is wrapped.
 
     Example:
-        >>> [group.size for group in find_groups(model) if not group.frozen]
+        >>> [group.size for group in rls.find_groups(model) if not group.frozen]
+        [16, 64]
     """
     check_plain(model, "find_groups")
     return groups_of(ChannelGraph(model)) if has_graph(model) else []
@@ -194,7 +195,12 @@ def describe_groups(model: keras.Model, print_fn: Callable[[str], object] = prin
         ModelError: If the model is not built or is wrapped.
 
     Example:
-        >>> describe_groups(model)
+        >>> rls.describe_groups(model)
+        Groups of channels
+        ...
+        │     0 │       16 │ conv    │             │ hidden  │ ...
+        │     1 │       64 │ hidden  │             │ classes │ ...
+        ...
     """
     print_fn = printing(print_fn)
     check_plain(model, "describe_groups")

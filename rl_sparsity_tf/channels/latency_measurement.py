@@ -242,8 +242,8 @@ def measure_latency(
         NotMeasuredError: If the dense model's times scatter by more than 10 %.
 
     Example:
-        >>> table = measure_latency(model, quantization="int8")
-        >>> table.save("latency.json")
+        >>> table = rls.measure_latency(model, quantization="int8")  # doctest: +SKIP
+        >>> table.save("latency.json")  # doctest: +SKIP
     """
     check_choice("quantization", quantization, QUANTIZATIONS)
     threads = check_count("threads", threads, 1)

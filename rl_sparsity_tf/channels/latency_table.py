@@ -115,9 +115,10 @@ class LatencyTable:
         spread: Interquartile range over median of the dense model's samples.
 
     Example:
-        >>> table = measure_latency(model, quantization="int8")
-        >>> table.predict(widths_of(rls.shrink(masked))) / table.predict(widths_of(model))
-        0.52
+        >>> table = rls.LatencyTable.load("phone.json")
+        >>> small = rls.shrink(rls.mask_channels(model, {0: [True, False] * 8}))
+        >>> table.predict(rls.widths_of(small)) < table.predict(rls.widths_of(model))
+        True
     """
 
     device: str
@@ -283,7 +284,7 @@ class LatencyTable:
             ArgumentError: If there is no such file, or it is no latency table.
 
         Example:
-            >>> table = LatencyTable.load("phone.json")
+            >>> table = rls.LatencyTable.load("phone.json")
             >>> table.check(model)
         """
         file: Path = as_file("path", path, "the path of a latency table's JSON file")

@@ -412,8 +412,8 @@ def permute_channels(
         ModelError: If the model is not built, is wrapped, holds NaN, or cannot be copied.
 
     Example:
-        >>> model = rls.permute_channels(model, group="2:4")
-        >>> wrapped = rls.wrap(model, rls.baselines.n_m(model, pattern="2:4"))
+        >>> permuted = rls.permute_channels(model, group="2:4")
+        >>> wrapped = rls.wrap(permuted, rls.baselines.n_m(permuted, pattern="2:4"))
     """
     check_plain(model, "permute_channels")
     check_weights(model)
@@ -469,7 +469,10 @@ def permutation_report(
         ModelError: If a model is not built or is wrapped.
 
     Example:
-        >>> rls.permutation_report(model, permuted, group="2:4", print_fn=print)
+        >>> permuted = rls.permute_channels(model, group="2:4")
+        >>> report = rls.permutation_report(model, permuted, group="2:4", print_fn=print)
+        Share of magnitude kept (2:4)
+        ...
     """
     goal = PermutationGoal.of(group, sparsity)
     kept = []

@@ -105,7 +105,16 @@ def shrink(
             tied kernels differently.
 
     Example:
-        >>> small = rls.shrink(rls.strip(wrapped), print_fn=print)
+        >>> plan = rls.baselines.uniform(
+        ...     model, sparsity=0.5, group="channel", exclude="classes"
+        ... )
+        >>> small = rls.shrink(rls.strip(rls.wrap(model, plan)), print_fn=print)
+        Channels
+        ...
+        │ conv    │     16 │     8 │ ...
+        │ hidden  │     64 │    30 │ ...
+        ...
+        17,258 weights before, 4,260 after
     """
     if plan is not None:
         tied = tie_channels(model, plan).kernels.values()

@@ -333,7 +333,9 @@ def mask_channels(model: keras.Model, live: Mapping[int, Any]) -> keras.Model:
         ModelError: If the model is not built, is wrapped, or cannot be copied.
 
     Example:
-        >>> masked = mask_channels(model, {0: [True, False, True, True]})
+        >>> masked = rls.mask_channels(model, {0: [True, False] * 8})  # every other filter
+        >>> rls.shrink(masked).get_layer("conv").filters
+        8
     """
     check_plain(model, "mask_channels")
     copy = strip(model)
@@ -402,8 +404,11 @@ def tie_channels(model: keras.Model, plan: CompressionPlan) -> CompressionPlan:
             tied kernels differently.
 
     Example:
+        >>> plan = rls.baselines.uniform(
+        ...     model, sparsity=0.5, group="channel", exclude="classes"
+        ... )
         >>> wrapped = rls.wrap(model, rls.tie_channels(model, plan))
-        >>> wrapped.fit(x, y)
+        >>> history = wrapped.fit(x, y, epochs=4, verbose=0)
         >>> small = rls.shrink(rls.strip(wrapped))
     """
     check_graph(model, "tie_channels")

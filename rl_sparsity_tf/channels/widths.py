@@ -257,8 +257,8 @@ def widths_of(model: keras.Model) -> dict[str, Width]:
         ModelError: If the model is another one.
 
     Example:
-        >>> widths_of(rls.shrink(model))["conv2d"]
-        Width(inputs=16, outputs=11)
+        >>> rls.widths_of(model)["hidden"]
+        Width(inputs=256, outputs=64)
     """
     return LayerWidths(model).dense()
 

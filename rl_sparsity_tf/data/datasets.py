@@ -1,4 +1,10 @@
-"""Labelled data for a search: scikit-learn's digits, TFDS image sets, the user's .npz file."""
+"""Labelled data for a search: scikit-learn's digits, TFDS image sets, the user's .npz file.
+
+Example:
+    >>> data = rls.datasets.load_dataset("digits")
+    >>> data.x_train.shape, data.x_validation.shape, data.x_test.shape
+    ((1079, 8, 8, 1), (359, 8, 8, 1), (359, 8, 8, 1))
+"""
 
 from __future__ import annotations
 
@@ -30,8 +36,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     or damaged, or its arrays cannot be used.
 
     Example:
-        >>> np.savez("data.npz", x_train=x, y_train=y, x_validation=xv, y_validation=yv)
-        >>> sorted(read_npz(Path("data.npz")))
+        >>> np.savez("data.npz", x_train=x, y_train=y, x_validation=x_val, y_validation=y_val)
+        >>> sorted(rls.datasets.read_npz(Path("data.npz")))
         ['x_train', 'x_validation', 'y_train', 'y_validation']
     """
     arrays = _read_arrays(path)
@@ -112,6 +118,17 @@ class Data:
         x_test, y_test: Rows nobody looks at before the end, or None.
         input_shape: Shape of one row of x.
         num_classes: Number of classes if the targets are class indices, else None.
+
+    Example:
+        >>> data = rls.datasets.Data(
+        ...     name="mine",
+        ...     x_train=x,
+        ...     y_train=y,
+        ...     x_validation=x_val,
+        ...     y_validation=y_val,
+        ...     input_shape=x.shape[1:],
+        ...     num_classes=10,
+        ... )
     """
 
     name: str
@@ -146,7 +163,7 @@ def load_dataset(
         DataError: If the data cannot be found, read or used.
 
     Example:
-        >>> load_dataset("digits").input_shape
+        >>> rls.datasets.load_dataset("digits").input_shape
         (8, 8, 1)
     """
     name = os.fspath(name_or_path)
@@ -169,7 +186,7 @@ def load_digits_data(seed: int = 0) -> Data:
         for the test, every class in the same proportion.
 
     Example:
-        >>> data = load_digits_data()
+        >>> data = rls.datasets.load_digits_data()
         >>> data.x_train.shape, data.num_classes
         ((1079, 8, 8, 1), 10)
     """
@@ -193,6 +210,11 @@ def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.nd
     every class at most one row more or less than its share; `seed` decides which. Returns the row
     numbers of both parts, ascending. Raises `ArgumentError` if the share is not between 0 and 1,
     and `DataError` if one of the parts would be empty.
+
+    Example:
+        >>> rest, held_out = rls.datasets.stratified_split(np.array([0, 0, 1, 1]), 0.5, seed=0)
+        >>> len(rest), len(held_out)
+        (2, 2)
     """
     _check_argument("share", share, 0 < share < 1, "a number between 0 and 1, such as 0.1")
     rows = len(labels)
@@ -224,8 +246,8 @@ def load_npz(path: str | os.PathLike[str]) -> Data:
         DataError: If the file is missing or damaged, or its arrays cannot be used.
 
     Example:
-        >>> np.savez("data.npz", x_train=x, y_train=y, x_validation=xv, y_validation=yv)
-        >>> data = load_npz("data.npz")
+        >>> np.savez("data.npz", x_train=x, y_train=y, x_validation=x_val, y_validation=y_val)
+        >>> data = rls.datasets.load_npz("data.npz")
     """
     path = as_file("path", path, "a file written by numpy.savez")
     arrays = read_npz(path)
@@ -262,7 +284,7 @@ def load_tfds(
         DataError: If the set is unknown, unsuitable, too large or cannot be downloaded.
 
     Example:
-        >>> load_tfds("fashion_mnist").x_train.shape
+        >>> rls.datasets.load_tfds("fashion_mnist").x_train.shape  # doctest: +SKIP
         (54000, 28, 28, 1)
     """
     _check_argument("memory_limit_mb", memory_limit_mb, memory_limit_mb > 0, "a positive number")

@@ -67,7 +67,7 @@ class Constant(Curriculum):
     """The full target in every episode.
 
     Example:
-        >>> Constant().shares(8)
+        >>> rls.Constant().shares(8)
         [(1.0, 8)]
     """
 
@@ -89,7 +89,7 @@ class Linear(Curriculum):
         ArgumentError: If `start` is no number above 0 and below 1.
 
     Example:
-        >>> Linear(start=0.5).shares(9)
+        >>> rls.Linear(start=0.5).shares(9)
         [(0.5, 3), (0.75, 3), (1.0, 3)]
     """
 
@@ -127,7 +127,7 @@ class Staged(Curriculum):
         ArgumentError: If the stages are not shares that rise to 1.
 
     Example:
-        >>> Staged(stages=(0.5, 0.75, 1.0)).shares(8)
+        >>> rls.Staged(stages=(0.5, 0.75, 1.0)).shares(8)
         [(0.5, 2), (0.75, 2), (1.0, 4)]
     """
 

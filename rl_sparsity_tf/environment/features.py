@@ -99,7 +99,10 @@ def describe_state(
         ArgumentError: If the state has another size.
 
     Example:
-        >>> rls.describe_state(time_step.observation["state"])
+        >>> rls.describe_state()
+         # feature               range    meaning
+         0 weight_mean           [-1, 1]  mean of the kernel's present weights / ...
+        ...
     """
     print_features(FEATURES, state, print_fn)
 
@@ -349,7 +352,10 @@ def describe_selection_state(
         ArgumentError: If the state has another size.
 
     Example:
-        >>> rls.describe_selection_state(time_step.observation["state"])
+        >>> rls.describe_selection_state()
+         # feature               range    meaning
+         0 slot_0_present        [0, 1]   1 if the slot holds a kernel, else 0, ...
+        ...
     """
     print_features(SELECTION_FEATURES, state, print_fn)
 

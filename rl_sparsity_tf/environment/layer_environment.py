@@ -142,9 +142,19 @@ class LayerEnvironment(NetworkEnvironment):
         illegal_actions: How many actions were not legal.
 
     Example:
-        >>> env = LayerEnvironment(network, "dense/kernel")
+        >>> from rl_sparsity_tf.data.batches import evaluation_data, training_data
+        >>> from rl_sparsity_tf.environment.network import CompressedNetwork
+        >>> network = CompressedNetwork(
+        ...     model,
+        ...     training_data((x, y), model, batch_size=32),
+        ...     evaluation_data((x_val, y_val), model, "validation_data"),
+        ...     target=rls.Target(sparsity=0.9),
+        ... )
+        >>> env = rls.LayerEnvironment(network, "hidden/kernel")
         >>> time_step = env.reset()
         >>> time_step = env.step(int(rls.Operation.PRUNE))
+        >>> time_step.observation["legal"].shape  # keep, prune, quantize, shuffle
+        (4,)
     """
 
     def __init__(

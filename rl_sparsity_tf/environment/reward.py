@@ -29,6 +29,11 @@ class Outcome:
             before recovery: the mean over kernels, in [0, 1]. Known with least squares only, else
             0. There, metric, loss and retention are estimates from it until the end of a search
             episode, when the network is fitted and evaluated.
+
+    Example:
+        >>> def careful(outcome: rls.Outcome, previous: rls.Outcome | None) -> float:
+        ...     return outcome.retention - 0.1 * (1 - outcome.reached)
+        >>> compressor = rls.Compressor(model, rls.Target(sparsity=0.9), reward=careful)
     """
 
     metric: float
@@ -76,6 +81,10 @@ class Reward:
         size: Weight of the bits saved by storing kernels as integers.
         reconstruction: Weight of the autoencoder's error: alteration is penalised.
         gain: Factor on a step's change of value.
+
+    Example:
+        >>> reward = rls.Reward(accuracy=2.0, reconstruction=0.0)
+        >>> compressor = rls.Compressor(model, rls.Target(sparsity=0.9), reward=reward)
     """
 
     accuracy: float = 1.0

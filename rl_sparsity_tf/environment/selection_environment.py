@@ -214,7 +214,15 @@ class LayerSelectionEnvironment(NetworkEnvironment):
         ArgumentError: If the network is none, or `play_layer` cannot be called.
 
     Example:
-        >>> env = LayerSelectionEnvironment(network)
+        >>> from rl_sparsity_tf.data.batches import evaluation_data, training_data
+        >>> from rl_sparsity_tf.environment.network import CompressedNetwork
+        >>> network = CompressedNetwork(
+        ...     model,
+        ...     training_data((x, y), model, batch_size=32),
+        ...     evaluation_data((x_val, y_val), model, "validation_data"),
+        ...     target=rls.Target(sparsity=0.9),
+        ... )
+        >>> env = rls.LayerSelectionEnvironment(network)
         >>> time_step = env.reset()
         >>> time_step = env.step(2)  # the smallest kernel, pruned as the target asks on average
     """

@@ -146,8 +146,13 @@ def export_tflite(
         VerificationError: If the file does not do what the model does; nothing is written.
 
     Example:
-        >>> report = export_tflite(model, "model.tflite", quantization="none")
+        >>> report = rls.export_tflite(model, "dense.tflite", "none", overwrite=True)
         >>> report.summary()
+        dense.tflite (quantization: none)
+        ...
+        File: 71,760 bytes (... after gzip)
+        Batch size: any
+        ...
     """
     check_mode(quantization, compute, representative_data)
     check_choice("formats", formats, FORMATS)
@@ -295,7 +300,8 @@ def predict_tflite(
         ExportError: If LiteRT cannot run the file.
 
     Example:
-        >>> accuracy = (predict_tflite("model.tflite", x_test).argmax(1) == y_test).mean()
+        >>> outputs = rls.predict_tflite("model.tflite", x_test)
+        >>> accuracy = (outputs.argmax(axis=1) == y_test).mean()
     """
     file = as_file("path", path, "the path of a .tflite file")
     if not file.is_file():

@@ -48,6 +48,11 @@ class MicroReport:
         largest_step: The largest difference between those integers; None likewise.
         export: How the .tflite file that the header holds agrees with the Keras model.
         notes: What was not done as asked, and what to see to on the device.
+
+    Example:
+        >>> report = rls.export_micro(model, "digits.h", x[:100])
+        >>> report.agreement  # share of outputs that are the same integer in TFLM
+        1.0
     """
 
     path: str
@@ -172,8 +177,12 @@ def export_micro(
             with it; nothing is written.
 
     Example:
-        >>> report = export_micro(model, "gesture.h", x_train[:500], name="gesture")
+        >>> report = rls.export_micro(model, "digits.h", x[:100], name="digits")
         >>> report.summary()
+        digits.h: digits[], int8, batch size 1
+        Model: ... bytes of flash
+        Arena: ... bytes of RAM (...)
+        ...
     """
     target = check_new_file(path, overwrite)
     if target.suffix != ".h":

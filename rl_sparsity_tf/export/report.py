@@ -64,6 +64,11 @@ class ExportReport:
         scores: On the test data given, the metric's name and the figures of Keras and of the file.
         sparse_inference: Whether 1x1 convolutions of the file skip their zeros on ARM; None if
             that was not asked for. The notes say what is in the way of others.
+
+    Example:
+        >>> report = rls.export_tflite(model, "half.tflite", "float16")
+        >>> report.max_abs_difference <= report.tolerance * report.output_range
+        True
     """
 
     path: str

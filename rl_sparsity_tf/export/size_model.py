@@ -77,9 +77,11 @@ class SizeModel:
         ExportError: If the model cannot be converted.
 
     Example:
-        >>> sizes = SizeModel(model, formats="raw")
-        >>> sizes.plan_size(plan).gzip
-        >>> sizes.file_size({}, bits={"dense/kernel": 8}).raw
+        >>> sizes = rls.SizeModel(model, formats="raw")
+        >>> sizes.plan_size(plan).raw < sizes.file_size({}, bits={}).raw
+        True
+        >>> sizes.file_size({}, bits={"hidden/kernel": 8}).raw < sizes.file_size({}, bits={}).raw
+        True
     """
 
     def __init__(self, model: keras.Model, formats: str = "dense", *, compressed: bool = True):

@@ -86,7 +86,7 @@ def load_model(path: str | os.PathLike[str], *, trusted: bool = False) -> keras.
 
     Example:
         >>> model.save("model.keras")
-        >>> model = load_model("model.keras")
+        >>> model = rls.load_model("model.keras")
     """
     path = as_file("path", path, _FORMATS)
     try:

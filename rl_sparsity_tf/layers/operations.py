@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -27,12 +27,14 @@ import tf_keras as keras
 
 from rl_sparsity_tf.layers.groups import Grouping
 
-if TYPE_CHECKING:
-    pass
-
 
 class Operation(enum.IntEnum):
-    """What is done to one group of weights."""
+    """What is done to one group of weights.
+
+    Example:
+        >>> [operation.name for operation in rls.Operation]
+        ['KEEP', 'PRUNE', 'QUANTIZE', 'SHUFFLE']
+    """
 
     KEEP = 0
     """The group stays as it is, at full precision."""

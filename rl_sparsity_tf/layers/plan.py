@@ -134,6 +134,11 @@ class KernelPlan:
         group: Kind of groups, or a pattern: `"2:4"`.
         bits: The grid of quantized groups, 8 or 4; 32 where none is quantized.
         operations: [Operation][] values, uint8 of shape `(rows, outputs)`, read-only.
+
+    Example:
+        >>> entry = plan.kernels["hidden/kernel"]
+        >>> entry.shape, entry.group, entry.weights_under(rls.Operation.PRUNE)
+        ((256, 64), 'element', 15067)
     """
 
     path: str
@@ -293,7 +298,9 @@ class CompressionPlan:
         PlanError: If two entries are for the same kernel.
 
     Example:
-        >>> plan = CompressionPlan.load("plan.json")
+        >>> plan = rls.CompressionPlan.load("plan.json")
+        >>> plan
+        CompressionPlan(3 kernels, sparsity 0.900)
         >>> small = rls.strip(rls.wrap(model, plan))
     """
 

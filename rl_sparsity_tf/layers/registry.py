@@ -133,7 +133,9 @@ def register_layer(
         ArgumentError: If the class is not a layer class or a layout cannot be used.
 
     Example:
-        >>> register_layer(MyDense, kernel="io")
+        >>> class MyDense(keras.layers.Dense):
+        ...     pass  # computes with a kernel of shape (inputs, outputs)
+        >>> rls.register_layer(MyDense, kernel="io")
     """
     if not (isinstance(layer_class, type) and issubclass(layer_class, keras.layers.Layer)):
         raise ArgumentError(

@@ -292,6 +292,12 @@ def resolve(
     Raises:
         PlanError: If the plan names a kernel that the model lacks, one of another shape, or one
             that is excluded and that it would change.
+
+    Example:
+        >>> rule = {"path": "*", "group": "block4", "bits": 8, "sparsity": 0.5}
+        >>> rules = rls.CompressionPlan.from_dict({"format_version": 1, "kernels": [rule]})
+        >>> rls.resolve(rules, model)
+        CompressionPlan(3 kernels, sparsity 0.500)
     """
     kernels = {kernel.path: kernel for kernel in find_kernels(model)}
     if selection is None:

@@ -207,7 +207,12 @@ def describe_support(
         ModelError: If the model is not built.
 
     Example:
-        >>> rls.describe_support(model, exclude="stem")
+        >>> rls.describe_support(model, exclude="conv")
+        Layers
+        ...
+        │ hidden/kernel   │ Dense        │  16,384 │ 256i 64o     │ per output │ ...
+        ...
+        conv/kernel: excluded
     """
     print_fn = printing(print_fn)
     table = Table(title="Layers", title_justify="left")

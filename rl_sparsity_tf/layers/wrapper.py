@@ -91,7 +91,9 @@ class CompressionWrapper(keras.layers.Wrapper):
         ArgumentError: If `layer` is none, its class is not registered, or an argument is not known.
 
     Example:
-        >>> CompressionWrapper(tf_keras.layers.Dense(10), group="block4")
+        >>> layer = rls.CompressionWrapper(keras.layers.Dense(10), group="block4")
+        >>> layer(np.ones((2, 8), "float32")).shape
+        TensorShape([2, 10])
     """
 
     def __init__(

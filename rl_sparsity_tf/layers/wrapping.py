@@ -88,7 +88,7 @@ def wrap(
 
     Example:
         >>> wrapped = rls.wrap(model, rls.CompressionPlan.load("plan.json"))
-        >>> wrapped.fit(x, y)
+        >>> history = wrapped.fit(x, y, epochs=4, verbose=0)
         >>> small = rls.strip(wrapped)
     """
     check_model(model)
@@ -149,6 +149,12 @@ def strip(model: keras.Model) -> keras.Model:
 
     Raises:
         ModelError: If the model is not built or cannot be copied.
+
+    Example:
+        >>> small = rls.strip(rls.wrap(model, plan))
+        >>> small.save("small.keras")
+        >>> float((small.get_layer("hidden").kernel.numpy() == 0).mean()) > 0.8
+        True
     """
     check_model(model)
 
@@ -204,7 +210,12 @@ def apply_plan(wrapped: keras.Model, entries: Mapping[str, KernelPlan]) -> None:
 
 
 def plan_of(wrapped: keras.Model) -> CompressionPlan:
-    """Reads the plan that a wrapped model carries, learned masks included."""
+    """Reads the plan that a wrapped model carries, learned masks included.
+
+    Example:
+        >>> rls.plan_of(rls.wrap(model, plan)) == plan
+        True
+    """
     entries = []
     for kernel in wrapped_kernels(wrapped):
         wrapper, attribute = kernel.wrapper, kernel.spec.attribute

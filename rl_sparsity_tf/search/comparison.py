@@ -123,9 +123,9 @@ def compare(
             target.
 
     Example:
-        >>> result = compressor.search((x, y), validation_data=(x_val, y_val))
-        >>> compare(compressor, ["lamp", "tfmot"])
-        >>> comparison_table(result.metrics)
+        >>> rows = rls.compare(compressor, ["erk"], verbose=0)  # after compressor.search(...)
+        >>> [row["name"] for row in rows]
+        ['ERK int8']
     """
     search = compressor.last
     channels = search is not None and isinstance(search.network.decisions, ChannelDecisions)
@@ -346,6 +346,13 @@ def comparison_table(metrics: dict[str, Any], print_fn: Callable[[str], Any] = p
     Args:
         metrics: A result's metrics.
         print_fn: Called with every line.
+
+    Example:
+        >>> rls.comparison_table(result.metrics)
+                       validation accuracy of the .tflite file
+        ...
+        │ dense float32       │        - │        - │ 71,760 │ ...
+        ...
     """
     print_fn = printing(print_fn)
     name, tested = metrics["metric"]["name"], metrics["compressed"]["metric"] is not None

@@ -162,8 +162,11 @@ class Compressor:
 
     Example:
         >>> compressor = rls.Compressor(model, target=rls.Target(sparsity=0.9))
-        >>> result = compressor.search((x, y), validation_data=(x_val, y_val))
+        >>> result = compressor.search((x, y), validation_data=(x_val, y_val), verbose=0)
         >>> result.summary()
+        Compressed model
+        ...
+        sparsity 0.90... of all weights; file ... bytes, gzipped ...
     """
 
     def __init__(

@@ -176,7 +176,7 @@ def hill_climbing(
 
     Example:
         >>> plan = rls.baselines.hill_climbing(
-        ...     model, (x, y), sparsity=0.9, validation_data=(x_val, y_val)
+        ...     model, (x, y), sparsity=0.9, validation_data=(x_val, y_val), evaluations=50
         ... )
 
         The plan of [dynamic_programming][rl_sparsity_tf.baselines.dynamic_programming], its masks

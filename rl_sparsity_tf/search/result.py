@@ -54,6 +54,12 @@ class Result:
             with it: `metrics["warnings"]` says what went wrong.
         formats: Whether the file may hold sparse tensors, see `export_tflite`.
         policy: What the agent had learned in the end; None after a search in two levels.
+
+    Example:
+        >>> report = result.export_tflite("model.tflite", overwrite=True)
+        >>> result.plan.sparsity >= 0.9
+        True
+        >>> result.save("run")  # model, plan, file, figures and history
     """
 
     def __init__(
@@ -183,7 +189,7 @@ class Result:
 
         Example:
             >>> result.save_policy("policy.npz")
-            >>> rls.Compressor(other_model, target, policy="policy.npz").search(data, ...)
+            >>> again = rls.Compressor(model, rls.Target(sparsity=0.8), policy="policy.npz")
         """
         if self.policy is None:
             raise ArgumentError(

@@ -227,7 +227,8 @@ class MaskTraining(keras.callbacks.Callback):
 
     Example:
         >>> wrapped = rls.wrap(model, plan, train_masks=True)
-        >>> wrapped.fit(x, y, epochs=5, callbacks=[rls.MaskTraining()])
+        >>> history = wrapped.fit(x, y, epochs=5, verbose=0, callbacks=[rls.MaskTraining()])
+        >>> learned = rls.plan_of(wrapped)
     """
 
     def __init__(self, every: int = 16, freeze_after: float = 0.7):

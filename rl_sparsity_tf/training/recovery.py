@@ -30,6 +30,10 @@ class Recovery:
         steps: Training steps after every decision that changes the network, for `"finetune"`.
         learning_rate: Of the Adam optimizer that takes them.
         ridge: Strength of the ridge in the fits, relative to the mean square of a layer's inputs.
+
+    Example:
+        >>> recovery = rls.Recovery(method="finetune", steps=8)
+        >>> compressor = rls.Compressor(model, rls.Target(sparsity=0.9), recovery=recovery)
     """
 
     method: str | None = None

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import tf_keras as keras
-from environment_check import check_environment
+from environment_check import bits, check_environment, legal_of, play
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tf_agents.environments import utils as environment_utils
@@ -95,23 +95,6 @@ def environment(network=None, sparsity=0.5, **options) -> rls.LayerSelectionEnvi
         network.budget = Budget(sparsity, network.budget.elements, sizes)
     network.reset()
     return rls.LayerSelectionEnvironment(network, **options)
-
-
-def legal_of(time_step) -> list[int]:
-    return np.flatnonzero(time_step.observation["legal"]).tolist()
-
-
-def bits(time_step) -> bytes:
-    parts = (time_step.step_type, time_step.reward, time_step.discount)
-    parts += (time_step.observation["state"], time_step.observation["legal"])
-    return b"".join(np.asarray(part).tobytes() for part in parts)
-
-
-def play(env, choose, time_step=None) -> list:
-    steps = [env.reset() if time_step is None else time_step]
-    while not steps[-1].is_last():
-        steps.append(env.step(np.int32(choose(steps[-1]))))
-    return steps
 
 
 def seen(time_step) -> dict[str, float]:

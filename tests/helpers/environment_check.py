@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -400,3 +401,23 @@ class _Checker:
                         "expected the same bits.",
                         advice,
                     )
+
+
+def legal_of(time_step: Any) -> list[int]:
+    """The actions that an observation allows."""
+    return np.flatnonzero(time_step.observation["legal"]).tolist()
+
+
+def bits(time_step: Any) -> bytes:
+    """All that a time step says, to compare it to the bit."""
+    parts = (time_step.step_type, time_step.reward, time_step.discount)
+    parts += (time_step.observation["state"], time_step.observation["legal"])
+    return b"".join(np.asarray(part).tobytes() for part in parts)
+
+
+def play(env: Any, choose: Callable[[Any], int], time_step: Any = None) -> list[Any]:
+    """Plays an episode to its end; returns its time steps."""
+    steps = [env.reset() if time_step is None else time_step]
+    while not steps[-1].is_last():
+        steps.append(env.step(np.int32(choose(steps[-1]))))
+    return steps
