@@ -1,12 +1,13 @@
 """Which weights and masks should the final fine-tuning start from? Six kinds of networks.
 
 Every network is trained, pruned to LAMP's densities (Lee et al. 2021, arXiv 2010.07611), fitted as
-a search does it, and then trained for the same epochs on the same batches in five ways:
+a search does it, and then trained for the same epochs on the same batches in six ways:
 
 - `final`: what a search does: from the fitted weights, what is pruned from 0, learning masks, 2e-3;
 - `behind`: the same with the trained weights behind the masks, at 1e-3;
 - `fixed`: from the fitted weights, with masks that stay, 2e-3;
 - `dense`: from the trained weights, learning masks, 1e-3;
+- `gradual`: from the trained weights, learning masks of a number that falls to the plan's, 1e-3;
 - `tfmot`: TFMOT's polynomial schedule to the same densities, layer by layer, from the trained
   weights, Adam at 1e-3 with the same cosine;
 - `search` (only if it is asked for): a whole search of 16 episodes instead of LAMP's densities, its
@@ -48,7 +49,7 @@ from rl_sparsity_tf.training.mask_training import FreshStatistics, clear_pruned,
 import tf_keras as keras  # isort: skip  (after the package, which asks for Keras 2)
 
 layers = keras.layers
-WAYS = ("final", "behind", "fixed", "dense", "tfmot")
+WAYS = ("final", "behind", "fixed", "dense", "gradual", "tfmot")
 SEARCH, EPISODES = "search", 16
 Rows = list[tuple[np.ndarray, np.ndarray]]
 
@@ -252,12 +253,13 @@ def run(
         return {"validation": best.best[0], "test": evaluator(test).metric}
     learns = way != "fixed"
     wrapped = rls.wrap(model, candidate.plan, train_masks=learns)
-    if way != "dense":
+    if way not in ("dense", "gradual"):
         candidate.put_weights(wrapped)
     if way == "final":
         clear_pruned(wrapped)
     rate = 2e-3 if way in ("final", "fixed") else 1e-3
-    score = finetune(wrapped, data, validation, network.metric, epochs=epochs, learning_rate=rate)
+    given = (wrapped, data, validation, network.metric)
+    score = finetune(*given, epochs=epochs, learning_rate=rate, gradual=way == "gradual")
     return {
         "validation": score.metric,
         "test": Evaluator(wrapped, network.metric)(test).metric,

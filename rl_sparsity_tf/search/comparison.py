@@ -261,7 +261,8 @@ class _Contenders:
 
     def _finish(self, name: str, candidate: Candidate) -> Finished:
         self._say(name)
-        return play_final(self.search, [candidate], (), self.progress, seed=self.compressor.seed)[0]
+        given = (self.search, [candidate], (), self.progress)
+        return play_final(*given, places=1, seed=self.compressor.seed)[0]
 
     # ------------------------------------------------------------------ contenders that search
 

@@ -56,6 +56,7 @@ from rl_sparsity_tf.search.early_files import check_early, dense_files
 from rl_sparsity_tf.search.final import play_final
 from rl_sparsity_tf.search.fingerprints import describe, fingerprints_of, name_of
 from rl_sparsity_tf.search.finishing import Figures, Task
+from rl_sparsity_tf.search.heats import entrants
 from rl_sparsity_tf.search.result import FinishedSearch, Result, build_metrics
 from rl_sparsity_tf.search.run_directory import RunDirectory, bytes_of, check_directory, check_free
 from rl_sparsity_tf.search.storage_choice import StorageChoice, StorageChooser
@@ -338,7 +339,8 @@ class Compressor:
             progress = SearchProgress(episodes, plain.metric.name, verbose)
             choice, chooser = self._choose_storage(plain, build, progress)
             task = dataclasses.replace(task, network=choice.network)
-            settings = dataclasses.replace(self.loop_settings(), finalists=finalists)
+            kept = entrants(task, finalists)
+            settings = dataclasses.replace(self.loop_settings(), finalists=kept)
             loop = SearchLoop(settings, task.network, run, interruptible=True)
             if loop.done:
                 progress.say(f"going on after episode {loop.done} of {episodes}")
@@ -348,7 +350,9 @@ class Compressor:
                 loop.run(episodes, progress, checked)
                 others = choice.others if finalists > 1 else ()
                 finished, best = play_final(
-                    task, [*loop.finalists, *others], loop.proposed, progress, seed=self.seed
+                    *(task, [*loop.finalists, *others], loop.proposed, progress),
+                    places=finalists + len(others),
+                    seed=self.seed,
                 )
             else:
                 found = AccuracySearch(task, loop, run, chooser).run(episodes, progress)

@@ -56,7 +56,7 @@ _LEAST = 0.1
 _LARGE_STEP = 0.7
 
 
-def finish_within(task: Task, candidate: Candidate, train_masks: bool = True) -> Finished:
+def finish_within(task: Task, candidate: Candidate) -> Finished:
     """Finishes a candidate, and if its file is too large, a more pruned form of it.
 
     The search keeps to the size by a model of it. Fine-tuning changes the weights, and with them
@@ -73,7 +73,6 @@ def finish_within(task: Task, candidate: Candidate, train_masks: bool = True) ->
             training=task.training,
             quantization=task.quantization,
             formats=formats_for(target),
-            train_masks=train_masks,
         )
         report = finished.exported.report
         # A file in another storage than was asked for has another size, whatever is pruned.
@@ -153,10 +152,7 @@ _TIME_TOLERANCE = 0.02
 
 
 def finish_candidate(
-    task: Task,
-    candidate: Candidate,
-    others: Sequence[tuple[str, CompressionPlan]] = (),
-    train_masks: bool = True,
+    task: Task, candidate: Candidate, others: Sequence[tuple[str, CompressionPlan]] = ()
 ) -> Finished:
     """Fine-tunes and exports a candidate, whatever was decided on.
 
@@ -169,7 +165,7 @@ def finish_candidate(
     TargetError if the target is still missed after a few attempts to prune further.
     """
     if not isinstance(task.network.decisions, ChannelDecisions):
-        return finish_within(task, candidate, train_masks)
+        return finish_within(task, candidate)
     unmeasured = ""
     try:
         candidate, small, timing = _best_held(task, candidate, others)
@@ -384,12 +380,13 @@ def play_final(
     others: Sequence[tuple[str, CompressionPlan]],
     progress: SearchProgress,
     *,
+    places: int,
     seed: int,
 ) -> tuple[Finished, Candidate]:
     """Fine-tunes and exports the finalists, each from the same seed of TensorFlow's generator.
 
-    The finalists come the best first; of equal plans the first counts. Heats decide how they begin,
-    and which of them are trained to the end: see
+    The finalists come the best first; of equal plans the first counts. Heats decide with which
+    masks they begin, and who is trained to the end, as if `places` of them were: see
     [run_heats][rl_sparsity_tf.search.heats.run_heats]. `others` are plans to fall back on, see
     [finish_candidate][rl_sparsity_tf.search.final.finish_candidate].
 
@@ -404,7 +401,7 @@ def play_final(
     for one in finalists:
         if all(one.plan != other.plan for other in distinct):
             distinct.append(one)
-    starts, places = run_heats(task, distinct, progress, seed=seed)
+    starts, places = run_heats(task, distinct, progress, places=places, seed=seed)
     for number, start in enumerate(starts):
         if len(found) == places:
             break
@@ -413,7 +410,7 @@ def play_final(
         progress.say(f"fine-tuning {what} ({start}) and exporting it")
         tf.random.set_seed(seed)
         try:
-            finished = finish_candidate(task, candidate, others, start.train_masks)
+            finished = finish_candidate(task, candidate, others)
         except TargetError as error:
             missed = missed or error
             continue

@@ -143,25 +143,15 @@ def finish(
     quantization: str,
     formats: str = "dense",
     teacher: keras.Model | None = None,
-    train_masks: bool = True,
 ) -> Finished:
-    """Fine-tunes a candidate, strips it and exports it.
+    """Fine-tunes a candidate with learning masks, strips it and exports it.
 
-    The finished model's plan has the masks that were learned, with `train_masks`; without they stay
-    as they are. What its file is where the one asked for fails, see [export_what_holds][].
-    `formats` is whether tensors may be stored sparse, see `export_tflite`; outputs are learned from
-    the teacher, too, by default the model.
+    The finished model's plan has the masks that were learned. What its file is where the one asked
+    for fails, see [export_what_holds][]. `formats` is whether tensors may be stored sparse, see
+    `export_tflite`; outputs are learned from the teacher, too, by default the model.
     """
     warnings: list[str] = []
-    wrapped, _ = trained(
-        model,
-        candidate,
-        figures,
-        training,
-        teacher=teacher,
-        train_masks=train_masks,
-        warnings=warnings,
-    )
+    wrapped, _ = trained(model, candidate, figures, training, warnings, teacher)
     for warning in warnings:
         _log.warning("%s", warning)
     plan = _complete(plan_of(wrapped), candidate.plan)
@@ -185,17 +175,14 @@ def trained(
     candidate: Candidate,
     figures: Figures,
     training: FineTuning,
-    *,
+    warnings: list[str],
     teacher: keras.Model | None = None,
-    train_masks: bool = True,
-    warnings: list[str] | None = None,
 ) -> tuple[keras.Model, Score]:
     """A candidate's wrapped model after fine-tuning, and its score on the validation data."""
-    wrapped = wrap(model, candidate.plan, mask=training.mask, train_masks=train_masks)
+    wrapped = wrap(model, candidate.plan, mask=training.mask, train_masks=True)
     # Weights first, operations after: hard concrete logits and grids do not depend on them.
     candidate.put_weights(wrapped)
-    if train_masks:
-        clear_pruned(wrapped)
+    clear_pruned(wrapped)
     score = finetune(
         wrapped,
         figures.train,

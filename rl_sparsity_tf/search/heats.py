@@ -1,11 +1,11 @@
-"""Heats: short trainings decide from where, and with which masks, the long ones begin.
+"""Heats: short trainings decide whose plan, and with which masks, the long ones begin.
 
 What a plan is worth after the fit says little of what training makes of it. Masks in context fit
 best, and can train worst: many of their weights are small, and masks that learn let others take
-their places. So the plans of the finalists begin with their own masks and with those of the largest
-trained weights, with masks that stay and with masks that learn; all are trained for an eighth of
-the epochs, and the best go on, from the start (successive halving, Jamieson & Talwalkar 2016,
-"Non-stochastic best arm identification", arXiv 1502.07943, in two rounds).
+their places. So the plans of the best proposers begin with their own masks and with those of the
+largest trained weights; all are trained for an eighth of the epochs, and the best go on, from the
+start (successive halving, Jamieson & Talwalkar 2016, "Non-stochastic best arm identification",
+arXiv 1502.07943, in two rounds).
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from rl_sparsity_tf.search.finishing import Task, trained
 _MOST_STARTS = 8
 # With fewer epochs a heat would be as long as the training.
 _LEAST_EPOCHS = 4
+# Plans beside those that would be finished without heats.
+_MORE = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +38,28 @@ class Start:
 
     Attributes:
         candidate: The plan, and the weights that were fitted to it.
-        train_masks: Whether its masks learn.
         as_trained: Whether its masks are those of the largest trained weights, not the plan's own.
     """
 
     candidate: Candidate
-    train_masks: bool = True
     as_trained: bool = False
 
     def __str__(self) -> str:
-        """Who proposed the plan, and what is done with its masks."""
-        words = [self.candidate.found_by]
-        words += ["masks of the largest weights"] if self.as_trained else []
-        words += [] if self.train_masks else ["masks that stay"]
-        return ", ".join(words)
+        """Who proposed the plan, and which masks it has."""
+        masks = ", masks of the largest weights" if self.as_trained else ""
+        return self.candidate.found_by + masks
+
+
+def has_heats(task: Task) -> bool:
+    """Whether there are heats: not in short trainings, nor where channels are removed first."""
+    training = task.training
+    whole = task.network.decisions.group == "channel" or training.mask != "straight_through"
+    return training.epochs >= _LEAST_EPOCHS and not whole
+
+
+def entrants(task: Task, places: int) -> int:
+    """How many plans a search keeps for the final, if so many were finished without heats."""
+    return places + _MORE if places > 1 and has_heats(task) else places
 
 
 def starts_of(network: CompressedNetwork, candidates: Sequence[Candidate]) -> list[Start]:
@@ -57,10 +67,10 @@ def starts_of(network: CompressedNetwork, candidates: Sequence[Candidate]) -> li
     found: list[Start] = []
     plans = []
     for candidate in candidates:
-        for one, other in ((candidate, False), (_as_trained(network, candidate), True)):
+        for one, as_trained in ((candidate, False), (_as_trained(network, candidate), True)):
             if one is not None and one.plan not in plans:
                 plans.append(one.plan)
-                found += [Start(one, learns, other) for learns in (True, False)]
+                found.append(Start(one, as_trained))
     return found
 
 
@@ -84,36 +94,34 @@ def _as_trained(network: CompressedNetwork, candidate: Candidate) -> Candidate |
 
 
 def run_heats(
-    task: Task, candidates: Sequence[Candidate], progress: SearchProgress, *, seed: int
+    task: Task, candidates: Sequence[Candidate], progress: SearchProgress, *, places: int, seed: int
 ) -> tuple[list[Start], int]:
     """The starts of the long trainings, the best first, and how many are to be finished.
 
-    That is one fewer than candidates, which is what the heats take, but one at least. Short
-    trainings have no heats: as many starts are finished as there are candidates, all with masks
-    that learn. Where channels are removed first, the candidates begin as they are.
+    That is one fewer than there are places, which is what the heats take, but one at least. Where
+    there are no heats, all places are taken by the first starts.
     """
-    epochs = task.training.epochs
-    if not epochs or task.network.decisions.group == "channel":
-        return [Start(candidate) for candidate in candidates], len(candidates)
+    training = task.training
+    if not training.epochs or task.network.decisions.group == "channel":
+        return [Start(candidate) for candidate in candidates], places
     starts = starts_of(task.network, candidates)
-    if epochs < _LEAST_EPOCHS or task.training.mask != "straight_through":
-        return [one for one in starts if one.train_masks], len(candidates)
-    length = max(1, epochs // _MOST_STARTS)
-    starts = starts[: min(_MOST_STARTS, epochs // length)]
-    progress.say(f"training {len(starts)} starts of the final for {length} of {epochs} epochs")
-    short = dataclasses.replace(task.training, epochs=length)
+    if not has_heats(task) or len(starts) < 2:
+        return starts, places
+    length = max(1, training.epochs // _MOST_STARTS)
+    starts = starts[: min(_MOST_STARTS, training.epochs // length)]
+    progress.say(f"training {len(starts)} starts for {length} of {training.epochs} epochs")
+    short = dataclasses.replace(training, epochs=length)
     scores: list[Score] = []
     for start in starts:
         tf.random.set_seed(seed)
-        given = (task.model, start.candidate, task.figures, short)
         unheard: list[str] = []  # a training that short proves nothing
-        scores.append(trained(*given, train_masks=start.train_masks, warnings=unheard)[1])
+        scores.append(trained(task.model, start.candidate, task.figures, short, unheard)[1])
     rows = count_rows(task.figures.validation)
     left, ordered = list(range(len(starts))), []
     while left:
         best = winner([scores[n] for n in left], task.figures.metric, rows)
         ordered.append(starts[left.pop(best)])
-    return ordered, max(1, len(candidates) - 1)
+    return ordered, max(1, places - 1)
 
 
 def winner(scores: Sequence[Score], metric: Metric, rows: int) -> int:

@@ -101,6 +101,8 @@ POLICY = "policy"
 STARTING = "lamp"
 # Shown to the agent, the best last: what it has learned of the others must not hide that.
 _DEMONSTRATIONS = 3
+# Of the finalists, the best.
+_RANKED = 3
 _FINALIST = re.compile(r"finalist-[\w-]{1,100}")
 # A stage looks near its best plan from the middle on, if it is not too short for two halves.
 _LEAST_TO_NARROW = 8
@@ -198,7 +200,7 @@ class SearchLoop:
         return self.best
 
     def _rerank(self, progress: SearchProgress) -> None:
-        """Decides anew which groups of the finalists' kernels live, as long as that is better.
+        """Decides anew which groups of the best plans' kernels live, as long as that is better.
 
         Whoever proposed a plan keeps it: the densities are theirs.
         """
@@ -206,7 +208,7 @@ class SearchLoop:
         if not can_rerank(network):
             return
         progress.say("ranking the weights of the best plans anew")
-        for one in list(self.finalists):
+        for one in list(self.finalists)[:_RANKED]:
             self._rerank_one(one)
 
     def _rerank_one(self, one: Candidate) -> None:

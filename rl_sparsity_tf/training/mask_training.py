@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.checks import check_share
+from rl_sparsity_tf.checks import check_flag, check_share
 from rl_sparsity_tf.data.batches import TrainingData, count_rows
 from rl_sparsity_tf.data.checks import Batch
 from rl_sparsity_tf.data.metrics import Evaluator, Metric, Score, search_compile_arguments
@@ -53,18 +53,36 @@ def mask_scores(wrapper: CompressionWrapper, attribute: str) -> np.ndarray:
     return magnitudes(wrapper, attribute) + logits
 
 
-def update_masks(wrapper: CompressionWrapper) -> None:
+def update_masks(
+    wrapper: CompressionWrapper, alike: Mapping[str, np.ndarray] | None = None
+) -> None:
     """Lets learnable masks follow their scores, with each kernel's sparsity held.
 
-    Under a pattern such as 2:4 every block of it holds its own.
+    Under a pattern such as 2:4 every block of it holds its own. By attribute, `alike` marks as many
+    groups as are to live, by default as many as do.
     """
     for attribute in wrapper.kernels:
         state = wrapper.state(attribute)
         if "mask_logits" not in state or float(state["mask_frozen"]) > 0:
             continue
-        live = state["mask"].numpy() > 0
+        live = state["mask"].numpy() > 0 if alike is None else alike[attribute]
         chosen = largest_alike(mask_scores(wrapper, attribute), live, wrapper.grouping(attribute))
         state["mask"].assign(chosen.astype(np.float32))
+
+
+def grown(live: np.ndarray, grouping: Grouping, share: float) -> np.ndarray:
+    """Marks more groups: a share of those that do not live, of every size of group.
+
+    Which ones says nothing. Under a pattern none are added.
+    """
+    grows = live.copy()
+    if not grouping.pattern:
+        for same in _by_size(grouping.sizes):
+            pruned = np.flatnonzero(~live[same])
+            part = grows[same].reshape(-1)
+            part[pruned[: round(share * pruned.size)]] = True
+            grows[same] = part.reshape(live[same].shape)
+    return grows
 
 
 def largest_alike(scores: np.ndarray, live: np.ndarray, grouping: Grouping) -> np.ndarray:
@@ -224,6 +242,9 @@ class MaskTraining(keras.callbacks.Callback):
     Args:
         every: Training steps between selections.
         freeze_after: Share of all steps after which the masks are frozen.
+        gradual: Whether all groups live at first, and their number falls to the plan's by then: by
+            the cubic schedule of Zhu & Gupta 2017, "To prune, or not to prune", arXiv 1710.01878,
+            equation 1. For straight-through masks; others are as sparse as planned from the start.
 
     Example:
         >>> wrapped = rls.wrap(model, plan, train_masks=True)
@@ -231,24 +252,37 @@ class MaskTraining(keras.callbacks.Callback):
         >>> learned = rls.plan_of(wrapped)
     """
 
-    def __init__(self, every: int = 16, freeze_after: float = 0.7):
+    def __init__(self, every: int = 16, freeze_after: float = 0.7, gradual: bool = False):
         super().__init__()
+        self.gradual = check_flag("gradual", gradual)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ArgumentError(f"every={every!r} cannot be used. Expected an integer above 0.")
         self.every = every
         self.freeze_after = check_share("freeze_after", freeze_after)
         self.frozen = False
         self._step = 0
+        self._share = 0.0
         self._wrappers: list[CompressionWrapper] = []
+        self._planned: list[dict[str, np.ndarray]] = []
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Starts counting, and gives untrained hard concrete gates their start."""
-        self.frozen, self._step = False, 0
+        self.frozen, self._step, self._share = False, 0, 0.0
         self._wrappers = wrappers_of(self.model)
         trained = {id(variable) for variable in self.model.trainable_variables}
         for wrapper in self._wrappers:
             start_gates(wrapper)
             freeze_masks(wrapper, lambda logits: id(logits) not in trained)
+        self._planned = [
+            {
+                attribute: state["mask"].numpy() > 0
+                for attribute in wrapper.kernels
+                if "mask" in (state := wrapper.state(attribute))
+            }
+            for wrapper in self._wrappers
+        ]
+        if self.gradual:
+            self._select()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Freezes by epoch where the number of steps is not known."""
@@ -262,11 +296,21 @@ class MaskTraining(keras.callbacks.Callback):
         if steps:
             self._freeze_at(self._step / (steps * self.params["epochs"]))
         if not self.frozen and self._step % self.every == 0:
-            for wrapper in self._wrappers:
-                update_masks(wrapper)
+            self._select()
+
+    def _select(self) -> None:
+        left = (1.0 - min(1.0, self._share / max(self.freeze_after, 1e-9))) ** 3
+        for wrapper, planned in zip(self._wrappers, self._planned, strict=True):
+            alike = None
+            if self.gradual and wrapper.mask == "straight_through":
+                alike = {a: grown(m, wrapper.grouping(a), left) for a, m in planned.items()}
+            update_masks(wrapper, alike)
 
     def _freeze_at(self, share: float) -> None:
+        self._share = share
         if not self.frozen and share >= self.freeze_after:
+            if self.gradual:
+                self._select()
             self.frozen = True
             for wrapper in self._wrappers:
                 freeze_masks(wrapper)
@@ -290,6 +334,7 @@ def finetune(
     teacher: keras.Model | None = None,
     distillation: float = DISTILLATION,
     warnings: list[str] | None = None,
+    gradual: bool = False,
 ) -> Score:
     """Trains a wrapped model, its masks included, and keeps the best epoch after they froze.
 
@@ -319,7 +364,7 @@ def finetune(
         evaluator = Evaluator(wrapped, metric)
         if not epochs:
             return evaluator(validation)
-        masks = MaskTraining()
+        masks = MaskTraining(gradual=gradual)
         keeper = _BestEpoch(evaluator, validation, masks, FreshStatistics(wrapped, train.pool))
         keeper.begin()
         with distilled(wrapped, teacher, distillation, train.pool):

@@ -44,7 +44,7 @@ def played(monkeypatch, outcomes, higher=True, name="accuracy", rows=10_000):
     """Plays a final whose candidates come to given scores, or miss the target."""
     seen = []
 
-    def finish(task, one, others, train_masks):
+    def finish(task, one, others):
         seen.append(one.found_by)
         found = outcomes[one.found_by]
         if isinstance(found, Exception):
@@ -58,7 +58,8 @@ def played(monkeypatch, outcomes, higher=True, name="accuracy", rows=10_000):
     )
     task = task_of(figures, Score(metric=0.0, loss=0.0))
     progress = SearchProgress(1, "accuracy", 0)
-    finished, best = play_final(task, [candidate(n) for n in outcomes], [], progress, seed=0)
+    given = (task, [candidate(n) for n in outcomes], [], progress)
+    finished, best = play_final(*given, places=len(outcomes), seed=0)
     assert seen == list(outcomes)
     assert finished.validation is outcomes[best.found_by]
     return best.found_by
@@ -67,7 +68,7 @@ def played(monkeypatch, outcomes, higher=True, name="accuracy", rows=10_000):
 def test_equal_plans_are_fine_tuned_once(monkeypatch):
     seen = []
 
-    def finish(task, one, others, train_masks):
+    def finish(task, one, others):
         seen.append(one.found_by)
         return Ended(Score(metric=0.5, loss=1.0))
 
@@ -77,7 +78,7 @@ def test_equal_plans_are_fine_tuned_once(monkeypatch):
     one, other, twin = candidate("a"), candidate("b"), candidate("c", plan="a")
     task = task_of(figures, Score(metric=0.5, loss=1.0))
     progress = SearchProgress(1, "accuracy", 0)
-    _, best = play_final(task, [one, other, twin], [], progress, seed=0)
+    _, best = play_final(task, [one, other, twin], [], progress, places=3, seed=0)
     assert seen == ["a", "b"]
     assert best is one
 
@@ -145,8 +146,8 @@ def test_a_search_finishes_the_best_plans_of_several_proposers(monkeypatch):
     seen = []
     real = final.finish_candidate
 
-    def watched(task, one, others, train_masks):
-        finished = real(task, one, others, train_masks)
+    def watched(task, one, others):
+        finished = real(task, one, others)
         seen.append((one.proposed_by, finished.validation))
         return finished
 

@@ -20,6 +20,7 @@ from rl_sparsity_tf.layers.wrapping import plan_of, wrappers_of
 from rl_sparsity_tf.training.mask_training import (
     _without_smallest,
     freeze_masks,
+    grown,
     start_gates,
     update_masks,
 )
@@ -212,6 +213,46 @@ def test_masks_learn_with_the_sparsity_held_and_are_frozen_at_the_end(mask, grou
     for masks in watch.masks[frozen_from:]:
         for path, values in masks.items():
             np.testing.assert_array_equal(values, watch.masks[frozen_from][path])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("group", "name"), [("element", "dense"), ("block4", "separable"), ("channel", "residual")]
+)
+def test_gradual_masks_fall_to_the_plans_sparsity_by_a_cubic(group, name):
+    model, wrapped = learnable("straight_through", group, sparsity=0.75, name=name)
+    wrapped.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy")
+    planned, totals = pruned_weights(wrapped), masks_of(wrapped)
+    watch, training = Watch(), rls.MaskTraining(every=1, freeze_after=0.5, gradual=True)
+    x, y = data_for(model)
+    wrapped.fit(x, y, batch_size=8, epochs=5, verbose=0, callbacks=[training, watch])
+    steps = len(watch.pruned)
+    assert steps == 40
+    for path, final in planned.items():
+        shares = [pruned[path] / final for pruned in watch.pruned]
+        assert shares == sorted(shares)  # what is pruned rises
+        for step, share in enumerate(shares, 1):
+            expected = 1.0 - (1.0 - min(1.0, step / (0.5 * steps))) ** 3
+            # Within a group; groups are up to a sixth of these small kernels.
+            group_share = 1.5 * totals[path].size ** -1 / 0.75 if group == "element" else 0.35
+            assert share == pytest.approx(expected, abs=max(0.02, group_share))
+        assert shares[0] < 0.5
+        assert shares[-1] == 1.0
+    assert pruned_weights(wrapped) == planned
+
+
+@modest
+@given(st.integers(1, 30), st.integers(1, 5), st.floats(0, 1), st.integers(0, 2**31))
+def test_masks_grow_by_a_share_of_what_is_pruned(inputs, outputs, share, seed):
+    for kind in ("element", "block4"):
+        grouping = Grouping(kind, inputs, outputs)
+        live = np.random.default_rng(seed).random(grouping.shape) < 0.4
+        grows = grown(live, grouping, share)
+        assert (grows | ~live).all()  # what lives stays
+        if kind == "element":
+            assert (~live).sum() - (~grows).sum() == round(share * (~live).sum())
+        assert grown(live, grouping, 1.0).all()
+        np.testing.assert_array_equal(grown(live, grouping, 0.0), live)
 
 
 @pytest.mark.slow
@@ -419,6 +460,7 @@ def test_the_plan_after_learning_gives_the_same_zeros_when_applied_again(mask, g
         ({"every": 1.5}, "every=1.5"),
         ({"freeze_after": 1.1}, "freeze_after=1.1 cannot be used. Expected a share from 0 to 1"),
         ({"freeze_after": "end"}, "freeze_after='end'"),
+        ({"gradual": 1}, "gradual=1"),
     ],
 )
 def test_wrong_arguments(arguments, message):
