@@ -150,6 +150,7 @@ def test_a_ranking_that_was_no_better_is_not_tried_twice():
     assert tried == list(SCHEDULE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", [search_randomly, climb])
 def test_searches_without_an_agent_rank_anew_within_their_evaluations(digits, search):
     model, data = digits
