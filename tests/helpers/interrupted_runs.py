@@ -63,7 +63,9 @@ def _wide(target: rls.Target, agent: Any = "random", **options: Any) -> Callable
 def _channels(target: rls.Target, agent: Any = "random") -> Callable[..., rls.Result]:
     def run(folder: Path, **more: Any) -> rls.Result:
         one = channels.compressor(target, agent=agent, directory=folder)
-        return channels.searched(one, episodes=3, finetune_epochs=1, finalists=2, **more)
+        return channels.searched(
+            one, **{"episodes": 3, "finetune_epochs": 1, "finalists": 2, **more}
+        )
 
     return run
 
