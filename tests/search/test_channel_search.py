@@ -9,7 +9,7 @@ from channel_search import TEST, TRAIN, VALIDATION, compressor, layers, searched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from same_outputs import assert_same
-from tiny_search import DQN, PPO, quick_search
+from tiny_search import PPO, quick_search
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.allocation.channel_programming import (
@@ -139,7 +139,7 @@ def test_a_plan_evaluated_is_the_small_model_it_stands_for(macs_search):
 @pytest.mark.slow
 def test_a_size_is_met_by_removing_channels():
     target = rls.Target(tflite_bytes=9_000)
-    result = searched(compressor(target), episodes=2, finetune_epochs=0)
+    result = searched(compressor(target, agent="random"), episodes=2, finetune_epochs=0)
     assert size_held(result.report, target) <= target.value
 
 
@@ -268,7 +268,8 @@ def test_a_table_given_predicts_the_latency(tmp_path, monkeypatch):
     model = trained()
     table = table_for(model)
     table.save(tmp_path / "table.json")
-    one = compressor(rls.Target(latency=0.5), latency_table=tmp_path / "table.json")
+    options = {"agent": "random", "latency_table": tmp_path / "table.json"}
+    one = compressor(rls.Target(latency=0.5), **options)
     result = searched(one, episodes=2, finetune_epochs=0)
     predicted = table.predict(widths_of(result.model)) / table.predict(widths_of(model))
     assert result.channels.predicted_latency == pytest.approx(predicted)
@@ -401,7 +402,7 @@ def test_shrunk_results_are_the_wrapped_ones(macs_search):
 @pytest.mark.slow
 def test_channels_are_permuted_before_a_search_of_blocks():
     one = rls.Compressor(
-        trained(), rls.Target(sparsity=0.6), DQN, group="block16", shuffle="channels"
+        trained(), rls.Target(sparsity=0.6), "random", group="block16", shuffle="channels"
     )
     result = searched(one, episodes=2, finetune_epochs=0)
     permuted = rls.permute_channels(trained(), group="block16", sparsity=0.6)

@@ -413,9 +413,10 @@ def test_dynamic_programming_at_four_bits_leaves_dense_kernels_dense(model, limi
 
 def search(model, limit, finalists, episodes, **options):
     """A search of groups and bits; the compressor and its result."""
-    agent = rls.DQN(hidden_layers=(8,), train_steps=2, batch_size=8)
     target = rls.Target(tflite_bytes=limit)
-    one = rls.Compressor(model, target, agent, group="auto", buckets=3, **options)
+    one = rls.Compressor(
+        model, target, buckets=3, **{"agent": "random", "group": "auto", **options}
+    )
     arguments = {"finetune_epochs": int(finalists == 1), "finalists": finalists, "verbose": 0}
     with quick_search():
         return one, one.search(TRAIN, VALIDATION, TEST, episodes, **arguments)
@@ -445,7 +446,9 @@ def test_single_weights_win_where_they_are_better_in_the_end(model, limit, monke
 
 @pytest.mark.slow
 def test_a_search_stores_every_kernel_as_the_bytes_want_it(model, limit, tmp_path):
-    one, result = search(model, limit, finalists=1, episodes=3, directory=tmp_path / "run")
+    agent = rls.DQN(hidden_layers=(8,), train_steps=2, batch_size=8)
+    options = {"agent": agent, "directory": tmp_path / "run"}
+    one, result = search(model, limit, finalists=1, episodes=3, **options)
     path = tmp_path / "run" / "model.tflite"
     assert path.stat().st_size <= limit
     types = {tensor.dtype for tensor in rls.inspect_tflite(path).tensors}
