@@ -17,6 +17,19 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 import rl_sparsity_tf  # noqa: F401  (asks for Keras 2 before anything touches tf.keras)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _graphs_as_they_are():
+    """Tiny graphs run once or twice: rewriting each to be faster takes longer than it saves.
+
+    What users run is rewritten; so it is in all tests that start a process of their own, and
+    everywhere with `RL_SPARSITY_REWRITE=1`.
+    """
+    if os.environ.get("RL_SPARSITY_REWRITE") != "1":
+        from plain_graphs import use_plain_graphs
+
+        use_plain_graphs()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections():
     """What is alive before a file of tests, TensorFlow above all, is not looked through again."""

@@ -41,13 +41,48 @@ NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 SCRIPT = ROOT / "examples" / "quickstart.py"
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """The environment of a short run that finds the package and reaches no network."""
-    monkeypatch.setenv("RL_SPARSITY_QUICK", "1")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
+# The environment of a short run that finds the package and reaches no network.
+QUICK = {
+    "RL_SPARSITY_QUICK": "1",
+    "PYTHONPATH": str(ROOT),
+    "PIP_NO_INDEX": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+
+ALL = """
+import runpy, sys
+runpy.run_path({script!r}, run_name="__main__")
+print({mark!r}, flush=True)
+runpy.run_path("documents.py")
+print({mark!r}, flush=True)
+from rl_sparsity_tf.cli import main
+sys.exit(main({command!r}))
+"""
+MARK = "-- here ends a part --"
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A folder in which the script, the documents' code and their command were run, and what each
+    printed: in one process, as most of the time goes into libraries that are loaded.
+    """
+    folder = tmp_path_factory.mktemp("ran")
+    code = "\n".join(blocks("python"))
+    short, count = re.subn(r"\b(episodes|(?:finetune_)?epochs)=\d+", r"\1=1", code)
+    assert count == 11
+    short = short.replace("episodes=1,\n", "episodes=1, finalists=1,\n")
+    (folder / "documents.py").write_text(short, encoding="utf-8")
+    command = re.search(r"^rl-sparsity (compress model.*)$", COMMANDS, re.MULTILINE)
+    arguments = command.group(1).replace("--episodes 24", "--episodes 1").split()
+    arguments += ["--finetune-epochs", "1"]
+    parts = ALL.format(script=str(SCRIPT), mark=MARK, command=arguments)
+    (folder / "all.py").write_text(parts, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in QUICK.items():
+            patch.setenv(name, value)
+        script, documents, _ = run_python(folder, "all.py").split(MARK + "\n")
+    return folder, script, documents
 
 
 def run_python(folder, *arguments):
@@ -91,12 +126,12 @@ def table_rows(title):
 
 
 @pytest.mark.slow
-def test_the_script_writes_the_file_it_talks_about(tmp_path, quick):
-    output = run_python(tmp_path, str(SCRIPT))
+def test_the_script_writes_the_file_it_talks_about(ran):
+    folder, output, _ = ran
     data = load_digits_data()
-    outputs = litert_outputs(tmp_path / "digits.tflite", data.x_test)
+    outputs = litert_outputs(folder / "digits.tflite", data.x_test)
     accuracy = np.mean(outputs.argmax(axis=1) == data.y_test)
-    size = (tmp_path / "digits.tflite").stat().st_size
+    size = (folder / "digits.tflite").stat().st_size
     assert output.splitlines()[-1] == (
         f"digits.tflite: {size:,} bytes, test accuracy {accuracy:.4f}"
     )
@@ -106,7 +141,9 @@ def test_the_script_writes_the_file_it_talks_about(tmp_path, quick):
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_from_top_to_bottom(tmp_path, quick):
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    for name, value in QUICK.items():
+        monkeypatch.setenv(name, value)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
@@ -144,20 +181,17 @@ def test_the_notebook_is_stored_without_outputs_and_opens_in_colab():
 
 
 @pytest.mark.slow
-def test_the_code_of_the_documents_runs_in_its_order(tmp_path, quick):
-    code = "\n".join(blocks("python"))
-    short, count = re.subn(r"\b(episodes|(?:finetune_)?epochs)=\d+", r"\1=1", code)
-    assert count == 11
-    short = short.replace("episodes=1,\n", "episodes=1, finalists=1,\n")
-    (tmp_path / "readme.py").write_text(short, encoding="utf-8")
-    run_python(tmp_path, "readme.py")
+def test_the_code_of_the_documents_runs_in_its_order(ran):
+    folder, _, printed = ran
+    assert "Compressed model" in printed
     data = load_digits_data()
     for name in ("model", "by_hand"):
-        assert litert_outputs(tmp_path / f"{name}.tflite", data.x_test).shape == (359, 10)
-    command = re.search(r"^rl-sparsity (compress model.*)$", COMMANDS, re.MULTILINE)
-    arguments = command.group(1).replace("--episodes 24", "--episodes 1").split()
-    run_python(tmp_path, "-m", "rl_sparsity_tf.cli", *arguments, "--finetune-epochs", "1")
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+        assert litert_outputs(folder / f"{name}.tflite", data.x_test).shape == (359, 10)
+
+
+@pytest.mark.slow
+def test_the_command_of_the_documents_writes_what_they_say(ran):
+    metrics = json.loads((ran[0] / "run" / "metrics.json").read_text(encoding="utf-8"))
     # Weights that round to 0 on the integer grid come on top.
     assert 0.9 <= metrics["compressed"]["sparsity"] < 0.91
 

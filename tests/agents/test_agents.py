@@ -236,16 +236,18 @@ def test_no_illegal_action_in_a_thousand_steps(config: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(SMALL))
 def test_same_seed_same_actions(name: str) -> None:
-    runs = []
+    runs, untrained = [], []
     for seed in (1, 1, 2):
         env = toy.ContextualEnvironment(seed=8)
         # What the user drew before must not matter.
         random.random()
         agent = build(SMALL[name], env, seed=seed)
-        losses = play(agent, env, 3)
-        runs.append((losses, actions_of(agent)))
+        untrained.append([actions_of(agent) for _ in range(3)])
+        if seed == 1:
+            losses = play(agent, env, 3)
+            runs.append((losses, actions_of(agent)))
     assert runs[0] == runs[1]
-    assert runs[0] != runs[2]
+    assert untrained[0] == untrained[1] != untrained[2]
 
 
 def exploring(**settings: Any) -> Any:
@@ -397,8 +399,8 @@ def test_learns_what_is_best_in_each_context(config: Any, episodes: int) -> None
     # One evaluation moves by some percent from update to update, so several are averaged.
     shares = []
     for _ in range(5):
-        play(learner, env, 4, steps=8)
-        shares.append(toy.greedy_share(learner))
+        play(learner, env, 2, steps=8)
+        shares.append(toy.greedy_share(learner, episodes=10))
     assert np.mean(shares) >= 0.95, shares
     assert toy.greedy_share(build("random", env)) < 0.6
 

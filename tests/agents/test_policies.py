@@ -352,6 +352,7 @@ def test_policies_and_two_levels_do_not_go_together(path):
         rls.Compressor(trained(), policy=path, hierarchy=True)
 
 
+@pytest.mark.slow
 def test_an_agent_refuses_weights_of_other_networks_and_explores_less_with_its_own():
     network = fitted()
     environment = LayerEnvironment(network, network.kernels[0].path)
@@ -450,7 +451,7 @@ def test_no_episodes_without_a_policy_are_refused():
 
 @pytest.mark.slow
 def test_what_a_search_has_learned_is_saved_and_begins_another(tmp_path):
-    result = search(compressor(trained(), warm_start=False), episodes=2)
+    result = search(compressor(trained(), warm_start=False), episodes=2, finetune_epochs=0)
     result.save_policy(tmp_path / "policy.npz")
     with pytest.raises(FileExistsRLSparsityError, match="overwrite=True"):
         result.save_policy(tmp_path / "policy.npz")
@@ -459,7 +460,7 @@ def test_what_a_search_has_learned_is_saved_and_begins_another(tmp_path):
     for array, other in zip(saved.weights, result.policy.weights, strict=True):
         np.testing.assert_array_equal(array, other)
     other = compressor(trained(), agent=None, policy=saved, target=rls.Target(sparsity=0.4))
-    again = search(other, episodes=1)
+    again = search(other, episodes=1, finetune_epochs=0)
     assert again.metrics["compressed"]["sparsity"] >= 0.4
     assert again.policy.digest != saved.digest
 

@@ -371,6 +371,7 @@ def test_the_real_file_fits_and_is_no_smaller_than_it_must(sized, tmp_path, name
     assert bits == ({32} if quantize is False else {8})
 
 
+@pytest.mark.slow
 def test_a_size_that_integers_meet_is_met_without_zeros(sized):
     plan = baselines.lamp(sized, target=rls.Target(tflite_bytes=7300))
     assert set(np.unique(_flat(plan))) == {Operation.QUANTIZE}

@@ -115,6 +115,7 @@ def test_what_survives_is_integers_only_if_something_can_be(state, quantized):
     assert state.surviving == KernelState(2, 0, state.kept, quantized)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(KERNELS, st.floats(0.0, 1.0), st.randoms(use_true_random=False))
 def test_an_action_that_keeps_the_size_in_reach_always_exists(kernels, tightness, random):

@@ -229,6 +229,7 @@ def test_models_that_tfmot_cannot_prune_are_refused():
         tfmot(bare, TRAIN, sparsity=0.5)
 
 
+@pytest.mark.slow
 def test_targets_beyond_the_layers_that_tfmot_prunes_are_refused():
     keras.utils.set_random_seed(0)
     model = keras.Sequential([L.Input((5, 5, 8)), L.DepthwiseConv2D(3), L.Flatten(), L.Dense(1)])

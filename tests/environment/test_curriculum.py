@@ -326,6 +326,7 @@ def test_a_retargeted_network_knows_its_plans_and_what_is_wanted_now():
     assert evaluate_plan(network, plan) == before
 
 
+@pytest.mark.slow
 def test_the_share_of_a_size_that_is_reached_follows_the_target():
     network = network_for(rls.Target(tflite_bytes=4000))
     full, plan = network.budget, random_plan(network, 0.3, 0)
@@ -408,6 +409,7 @@ def test_the_target_rises_over_the_episodes(staged):
     assert manifest["arguments"]["curriculum"] == {"curriculum": "staged", "stages": [0.5, 1.0]}
 
 
+@pytest.mark.slow
 def test_a_stage_begins_with_the_best_of_the_one_before(staged):
     one, result, stages, _ = staged
     first, last = stages.ends
@@ -424,6 +426,7 @@ def test_a_stage_begins_with_the_best_of_the_one_before(staged):
     one.last.network.reset()
 
 
+@pytest.mark.slow
 def test_only_plans_of_the_full_target_are_returned(staged):
     _, result, stages, _ = staged
     first, last = stages.ends
@@ -434,6 +437,7 @@ def test_only_plans_of_the_full_target_are_returned(staged):
     assert result.metrics["compressed"]["sparsity"] >= SPARSITY
 
 
+@pytest.mark.slow
 def test_the_agent_goes_on_with_what_it_has_learned(staged):
     one, _, _, _ = staged
     agent = one.last.loop.episodes.agent
@@ -474,7 +478,7 @@ def test_nothing_is_traced_again_from_stage_to_stage():
         counts.append((network.tracing_count(), loop.episodes._relaxation.tracing_count()))
 
     loop.play = counting
-    loop.run(12, SearchProgress(12, "accuracy", 0))
+    loop.run(6, SearchProgress(6, "accuracy", 0))
     assert counts[0] == counts[1] == counts[2]
     assert counts[0][1] == 1
     assert loop.episodes.illegal_actions == 0
@@ -501,10 +505,11 @@ def test_channels_go_stage_by_stage():
     from channel_search import compressor as channels
     from channel_search import searched, trained
 
-    one = channels(rls.Target(sparsity=0.6), curriculum=Staged(stages=(0.5, 1.0)))
+    options = {"agent": "random", "curriculum": Staged(stages=(0.5, 1.0))}
+    one = channels(rls.Target(sparsity=0.6), **options)
     with pytest.MonkeyPatch.context() as patch:
         stages = Stages(patch)
-        result = searched(one, episodes=4)
+        result = searched(one, episodes=4, finetune_epochs=0)
     first, last = stages.ends
     assert_nested(first.plan, stages.proposed[1][PREVIOUS])
     assert first.outcome.target_sparsity == pytest.approx(last.outcome.target_sparsity / 2)
@@ -517,7 +522,7 @@ def test_channels_go_stage_by_stage():
 @pytest.mark.slow
 def test_the_display_says_where_the_target_stands(capsys):
     one = compressor(trained(), "random", **STAGED)
-    search(one, episodes=2, verbose=2)
+    search(one, episodes=2, finetune_epochs=0, verbose=2)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "0.5 of the way to the target"
     assert lines[1] == "random search: 2 episodes"
@@ -529,7 +534,7 @@ def test_contenders_play_at_the_full_target_alone():
     from rl_sparsity_tf.search.comparison import compare
 
     one = compressor(trained(), "random", **STAGED)
-    search(one, episodes=4)
+    search(one, episodes=4, finetune_epochs=0)
     (entry,) = compare(one, ["random_policy"], verbose=0)
     assert entry["sparsity"] >= SPARSITY
     assert entry["evaluations"] <= 4 + len(SCHEDULE)  # the best plan's masks are ranked anew

@@ -184,6 +184,7 @@ def test_a_ranking_that_was_no_better_is_not_tried_twice(most, better, monkeypat
     assert len(restored) == (min(1, most) if better else len(tried))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", [search_randomly, climb])
 def test_searches_without_an_agent_rank_anew_within_their_evaluations(digits, search):
     model, data = digits

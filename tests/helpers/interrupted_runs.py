@@ -28,6 +28,7 @@ if __name__ == "__main__":
 
 import channel_search as channels
 import numpy as np
+import plain_graphs
 import pytest
 import tf_keras as keras
 import tiny_search as tiny
@@ -54,7 +55,7 @@ def _wide(target: rls.Target, agent: Any = "random", **options: Any) -> Callable
     def run(folder: Path, **more: Any) -> rls.Result:
         one = tiny.compressor(tiny.wide(), agent, target=target, directory=folder, **options)
         arguments = {"train": tiny.WIDE_TRAIN, "validation_data": tiny.WIDE_VALIDATION, **more}
-        return tiny.search(one, episodes=4, finetune_epochs=1, **arguments)
+        return tiny.search(one, **{"episodes": 4, "finetune_epochs": 1, **arguments})
 
     return run
 
@@ -62,7 +63,9 @@ def _wide(target: rls.Target, agent: Any = "random", **options: Any) -> Callable
 def _channels(target: rls.Target, agent: Any = "random") -> Callable[..., rls.Result]:
     def run(folder: Path, **more: Any) -> rls.Result:
         one = channels.compressor(target, agent=agent, directory=folder)
-        return channels.searched(one, episodes=3, finetune_epochs=1, finalists=2, **more)
+        return channels.searched(
+            one, **{"episodes": 3, "finetune_epochs": 1, "finalists": 2, **more}
+        )
 
     return run
 
@@ -70,6 +73,7 @@ def _channels(target: rls.Target, agent: Any = "random") -> Callable[..., rls.Re
 STAGED = rls.Staged(stages=(0.5, 1.0))
 KINDS: dict[str, Callable[..., rls.Result]] = {
     "plain": _tiny(tiny.DQN),
+    "long": _tiny(tiny.DQN, episodes=8),
     "ppo": _tiny(
         rls.PPO(hidden_layers=(8,), num_epochs=2, episodes_per_update=2),
         recovery="least_squares",
@@ -250,15 +254,13 @@ import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {tests!r})
 import rl_sparsity_tf
-import interrupted_runs
+import interrupted_runs, plain_graphs
+if {plain!r}:
+    plain_graphs.use_plain_graphs()
 with interrupted_runs.quick():
-    interrupted_runs.sigkilled_run(interrupted_runs.Path({folder!r}), verbose=2)
+    interrupted_runs.KINDS[{kind!r}](interrupted_runs.Path({folder!r}), verbose=2)
 print("finished", flush=True)
 """
-
-
-def sigkilled_run(folder: Path, **more: Any) -> rls.Result:
-    return _tiny(tiny.DQN, episodes=8)(folder, **more)
 
 
 PYTHON = [sys.executable]
@@ -275,11 +277,13 @@ def environment() -> dict[str, str]:
     }
 
 
-def child(folder: Path) -> subprocess.Popen[str]:
-    """A process of its own that searches in a folder."""
+def child(folder: Path, kind: str) -> subprocess.Popen[str]:
+    """A process of its own that searches in a folder, as this one would."""
     tests = os.path.dirname(os.path.abspath(__file__))
+    plain = plain_graphs.are_used()
+    code = _CHILD.format(tests=tests, folder=os.fspath(folder), kind=kind, plain=plain)
     return subprocess.Popen(
-        [*PYTHON, "-c", _CHILD.format(tests=tests, folder=os.fspath(folder))],
+        [*PYTHON, "-c", code],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -304,12 +308,13 @@ def until(process: subprocess.Popen[str], folder: Path, lines: int, limit: float
 def sigkill_campaign(kills: int) -> collections.Counter[str]:
     counts: collections.Counter[str] = collections.Counter()
     rng = np.random.default_rng(1)
+    run = KINDS["long"]
     with tempfile.TemporaryDirectory() as place:
         same_names()
-        whole = bits_of(sigkilled_run(Path(place) / "whole"), Path(place) / "whole")
+        whole = bits_of(run(Path(place) / "whole"), Path(place) / "whole")
         folder = Path(place) / "cut"
         for number in range(kills):
-            process = child(folder)
+            process = child(folder, "long")
             until(process, folder, number + 1)
             time.sleep(float(rng.uniform(0, 0.3)))
             process.kill()
@@ -317,7 +322,7 @@ def sigkill_campaign(kills: int) -> collections.Counter[str]:
             print(f"SIGKILL with {lines_of(folder)} lines: exit code {process.returncode}")
             counts["killed"] += process.returncode == -signal.SIGKILL
         same_names()
-        counts[compared(bits_of(sigkilled_run(folder), folder), whole).split(":")[0]] += 1
+        counts[compared(bits_of(run(folder), folder), whole).split(":")[0]] += 1
     return counts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 from collections.abc import Callable, Iterator
@@ -15,10 +16,13 @@ import tensorflow as tf
 import tf_keras as keras
 
 import rl_sparsity_tf as rls
+from rl_sparsity_tf.allocation import size_budget
 from rl_sparsity_tf.environment import network as network_module
 from rl_sparsity_tf.environment.autoencoder import WeightAutoencoder
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
+from rl_sparsity_tf.export.size_model import SizeModel
 from rl_sparsity_tf.files import sha256_of
+from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.search import compressor as search_module
 from rl_sparsity_tf.search import early_files
 from rl_sparsity_tf.search.finishing import Figures
@@ -31,7 +35,8 @@ SPARSITY = 0.6
 
 @contextlib.contextmanager
 def quick_search() -> Iterator[None]:
-    """The autoencoder is trained for one pass instead of twelve, and a dense model exported once.
+    """The autoencoder is trained for one pass instead of twelve, and a dense model is exported,
+    and measured for the size model, once.
 
     Everything else is what users run.
     """
@@ -40,6 +45,7 @@ def quick_search() -> Iterator[None]:
         patch.setattr(network_module, "WeightAutoencoder", quick)
         for name in ("export_and_score", "export_dense_int8"):
             patch.setattr(early_files, name, once_per_model(getattr(early_files, name)))
+        patch.setattr(size_budget, "SizeModel", _size_model)
         yield
 
 
@@ -65,6 +71,22 @@ def once_per_model(export: Callable[..., Any]) -> Callable[..., Any]:
 
     kept.real = export  # type: ignore[attr-defined]
     return kept
+
+
+_SIZE_MODELS: dict[str, SizeModel] = {}
+
+
+def _size_model(model: keras.Model, *arguments: Any, **options: Any) -> SizeModel:
+    """A size model, which takes three conversions, made once of the same model."""
+    words = (model.to_json(), str((arguments, options)))
+    weights = (np.ascontiguousarray(one).tobytes() for one in model.get_weights())
+    key = sha256_of(*(word.encode() for word in words), *weights)
+    if key not in _SIZE_MODELS:
+        _SIZE_MODELS[key] = SizeModel(model, *arguments, **options)
+    made = copy.copy(_SIZE_MODELS[key])
+    made._model = model
+    made._kernels = {kernel.path: kernel for kernel in find_kernels(model)}
+    return made
 
 
 class StoppedError(Exception):

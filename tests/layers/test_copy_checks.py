@@ -592,6 +592,7 @@ def test_settings_kept_in_an_object_reach_the_copy():
 
 STRATEGY = """
 import numpy as np, tensorflow as tf, tf_keras as keras, rl_sparsity_tf as rls
+tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 x, y = np.random.default_rng(0).normal(size=(32, 6)).astype("float32"), np.arange(32) % 3

@@ -380,6 +380,7 @@ def test_a_search_leaves_a_frozen_base_bit_for_bit(found):
     assert (manifest["arguments"]["include"], manifest["arguments"]["exclude"]) == (None, None)
 
 
+@pytest.mark.slow
 def test_the_summary_says_what_was_left_alone(found):
     _, result, _ = found
     lines = []
@@ -444,8 +445,7 @@ def test_a_run_goes_on_only_with_the_same_lists_and_frozen_layers(tmp_path, monk
 @pytest.mark.slow
 def test_a_target_in_bytes_leaves_what_is_excluded_in_float(tmp_path):
     model = transfer()
-    dense = search(compressor(model, target=rls.Target(sparsity=0.05), recovery="none"))
-    size = dense.metrics["dense"]["tflite_bytes"]
+    size = rls.export_tflite(model, tmp_path / "dense.tflite", "none").tflite_bytes
     one = compressor(
         model,
         target=rls.Target(tflite_bytes=size - 900),
@@ -605,6 +605,7 @@ def test_channels_of_what_is_excluded_are_not_permuted():
 # -- the list of layers, and the command ---------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_describe_support_says_what_is_left_alone(found):
     model = found[0]
     reports = {report.path: report for report in support_report(model, exclude="head")}

@@ -261,6 +261,7 @@ def test_stripped_kernels_are_the_closed_form(case):
         np.testing.assert_array_equal(after.matrix(), in_numpy(before, entry), before.path)
 
 
+@pytest.mark.slow
 def test_the_plan_is_read_back(case):
     assert plan_of(case.wrapped) == case.plan
 

@@ -9,7 +9,7 @@ from channel_search import TEST, TRAIN, VALIDATION, compressor, layers, searched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from same_outputs import assert_same
-from tiny_search import DQN, PPO, quick_search
+from tiny_search import PPO, quick_search
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.allocation.channel_programming import (
@@ -30,13 +30,6 @@ from rl_sparsity_tf.search.comparison import compare
 from rl_sparsity_tf.search.final import size_held
 from rl_sparsity_tf.tflite.timing import FileTiming, Timing
 from rl_sparsity_tf.training.ridge import fit_masked
-
-
-def network_for(target, decisions=None):
-    """The network of a search that is stopped before its fine-tuning."""
-    one = compressor(target)
-    searched(one, episodes=1, finetune_epochs=0)
-    return one.last.network
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +57,7 @@ def test_the_result_has_fewer_channels_and_meets_the_target(macs_search):
     assert result.metrics["compressed"]["accuracy"] > 0.6
 
 
+@pytest.mark.slow
 def test_the_file_has_the_small_models_tensors(macs_search, tmp_path):
     _, result = macs_search
     report = result.export_tflite(tmp_path / "small.tflite")
@@ -76,6 +70,7 @@ def test_the_file_has_the_small_models_tensors(macs_search, tmp_path):
     assert rls.export_tflite(result, tmp_path / "again.tflite").tflite_bytes == report.tflite_bytes
 
 
+@pytest.mark.slow
 def test_the_run_holds_the_plan_of_the_original_models_channels(macs_search):
     one, result = macs_search
     plan = rls.CompressionPlan.load(one.directory / "channels.json")
@@ -88,6 +83,7 @@ def test_the_run_holds_the_plan_of_the_original_models_channels(macs_search):
     assert set(rls.CompressionPlan.load(one.directory / "plan.json").kernels) == set(plan.kernels)
 
 
+@pytest.mark.slow
 def test_the_summary_says_what_is_left(macs_search):
     _, result = macs_search
     lines = []
@@ -95,6 +91,7 @@ def test_the_summary_says_what_is_left(macs_search):
     assert f"left: {result.channels.macs:.4f} of the multiplications" in lines
 
 
+@pytest.mark.slow
 def test_no_action_of_the_agent_was_illegal(macs_search):
     one, result = macs_search
     assert all(entry["illegal_actions"] == 0 for entry in result.history)
@@ -104,12 +101,14 @@ def test_no_action_of_the_agent_was_illegal(macs_search):
     assert (classes != Operation.PRUNE).all()
 
 
+@pytest.mark.slow
 def test_an_episode_ends_within_the_limit(macs_search):
     network = macs_search[0].last.network
     for entry in macs_search[1].history:
         assert entry["sparsity"] >= network.budget.goal - 1e-6
 
 
+@pytest.mark.slow
 def test_tied_kernels_are_pruned_alike(macs_search):
     plan = macs_search[1].channels.plan.kernels
     stem = plan["stem/kernel"].operations == Operation.PRUNE
@@ -118,6 +117,7 @@ def test_tied_kernels_are_pruned_alike(macs_search):
     np.testing.assert_array_equal(depthwise, stem)
 
 
+@pytest.mark.slow
 def test_a_plan_evaluated_is_the_small_model_it_stands_for(macs_search):
     """Masks in the network and removed channels compute the same, least squares included."""
     from rl_sparsity_tf.environment.candidates import Candidate
@@ -139,7 +139,7 @@ def test_a_plan_evaluated_is_the_small_model_it_stands_for(macs_search):
 @pytest.mark.slow
 def test_a_size_is_met_by_removing_channels():
     target = rls.Target(tflite_bytes=9_000)
-    result = searched(compressor(target), episodes=2)
+    result = searched(compressor(target, agent="random"), episodes=2, finetune_epochs=0)
     assert size_held(result.report, target) <= target.value
 
 
@@ -147,7 +147,7 @@ def test_a_size_is_met_by_removing_channels():
 def test_ppo_and_training_as_recovery_work_as_well():
     recovery = rls.Recovery(method="finetune", steps=1)
     one = compressor(rls.Target(macs=0.5), agent=PPO, recovery=recovery)
-    result = searched(one, episodes=1)
+    result = searched(one, episodes=1, finetune_epochs=0)
     assert rls.count_macs(result.model) <= 0.5 * rls.count_macs(one.model)
     assert one.last.network.least_squares is None
 
@@ -175,6 +175,7 @@ def test_contenders_remove_channels_too(macs_search):
     assert all(entry["macs"] <= 0.4 for entry in entries)
 
 
+@pytest.mark.slow
 def test_channels_without_batch_normalization_have_no_scales_to_rank_by(macs_search):
     with pytest.raises(ArgumentError, match=r"'global_gamma' finds no plan: it has nothing"):
         compare(macs_search[0], ["global_gamma"], 0)
@@ -192,6 +193,7 @@ def test_heuristics_for_channels_are_for_channels():
         compare(one, ["uniform_gamma"], 0)
 
 
+@pytest.mark.slow
 def test_tfmot_cannot_remove_channels(macs_search):
     with pytest.raises(ArgumentError, match=r"tfmot prunes single weights, .*without tfmot"):
         compare(macs_search[0], ["tfmot"], 0)
@@ -266,8 +268,9 @@ def test_a_table_given_predicts_the_latency(tmp_path, monkeypatch):
     model = trained()
     table = table_for(model)
     table.save(tmp_path / "table.json")
-    one = compressor(rls.Target(latency=0.5), latency_table=tmp_path / "table.json")
-    result = searched(one, episodes=2)
+    options = {"agent": "random", "latency_table": tmp_path / "table.json"}
+    one = compressor(rls.Target(latency=0.5), **options)
+    result = searched(one, episodes=2, finetune_epochs=0)
     predicted = table.predict(widths_of(result.model)) / table.predict(widths_of(model))
     assert result.channels.predicted_latency == pytest.approx(predicted)
     assert predicted <= 0.5 + 1e-6
@@ -286,6 +289,7 @@ def test_a_table_of_another_quantization_is_refused():
 # What goes first, and how many.
 
 
+@pytest.mark.slow
 def test_elimination_knows_what_a_refit_loses(macs_search):
     """Against solving the normal equations anew for every set of channels that goes."""
     network = macs_search[0].last.network
@@ -304,6 +308,7 @@ def test_elimination_knows_what_a_refit_loses(macs_search):
         assert found.errors[gone] == pytest.approx(energy / problem.energy, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_first_to_go_is_the_one_that_is_missed_least(macs_search):
     network = macs_search[0].last.network
     unit = next(unit for unit in network.kernels if unit.path == "hidden/kernel")
@@ -316,6 +321,7 @@ def test_the_first_to_go_is_the_one_that_is_missed_least(macs_search):
     assert (np.diff(found.saliency[found.order]) >= 0).all()
 
 
+@pytest.mark.slow
 def test_without_readers_that_can_be_fitted_weights_decide(macs_search):
     unit = next(u for u in macs_search[0].last.network.kernels if u.path == "inner/kernel")
     found = eliminate(unit, {})
@@ -364,6 +370,7 @@ def test_numbers_of_channels_are_close_to_the_best_there_are(seed, limit):
         assert problem.costs(more) > limit
 
 
+@pytest.mark.slow
 def test_a_plan_is_pruned_further_to_a_limit(macs_search):
     network = macs_search[0].last.network
     (plan,) = propose_channels(network, (1.0,))
@@ -380,6 +387,7 @@ def test_a_plan_is_pruned_further_to_a_limit(macs_search):
         assert (further.kernels[path].operations[gone] == Operation.PRUNE).all()
 
 
+@pytest.mark.slow
 def test_shrunk_results_are_the_wrapped_ones(macs_search):
     _, result = macs_search
     again = rls.shrink(result.model)
@@ -394,9 +402,9 @@ def test_shrunk_results_are_the_wrapped_ones(macs_search):
 @pytest.mark.slow
 def test_channels_are_permuted_before_a_search_of_blocks():
     one = rls.Compressor(
-        trained(), rls.Target(sparsity=0.6), DQN, group="block16", shuffle="channels"
+        trained(), rls.Target(sparsity=0.6), "random", group="block16", shuffle="channels"
     )
-    result = searched(one, episodes=2)
+    result = searched(one, episodes=2, finetune_epochs=0)
     permuted = rls.permute_channels(trained(), group="block16", sparsity=0.6)
     np.testing.assert_array_equal(
         one.last.model.get_layer("outer").kernel, permuted.get_layer("outer").kernel
@@ -459,6 +467,7 @@ def test_the_command_line_removes_channels(tmp_path, capsys):
     assert "does not go with group='element'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_plan_that_had_to_be_pruned_further_gives_way_to_a_better_one(macs_search, monkeypatch):
     """Where a file takes longer than is predicted, the second best may be the best."""
     from rl_sparsity_tf.environment.candidates import Candidate

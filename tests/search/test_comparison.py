@@ -42,7 +42,7 @@ def _quick():
 
 def searched(**options):
     one = compressor(trained(), **options.pop("compressor", {}))
-    search(one, **{"episodes": 2, "test_data": TEST, **options})
+    search(one, **{"episodes": 2, "finetune_epochs": 1, "test_data": TEST, **options})
     return one
 
 
@@ -95,6 +95,7 @@ def test_those_that_search_evaluate_as_many_plans_as_the_search(finished):
         assert evaluations[name] == 1
 
 
+@pytest.mark.slow
 def test_the_search_is_left_as_it_was(finished):
     last = finished.compressor.last
     assert last.loop.evaluations == last.result.metrics["search"]["evaluations"]
@@ -102,6 +103,7 @@ def test_the_search_is_left_as_it_was(finished):
     assert last.result.metrics["baselines"] is finished.entries
 
 
+@pytest.mark.slow
 def test_the_table_says_who_proposed_the_plan(finished):
     metrics = finished.compressor.last.result.metrics
     for proposer, title in (("dqn", "compressed (dqn)"), ("erk", "compressed (dqn, plan of erk)")):
@@ -113,6 +115,7 @@ def test_the_table_says_who_proposed_the_plan(finished):
             assert f"│ {name} " in text
 
 
+@pytest.mark.slow
 def test_a_single_name_is_enough(finished):
     (again,) = compare(finished.compressor, "lamp", verbose=0)
     (before,) = [entry for entry in finished.entries if entry["name"] == "LAMP int8"]
@@ -121,6 +124,7 @@ def test_a_single_name_is_enough(finished):
     assert again["validation_metric"] == pytest.approx(before["validation_metric"], abs=0.1)
 
 
+@pytest.mark.slow
 def test_tfmot_is_trained_by_itself_only(finished, monkeypatch):
     trainings = []
     original = comparison.prune_with_tfmot

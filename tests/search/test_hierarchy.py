@@ -387,15 +387,17 @@ def test_nothing_is_traced_again(agent, fitted):
 @pytest.mark.slow
 def test_a_search_cut_off_in_an_episode_ends_in_the_same_bits(tmp_path):
     options = {"recovery": "least_squares", "agent": PPO}
-    whole = search(compressor(trained(), directory=tmp_path / "whole", hierarchy=True, **options))
+    one = compressor(trained(), directory=tmp_path / "whole", hierarchy=True, **options)
+    whole = search(one, finetune_epochs=0)
     cut = compressor(trained(), directory=tmp_path / "cut", hierarchy=True, **options)
-    interrupt(cut, after=2 * STEPS_OF_AN_EPISODE + 3)
+    interrupt(cut, after=2 * STEPS_OF_AN_EPISODE + 3, finetune_epochs=0)
     assert len(journal_of(tmp_path / "cut")) == 2
     with pytest.raises(
         FileExistsRLSparsityError, match=r"differs in hierarchy \(True, now False\)"
     ):
-        search(compressor(trained(), directory=tmp_path / "cut", **options))
-    resumed = search(compressor(trained(), directory=tmp_path / "cut", hierarchy=True, **options))
+        search(compressor(trained(), directory=tmp_path / "cut", **options), finetune_epochs=0)
+    again = compressor(trained(), directory=tmp_path / "cut", hierarchy=True, **options)
+    resumed = search(again, finetune_epochs=0)
     assert figures_of(resumed.history) == figures_of(whole.history)
     assert resumed.plan.to_json() == whole.plan.to_json()
     for one, other in zip(whole.model.get_weights(), resumed.model.get_weights(), strict=True):
@@ -406,13 +408,15 @@ def test_a_search_cut_off_in_an_episode_ends_in_the_same_bits(tmp_path):
 
 @pytest.mark.slow
 def test_the_search_ends_in_a_result_that_meets_the_target(tmp_path):
-    result = search(compressor(trained(), directory=tmp_path / "run", hierarchy=True))
+    one = compressor(trained(), directory=tmp_path / "run", hierarchy=True)
+    result = search(one, finetune_epochs=0)
     pruned = result.plan.count_operations()["prune"]
     assert pruned == int(np.ceil(SPARSITY * 72))
     assert result.candidate.value >= max(entry["reward"] for entry in result.history)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["arguments"]["hierarchy"] is True
-    same = episodes_of(compressor(trained(), directory=tmp_path / "same", hierarchy=True))
+    two = compressor(trained(), directory=tmp_path / "same", hierarchy=True)
+    same = episodes_of(two, finetune_epochs=0)
     assert figures_of(same) == figures_of(result.history)
 
 

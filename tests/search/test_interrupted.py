@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -20,7 +21,7 @@ import tf_keras as keras
 import tiny_search as tiny
 from channel_search import table_for
 from channel_search import trained as bars
-from interrupted_runs import KINDS, bits_of, child, compared, same_names, until
+from interrupted_runs import KINDS, bits_of, child, compared, lines_of, same_names, until
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf import cli
@@ -54,19 +55,23 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "at"), [("curriculum", 20), ("latency", 24)])
-def test_a_killed_search_goes_on_to_the_same_bits(kind, at, whole, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "moments"),
+    [("curriculum", [2, 5, 9, 20]), ("latency", [2, 9, 24])],
+    ids=["curriculum", "latency"],
+)
+def test_a_killed_search_goes_on_to_the_same_bits(kind, moments, whole, tmp_path):
+    run, folder = KINDS[kind], tmp_path / "killed"
     if kind != "curriculum":
+        run = functools.partial(run, finetune_epochs=0)
         same_names()
-        whole = bits_of(KINDS[kind](tmp_path / "whole"), tmp_path / "whole")
-    for folder, moments in ((tmp_path / "once", [at]), (tmp_path / "often", [2, 5, 9, at])):
-        for number, moment in enumerate(moments):
-            same_names()
-            killed = interrupted_runs.killed(KINDS[kind], folder, moment, after=number % 2 == 1)
-            assert killed is not None
+        whole = bits_of(run(tmp_path / "whole"), tmp_path / "whole")
+    for number, moment in enumerate(moments):
         same_names()
-        interrupted_runs.MEASURED[0] = 1  # measured again, the layers' times would be others
-        assert compared(bits_of(KINDS[kind](folder), folder), whole) == "same"
+        assert interrupted_runs.killed(run, folder, moment, after=number % 2 == 0) is not None
+    same_names()
+    interrupted_runs.MEASURED[0] = 1  # measured again, the layers' times would be others
+    assert compared(bits_of(run(folder), folder), whole) == "same"
 
 
 @pytest.mark.slow
@@ -116,17 +121,15 @@ def test_a_run_of_format_1_goes_on_to_the_same_bits(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_processes_leave_what_another_goes_on_from(tmp_path):
-    same_names()
-    whole = bits_of(interrupted_runs.sigkilled_run(tmp_path / "whole"), tmp_path / "whole")
+def test_killed_processes_leave_what_another_goes_on_from(whole, tmp_path):
     folder = tmp_path / "run"
-    process = child(folder)
+    process = child(folder, "curriculum")
     until(process, folder, 3)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     same_names()
-    again = interrupted_runs.sigkilled_run(folder)
+    again = KINDS["curriculum"](folder)
     assert compared(bits_of(again, folder), whole) == "same"
 
 
@@ -564,7 +567,7 @@ def test_ctrl_c_while_libraries_are_loaded_is_a_line_too(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_command_ends_by_ctrl_c_without_a_traceback(tmp_path):
-    """One after the other: an episode's end, the same command again, and two at once."""
+    """An episode's end; and the same command again, in the same process, with two at once."""
     model = tiny.wide()
     model.save(tmp_path / "model.keras")
     (x, y), (xv, yv) = tiny.WIDE_TRAIN, tiny.WIDE_VALIDATION
@@ -572,27 +575,33 @@ def test_a_command_ends_by_ctrl_c_without_a_traceback(tmp_path):
     folder = tmp_path / "run"
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from rl_sparsity_tf.cli import main; sys.exit(main())"
+        "from rl_sparsity_tf.cli import main; "
+        "first = main(); print(f'ended with {first}', flush=True); sys.exit(main())"
     )
     command = [*interrupted_runs.PYTHON, "-c", code, "compress", str(tmp_path / "model.keras")]
     command += ["--data", str(tmp_path / "data.npz"), "--output", str(folder), "--verbose", "2"]
     command += ["--episodes", "1000", "--finetune-epochs", "1", "--recovery", "none"]
-    for lines, signals in ((2, 1), (5, 2)):
-        with subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=interrupted_runs.environment(),
-        ) as process:
-            until(process, folder, lines)
-            for _ in range(signals):
-                process.send_signal(signal.SIGINT)
-            output, error = process.communicate()
-        assert process.returncode == 130, error
-        assert error.startswith("rl-sparsity compress: interrupted"), error
-        assert error.endswith(f"; the same command goes on from {folder}\n")
-        assert error.count("\n") == 1
-        if signals == 1:
-            assert "ending after this episode" in output
-    assert "going on after episode" in output
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=interrupted_runs.environment(),
+    ) as process:
+        until(process, folder, 2)
+        process.send_signal(signal.SIGINT)
+        first = ""
+        while not first.endswith("ended with 130\n") and process.poll() is None:
+            first += process.stdout.readline()
+        until(process, folder, lines_of(folder) + 2)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+        second, error = process.stdout.read(), process.stderr.read()
+    assert process.returncode == 130, error
+    assert "ending after this episode" in first
+    assert "going on after episode" in second
+    said = error.splitlines()
+    assert len(said) == 2, error
+    for line in said:
+        assert line.startswith("rl-sparsity compress: interrupted"), error
+        assert line.endswith(f"; the same command goes on from {folder}")

@@ -152,7 +152,6 @@ def pruned_positions(model: keras.Model, plan: rls.CompressionPlan) -> dict[str,
 # -- the contract of sparsity --------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_target_is_met_by_pruned_groups_at_the_smallest_count(run):
     elements = 6 * 8 + 8 * 3
     wanted = math.ceil(run.compressor.target.sparsity * elements)

@@ -44,9 +44,8 @@ def run(model, train=TRAIN, validation=VALIDATION, test=TEST, quantization="plan
         validation_data=validation,
         test_data=test,
         episodes=1,
-        finetune_epochs=1,
         quantization=quantization,
-        **options,
+        **{"finetune_epochs": 1, **options},
     )
 
 
@@ -98,7 +97,7 @@ def test_a_search_ends_with_a_verified_file(make, batch_size):
 @pytest.mark.slow
 def test_an_unrolled_search_stores_the_kernels_of_an_lstm_as_integers(monkeypatch):
     model = sequences(L.LSTM(6))
-    result = run(model, unroll=True)
+    result = run(model, unroll=True, finetune_epochs=0)
     assert result.metrics["compressed"]["batch_size"] is None
     (layer,) = [layer for layer in result.model.layers if isinstance(layer, L.LSTM)]
     assert layer.unroll
@@ -107,6 +106,7 @@ def test_an_unrolled_search_stores_the_kernels_of_an_lstm_as_integers(monkeypatc
         assert kernel.spec.exports_int8
 
 
+@pytest.mark.slow
 def test_unrolling_what_does_not_recur_is_refused_before_training():
     with pytest.raises(rls.ArgumentError, match="has no recurrent layer"):
         run(classifier(Encoder()), unroll=True)

@@ -76,12 +76,13 @@ def test_it_looks_near_the_same_plan_after_it_was_cut_off(tmp_path):
             return centre(self, share, near_by)
 
         patch.setattr(LayerEnvironment, "centre", watched)
-        whole = search(compressor(trained(), directory=tmp_path / "whole", **options), episodes=9)
+        call = {"episodes": 9, "finetune_epochs": 0}
+        whole = search(compressor(trained(), directory=tmp_path / "whole", **options), **call)
         cut_near = [one for one in near if one[2]]
         near.clear()
         cut = compressor(trained(), directory=tmp_path / "cut", **options)
-        interrupt(cut, after=6 * STEPS_OF_AN_EPISODE + 2, episodes=9)
-        resumed = search(compressor(trained(), directory=tmp_path / "cut", **options), episodes=9)
+        interrupt(cut, after=6 * STEPS_OF_AN_EPISODE + 2, **call)
+        resumed = search(compressor(trained(), directory=tmp_path / "cut", **options), **call)
     assert len(cut_near) == 2  # kernels
     assert {one for one in near if one[2]} == set(cut_near)
     assert figures_of(resumed.history) == figures_of(whole.history)
@@ -157,6 +158,7 @@ def test_a_lost_checkpoint_is_named(tmp_path):
         search(compressor(trained(), directory=folder))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_kept_unless_overwriting_is_asked_for(whole, tmp_path):
     _, folder = whole
     with pytest.raises(FileExistsRLSparsityError, match=r"holds a finished run\. Choose another"):

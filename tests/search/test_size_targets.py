@@ -28,6 +28,12 @@ from rl_sparsity_tf.search.final import pruned_further
 TRAIN, VALIDATION, TEST = WIDE_TRAIN, WIDE_VALIDATION, wide_rows(60, 2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    with quick_search():
+        yield
+
+
 @pytest.fixture(scope="module")
 def model():
     return wide()
@@ -36,7 +42,18 @@ def model():
 def run(model, target, directory=None, **options):
     one = compressor(model, "random", target=target, buckets=4, directory=directory)
     data = {"train": TRAIN, "validation_data": VALIDATION, "test_data": TEST}
-    return one, search(one, **data, **{"episodes": 3, "finetune_epochs": 2, **options})
+    return one, search(one, **data, **{"episodes": 3, "finetune_epochs": 1, **options})
+
+
+def network_for(model, target):
+    """The network of a search, as it is before the first episode."""
+    return CompressedNetwork(
+        model,
+        training_data(TRAIN, model, batch_size=32),
+        evaluation_data(VALIDATION, model, "validation_data"),
+        target=target,
+        recovery=rls.Recovery(method="none"),
+    )
 
 
 # Dense, the file has 17.7 kB in float32 and 6.6 kB as int8.
@@ -65,16 +82,13 @@ def test_the_real_file_is_within_the_target(model, target, tmp_path):
 
 @pytest.mark.slow
 def test_a_size_that_integers_meet_needs_no_zeros(model):
-    _, result = run(model, rls.Target(tflite_bytes=7300), episodes=1)
+    _, result = run(model, rls.Target(tflite_bytes=7300), episodes=1, finetune_epochs=0)
     assert result.metrics["compressed"]["tflite_bytes"] <= 7300
 
 
 @pytest.mark.slow
 def test_the_wall_leaves_no_choice_when_the_size_is_tight(model):
-    one = compressor(model, "random", target=rls.Target(tflite_bytes=3400), buckets=4)
-    search(one, train=TRAIN, validation_data=VALIDATION, episodes=1, finetune_epochs=0)
-    network = one.last.network
-    network.reset()
+    network = network_for(model, rls.Target(tflite_bytes=3400))
     environment = LayerEnvironment(network, network.kernels[0].path, buckets=4)
     legal = environment.reset().observation["legal"]
     assert legal[Operation.PRUNE] == 1
@@ -106,7 +120,7 @@ def test_a_file_that_came_out_too_large_is_pruned_further(model, monkeypatch):
         return finished
 
     monkeypatch.setattr(final, "finish", watched)
-    _, result = run(model, rls.Target(tflite_bytes=4500), episodes=1)
+    _, result = run(model, rls.Target(tflite_bytes=4500), episodes=1, finetune_epochs=0)
     assert seen[0] > 4500 >= seen[-1]
     assert result.metrics["compressed"]["tflite_bytes"] == seen[-1]
 
@@ -117,7 +131,7 @@ def test_a_size_that_is_missed_for_good_is_said(model, monkeypatch):
     monkeypatch.setattr(final, "_ATTEMPTS", 2)
     monkeypatch.setattr("rl_sparsity_tf.allocation.size_budget.MARGINS", {"tflite_bytes": -0.2})
     with pytest.raises(rls.TargetError, match=r"Target\(tflite_bytes=4500\) was missed.*then"):
-        run(model, rls.Target(tflite_bytes=4500), episodes=1)
+        run(model, rls.Target(tflite_bytes=4500), episodes=1, finetune_epochs=0)
 
 
 def test_pruning_further_takes_the_smallest_of_what_lives(model):
@@ -151,17 +165,7 @@ def test_random_episodes_end_within_the_limit_where_integers_bring_many_scales()
     model = keras.Sequential([keras.layers.Input((60,)), *stack])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("adam", loss, metrics=["accuracy"])
-    validation = evaluation_data(VALIDATION, model, "validation_data")
-    train = training_data(TRAIN, model, batch_size=32)
-
-    with quick_search():
-        network = CompressedNetwork(
-            model,
-            train,
-            validation,
-            target=rls.Target(tflite_bytes=10**6),
-            recovery=rls.Recovery(method="none"),
-        )
+    network = network_for(model, rls.Target(tflite_bytes=10**6))
     generous = network.budget
     assert not generous.integers_pay(0, 2.0)
     settings = LoopSettings(

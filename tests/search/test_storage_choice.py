@@ -55,11 +55,17 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def limit(model):
+def sizes(model):
+    """What the model's bytes go by."""
+    return SizeModel(model, "raw")
+
+
+@pytest.fixture(scope="module")
+def limit(model, sizes):
     """A little more than everything takes at 4 bits: some six tenths of the weights in int8."""
     kernels = find_kernels(model)
     bits = {kernel.path: 4 for kernel in kernels}
-    whole = SizeModel(model, "raw").file_size({k.path: k.value() for k in kernels}, bits)
+    whole = sizes.file_size({k.path: k.value() for k in kernels}, bits)
     return round(1.04 * whole.raw)
 
 
@@ -192,10 +198,10 @@ def test_recovery_fits_to_the_coarser_grid(model):
 
 
 @pytest.fixture(scope="module")
-def chosen(model, limit):
+def chosen(model, limit, sizes):
     """The network that it began with, what was chosen, and the networks that were made."""
     target = rls.Target(tflite_bytes=limit)
-    sizes = KernelBytes(SizeModel(model, "raw"), target.kind)
+    sizes = KernelBytes(sizes, target.kind)
     plain = network_of(model, target, KernelDecisions("element", sizes=sizes))
     made = []
 
@@ -231,6 +237,7 @@ def test_four_bits_are_chosen_where_they_save_what_zeros_would_cost(chosen):
     assert wide.sparsity < 0.1
 
 
+@pytest.mark.slow
 def test_the_chosen_network_is_the_one_of_least_loss_and_counts_all_evaluations(chosen):
     plain, best, made = chosen[0], chosen[1].network, chosen[2]
     powers = (1.0, 0.5, 0.25)
@@ -248,6 +255,7 @@ def test_the_chosen_network_is_the_one_of_least_loss_and_counts_all_evaluations(
     assert not any(decided.any() for decided in best.decided.values())
 
 
+@pytest.mark.slow
 def test_the_baseline_of_single_weights_is_held_against_the_choice(chosen):
     plain, choice, _ = chosen
     (other,) = choice.others
@@ -262,6 +270,7 @@ def test_the_baseline_of_single_weights_is_held_against_the_choice(chosen):
     plain.reset()
 
 
+@pytest.mark.slow
 def test_a_network_like_another_does_not_measure_the_dense_one_again(chosen, model, monkeypatch):
     plain, decisions = chosen[0], KernelDecisions("block4", sizes=chosen[0].decisions.sizes)
     measured = network_of(model, plain.target, decisions)
@@ -280,6 +289,7 @@ def test_a_network_like_another_does_not_measure_the_dense_one_again(chosen, mod
         )
 
 
+@pytest.mark.slow
 def test_single_weights_that_were_chosen_have_their_baseline_beside_them_too(chosen):
     """Every network made is the same as that of the start, so that none is better."""
     plain = chosen[0]
@@ -367,8 +377,7 @@ def test_storages_that_cannot_reach_a_size_are_passed_over(convolutional):
     assert choose_storage(plain, build, rls.Reward()).network.target == target
 
 
-def test_raw_bytes_alone_are_the_raw_bytes_of_both(model):
-    sizes = SizeModel(model, "raw")
+def test_raw_bytes_alone_are_the_raw_bytes_of_both(model, sizes):
     kernel = find_kernels(model)[0]
     value = np.where(np.abs(kernel.value()) > 0.1, kernel.value(), 0).astype("f")
     for bits in (32, 8, 4):
@@ -379,8 +388,7 @@ def test_raw_bytes_alone_are_the_raw_bytes_of_both(model):
         assert not np.isnan(both.gzip)
 
 
-def test_four_bits_cost_the_same_at_every_density(model):
-    sizes = SizeModel(model, "raw")
+def test_four_bits_cost_the_same_at_every_density(model, sizes):
     counted = KernelBytes(sizes, "tflite_bytes")
     costs = kernel_costs(counted, find_kernels(model)[0], KernelStorage("element", 4))
     assert np.ptp(costs.integers) == 0
@@ -391,13 +399,13 @@ def test_four_bits_cost_the_same_at_every_density(model):
 
 
 @pytest.mark.slow
-def test_dynamic_programming_at_four_bits_leaves_dense_kernels_dense(model, limit):
+def test_dynamic_programming_at_four_bits_leaves_dense_kernels_dense(model, limit, sizes):
     """The least excess of the whole file over its parts used to cost every kernel its half."""
     target = rls.Target(tflite_bytes=limit)
     plan = baselines.dynamic_programming(model, TRAIN, target, bits=4)
     wide = plan.kernels["wide/kernel"]
     assert (wide.exported_bits, wide.sparsity) == (4, pytest.approx(0, abs=0.1))
-    assert SizeModel(model, "raw").plan_size(plan).raw <= target.value
+    assert sizes.plan_size(plan).raw <= target.value
 
 
 # ---------------------------------------------------------------------- searches
@@ -405,10 +413,11 @@ def test_dynamic_programming_at_four_bits_leaves_dense_kernels_dense(model, limi
 
 def search(model, limit, finalists, episodes, **options):
     """A search of groups and bits; the compressor and its result."""
-    agent = rls.DQN(hidden_layers=(8,), train_steps=2, batch_size=8)
     target = rls.Target(tflite_bytes=limit)
-    one = rls.Compressor(model, target, agent, group="auto", buckets=3, **options)
-    arguments = {"finetune_epochs": 1, "finalists": finalists, "verbose": 0}
+    one = rls.Compressor(
+        model, target, buckets=3, **{"agent": "random", "group": "auto", **options}
+    )
+    arguments = {"finetune_epochs": int(finalists == 1), "finalists": finalists, "verbose": 0}
     with quick_search():
         return one, one.search(TRAIN, VALIDATION, TEST, episodes, **arguments)
 
@@ -437,7 +446,9 @@ def test_single_weights_win_where_they_are_better_in_the_end(model, limit, monke
 
 @pytest.mark.slow
 def test_a_search_stores_every_kernel_as_the_bytes_want_it(model, limit, tmp_path):
-    one, result = search(model, limit, finalists=1, episodes=3, directory=tmp_path / "run")
+    agent = rls.DQN(hidden_layers=(8,), train_steps=2, batch_size=8)
+    options = {"agent": agent, "directory": tmp_path / "run"}
+    one, result = search(model, limit, finalists=1, episodes=3, **options)
     path = tmp_path / "run" / "model.tflite"
     assert path.stat().st_size <= limit
     types = {tensor.dtype for tensor in rls.inspect_tflite(path).tensors}
