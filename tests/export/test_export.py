@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import subprocess
-import sys
 
 import flatbuffers
 import numpy as np
@@ -395,21 +393,6 @@ def test_an_abort_of_the_converter_reaches_the_caller_as_an_error(tmp_path):
         export_tflite(model, path, "int8", representative_data=x)
     assert list(tmp_path.iterdir()) == []
     export_tflite(model, path, "int8", representative_data=x, unroll=True)
-
-
-@pytest.mark.slow
-def test_an_export_prints_nothing(tmp_path):
-    script = (
-        "import sys; import rl_sparsity_tf; import tf_keras as k\n"
-        "from rl_sparsity_tf.export.export import export_tflite\n"
-        "m = k.Sequential([k.layers.Input((3,)), k.layers.Dense(2)])\n"
-        "print('begin', flush=True); print('begin', file=sys.stderr, flush=True)\n"
-        f"export_tflite(m, {str(tmp_path / 'm.tflite')!r}, 'none')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert done.stdout == "begin\n"
-    assert done.stderr.split("begin\n")[1] == ""
 
 
 # ---------------------------------------------------------------------- scores on given data
