@@ -3,9 +3,9 @@
 A plan is in a network that is fitted to it. A move changes one thing: which groups of a kernel
 live, ranked anew in this network ([Context][rl_sparsity_tf.environment.reranking.Context]), or how
 many, where all other kernels pay for it or gain from it, so that the target is met by every plan.
-Building a plan anew is a long way to a better one; next to a good plan there are many (Hansen et
-al. 2006 of large neighbourhoods, Chen & Tian 2019, "Learning to perform local rewriting for
-combinatorial optimization", arXiv 1810.00337, of learning which to take).
+Building a plan anew is a long way to a better one; next to a good plan there are many (compare Chen
+& Tian 2019, "Learning to perform local rewriting for combinatorial optimization", arXiv
+1810.00337).
 """
 
 from __future__ import annotations
