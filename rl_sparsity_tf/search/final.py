@@ -402,8 +402,8 @@ def play_final(
         if all(one.plan != other.plan for other in distinct):
             distinct.append(one)
     starts, places = run_heats(task, distinct, progress, places=places, seed=seed)
-    for number, start in enumerate(starts):
-        if len(found) == places:
+    for number, start in enumerate(starts[: places + 1]):  # one more if one comes to nothing
+        if sum(not _shortfall(finished) for finished, _ in found) == places:
             break
         candidate = start.candidate
         what = "another plan" if number else "the best plan"

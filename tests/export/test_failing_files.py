@@ -130,10 +130,20 @@ class Ended:
 
 
 @pytest.mark.parametrize(
-    ("kinds", "best"),
-    [("sound floats none", 0), ("floats none sound", 2), ("none floats", 1), ("none none", 0)],
+    ("kinds", "places", "best"),
+    [
+        ("sound floats none", 3, 0),
+        ("floats none sound", 3, 2),
+        ("none floats", 2, 1),
+        ("none none", 2, 0),
+        ("none sound sound", 1, 1),
+        # One more than there are places is finished, not all of them.
+        ("floats none sound", 1, 0),
+    ],
 )
-def test_the_next_finalist_takes_the_place_of_one_whose_file_failed(kinds, best, monkeypatch):
+def test_the_next_finalist_takes_the_place_of_one_whose_file_failed(
+    kinds, places, best, monkeypatch
+):
     report = SimpleNamespace()
     files = {
         "sound": Exported(content=b"", report=report, test=None),
@@ -146,10 +156,12 @@ def test_the_next_finalist_takes_the_place_of_one_whose_file_failed(kinds, best,
     data = [((np.zeros((10_000, 1)),), None)]
     figures = SimpleNamespace(metric=Metric("accuracy", True), validation=data)
     plans = [SimpleNamespace(found_by=str(n), plan=n) for n in range(len(kinds))]
-    network = SimpleNamespace(dense=Score(0.0, 1.0))
-    task = SimpleNamespace(figures=figures, model=object(), network=network)
+    decisions = SimpleNamespace(group="element")
+    network = SimpleNamespace(dense=Score(0.0, 1.0), decisions=decisions)
+    training = SimpleNamespace(epochs=0)  # so that there are no heats
+    task = SimpleNamespace(figures=figures, model=object(), network=network, training=training)
     progress = SearchProgress(1, "accuracy", 0)
-    _, found = final.play_final(task, plans, [], progress, seed=0)
+    _, found = final.play_final(task, plans, [], progress, places=places, seed=0)
     assert found is plans[best]
 
 
