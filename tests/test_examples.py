@@ -214,7 +214,8 @@ def test_the_code_about_latency_runs_but_for_the_measurement(tmp_path, monkeypat
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rls, "measure_latency", measure)
-    plan = rls.baselines.uniform(model, sparsity=0.4, group="channel", exclude="classes")
+    # Two of the four channels: it counts the weights of the last layer, too.
+    plan = rls.baselines.uniform(model, sparsity=0.03, group="channel", exclude="classes")
     names = {"rls": rls, "model": model, "wrapped": rls.wrap(model, plan)}
     *statements, prediction = code.strip().splitlines()
     exec("\n".join(statements), names)
