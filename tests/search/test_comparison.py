@@ -134,7 +134,7 @@ def test_tfmot_is_trained_by_itself_only(finished, monkeypatch):
         return original(request, train, **options)
 
     monkeypatch.setattr(comparison, "prune_with_tfmot", kept)
-    monkeypatch.setattr(comparison, "finish_candidate", stop)
+    monkeypatch.setattr(comparison, "play_final", stop)
     (entry,) = rows_of(finished.compressor, "tfmot", "tfmot")
     last = finished.compressor.last
     ((train, options),) = trainings
@@ -228,7 +228,7 @@ def test_a_named_contender_that_cannot_run_is_an_error(finished, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(comparison, "load_tfmot", missing)
-        patch.setattr(comparison, "finish_candidate", stop)  # it is said before others are run
+        patch.setattr(comparison, "play_final", stop)  # it is said before others are run
         with pytest.raises(MissingDependencyError, match="no TFMOT"):
             rows_of(one, "lamp", "tfmot")
     with monkeypatch.context() as patch:
