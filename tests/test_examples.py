@@ -62,12 +62,10 @@ sys.exit(main({command!r}))
 MARK = "-- here ends a part --"
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """A folder in which the script, the documents' code and their command were run, and what each
+def ran_in(folder):
+    """The folder after the script, the documents' code and their command were run, and what each
     printed: in one process, as most of the time goes into libraries that are loaded.
     """
-    folder = tmp_path_factory.mktemp("ran")
     code = "\n".join(blocks("python"))
     short, count = re.subn(r"\b(episodes|(?:finetune_)?epochs)=\d+", r"\1=1", code)
     assert count == 11
@@ -126,7 +124,15 @@ def table_rows(title):
 
 
 @pytest.mark.slow
-def test_the_script_writes_the_file_it_talks_about(ran):
+def test_script_documents_and_command_do_what_they_say(tmp_path):
+    """One test: in two processes the fixture of three would be made twice."""
+    ran = ran_in(tmp_path)
+    check_the_script_writes_the_file_it_talks_about(ran)
+    check_the_code_of_the_documents_runs_in_its_order(ran)
+    check_the_command_of_the_documents_writes_what_they_say(ran)
+
+
+def check_the_script_writes_the_file_it_talks_about(ran):
     folder, output, _ = ran
     data = load_digits_data()
     outputs = litert_outputs(folder / "digits.tflite", data.x_test)
@@ -180,8 +186,7 @@ def test_the_notebook_is_stored_without_outputs_and_opens_in_colab():
 # ---------------------------------------------------------------------- README and docs
 
 
-@pytest.mark.slow
-def test_the_code_of_the_documents_runs_in_its_order(ran):
+def check_the_code_of_the_documents_runs_in_its_order(ran):
     folder, _, printed = ran
     assert "Compressed model" in printed
     data = load_digits_data()
@@ -189,8 +194,7 @@ def test_the_code_of_the_documents_runs_in_its_order(ran):
         assert litert_outputs(folder / f"{name}.tflite", data.x_test).shape == (359, 10)
 
 
-@pytest.mark.slow
-def test_the_command_of_the_documents_writes_what_they_say(ran):
+def check_the_command_of_the_documents_writes_what_they_say(ran):
     metrics = json.loads((ran[0] / "run" / "metrics.json").read_text(encoding="utf-8"))
     # Weights that round to 0 on the integer grid come on top.
     assert 0.9 <= metrics["compressed"]["sparsity"] < 0.91
