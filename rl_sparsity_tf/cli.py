@@ -28,8 +28,6 @@ _SMALLEST = {"episodes": 1, "seed": 0, "batch_size": 1, "finetune_epochs": 0, "f
 _QUANTIZATIONS = ("plan", "none", "dynamic", "int8", "float16")
 _RECOVERIES = ("least_squares", "finetune", "none")
 _DEFAULT_SPARSITY = 0.9
-# Where which weights go decides: at 0.9 a rule does as well on so small a problem.
-_DEMO_SPARSITY = 0.97
 NO_FILE = 3
 """Exit code of a search that ended without a .tflite file; all else of its result is saved."""
 _SIGPIPE = 13
@@ -61,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--finetune-epochs", type=int, help="epochs of every fine-tuning (about 1,500 steps)"
     )
-    _add_search_arguments(demo, sparsity=_DEMO_SPARSITY)
+    _add_search_arguments(demo)
 
     compress = commands.add_parser("compress", help="compress a model of your own")
     compress.add_argument("model", help=".keras or .h5 file, or SavedModel folder of tf_keras")
@@ -157,13 +155,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_search_arguments(
-    parser: argparse.ArgumentParser, *, sizes: bool = False, sparsity: float = _DEFAULT_SPARSITY
-) -> None:
+def _add_search_arguments(parser: argparse.ArgumentParser, *, sizes: bool = False) -> None:
     parser.add_argument("--agent", choices=("dqn", "ppo"), help="who decides (dqn)")
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
-        "--target-sparsity", type=float, help=f"share of weights to become zero ({sparsity:g})"
+        "--target-sparsity", type=float, help="share of weights to become zero (default 0.9)"
     )
     if sizes:
         target.add_argument("--target-bytes", type=int, help="bytes of the .tflite file at most")
@@ -311,7 +307,7 @@ def _check_loss(name: str) -> None:
         ) from error
 
 
-def _target(options: argparse.Namespace, sparsity: float = _DEFAULT_SPARSITY) -> Target:
+def _target(options: argparse.Namespace) -> Target:
     from rl_sparsity_tf.allocation.target import Target
 
     given = {
@@ -323,7 +319,7 @@ def _target(options: argparse.Namespace, sparsity: float = _DEFAULT_SPARSITY) ->
         "max_accuracy_drop": getattr(options, "max_accuracy_drop", None),
     }
     given = {name: value for name, value in given.items() if value is not None}
-    return Target(**(given or {"sparsity": sparsity}))
+    return Target(**(given or {"sparsity": _DEFAULT_SPARSITY}))
 
 
 def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -337,7 +333,7 @@ def _demo(options: argparse.Namespace) -> int:
     from rl_sparsity_tf.search.run_directory import check_unfinished
 
     # Before the demo trains the network that is to be compressed.
-    target = _target(options, _DEMO_SPARSITY)
+    target = _target(options)
     if options.output is not None:
         check_unfinished(options.output)
     result = run_demo(

@@ -86,7 +86,7 @@ def run_demo(
     output: str | os.PathLike[str] | None = None,
     seed: int = 0,
     episodes: int = 20,
-    sparsity: float = 0.97,
+    sparsity: float = 0.9,
     curriculum: str = "constant",
     finetune_epochs: int | None = None,
     memory_limit_mb: float = 2048,

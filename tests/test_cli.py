@@ -18,8 +18,7 @@ from tiny_search import TEST, TRAIN, VALIDATION, quick_search, trained
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf import cli
-from rl_sparsity_tf.cli import _DEMO_SPARSITY, _target, build_parser, main
-from rl_sparsity_tf.demo import run_demo
+from rl_sparsity_tf.cli import main
 from rl_sparsity_tf.search.arguments import SearchOptions
 from rl_sparsity_tf.version import __version__
 
@@ -131,14 +130,6 @@ def test_compress_writes_a_run(model, files, tmp_path, capsys):
     assert (tmp_path / "run" / "metrics.json").read_bytes() == before
 
 
-def test_the_demo_has_a_tighter_target_unless_it_is_told_another():
-    parse = build_parser().parse_args
-    assert inspect.signature(run_demo).parameters["sparsity"].default == _DEMO_SPARSITY
-    assert _target(parse(["demo"]), _DEMO_SPARSITY) == rls.Target(sparsity=0.97)
-    told = parse(["demo", "--target-sparsity", "0.5"])
-    assert _target(told, _DEMO_SPARSITY) == rls.Target(sparsity=0.5)
-
-
 @pytest.mark.slow
 def test_demo_on_digits_compares_the_contenders(tmp_path, capsys, monkeypatch):
     # 900 steps are for a good demonstration, as is fine-tuning; a few show that it runs.
@@ -154,7 +145,7 @@ def test_demo_on_digits_compares_the_contenders(tmp_path, capsys, monkeypatch):
     names = ["uniform magnitude", "uniform magnitude int8", "random policy"]
     assert [entry["name"] for entry in metrics["baselines"]] == names
     for entry in metrics["baselines"]:
-        assert entry["sparsity"] >= 0.97 - 1e-4
+        assert entry["sparsity"] >= 0.9 - 1e-4
         assert 0 < entry["gzip_bytes"] <= entry["tflite_bytes"] * 1.1
     for text in ("digits: 1,079 images", "Compressed model", "dense int8", *names, "took "):
         assert text in printed
