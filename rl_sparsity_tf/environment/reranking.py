@@ -24,6 +24,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.allocation.ranking import survivors
 from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.kernels import Kernel
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
@@ -62,8 +63,6 @@ class Context:
     def __init__(self, network: CompressedNetwork):
         self._network = network
         self.operations = {path: value.copy() for path, value in network.operations.items()}
-        self._weights: dict[str, np.ndarray] = {}
-        self._usual: dict[str, Operation] = {}
         with network.recovered() as squares:
             found = {k.path: squares.input_energy(k.path) for k in network.kernels}
             energies = {path: energy for path, energy in found.items() if energy is not None}
@@ -71,12 +70,8 @@ class Context:
             weights = _output_weights(network, fitted)
             self._outputs = {k.path: weights[k.path] for k in fitted if k.path in weights}
             self._inputs = {path: energies[path] for path in self._outputs}
-            for kernel in fitted:
-                if kernel.path not in self._outputs:
-                    continue
-                self._weights[kernel.path] = np.array(kernel.matrix())
-                integers = (self.operations[kernel.path] == Operation.QUANTIZE).any()
-                self._usual[kernel.path] = survivors(kernel, bool(integers))
+            self._kernels = {k.path: k for k in fitted if k.path in self._outputs}
+            self._weights = {path: np.array(k.matrix()) for path, k in self._kernels.items()}
 
     @property
     def paths(self) -> list[str]:
@@ -93,18 +88,10 @@ class Context:
         return grouping.sum_numpy(squares * inputs * outputs) / grouping.sizes
 
     def ranked(self, path: str, alpha: float, beta: float) -> np.ndarray:
-        """A kernel's operations when as many groups live as before, those that matter most.
-
-        What comes back is stored as most of the kernel is.
-        """
-        present = self.operations[path]
-        live = present != Operation.PRUNE
-        if live.all() or not live.any():
-            return present
+        """A kernel's operations when as many groups live as before, those that matter most."""
         grouping = self._network.groupings[path]
-        chosen = largest_alike(self.scores(path, alpha, beta), live, grouping)
-        new = np.where(chosen, np.where(live, present, self._usual[path]), Operation.PRUNE)
-        return new.astype(np.uint8)
+        scores = self.scores(path, alpha, beta)
+        return _by_scores(self._kernels[path], self.operations[path], grouping, scores)
 
     def plan(
         self, alpha: float, beta: float, paths: Sequence[str] | None = None
@@ -124,16 +111,27 @@ def ranked_as_trained(network: CompressedNetwork, plan: CompressionPlan) -> Comp
     operations = []
     for kernel in network.kernels:
         present, grouping = plan.kernels[kernel.path].operations, network.groupings[kernel.path]
-        live = present != Operation.PRUNE
-        if live.all() or not live.any() or (present == Operation.SHUFFLE).any():
-            operations.append(present)
-            continue
-        squares = np.square(network.originals[kernel.path], dtype=np.float64)
-        chosen = largest_alike(grouping.sum_numpy(squares) / grouping.sizes, live, grouping)
-        usual = survivors(kernel, bool((present == Operation.QUANTIZE).any()))
-        new = np.where(chosen, np.where(live, present, usual), Operation.PRUNE)
-        operations.append(new.astype(np.uint8))
+        if not (present == Operation.SHUFFLE).any():
+            squares = np.square(network.originals[kernel.path], dtype=np.float64)
+            scores = grouping.sum_numpy(squares) / grouping.sizes
+            present = _by_scores(kernel, present, grouping, scores)
+        operations.append(present)
     return network.storage.plan(network.kernels, operations)
+
+
+def _by_scores(
+    kernel: Kernel, present: np.ndarray, grouping: Grouping, scores: np.ndarray
+) -> np.ndarray:
+    """A kernel's operations when as many groups live as now, those of the highest scores.
+
+    What comes back is stored as most of the kernel is.
+    """
+    live = present != Operation.PRUNE
+    if live.all() or not live.any():
+        return present
+    usual = survivors(kernel, bool((present == Operation.QUANTIZE).any()))
+    chosen = largest_alike(scores, live, grouping)
+    return np.where(chosen, np.where(live, present, usual), Operation.PRUNE).astype(np.uint8)
 
 
 def rank_anew(
@@ -153,14 +151,18 @@ def rank_anew(
         most: Plans that are evaluated at most.
     """
     failed: set[tuple[float, float]] = set()
-    fitted, tried = False, 0
+    context, tried = None, 0
     for powers in SCHEDULE:
         if powers in failed or tried == most:
             continue
-        if not fitted:
-            restore()
-        fitted, tried = improves(Context(network).plan(*powers)), tried + 1
-        if not fitted:
+        if context is None:
+            if not tried:
+                restore()
+            context = Context(network)
+        tried += 1
+        if improves(context.plan(*powers)):
+            context = None  # the network is fitted to the best plan now
+        else:
             failed.add(powers)
 
 

@@ -180,8 +180,8 @@ def test_a_ranking_that_was_no_better_is_not_tried_twice(most, better, monkeypat
     monkeypatch.setattr(reranking, "Context", Asked)
     rank_anew("network", lambda: restored.append(None), improves, most)
     assert tried == [*(SCHEDULE if better else dict.fromkeys(SCHEDULE))][:most]
-    # The network is fitted to the best plan already if that was the last to be evaluated.
-    assert len(restored) == (min(1, most) if better else len(tried))
+    # What was seen of the best plan holds until there is a better one.
+    assert len(restored) == min(1, most)
 
 
 @pytest.mark.slow
