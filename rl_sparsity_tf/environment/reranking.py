@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from rl_sparsity_tf.allocation.ranking import survivors
+from rl_sparsity_tf.allocation.ranking import saliency_of, survivors
 from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.kernels import Kernel
@@ -112,9 +112,8 @@ def ranked_as_trained(network: CompressedNetwork, plan: CompressionPlan) -> Comp
     for kernel in network.kernels:
         present, grouping = plan.kernels[kernel.path].operations, network.groupings[kernel.path]
         if not (present == Operation.SHUFFLE).any():
-            squares = np.square(network.originals[kernel.path], dtype=np.float64)
-            scores = grouping.sum_numpy(squares) / grouping.sizes
-            present = _by_scores(kernel, present, grouping, scores)
+            scores = saliency_of(network.originals[kernel.path], grouping)
+            present = _by_scores(kernel, present, grouping, scores.reshape(grouping.shape))
         operations.append(present)
     return network.storage.plan(network.kernels, operations)
 
