@@ -2,9 +2,10 @@
 
 The best reward so far against the number of distinct plans evaluated, for DQN and PPO, with and
 without the demonstrations of heuristics and the hierarchy (and DQN under a curriculum, or without
-Shuffle or Quantize among its operations), beside random densities, hill climbing from LAMP's plan,
-the plans of least layer error and hill climbing from the best of those, all on the same network,
-validation rows, recovery (least squares) and reward.
+Shuffle or Quantize among its operations), and where an episode is a move from the best plan
+("moves": by DQN, PPO, chance, or a bandit that learns which kinds of moves succeed), beside random
+densities, hill climbing from LAMP's plan, the plans of least layer error and hill climbing from the
+best of those, all on the same network, validation rows, recovery (least squares) and reward.
 
     python benchmarks/curves.py --networks lenet-300-100 lenet-5 --seeds 3
 
@@ -40,8 +41,11 @@ from rl_sparsity_tf.allocation.dynamic_programming import propose_all
 from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.data.batches import evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data.datasets import Data, load_dataset
+from rl_sparsity_tf.environment.improvement_environment import MOVES, SLOTS
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
+from rl_sparsity_tf.environment.moves import BETAS
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
+from rl_sparsity_tf.environment.reranking import SCHEDULE
 from rl_sparsity_tf.environment.reward import Reward, bounded
 from rl_sparsity_tf.search.episodes import LoopSettings
 from rl_sparsity_tf.search.loop import SearchLoop
@@ -61,6 +65,9 @@ SEARCHES: dict[str, tuple[AgentConfig, dict[str, Any]]] = {
     "ppo, hierarchy, warm": (rls.PPO(), {"warm_start": True, "hierarchy": True}),
     "dqn, linear curriculum": (rls.DQN(), {"warm_start": False, "curriculum": rls.Linear()}),
     "dqn, staged curriculum": (rls.DQN(), {"warm_start": False, "curriculum": rls.Staged()}),
+    "dqn, moves": (rls.DQN(), {"warm_start": True, "strategy": "improve"}),
+    "ppo, moves": (rls.PPO(), {"warm_start": True, "strategy": "improve"}),
+    "random moves": (rls.Random(), {"warm_start": True, "strategy": "improve"}),
     "dqn without Shuffle": (rls.DQN(), {"warm_start": False}),
     "dqn without Quantize": (rls.DQN(), {"warm_start": False}),
 }
@@ -68,7 +75,10 @@ WITHOUT = {
     "dqn without Shuffle": rls.Operation.SHUFFLE,
     "dqn without Quantize": rls.Operation.QUANTIZE,
 }
-OTHERS = ("random densities", "hill climbing", "least layer error", "hill climbing from that")
+OTHERS = (
+    *("random densities", "hill climbing", "least layer error", "hill climbing from that"),
+    "bandit moves",
+)
 
 
 def network_of(options: argparse.Namespace, name: str, seed: int, data: Data) -> CompressedNetwork:
@@ -108,6 +118,8 @@ def curve(network: CompressedNetwork, name: str, evaluations: int, seed: int) ->
         if name == "least layer error":
             return best
         left, start = evaluations - len(best), plans[int(np.argmax(values))]
+        if name == "bandit moves":
+            return [*best, *by_bandit(network, start, left, seed)]
         climbed = climb(network, reward, left, seed=seed, start=start).history
         return [*best, *np.maximum(climbed, best[-1])]
     agent, flags = SEARCHES[name]
@@ -126,6 +138,39 @@ def curve(network: CompressedNetwork, name: str, evaluations: int, seed: int) ->
         done = {str(key): count for key, count in loop.best.plan.count_operations().items()}
         print(name, seed, f"accuracy {loop.best.outcome.metric:.4f}", done, file=sys.stderr)
     return loop.best_after[:evaluations]
+
+
+def by_bandit(
+    network: CompressedNetwork, start: rls.CompressionPlan, moves: int, seed: int
+) -> list[float]:
+    """The best value after every move; its kind is drawn by what kinds have improved so far.
+
+    Thompson sampling of how often a kind of move succeeds; chance decides of which kernel it is.
+    All kernels are ranked first, as the other searches do.
+    """
+    rng = np.random.default_rng([seed, 7])
+    env = rls.ImprovementEnvironment(network, start=start, moves=moves)
+    kinds = {kind: [0.5, 0.5] for kind in ("rank_all", "rank", "denser", "sparser")}
+    of_action = [
+        "rank_all" if slot == 0 else move.kind for slot in range(1 + SLOTS) for move in MOVES
+    ]
+    time_step, found = env.reset(), []
+    opening = [BETAS.index(beta) for _, beta in SCHEDULE]
+    while not time_step.is_last():
+        legal = [int(one) for one in np.flatnonzero(time_step.observation["legal"])]
+        first = [action for action in opening if action in legal]
+        if first:
+            action = first[0]
+            opening = opening[opening.index(action) + 1 :]
+        else:
+            drawn = {kind: rng.beta(*kinds[kind]) for kind in {of_action[one] for one in legal}}
+            best = max(sorted(drawn), key=lambda kind: drawn[kind])
+            action = int(rng.choice([one for one in legal if of_action[one] == best]))
+        before = env.plan
+        time_step = env.step(np.int32(action))
+        kinds[of_action[action]][env.plan is before] += 1
+        found.append(env.value)
+    return found
 
 
 @contextlib.contextmanager

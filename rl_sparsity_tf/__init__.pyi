@@ -22,6 +22,12 @@ from rl_sparsity_tf.environment.features import (
     describe_selection_state as describe_selection_state,
 )
 from rl_sparsity_tf.environment.features import describe_state as describe_state
+from rl_sparsity_tf.environment.improvement_environment import (
+    ImprovementEnvironment as ImprovementEnvironment,
+)
+from rl_sparsity_tf.environment.improvement_environment import (
+    describe_improvement_state as describe_improvement_state,
+)
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment as LayerEnvironment
 from rl_sparsity_tf.environment.reward import Outcome as Outcome
 from rl_sparsity_tf.environment.reward import Reward as Reward

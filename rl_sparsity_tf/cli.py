@@ -98,6 +98,12 @@ def build_parser() -> argparse.ArgumentParser:
         )
     compress.add_argument("--latency-table", help="JSON of layers' times (else measured)")
     compress.add_argument("--hierarchy", action="store_true", help="let an agent order the layers")
+    compress.add_argument(
+        "--strategy",
+        choices=("construct", "improve"),
+        default="construct",
+        help="episodes that build a plan, or moves from the best one (construct)",
+    )
     compress.add_argument("--quantization", choices=_QUANTIZATIONS, help="how to export")
     compress.add_argument(
         "--recovery",
@@ -376,6 +382,11 @@ def _compress_known(options: argparse.Namespace) -> int:
                 "--save-policy cannot be used with --hierarchy: of its two agents none can decide "
                 "alone. Leave one of the two out."
             )
+        if options.strategy == "improve":
+            raise ArgumentError(
+                "--save-policy cannot be used with --strategy improve, whose agent decides moves: "
+                "a policy decides buckets. Leave one of the two out."
+            )
     if options.loss is not None:
         _check_loss(options.loss)
     model = load_model(options.model, trusted=options.trusted)
@@ -401,6 +412,7 @@ def _compress_known(options: argparse.Namespace) -> int:
         curriculum=options.curriculum,
         policy=options.policy,
         hierarchy=options.hierarchy,
+        strategy=options.strategy,
         include=options.include,
         exclude=options.exclude,
     )

@@ -47,8 +47,11 @@ LONGEST = 600
 EXCEPTIONS: set[tuple[str, str]] = set()
 
 # The environments and the agents are written for TF-Agents; nobody else knows it.
-TF_AGENTS_MODULES = {"environment._tf_agents", "agents.tf_agent", "agents.dqn", "agents.ppo"}
+TF_AGENTS_MODULES = {
+    *("environment._tf_agents", "agents.tf_agent", "agents.dqn", "agents.ppo", "agents.slots")
+}
 RL_MODULES = {
+    "environment.improvement_environment",
     "environment.layer_environment",
     "environment.selection_environment",
     *TF_AGENTS_MODULES,

@@ -313,8 +313,25 @@ def resolve_config(agent: str | AgentConfig) -> AgentConfig:
     return agent
 
 
+@dataclasses.dataclass(frozen=True)
+class SlotShape:
+    """How a state is cut: features of all slots come first, then those of every slot.
+
+    Actions are numbered slot by slot.
+    """
+
+    shared: int
+    slots: int
+    features: int
+
+
 def build_agent(
-    agent: str | AgentConfig, time_step_spec: Any, action_spec: Any, seed: int = 0
+    agent: str | AgentConfig,
+    time_step_spec: Any,
+    action_spec: Any,
+    seed: int = 0,
+    *,
+    slots: SlotShape | None = None,
 ) -> Agent:
     """Builds an agent that has learned nothing yet, for environments of the given specs.
 
@@ -324,7 +341,8 @@ def build_agent(
     the same actions.
 
     The observation must be a dict of `"state"` (float32, shape (F,)) and `"legal"` (int32, shape
-    (n_actions,), 0 or 1), the action a scalar int32 from 0 to n_actions - 1. Raises ArgumentError
+    (n_actions,), 0 or 1), the action a scalar int32 from 0 to n_actions - 1. If the state is made
+    of `slots`, one network scores the actions of every slot. Raises ArgumentError
     if the agent is not known or a spec does not fit, and MissingDependencyError if TF-Agents cannot
     be imported.
 
@@ -333,6 +351,8 @@ def build_agent(
         >>> action = agent.step(env.reset())
     """
     config = resolve_config(agent)
+    if slots is not None:
+        _check_slots(slots, time_step_spec, action_spec)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ArgumentError(f"seed={seed!r}: expected a non-negative integer, for instance seed=0.")
     try:
@@ -346,5 +366,16 @@ def build_agent(
             'Install it with: pip install "rl_sparsity_tf[rl]" on Python 3.11, or with: '
             "pip install --no-deps tf-agents==0.19.0 on other versions of Python."
         ) from error
-    built: Agent = module.build(config, time_step_spec, action_spec, seed)
+    built: Agent = module.build(config, time_step_spec, action_spec, seed, slots)
     return built
+
+
+def _check_slots(slots: SlotShape, time_step_spec: Any, action_spec: Any) -> None:
+    found = int(time_step_spec.observation["state"].shape[0])
+    actions = int(action_spec.maximum) + 1
+    expected = slots.shared + slots.slots * slots.features
+    if found != expected or actions % slots.slots:
+        raise ArgumentError(
+            f"slots={slots!r} does not fit a state of {found} features and {actions} actions. "
+            f"Expected {expected} features, and as many actions for every slot."
+        )

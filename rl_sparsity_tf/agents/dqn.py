@@ -16,24 +16,27 @@ import tensorflow as tf
 import tf_keras as keras
 from numpy.typing import NDArray
 from tf_agents.agents.dqn import dqn_agent
-from tf_agents.networks import q_network
+from tf_agents.networks import q_network, sequential
 from tf_agents.replay_buffers import tf_uniform_replay_buffer
 from tf_agents.trajectories import trajectory
 from tf_agents.utils import common
 
 from rl_sparsity_tf.agents import tf_agent
 from rl_sparsity_tf.agents.base import LAST, Transition
-from rl_sparsity_tf.agents.configs import DQN
+from rl_sparsity_tf.agents.configs import DQN, SlotShape
+from rl_sparsity_tf.agents.slots import SlotScores
 from rl_sparsity_tf.randomness import python_and_numpy_random_kept, spin
 
 # Share of the random actions that are uniformly random.
 _UNIFORM = 0.2
 
 
-def build(config: DQN, time_step_spec: Any, action_spec: Any, seed: int) -> DQNAgent:
+def build(
+    config: DQN, time_step_spec: Any, action_spec: Any, seed: int, slots: SlotShape | None = None
+) -> DQNAgent:
     """Builds the agent; called by `build_agent`."""
     with python_and_numpy_random_kept():
-        return DQNAgent(config, time_step_spec, action_spec, seed)
+        return DQNAgent(config, time_step_spec, action_spec, seed, slots)
 
 
 class DQNAgent(tf_agent.TFAgent):
@@ -42,7 +45,14 @@ class DQNAgent(tf_agent.TFAgent):
     name = "dqn"
     off_policy = True
 
-    def __init__(self, config: DQN, time_step_spec: Any, action_spec: Any, seed: int) -> None:
+    def __init__(
+        self,
+        config: DQN,
+        time_step_spec: Any,
+        action_spec: Any,
+        seed: int,
+        slots: SlotShape | None = None,
+    ) -> None:
         time_step_spec, action_spec, n_features, n_actions = tf_agent.checked_specs(
             time_step_spec, action_spec
         )
@@ -50,9 +60,7 @@ class DQNAgent(tf_agent.TFAgent):
         self.config = config
         self._held = 0, 0  # a random action, and how often it is still to be repeated
         tf.random.set_seed(seed)
-        network = q_network.QNetwork(
-            time_step_spec.observation["state"], action_spec, fc_layer_params=config.hidden_layers
-        )
+        network = _network(config, time_step_spec.observation["state"], action_spec, slots)
         optimizer = keras.optimizers.Adam(config.learning_rate)
         boltzmann = config.exploration == "boltzmann"
         agent_class = dqn_agent.DdqnAgent if config.double else dqn_agent.DqnAgent
@@ -188,6 +196,16 @@ class DQNAgent(tf_agent.TFAgent):
         # One draw for all training steps: the buffer does not change between them.
         drawn, _ = self.replay.get_next(sample_batch_size=steps * size, num_steps=frames)
         return {"td_loss": float(self._train(drawn)), "epsilon": self.epsilon()}
+
+
+def _network(config: DQN, state_spec: Any, action_spec: Any, slots: SlotShape | None) -> Any:
+    if slots is None:
+        return q_network.QNetwork(state_spec, action_spec, fc_layer_params=config.hidden_layers)
+    actions = int(action_spec.maximum) + 1
+    scores = SlotScores(slots, actions, config.hidden_layers, "relu")
+    network = sequential.Sequential([scores], input_spec=state_spec)
+    network.create_variables()
+    return network
 
 
 def _frame(transition: Transition) -> trajectory.Trajectory:

@@ -28,7 +28,8 @@ from tf_agents.utils import common
 
 from rl_sparsity_tf.agents import tf_agent
 from rl_sparsity_tf.agents.base import Transition
-from rl_sparsity_tf.agents.configs import PPO
+from rl_sparsity_tf.agents.configs import PPO, SlotShape
+from rl_sparsity_tf.agents.slots import SlotProjection
 from rl_sparsity_tf.errors import AgentStateError
 from rl_sparsity_tf.randomness import python_and_numpy_random_kept
 
@@ -58,10 +59,12 @@ _FIELDS = (
 )
 
 
-def build(config: PPO, time_step_spec: Any, action_spec: Any, seed: int) -> PPOAgent:
+def build(
+    config: PPO, time_step_spec: Any, action_spec: Any, seed: int, slots: SlotShape | None = None
+) -> PPOAgent:
     """Builds the agent; called by `build_agent`."""
     with python_and_numpy_random_kept():
-        return PPOAgent(config, time_step_spec, action_spec, seed)
+        return PPOAgent(config, time_step_spec, action_spec, seed, slots)
 
 
 class PPOAgent(tf_agent.TFAgent):
@@ -69,7 +72,14 @@ class PPOAgent(tf_agent.TFAgent):
 
     name = "ppo"
 
-    def __init__(self, config: PPO, time_step_spec: Any, action_spec: Any, seed: int) -> None:
+    def __init__(
+        self,
+        config: PPO,
+        time_step_spec: Any,
+        action_spec: Any,
+        seed: int,
+        slots: SlotShape | None = None,
+    ) -> None:
         time_step_spec, action_spec, n_features, n_actions = tf_agent.checked_specs(
             time_step_spec, action_spec
         )
@@ -77,11 +87,17 @@ class PPOAgent(tf_agent.TFAgent):
         self.config = config
         tf.random.set_seed(seed)
         state_spec = time_step_spec.observation["state"]
+        if slots is None:
+            inside: dict[str, Any] = {"fc_layer_params": config.hidden_layers}
+        else:
+            inside = {
+                "fc_layer_params": (),
+                "discrete_projection_net": lambda spec: SlotProjection(
+                    spec, slots, config.hidden_layers, "tanh"
+                ),
+            }
         inner_actor = actor_distribution_network.ActorDistributionNetwork(
-            state_spec,
-            action_spec,
-            fc_layer_params=config.hidden_layers,
-            activation_fn=keras.activations.tanh,
+            state_spec, action_spec, activation_fn=keras.activations.tanh, **inside
         )
         inner_value = value_network.ValueNetwork(
             state_spec,

@@ -9,10 +9,16 @@ from numpy.typing import NDArray
 
 from rl_sparsity_tf.agents import tf_agent
 from rl_sparsity_tf.agents.base import Transition
-from rl_sparsity_tf.agents.configs import Random
+from rl_sparsity_tf.agents.configs import Random, SlotShape
 
 
-def build(config: Random, time_step_spec: Any, action_spec: Any, seed: int) -> RandomAgent:
+def build(
+    config: Random,
+    time_step_spec: Any,
+    action_spec: Any,
+    seed: int,
+    slots: SlotShape | None = None,  # noqa: ARG001  it has no network
+) -> RandomAgent:
     """Builds the agent; called by `build_agent`."""
     return RandomAgent(config, time_step_spec, action_spec, seed)
 

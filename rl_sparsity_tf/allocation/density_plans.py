@@ -64,6 +64,10 @@ class PlanSpace:
             rank[order] = np.arange(order.size)
             self._saliency[index] = rank.reshape(alive.shape) + alive * order.size
 
+    def look_near(self, live: Sequence[np.ndarray]) -> None:
+        """Looks for the next plan around the number of weights that live in this one."""
+        self._pruned = _pruned(self._sizes, live)
+
     def scores(self, ratios: np.ndarray) -> list[np.ndarray]:
         """Scores that give the kernels densities in proportion to ratios."""
         return [

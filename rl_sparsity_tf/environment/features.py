@@ -220,7 +220,7 @@ def observe(network: CompressedNetwork, path: str, bucket: BucketView) -> np.nda
         "convolution": fixed["convolution"],
         "depthwise": fixed["depthwise"],
     }
-    return _state(FEATURES, values)
+    return state_of(FEATURES, values)
 
 
 def _of_network(network: CompressedNetwork) -> dict[str, float]:
@@ -257,7 +257,7 @@ def _mean_variance(network: CompressedNetwork) -> float:
     return float(np.mean([one.gradient_variance for one in network.dense_statistics.values()]))
 
 
-def _state(features: Sequence[Feature], values: Mapping[str, float]) -> np.ndarray:
+def state_of(features: Sequence[Feature], values: Mapping[str, float]) -> np.ndarray:
     """The values in the features' order: float32, finite and within bounds."""
     state = np.array([values[feature.name] for feature in features], np.float32)
     finite = np.nan_to_num(state, nan=0.0, posinf=1.0, neginf=-1.0)
@@ -409,4 +409,4 @@ def observe_selection(
         "kernels_decided": 1.0 - len(undecided) / len(network.kernels),
         "stored_bits": network.outcome.stored_bits,
     }
-    return _state(SELECTION_FEATURES, values)
+    return state_of(SELECTION_FEATURES, values)

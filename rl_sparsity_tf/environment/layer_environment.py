@@ -93,11 +93,15 @@ class NetworkEnvironment(py_environment.PyEnvironment):
             return self.reset()
         previous = self.network.outcome
         outcome, ended = self._execute(int(action))
-        reward = np.float32(bounded(self.reward, outcome, previous))
+        reward = np.float32(self._worth(outcome, previous))
         observation = self._observe()
         if ended:
             return ts.termination(observation, reward)
         return ts.transition(observation, reward, discount=1.0)
+
+    def _worth(self, outcome: Outcome, previous: Outcome) -> float:
+        """What a step is paid, in [-1, 1]."""
+        return bounded(self.reward, outcome, previous)
 
     def _begin(self) -> None:
         """Undoes what the last episode decided."""

@@ -55,13 +55,14 @@ class Neighbours:
     """
 
     def __init__(self, network: CompressedNetwork, quantize: bool):
-        self._network = network
-        self._space = PlanSpace(network, quantize)
+        self._network, self._quantize = network, quantize
         self.renew()
 
     def renew(self) -> None:
         """Goes to the plan that the network was evaluated with last."""
         self.context = Context(self._network)
+        # Anew, so that the plans next to this one do not depend on those before it.
+        self._space = PlanSpace(self._network, self._quantize)
         operations = self.context.operations
         self.live = [operations[k.path] != Operation.PRUNE for k in self._network.kernels]
         scores = {p: self.context.scores(p, ALPHA, 0.5) for p in self.context.paths}
@@ -89,6 +90,7 @@ class Neighbours:
             return self.context.plan(ALPHA, move.beta)
         if move.kind == "rank":
             return self.context.plan(ALPHA, move.beta, [move.kernel])
+        self._space.look_near(self.live)
         ratios = shares(self.live)
         index = [one.path for one in self._network.kernels].index(move.kernel)
         ratios[index] *= move.factor if move.kind == "denser" else 1.0 / move.factor

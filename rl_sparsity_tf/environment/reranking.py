@@ -36,6 +36,8 @@ SCHEDULE = ((0.5, 0.0), (0.5, 0.0), (0.5, 0.5), (0.5, 1.0))
 
 # Of training data, that the gradients are taken over.
 _ROWS = 256
+# What outputs weigh at most, 1 on average, that nothing reads.
+_UNREAD = 1e-9
 # Added to what outputs weigh, 1 on average: one that has no gradient here may have one elsewhere.
 _LEAST_WEIGHT = 0.05
 
@@ -77,6 +79,10 @@ class Context:
     def paths(self) -> list[str]:
         """Of the kernels that can be ranked: fitted, and without shuffled groups."""
         return [p for p in self._outputs if not (self.operations[p] == Operation.SHUFFLE).any()]
+
+    def unread(self, path: str) -> float:
+        """The share of a kernel's outputs that the loss does not depend on any more."""
+        return float((self._outputs[path] <= _UNREAD).mean())
 
     def scores(self, path: str, alpha: float, beta: float) -> np.ndarray:
         """What a kernel's groups matter per weight, with the shape of its groups."""

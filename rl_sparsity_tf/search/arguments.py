@@ -37,12 +37,17 @@ from rl_sparsity_tf.layers.rules import KernelSelection
 from rl_sparsity_tf.search.run_directory import LATEST, TIMES, RunDirectory
 from rl_sparsity_tf.search.storage_choice import INT4
 from rl_sparsity_tf.training.mask_training import DISTILLATION, FineTuning, default_epochs
+from rl_sparsity_tf.training.recovery import Recovery
 
 AUTO = "auto"
 """Groups and bits of every kernel as the bytes of a target want them."""
 
 SHUFFLES = ("neighbours", "channels")
 """How Shuffle moves weights, see [Compressor][rl_sparsity_tf.Compressor]."""
+
+CONSTRUCT, IMPROVE = "construct", "improve"
+STRATEGIES = (CONSTRUCT, IMPROVE)
+"""What an episode is, see [Compressor][rl_sparsity_tf.Compressor]."""
 
 _log = logging.getLogger(__name__)
 
@@ -138,6 +143,30 @@ def check_int4(int4: str | None, group: str) -> str:
             "group='auto', which chooses the bits, or leave int4 out."
         )
     return int4
+
+
+def check_strategy(
+    strategy: str, *, group: str, recovery: Recovery, hierarchy: bool, policy: bool
+) -> str:
+    """What an episode is; raises ArgumentError if something else that was asked for forbids it."""
+    check_choice("strategy", strategy, STRATEGIES)
+    if strategy != IMPROVE:
+        return strategy
+    conflicts = {
+        "hierarchy=True": (hierarchy, "the order of layers is no decision in it"),
+        "policy=...": (policy, "policies decide buckets, and it decides moves"),
+        "group='channel'": (group == "channel", "its rankings are of weights and blocks"),
+        f"recovery={recovery.method!r}": (
+            recovery.method not in (None, "least_squares"),
+            "its rankings are made in a fitted network",
+        ),
+    }
+    for what, (given, why) in conflicts.items():
+        if given:
+            raise ArgumentError(
+                f"strategy={strategy!r} does not go with {what}: {why}. Leave one of them out."
+            )
+    return strategy
 
 
 def decisions_for(

@@ -256,8 +256,7 @@ class _Contenders:
     @property
     def _decisions(self) -> int:
         """Recoveries per kernel, where they are training: as in the search's last episode."""
-        environments = self.search.loop.episodes.environments
-        return -(-sum(one.steps for one in environments) // len(environments))
+        return self.search.loop.episodes.decisions
 
     def _finish(self, name: str, candidate: Candidate) -> Finished:
         self._say(name)

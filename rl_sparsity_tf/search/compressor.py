@@ -43,9 +43,11 @@ from rl_sparsity_tf.layers.wrapping import accepted, is_wrapped, strip
 from rl_sparsity_tf.search.accuracy_search import AccuracySearch, check_alone, first_target
 from rl_sparsity_tf.search.arguments import (
     AUTO,
+    CONSTRUCT,
     SearchOptions,
     check_int4,
     check_shuffle,
+    check_strategy,
     decisions_for,
     group_for,
     keep_table,
@@ -148,6 +150,11 @@ class Compressor:
             than that a plan is.
         hierarchy: Whether a second agent chooses the next layer and how much is to go of it; the
             first then meets that goal. Else the layers come in their order.
+        strategy: What an episode is. `"construct"`: every bucket of every kernel is decided, from
+            the dense network on. `"improve"`: one move from the best plan so far, which ranks the
+            masks of a kernel or of all anew, or makes a kernel denser or sparser at the others'
+            expense (see [ImprovementEnvironment][rl_sparsity_tf.ImprovementEnvironment]); it needs
+            the recovery by least squares.
         include: What alone is compressed: names of layers, paths of layers or kernels
             (`"base/conv"`, `"lstm/cell/recurrent_kernel"`), or patterns of them (`"block*"`); one
             or a list. By default all kernels that are not frozen. A frozen layer
@@ -190,6 +197,7 @@ class Compressor:
         int4: str | None = None,
         policy: SavedPolicy | str | os.PathLike[str] | None = None,
         hierarchy: bool = False,
+        strategy: str = CONSTRUCT,
         include: Patterns | None = None,
         exclude: Patterns | None = None,
     ):
@@ -229,6 +237,13 @@ class Compressor:
         )
         self.curriculum = check_alone(self.target, resolve_curriculum(curriculum))
         self.hierarchy = check_flag("hierarchy", hierarchy)
+        self.strategy = check_strategy(
+            strategy,
+            group=self.group,
+            recovery=self.recovery,
+            hierarchy=self.hierarchy,
+            policy=self.policy is not None,
+        )
         self.last: FinishedSearch | None = None
 
     @without_traces()
@@ -417,6 +432,7 @@ class Compressor:
             curriculum=self.curriculum,
             policy=self.policy,
             hierarchy=self.hierarchy,
+            strategy=self.strategy,
         )
 
     def _opened(self, data: _Prepared) -> contextlib.AbstractContextManager[RunDirectory | None]:
@@ -440,6 +456,8 @@ class Compressor:
             "curriculum": self.curriculum.to_dict(),
             "policy": self.policy and self.policy.digest,
             "hierarchy": self.hierarchy,
+            # Runs from before there was a choice do not name it.
+            "strategy": None if self.strategy == CONSTRUCT else self.strategy,
             "latency_table": None,
             "include": self.include and list(self.include),
             "exclude": self.exclude and list(self.exclude),

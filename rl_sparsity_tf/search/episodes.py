@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -9,17 +10,24 @@ from typing import Any, cast
 import numpy as np
 
 from rl_sparsity_tf.agents.base import Agent
-from rl_sparsity_tf.agents.configs import AgentConfig, build_agent
+from rl_sparsity_tf.agents.configs import AgentConfig, SlotShape, build_agent
 from rl_sparsity_tf.agents.demonstrations import Demonstration, random_demonstration
 from rl_sparsity_tf.agents.exploration import DecisionTree, ReturnThenExplore
 from rl_sparsity_tf.agents.policies import SavedPolicy
 from rl_sparsity_tf.agents.relaxation import Relaxation
 from rl_sparsity_tf.environment.curriculum import Constant, Curriculum
+from rl_sparsity_tf.environment.improvement_environment import (
+    SLOT_SHAPE,
+    ImprovementEnvironment,
+)
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
+from rl_sparsity_tf.environment.moves import BETAS
 from rl_sparsity_tf.environment.network import CompressedNetwork
+from rl_sparsity_tf.environment.reranking import SCHEDULE
 from rl_sparsity_tf.environment.reward import RewardFunction
 from rl_sparsity_tf.environment.selection_environment import GOALS, LayerSelectionEnvironment
 from rl_sparsity_tf.layers.plan import CompressionPlan
+from rl_sparsity_tf.search.arguments import CONSTRUCT, IMPROVE
 
 RELATIVE_GAIN = 10.0
 """What a value less a policy's own is multiplied by, before it is learned: plans that are worth
@@ -39,6 +47,8 @@ class LoopSettings:
         curriculum: How the target rises over the episodes.
         policy: What the agent has learned elsewhere, if anything.
         hierarchy: Whether a second agent chooses the order of the kernels and their goals.
+        strategy: `"construct"`, where an episode decides every bucket, or `"improve"`, where it
+            makes one move from the best plan so far.
     """
 
     agent: AgentConfig
@@ -50,9 +60,71 @@ class LoopSettings:
     curriculum: Curriculum = dataclasses.field(default_factory=Constant)
     policy: SavedPolicy | None = None
     hierarchy: bool = False
+    strategy: str = CONSTRUCT
 
 
-class Episodes:
+class SearchEpisodes(abc.ABC):
+    """What a loop plays: episodes that end with a whole plan, which the agent learns from.
+
+    Attributes:
+        agent: That decides.
+        shown: Whether the agent can be shown plans, and buckets are cut near the best of them.
+        reference: What values are learned relative to.
+    """
+
+    agent: Agent
+    shown = True
+    reference = 0.0
+
+    @property
+    @abc.abstractmethod
+    def illegal_actions(self) -> int:
+        """Actions so far that were not legal."""
+
+    @property
+    @abc.abstractmethod
+    def decisions(self) -> int:
+        """Decisions per kernel in an episode, rounded up: how often a kernel may recover."""
+
+    @abc.abstractmethod
+    def centre(self, plan: CompressionPlan, near: bool = False) -> None:
+        """Has the next episodes look around a plan, with `near` not far from it."""
+
+    @abc.abstractmethod
+    def begin_anew(self) -> None:
+        """Lets decisions that were played be played again: they lead to other plans now."""
+
+    @abc.abstractmethod
+    def retarget(self, anew: bool = True) -> None:
+        """Follows the network to another budget; what the agent has learned stays with it.
+
+        `anew` is whether the decisions that were played before may be played again.
+        """
+
+    @abc.abstractmethod
+    def play(self, demonstration: Demonstration | None = None) -> float:
+        """Plays an episode, and gives the sum of its rewards; the network is left with its plan.
+
+        A demonstration decides in place of the agent.
+        """
+
+    @abc.abstractmethod
+    def learn(self, value: float) -> dict[str, float]:
+        """Lets the agent learn from the episode played last, whose plan was worth so much.
+
+        Losses are by name.
+        """
+
+    @abc.abstractmethod
+    def get_state(self) -> dict[str, np.ndarray]:
+        """Everything to go on from, as arrays."""
+
+    @abc.abstractmethod
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what [get_state][] gave."""
+
+
+class Episodes(SearchEpisodes):
     """Plays search episodes, the smallest kernel first, and lets the agent learn from them.
 
     No two episodes take the same decisions, as long as others are left. `reference` is what values
@@ -119,6 +191,11 @@ class Episodes:
     def illegal_actions(self) -> int:
         """Actions so far that were not legal."""
         return sum(environment.illegal_actions for environment in self.environments)
+
+    @property
+    def decisions(self) -> int:
+        """Decisions per kernel in an episode, rounded up."""
+        return -(-sum(one.steps for one in self.environments) // len(self.environments))
 
     def play(self, demonstration: Demonstration | None = None) -> float:
         """Plays an episode, and gives the sum of its rewards; the network is left with its plan.
@@ -263,8 +340,10 @@ INTRINSIC = 1.0
 _SELECTOR = "selector:"
 
 
-def make_episodes(settings: LoopSettings, network: CompressedNetwork) -> Episodes:
-    """The episodes of a search, in one level or in two."""
+def make_episodes(settings: LoopSettings, network: CompressedNetwork) -> SearchEpisodes:
+    """The episodes of a search: moves from plan to plan, or decisions in one level or in two."""
+    if settings.strategy == IMPROVE:
+        return ImprovementEpisodes(settings, network)
     return (HierarchicalEpisodes if settings.hierarchy else Episodes)(settings, network)
 
 
@@ -414,3 +493,108 @@ def _of_the_selector(config: AgentConfig) -> AgentConfig:
     if getattr(config, "relaxed_reward", 0.0):
         return dataclasses.replace(config, relaxed_reward=0.0)  # type: ignore[call-arg]
     return config
+
+
+_ENVIRONMENT = "environment:"
+
+
+class ImprovementEpisodes(SearchEpisodes):
+    """Plays one move from the best plan per episode, and lets the agent learn what it was worth.
+
+    All kernels are ranked anew first, as a search by hill climbing does; then the agent decides.
+
+    Attributes:
+        environment: Of whole plans; it remembers the best.
+    """
+
+    shown = False
+
+    def __init__(self, settings: LoopSettings, network: CompressedNetwork):
+        self.environment = ImprovementEnvironment(network, reward=settings.reward, moves=1)
+        self.agent = build_agent(
+            _of_the_selector(settings.agent),
+            self.environment.time_step_spec(),
+            self.environment.action_spec(),
+            seed=settings.seed,
+            slots=SlotShape(*SLOT_SHAPE),
+        )
+        self._opening = [beta for _, beta in SCHEDULE]
+        self._recorded = False
+
+    @property
+    def illegal_actions(self) -> int:
+        """Actions so far that were not legal."""
+        return self.environment.illegal_actions
+
+    @property
+    def decisions(self) -> int:
+        """A whole plan is one."""
+        return 1
+
+    def centre(self, plan: CompressionPlan, near: bool = False) -> None:
+        """Starts from a plan, unless the search has left its first one already."""
+        if not self.environment.begun:
+            self.environment.start_from(plan)
+
+    def begin_anew(self) -> None:
+        """Forgets the best plan and what was tried next to it."""
+        self.environment.start_from(None)
+        self._opening = [beta for _, beta in SCHEDULE]
+
+    def retarget(self, anew: bool = True) -> None:
+        """Follows the network to another budget; what the agent has learned stays with it.
+
+        `anew` is whether another plan is to be improved.
+        """
+        if anew:
+            self.begin_anew()
+
+    def play(self, demonstration: Demonstration | None = None) -> float:
+        """Makes a move; the network is left with the plan behind it."""
+        self.environment.commit()
+        time_step = self.environment.reset()
+        forced = self._opened(time_step.observation["legal"])
+        # What a policy is paid for what it did not choose is no experience of its own.
+        self._recorded = forced is None or self.agent.off_policy
+        if forced is not None and not self._recorded:
+            return float(self.environment.step(np.int32(forced)).reward)
+        action = self.agent.step(time_step, action=forced)
+        time_step = self.environment.step(np.int32(action))
+        self.agent.observe(time_step)
+        return float(time_step.reward)
+
+    def _opened(self, legal: np.ndarray) -> int | None:
+        while self._opening:
+            action = BETAS.index(self._opening.pop(0))
+            if legal[action]:
+                return action
+        return None
+
+    def learn(self, value: float) -> dict[str, float]:
+        """Lets the agent learn from the move; it is paid by what the best plan gained."""
+        return self.agent.end_episode() if self._recorded else {}
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """Everything to go on from, as arrays."""
+        environment = self.environment.to_arrays()
+        return {
+            **{f"agent:{key}": value for key, value in self.agent.get_state().items()},
+            **{f"{_ENVIRONMENT}{key}": value for key, value in environment.items()},
+            "opening": np.array(len(self._opening)),
+        }
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what [get_state][] gave.
+
+        Raises AgentStateError if it is the state of another agent, and ValueError, KeyError or
+        TypeError if it is none of these episodes.
+        """
+        opening = int(state["opening"])
+        if not 0 <= opening <= len(SCHEDULE):
+            raise ValueError(f"{opening} rankings are said to be left")
+        mine = {k.removeprefix(_ENVIRONMENT): v for k, v in state.items() if _ENVIRONMENT in k}
+        self.environment.set_arrays(mine)
+        self.agent.set_state(
+            {key.removeprefix("agent:"): v for key, v in state.items() if key.startswith("agent:")}
+        )
+        self._opening = [beta for _, beta in SCHEDULE][len(SCHEDULE) - opening :]

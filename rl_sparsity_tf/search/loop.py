@@ -42,7 +42,7 @@ from rl_sparsity_tf.environment.reward import bounded
 from rl_sparsity_tf.errors import ArgumentError, RunError, SearchInterrupted, one_line
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
-from rl_sparsity_tf.search.episodes import LoopSettings, make_episodes
+from rl_sparsity_tf.search.episodes import Episodes, LoopSettings, make_episodes
 from rl_sparsity_tf.search.run_directory import LATEST, TIMES, TRIALS, RunDirectory
 
 
@@ -315,28 +315,29 @@ class SearchLoop:
 
     def _apply_policy(self, progress: SearchProgress) -> None:
         progress.say("evaluating the policy's plan")
-        network = self._network
+        network, episodes = self._network, self.episodes
+        assert isinstance(episodes, Episodes)  # policies decide buckets
         tf.random.set_seed(self.settings.seed)
         if STARTING in network.decisions.heuristics:
             with contextlib.suppress(ArgumentError):  # it may not reach a target in bytes
-                self.episodes.centre(heuristic_plan(network, STARTING))
+                episodes.centre(heuristic_plan(network, STARTING))
         # Which weights of a layer are missed least is not a decision, and no rule for it holds in
         # all networks: with least squares the policy decides in both orders, and one is kept.
         both = network.least_squares is not None and network.decisions.group != "channel"
         found = []
         for by_magnitude in (False, True) if both else (False,):
-            self.episodes.order_by_magnitude(by_magnitude)
-            actions = self.episodes.play_policy()
+            episodes.order_by_magnitude(by_magnitude)
+            actions = episodes.play_policy()
             value = bounded(self.settings.reward, network.outcome, None)
             found.append((value, by_magnitude, actions, network.plan))
             self._consider(value, PROPOSED, POLICY)
         value, by_magnitude, actions, plan = max(found, key=lambda one: one[0])
-        self.episodes.order_by_magnitude(by_magnitude)
+        episodes.order_by_magnitude(by_magnitude)
         # What other networks are worth at best is not seen in the state: better or worse than
         # the policy was is what this one can add.
-        self.episodes.reference = value
+        episodes.reference = value
         if self.done == self._stage.start:
-            self.episodes.begin_with(actions, value)
+            episodes.begin_with(actions, value)
         self.proposed = [(POLICY, plan)]
 
     def _propose(self, demonstrations: int, progress: SearchProgress) -> None:
@@ -367,7 +368,7 @@ class SearchLoop:
         order.sort(key=lambda index: plans[index][0] != PREVIOUS)
         best_first = [shown[index][1] for index in order]
         shown_best = without_twins(best_first)[: min(demonstrations, _DEMONSTRATIONS)]
-        self._demonstrations = shown_best[::-1]
+        self._demonstrations = shown_best[::-1] if self.episodes.shown else []
 
     def _episode(self, episode: int) -> dict[str, Any]:
         started = time.monotonic()
@@ -417,6 +418,8 @@ class SearchLoop:
         """
         settings, best = self.settings, self.best
         if best is None or settings.policy is not None or settings.agent.name == "random":
+            return None
+        if not self.episodes.shown:
             return None
         self._centre = best.plan
         self.episodes.centre(best.plan, near=True)

@@ -29,6 +29,7 @@ from rl_sparsity_tf.files import replacing, write_text, writing
 from rl_sparsity_tf.layers.kernels import find_kernels, sparsity_of
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
+from rl_sparsity_tf.search.arguments import CONSTRUCT
 from rl_sparsity_tf.search.early_files import DenseFiles
 from rl_sparsity_tf.search.finishing import Exported, Figures, Finished, RemovedChannels, Task
 from rl_sparsity_tf.search.run_directory import RESULT_FILES, check_directory
@@ -80,7 +81,8 @@ class Result:
         self.report: ExportReport | None = finished.exported.report
         self.figures: Figures = task.figures
         self.formats = formats_for(task.target)
-        self.policy = None if settings.hierarchy else SavedPolicy.of(settings.agent, agent)
+        alone = not settings.hierarchy and settings.strategy == CONSTRUCT
+        self.policy = SavedPolicy.of(settings.agent, agent) if alone else None
         self._tflite = finished.exported.content
         self._quantization = self.report.quantization if self.report else task.quantization
 
@@ -183,8 +185,8 @@ class Result:
             overwrite: Whether it may be replaced.
 
         Raises:
-            ArgumentError: If the agent was random, the search had two levels, or the path cannot
-                be written to.
+            ArgumentError: If the agent was random, the search had two levels or made moves, or the
+                path cannot be written to.
             FileExistsRLSparsityError: If the file exists and `overwrite` is false.
 
         Example:
@@ -193,8 +195,9 @@ class Result:
         """
         if self.policy is None:
             raise ArgumentError(
-                "hierarchy=True searches with two agents, of which none can decide alone. Expected "
-                "a search without it to save the policy of."
+                "A policy decides all buckets. With hierarchy=True there are two agents, of which "
+                "none can do that alone, and with strategy='improve' one that decides moves. "
+                "Expected a search without them to save the policy of."
             )
         self.policy.save(path, overwrite=overwrite)
 

@@ -52,10 +52,12 @@ def _tiny(agent: Any, **options: Any) -> Callable[..., rls.Result]:
 
 
 def _wide(target: rls.Target, agent: Any = "random", **options: Any) -> Callable[..., rls.Result]:
+    episodes = options.pop("episodes", 4)
+
     def run(folder: Path, **more: Any) -> rls.Result:
         one = tiny.compressor(tiny.wide(), agent, target=target, directory=folder, **options)
         arguments = {"train": tiny.WIDE_TRAIN, "validation_data": tiny.WIDE_VALIDATION, **more}
-        return tiny.search(one, **{"episodes": 4, "finetune_epochs": 1, **arguments})
+        return tiny.search(one, **{"episodes": episodes, "finetune_epochs": 1, **arguments})
 
     return run
 
@@ -81,6 +83,9 @@ KINDS: dict[str, Callable[..., rls.Result]] = {
     ),
     "hierarchy": _tiny(tiny.DQN, hierarchy=True, recovery="least_squares"),
     "curriculum": _tiny("random", curriculum=STAGED, recovery="least_squares"),
+    "improve": _wide(
+        rls.Target(sparsity=0.8), tiny.DQN, strategy="improve", recovery="least_squares", episodes=8
+    ),
     "bytes": _wide(rls.Target(tflite_bytes=5000), recovery="least_squares"),
     "accuracy drop": _wide(rls.Target(max_accuracy_drop=0.1), recovery="none"),
     "macs": _channels(rls.Target(macs=0.4)),

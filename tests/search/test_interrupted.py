@@ -57,8 +57,8 @@ def whole(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "moments"),
-    [("curriculum", [2, 5, 9, 20]), ("latency", [2, 9, 24])],
-    ids=["curriculum", "latency"],
+    [("curriculum", [2, 5, 9, 20]), ("latency", [2, 9, 24]), ("improve", [3, 11])],
+    ids=["curriculum", "latency", "improve"],
 )
 def test_a_killed_search_goes_on_to_the_same_bits(kind, moments, whole, tmp_path):
     run, folder = KINDS[kind], tmp_path / "killed"
