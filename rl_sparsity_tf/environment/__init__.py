@@ -1,1 +1,1 @@
-"""The network under decisions, its reward and state; the two environments."""
+"""The network under decisions, its reward and state; the environments."""

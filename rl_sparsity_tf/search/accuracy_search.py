@@ -30,6 +30,7 @@ from rl_sparsity_tf.layers.kernels import walk
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.search.final import finish_candidate
 from rl_sparsity_tf.search.finishing import Finished, Task
+from rl_sparsity_tf.search.heats import run_heats
 from rl_sparsity_tf.search.run_directory import TRIALS, RunDirectory
 from rl_sparsity_tf.search.storage_choice import StorageChooser
 from rl_sparsity_tf.training.mask_training import FineTuning
@@ -227,9 +228,10 @@ class AccuracySearch:
     Six trials at most, or as many as there are episodes, share the episodes. Each searches at a
     size of its own, as `Target(tflite_bytes=...)` does; the agent keeps what it has learned, and
     the best plan of the next larger size is evaluated first, pruned further, if its kernels are
-    stored in the same way. The trial's best plan is fine-tuned and exported, and the file is run on
-    all of the validation data. A trial that holds is followed by a smaller size, another by a
-    larger one, up to the dense int8 file, which is tried as it is.
+    stored in the same way. The masks of the trial's best plan are ranked anew; heats decide between
+    them and those of the largest trained weights. It is fine-tuned and exported, and the file is
+    run on all of the validation data. A trial that holds is followed by a smaller size, another by
+    a larger one, up to the dense int8 file, which is tried as it is.
 
     The task's target is the drop. What the trials came to is kept in `run`, if there is one;
     `trials` does not count the dense int8 file. A chooser is given where it is open how kernels are
@@ -277,6 +279,7 @@ class AccuracySearch:
                 network = self._move_to(limit)
                 self._loop.begin(stage, network.budget, self._larger(limit), progress)
                 self._loop.play(progress)
+                self._loop.rerank(progress, most=1)
                 self._try(limit, progress)
         if self._best is None and dense.held:
             self._best, self._finished = unpruned, dense_finished
@@ -286,7 +289,7 @@ class AccuracySearch:
             limit = next(one.limit for one in reversed(self.trials) if one.held)
             progress.say("fine-tuning the plan that held, and exporting it")
             self._move_to(limit)
-            self._finished = self._finish(self._best, limit, self._others)
+            self._finished = self._finish(self._best, limit, self._others, progress)
         return self._found(dense, self._finished, self._best)
 
     def _found(self, dense: Trial, finished: Finished, candidate: Candidate) -> SmallestFile:
@@ -355,7 +358,7 @@ class AccuracySearch:
         others = list(self._loop.proposed)
         missed = ""
         try:
-            finished = self._finish(best, limit, others)
+            finished = self._finish(best, limit, others, progress)
             # In another storage it is no file of this size.
             missed = finished.exported.failure
         except TargetError as error:
@@ -382,12 +385,14 @@ class AccuracySearch:
         self,
         candidate: Candidate,
         limit: int,
-        others: Sequence[tuple[str, CompressionPlan]] = (),
+        others: Sequence[tuple[str, CompressionPlan]],
+        progress: SearchProgress,
     ) -> Finished:
-        tf.random.set_seed(self._settings.seed)
-        network = self._loop.network
+        network, seed = self._loop.network, self._settings.seed
         task = dataclasses.replace(self._task, network=network, target=Target(tflite_bytes=limit))
-        return finish_candidate(task, candidate, others)
+        starts, _ = run_heats(task, [candidate], progress, places=1, seed=seed)
+        tf.random.set_seed(seed)
+        return finish_candidate(task, starts[0].candidate, others)
 
     def _judged(
         self,

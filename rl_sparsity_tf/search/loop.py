@@ -195,20 +195,19 @@ class SearchLoop:
                 if stage is not left[0]:
                     begin(stage)
                 self.play(progress)
-        self._rerank(progress)
+        self.rerank(progress)
         assert self.best is not None
         return self.best
 
-    def _rerank(self, progress: SearchProgress) -> None:
+    def rerank(self, progress: SearchProgress, most: int = _RANKED) -> None:
         """Decides anew which groups of the best plans' kernels live, as long as that is better.
 
-        Whoever proposed a plan keeps it: the densities are theirs.
+        Whoever proposed a plan keeps it: the densities are theirs. `most` plans are ranked.
         """
-        network = self._network
-        if not can_rerank(network):
+        if not can_rerank(self._network):
             return
         progress.say("ranking the weights of the best plans anew")
-        for one in list(self.finalists)[:_RANKED]:
+        for one in list(self.finalists)[:most]:
             self._rerank_one(one)
 
     def _rerank_one(self, one: Candidate) -> None:
