@@ -392,7 +392,8 @@ class AccuracySearch:
         task = dataclasses.replace(self._task, network=network, target=Target(tflite_bytes=limit))
         starts, _ = run_heats(task, [candidate], progress, places=1, seed=seed)
         tf.random.set_seed(seed)
-        return finish_candidate(task, starts[0].candidate, others)
+        finished = finish_candidate(task, starts[0].candidate, others)
+        return dataclasses.replace(finished, candidate=finished.candidate or starts[0].candidate)
 
     def _judged(
         self,

@@ -85,8 +85,8 @@ class Finished:
         validation: Its score on validation data.
         test: Its score on test data, if there is any.
         channels: What was removed from the original model, if channels were.
-        candidate: The plan of channels that it was made of: the one given, pruned further where
-            that was needed, or another.
+        candidate: The plan that it was made of, if that need not be the one given: of channels,
+            pruned further where that was needed, or another; or the one with which heats were won.
         warnings: What went wrong on the way.
     """
 

@@ -212,6 +212,29 @@ def chosen(tmp_path_factory):
         return one, run(one, episodes=EPISODES, finetune_epochs=2), storages, folder
 
 
+@pytest.mark.slow
+def test_trials_train_the_start_that_heats_prefer(monkeypatch):
+    """The masks of the largest weights are made to win every heat: the file has them."""
+    preferred, said = [], []
+    real = accuracy_search.run_heats
+
+    def heats(task, candidates, progress, **options):
+        starts, places = real(task, candidates, progress, **options)
+        preferred.append(next((one for one in starts if one.as_trained), starts[0]))
+        said.append(len(starts))
+        return [preferred[-1], *starts], places
+
+    monkeypatch.setattr(accuracy_search, "run_heats", heats)
+    one = searcher(recovery="least_squares")
+    result = run(one, episodes=2, finetune_epochs=4)
+    held = [trial["held"] for trial in result.metrics["search"]["trials"][1:]]
+    assert len(held) == len(preferred) == 2
+    assert max(said) == 2
+    assert any(start.as_trained for start in preferred)
+    last = max(number for number, is_held in enumerate(held) if is_held)
+    assert result.candidate.plan == preferred[last].candidate.plan
+
+
 def metric_of(content: bytes, folder) -> float:
     (folder / "again.tflite").write_bytes(content)
     outputs = rls.predict_tflite(folder / "again.tflite", WIDE_VALIDATION[0])
