@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -123,12 +124,15 @@ def draw_target(rng: Any) -> rls.Target:
     return rls.Target(sparsity=1.0 - float(np.exp(rng.uniform(np.log(0.03), np.log(0.5)))))
 
 
-def draw(seed: int, *, rows: int = 1000) -> Drawn:
+def draw(
+    seed: int, *, rows: int = 1000, target: Callable[[Any], rls.Target] = draw_target
+) -> Drawn:
     """A trained network with a target, everything random following from a seed.
 
     Args:
         seed: The seed.
         rows: Validation rows.
+        target: Draws the target.
     """
     rng = np.random.default_rng(seed)
     keras.backend.clear_session()
@@ -142,10 +146,10 @@ def draw(seed: int, *, rows: int = 1000) -> Drawn:
     )
     epochs = _EPOCHS[name] * (1 + (kind in ("residual", "separable")))
     model.fit(data.x_train, data.y_train, batch_size=64, epochs=epochs, verbose=0)
-    target = draw_target(rng)
+    drawn = target(rng)
     described = f"{kind} on {data.name}, {model.count_params()} weights"
-    network = network_of(model, data, target, rows=rows, seed=seed)
-    return Drawn(name=described, model=model, data=data, target=target, network=network)
+    network = network_of(model, data, drawn, rows=rows, seed=seed)
+    return Drawn(name=described, model=model, data=data, target=drawn, network=network)
 
 
 def network_of(

@@ -1,4 +1,4 @@
-"""Which weights and masks should the final fine-tuning start from? Six kinds of networks.
+"""Which weights and masks should the final fine-tuning start from? Seven kinds of networks.
 
 Every network is trained, pruned to LAMP's densities (Lee et al. 2021, arXiv 2010.07611), fitted as
 a search does it, and then trained for the same epochs on the same batches in six ways:
@@ -27,6 +27,7 @@ import argparse
 import math
 import os
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import tensorflow as tf
+from networks import build
 from rows import append
 
 import rl_sparsity_tf as rls
@@ -64,7 +66,15 @@ def digits(seed: int) -> Rows:
 
 
 def fashion(seed: int) -> Rows:
-    data = load_dataset("fashion_mnist", seed=seed)
+    return images("fashion_mnist", seed)
+
+
+def cifar(seed: int) -> Rows:
+    return images("cifar10", seed)
+
+
+def images(name: str, seed: int) -> Rows:
+    data = load_dataset(name, seed=seed)
     return [
         (data.x_train, data.y_train),
         (data.x_validation[:4000], data.y_validation[:4000]),
@@ -122,6 +132,10 @@ def lenet(shape: tuple[int, ...]) -> keras.Model:
     return keras.Sequential([layers.Input(shape), *stack])
 
 
+def resnet(shape: tuple[int, ...]) -> keras.Model:
+    return build("resnet-8", types.SimpleNamespace(input_shape=shape, num_classes=10))
+
+
 def separable(shape: tuple[int, ...]) -> keras.Model:
     stack: list[Any] = [layers.Conv2D(24, 3, 2, padding="same", use_bias=False)]
     for channels in (32, 48):
@@ -151,6 +165,7 @@ CASES: dict[str, tuple[Callable[[int], Rows], Callable[..., keras.Model], int, f
     "residual": (digits, residual, 60, 0.93),
     "lenet-5": (fashion, lenet, 8, 0.95),
     "separable": (fashion, separable, 10, 0.8),
+    "resnet-8": (cifar, resnet, 10, 0.8),
     "lstm": (fashion, recurrent, 8, 0.8),
     "autoencoder": (spectra, autoencoder, 30, 0.85),
 }
@@ -158,10 +173,10 @@ CASES: dict[str, tuple[Callable[[int], Rows], Callable[..., keras.Model], int, f
 
 def dense_network(case: str, data: Rows, seed: int, batch_size: int) -> keras.Model:
     """A network of a case, trained with Adam and a rate that falls to 0."""
-    _, build, epochs, _ = CASES[case]
+    _, architecture, epochs, _ = CASES[case]
     keras.utils.set_random_seed(seed)
     keras.backend.reset_uids()
-    model = build(data[0][0].shape[1:])
+    model = architecture(data[0][0].shape[1:])
     steps = epochs * math.ceil(len(data[0][0]) / batch_size)
     rate = keras.optimizers.schedules.CosineDecay(2e-3, steps)
     regression = case == "autoencoder"
