@@ -41,9 +41,8 @@ from rl_sparsity_tf.allocation.dynamic_programming import propose_all
 from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.data.batches import evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data.datasets import Data, load_dataset
-from rl_sparsity_tf.environment.improvement_environment import MOVES, SLOTS
+from rl_sparsity_tf.environment.improvement_environment import MOVES, SLOTS, opening_action
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
-from rl_sparsity_tf.environment.moves import BETAS
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reranking import SCHEDULE
 from rl_sparsity_tf.environment.reward import Reward, bounded
@@ -150,12 +149,10 @@ def by_bandit(
     """
     rng = np.random.default_rng([seed, 7])
     env = rls.ImprovementEnvironment(network, start=start, moves=moves)
-    kinds = {kind: [0.5, 0.5] for kind in ("rank_all", "rank", "denser", "sparser")}
-    of_action = [
-        "rank_all" if slot == 0 else move.kind for slot in range(1 + SLOTS) for move in MOVES
-    ]
+    of_action = ["all"] * len(MOVES) + [move.kind for move in MOVES] * SLOTS
+    kinds = {kind: [0.5, 0.5] for kind in of_action}
     time_step, found = env.reset(), []
-    opening = [BETAS.index(beta) for _, beta in SCHEDULE]
+    opening = [opening_action(powers) for powers in SCHEDULE]
     while not time_step.is_last():
         legal = [int(one) for one in np.flatnonzero(time_step.observation["legal"])]
         first = [action for action in opening if action in legal]

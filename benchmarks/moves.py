@@ -32,7 +32,7 @@ from curves import by_bandit
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.allocation.dynamic_programming import POWERS, propose_all
-from rl_sparsity_tf.environment.improvement_environment import MOVES, SLOT_SHAPE
+from rl_sparsity_tf.environment.improvement_environment import MOVES, SLOT_SHAPE, opening_action
 from rl_sparsity_tf.environment.moves import BETAS
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reranking import SCHEDULE
@@ -44,7 +44,6 @@ _DENSITIES = 0.01, 0.15
 _LOST = 0.03, 0.7
 _RIDGE = 10.0
 _SCALE = 10.0
-_KINDS = 1 + len(MOVES)  # rankings of all kernels are another kind than those of one
 
 Rule = Callable[[Any], np.ndarray]
 
@@ -116,9 +115,9 @@ def gather(folder: Path, first: int, count: int, rounds: int, moves: int) -> Non
 
 
 def kind_of(action: int) -> int:
-    """The kind of a move: its number, all kernels' rankings being one more."""
+    """The kind of a move: its number, rankings and releasing of all kernels being two more."""
     slot, number = divmod(action, len(MOVES))
-    return len(MOVES) if slot == 0 else number
+    return number if slot else len(MOVES) + (number >= len(BETAS))
 
 
 def inputs(state: np.ndarray, action: int) -> np.ndarray:
@@ -160,7 +159,7 @@ def played(network: CompressedNetwork, start: Any, moves: int, rule: Rule) -> fl
     """The best value after so many moves, all kernels ranked first."""
     env = rls.ImprovementEnvironment(network, start=start, moves=moves)
     time_step = env.reset()
-    opening = [BETAS.index(beta) for _, beta in SCHEDULE]
+    opening = [opening_action(powers) for powers in SCHEDULE]
     while not time_step.is_last():
         legal = time_step.observation["legal"]
         while opening and not legal[opening[0]]:

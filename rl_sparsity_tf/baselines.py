@@ -1,7 +1,7 @@
 """Plans of known heuristics: what to compare a search with, or to use in its place.
 
-Every function here turns a trained model into a complete plan. All but [random_search][] and
-[hill_climbing][] do so without evaluating one:
+Every function here turns a trained model into a complete plan. All but [random_search][],
+[hill_climbing][] and [dynamic_programming][] with `rerank` do so without evaluating one:
 
     >>> plan = rls.baselines.lamp(model, sparsity=0.8)
     >>> wrapped = rls.wrap(model, plan)
@@ -36,7 +36,6 @@ compressible kernels, with NaN, or wrapped already, `DataError` for data that do
 
 from __future__ import annotations
 
-from rl_sparsity_tf.allocation.dynamic_programming import dynamic_programming
 from rl_sparsity_tf.allocation.heuristics import (
     erk,
     first_order,
@@ -46,7 +45,11 @@ from rl_sparsity_tf.allocation.heuristics import (
     uniform,
 )
 from rl_sparsity_tf.allocation.tfmot import tfmot
-from rl_sparsity_tf.search.plan_search import hill_climbing, random_search
+from rl_sparsity_tf.search.plan_search import (
+    dynamic_programming,
+    hill_climbing,
+    random_search,
+)
 
 __all__ = [
     "dynamic_programming",

@@ -197,23 +197,7 @@ def dynamic_programming(
     include: Patterns | None = None,
     exclude: Patterns | None = None,
 ) -> CompressionPlan:
-    r"""The allocation that loses least by the errors of the single layers.
-
-    At about twenty densities every kernel is pruned and fitted to give back the dense layer's
-    outputs on the data; \(e_k\) is the energy of what is left of the difference, over that of the
-    outputs. The densities of least \(\sum_k \sqrt{e_k}\) that meet the target follow by dynamic
-    programming (Frantar & Alistarh 2022, "SPDY", arXiv 2201.13096). Within a kernel the groups
-    are ranked by magnitude or by what they add to the outputs, whichever fits better. Layers that
-    cannot be fitted (other than dense, convolutional and depthwise ones) count by the energy of
-    their weights.
-
-    The arguments are those of every function of this [module][rl_sparsity_tf.baselines]; data is
-    needed. For targets in bytes with `quantize`, each kernel is stored as floats or as integers,
-    whichever leads to less error in all; with `bits=4` the integers may have 8 or 4 bits.
-
-    Example:
-        >>> plan = rls.baselines.dynamic_programming(model, (x, y), sparsity=0.9)
-    """
+    """`rls.baselines.dynamic_programming` without a ranking anew, which takes a network."""
     request = PlanRequest.of(
         model,
         target,

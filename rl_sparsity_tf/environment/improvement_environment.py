@@ -26,7 +26,7 @@ from rl_sparsity_tf.environment.features import (
 from rl_sparsity_tf.environment.layer_environment import NetworkEnvironment
 from rl_sparsity_tf.environment.moves import ALPHA, BETAS, Move, Neighbours
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
-from rl_sparsity_tf.environment.reranking import can_rerank
+from rl_sparsity_tf.environment.reranking import RELEASE, can_rerank
 from rl_sparsity_tf.environment.reward import Outcome, RewardFunction, bounded
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.layers.plan import CompressionPlan
@@ -34,8 +34,13 @@ from rl_sparsity_tf.layers.plan import CompressionPlan
 SLOTS = 8
 """Kernels that moves can be chosen of at a time, beside all together."""
 
-MOVES = (*(Move("rank", beta=beta) for beta in BETAS), Move("denser"), Move("sparser"))
-"""The moves of a slot; of all kernels together there are the rankings."""
+_RANKINGS = tuple(Move("rank", beta=beta) for beta in BETAS)
+MOVES = (*_RANKINGS, Move("denser"), Move("sparser"))
+"""The moves of a kernel."""
+
+OF_ALL = (*_RANKINGS, Move("release"))
+"""The moves of all kernels together."""
+
 
 ACTIONS = (1 + SLOTS) * len(MOVES)
 
@@ -45,7 +50,8 @@ _FACTORS = (1.5, 1.2, 2.0, 1.1)
 _SCALE = 10.0
 # Of a kernel's living groups, those whose worth says what the next move costs or gives.
 _MARGIN = 0.25
-_KINDS = ("rank_all", "rank", "denser", "sparser")
+_KINDS = ("rank_all", "release", "rank", "denser", "sparser")
+_OF_ONE = ("rank", "denser", "sparser")
 
 _OF_A_SLOT: tuple[Feature, ...] = (
     Feature("present", 0, "1 if the slot holds a kernel (the first: all), else 0, as what follows"),
@@ -66,7 +72,9 @@ _OF_A_SLOT: tuple[Feature, ...] = (
     Feature("lost", 0, "what the pruned groups are worth, of all groups"),
     Feature("gained", 0, "what the best pruned groups g are worth, of the living ones l: g/(g+l)"),
     Feature("paid", 0, "what the worst living groups are worth, of the living ones"),
-    *(Feature(f"{k}_before", -1, f"what the last move {k} here changed, * 10") for k in _KINDS[1:]),
+    Feature("rank_before", -1, "what the last ranking here changed the value by, times 10"),
+    Feature("denser_before", -1, "the same of the last move to be denser (all: of releasing)"),
+    Feature("sparser_before", -1, "the same of the last move to be sparser"),
 )
 _OF_THE_NETWORK: tuple[Feature, ...] = (
     Feature("target", 0, "the sparsity that is wanted"),
@@ -126,7 +134,7 @@ class _Known:
         return _Known(self.waiting, dict(self.changed), counts)
 
     def note(self, index: int, kind: str, gain: float, improved: bool) -> None:
-        kind = "rank_all" if index < 0 else kind
+        kind = "rank_all" if index < 0 and kind == "rank" else kind
         self.changed[index, kind] = gain
         self.counts[kind][0] += 1
         self.counts[kind][1] += improved
@@ -138,15 +146,16 @@ class ImprovementEnvironment(NetworkEnvironment):
 
     The action is `slot * 5 + move`. Slot 0 is all kernels together, eight more hold those kernels
     whose masks look most in need of another ranking and that have moves left. The moves are three
-    rankings of the masks in context (see `rls.baselines.hill_climbing`) and two changes of density,
-    which the other kernels pay for or gain from: the target is met by every plan. A step evaluates
-    the plan behind its move. Its reward is by how much the best plan's value rose, times ten, at
-    most 1; what is better is kept, and the next move starts there. Resetting undoes the episode: it
-    goes back to the plan that the environment began with, or [commit][] was called at.
+    rankings of the masks in context (see `rls.baselines.hill_climbing`); of a kernel, two changes
+    of density, which the other kernels pay for or gain from; and of all kernels together, to let
+    weights without an effect make room for others. The target is met by every plan. A step
+    evaluates the plan behind its move. Its reward is by how much the best plan's value rose, times
+    ten, at most 1; what is better is kept, and the next move starts there. Resetting undoes the
+    episode: it goes back to the plan that the environment began with, or [commit][] was called at.
 
     The observation is a dict:
 
-    * `"state"`: float32 of shape `(217,)`, see `describe_improvement_state`;
+    * `"state"`: float32 of shape `(218,)`, see `describe_improvement_state`;
     * `"legal"`: int32 of shape `(45,)`, 1 for every move that was not tried from this plan. An
       illegal action is executed as the first legal one and counted in `illegal_actions`.
 
@@ -289,7 +298,8 @@ class ImprovementEnvironment(NetworkEnvironment):
         now.tried.add((index, number))
         kernel = None if index < 0 else self.network.kernels[index].path
         factor = _FACTORS[now.passes % len(_FACTORS)]
-        move = dataclasses.replace(MOVES[number], kernel=kernel, factor=factor)
+        made = OF_ALL[number] if index < 0 else MOVES[number]
+        move = dataclasses.replace(made, kernel=kernel, factor=factor)
         outcome = evaluate_plan(self.network, now.near.plan(move))
         value = bounded(self.reward, outcome, None)
         self._gain = value - now.value
@@ -308,11 +318,10 @@ class ImprovementEnvironment(NetworkEnvironment):
     def _left(self, index: int) -> list[int]:
         """The numbers of the moves of a kernel, or of all (-1), that were not tried from here."""
         now = self._position
-        if index < 0:
-            known = [move.kind == "rank" and bool(now.near.context.paths) for move in MOVES]
-        else:
-            there = {(m.kind, m.beta) for m in now.near.moves(self.network.kernels[index].path)}
-            known = [(move.kind, move.beta) in there for move in MOVES]
+        near, moves = now.near, OF_ALL if index < 0 else MOVES
+        found = near.of_all() if index < 0 else near.moves(self.network.kernels[index].path)
+        there = {(move.kind, move.beta) for move in found}
+        known = [(move.kind, move.beta) in there for move in moves]
         return [n for n, here in enumerate(known) if here and (index, n) not in now.tried]
 
     def _legal(self) -> np.ndarray:
@@ -328,12 +337,12 @@ class ImprovementEnvironment(NetworkEnvironment):
         if not any(self._left(index) for index in (-1, *self._everyone)):
             # Other steps of density are next to the plan, too; its rankings were tried.
             now.passes += 1
-            now.tried = {one for one in now.tried if MOVES[one[1]].kind == "rank"}
+            now.tried = {(i, n) for i, n in now.tried if i < 0 or MOVES[n].kind == "rank"}
         left = [index for index in self._everyone if self._left(index)]
         self._slots = sorted(left, key=lambda index: (-now.views[index]["need"], index))[:SLOTS]
         seen = {f"slot_0_{name}": value for name, value in self._seen_of_all().items()}
         for slot, index in enumerate(self._slots, 1):
-            before = {f"{kind}_before": self._before(index, kind) for kind in _KINDS[1:]}
+            before = {f"{kind}_before": self._before(index, kind) for kind in _OF_ONE}
             mine = now.views[index] | before
             seen |= {f"slot_{slot}_{name}": value for name, value in mine.items()}
         seen |= self._seen_of_network()
@@ -365,7 +374,11 @@ class ImprovementEnvironment(NetworkEnvironment):
         shares = np.array([view["share"] for view in views])
         names = [one.name for one in _OF_A_SLOT if one.name in views[0]]
         means = {n: float(shares @ [view[n] for view in views]) for n in names}
-        return means | {"rank_before": self._before(-1, "rank_all"), "share": 1.0, "present": 1.0}
+        before = {
+            "rank_before": self._before(-1, "rank_all"),
+            "denser_before": self._before(-1, "release"),
+        }
+        return means | before | {"share": 1.0, "present": 1.0}
 
     def _seen_of(self, index: int, near: Neighbours, outcome: Outcome) -> dict[str, float]:
         """What is seen of a kernel in a plan, whatever was tried next to it."""
@@ -488,6 +501,11 @@ def describe_improvement_state(
 
 
 _NAMES = {one.name for one in _OF_A_SLOT}
+
+
+def opening_action(powers: tuple[float, float] | None) -> int:
+    """The action that an entry of the schedule of rankings stands for."""
+    return len(BETAS) if powers is RELEASE else BETAS.index(powers[1])
 
 
 def _log_share(share: float) -> float:

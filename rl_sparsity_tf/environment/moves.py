@@ -2,10 +2,10 @@
 
 A plan is in a network that is fitted to it. A move changes one thing: which groups of a kernel
 live, ranked anew in this network ([Context][rl_sparsity_tf.environment.reranking.Context]), or how
-many, where all other kernels pay for it or gain from it, so that the target is met by every plan.
-Building a plan anew is a long way to a better one; next to a good plan there are many (compare Chen
-& Tian 2019, "Learning to perform local rewriting for combinatorial optimization", arXiv
-1810.00337).
+many, where all other kernels pay for it or gain from it, so that the target is met by every plan;
+or all weights without an effect make room for others. Building a plan anew is a long way to a
+better one; next to a good plan there are many (compare Chen & Tian 2019, "Learning to perform local
+rewriting for combinatorial optimization", arXiv 1810.00337).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Move:
     """One change of a whole plan.
 
     Attributes:
-        kind: `"rank"`, `"denser"` or `"sparser"`.
+        kind: `"rank"`, `"denser"`, `"sparser"`; or `"release"`, of all kernels together.
         kernel: The path of the kernel that is changed; None ranks all of them.
         beta: The power of the inputs' energies in a ranking.
         factor: By which the kernel becomes denser or sparser, relative to the others.
@@ -65,8 +65,14 @@ class Neighbours:
         self._space = PlanSpace(self._network, self._quantize)
         operations = self.context.operations
         self.live = [operations[k.path] != Operation.PRUNE for k in self._network.kernels]
+        self._released = self.context.released()
         scores = {p: self.context.scores(p, ALPHA, 0.5) for p in self.context.paths}
         self._space.prefer(self.live, scores)
+
+    def of_all(self) -> list[Move]:
+        """The moves of all kernels together that can change something."""
+        found = [Move("rank", None, beta) for beta in BETAS] if self.context.paths else []
+        return found if self._released is None else [*found, Move("release")]
 
     def moves(self, kernel: str) -> list[Move]:
         """The moves of a kernel that can change something."""
@@ -86,6 +92,9 @@ class Neighbours:
 
         Raises TargetError if a budget of bytes cannot be met without integers.
         """
+        if move.kind == "release":
+            assert self._released is not None
+            return self._released
         if move.kernel is None:
             return self.context.plan(ALPHA, move.beta)
         if move.kind == "rank":

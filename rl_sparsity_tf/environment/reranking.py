@@ -9,6 +9,10 @@ ranked by
 with the input x that it is multiplied with and the gradient g of the loss at the output it adds to:
 the diagonal of the layer's second-order error (LeCun et al. 1990, "Optimal brain damage"), the
 moments in powers that say how far they are trusted. As many groups live as before in every kernel.
+
+The errors of single layers, by which plans are made, do not see what other layers lose: half of a
+plan's weights may lead to units that nothing reads, or come from units that are always 0. Releasing
+them lets all kernels have more instead, in proportion.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from rl_sparsity_tf.allocation.density_plans import PlanSpace, shares
 from rl_sparsity_tf.allocation.ranking import saliency_of, survivors
 from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.layers.groups import Grouping
@@ -31,13 +36,18 @@ from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.wrapper import unwrapped
 from rl_sparsity_tf.training.mask_training import largest_alike
 
-SCHEDULE = ((0.5, 0.0), (0.5, 0.0), (0.5, 0.5), (0.5, 1.0))
-"""The powers (alpha, beta) of the rankings that are tried one after the other."""
+RELEASE = None
+"""In place of a ranking's powers: what has no effect is released."""
+
+SCHEDULE = (RELEASE, RELEASE, (0.5, 0.0), (0.5, 0.0), (0.5, 0.5), (0.5, 1.0))
+"""What is tried one after the other: rankings by their powers (alpha, beta), and releasing."""
 
 # Of training data, that the gradients are taken over.
 _ROWS = 256
-# What outputs weigh at most, 1 on average, that nothing reads.
-_UNREAD = 1e-9
+# What outputs weigh at most, 1 on average, that nothing reads; and the energy of silent inputs.
+_UNREAD, _SILENT = 1e-9, 1e-12
+# The powers that what is released is ranked by, and what it is worth against the others.
+_RELEASED_BY, _WORTHLESS = (0.5, 0.5), 1e-6
 # Added to what outputs weigh, 1 on average: one that has no gradient here may have one elsewhere.
 _LEAST_WEIGHT = 0.05
 
@@ -99,6 +109,49 @@ class Context:
         scores = self.scores(path, alpha, beta)
         return _by_scores(self._kernels[path], self.operations[path], grouping, scores)
 
+    def read(self, path: str) -> np.ndarray:
+        """Which groups of a kernel lead to outputs that the loss depends on."""
+        return self._reaching(path, self._outputs[path] > _UNREAD)
+
+    def effective(self, path: str) -> np.ndarray:
+        """Which of them get something, too: inputs that are not silent."""
+        energy = self._inputs[path]
+        heard = energy > _SILENT * max(float(energy.mean()), 1e-30)
+        return self._reaching(path, heard & (self._outputs[path] > _UNREAD))
+
+    def _reaching(self, path: str, weights: np.ndarray) -> np.ndarray:
+        grouping = self._network.groupings[path]
+        all_of_them = np.broadcast_to(weights, self._weights[path].shape).astype(np.float64)
+        found: np.ndarray = grouping.sum_numpy(all_of_them) > 0
+        return found.reshape(grouping.shape)
+
+    def released(self) -> CompressionPlan | None:
+        """The plan in which living groups without an effect make room for others in all kernels.
+
+        The kernels' densities keep the proportions of what is read: a kernel that hears nothing
+        yet may hear something then. None if all groups have an effect, or shuffled ones stand in
+        the way.
+        """
+        network, paths = self._network, set(self.paths)
+        before = [self.operations[kernel.path] for kernel in network.kernels]
+        live = [operations != Operation.PRUNE for operations in before]
+        read, useful, scores = list(live), list(live), {}
+        for number, (kernel, alive) in enumerate(zip(network.kernels, live, strict=True)):
+            if kernel.path in paths:
+                effective = self.effective(kernel.path)
+                read[number] = _some(alive & self.read(kernel.path), alive)
+                useful[number] = _some(alive & effective, read[number])
+                worth = self.scores(kernel.path, *_RELEASED_BY).reshape(alive.shape)
+                scores[kernel.path] = worth * np.where(effective, 1.0, _WORTHLESS)
+        shuffled = any((operations == Operation.SHUFFLE).any() for operations in before)
+        if shuffled or all((a == b).all() for a, b in zip(live, useful, strict=True)):
+            return None
+        quantized = any((operations == Operation.QUANTIZE).any() for operations in before)
+        space = PlanSpace(network, quantized)
+        space.prefer(useful, scores)
+        space.look_near(live)
+        return space.plan_of(space.live(space.scores(shares(read))))
+
     def plan(
         self, alpha: float, beta: float, paths: Sequence[str] | None = None
     ) -> CompressionPlan:
@@ -107,6 +160,11 @@ class Context:
         operations = dict(self.operations)
         operations |= {path: self.ranked(path, alpha, beta) for path in chosen}
         return self._network.storage.plan(self._network.kernels, list(operations.values()))
+
+
+def _some(wanted: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+    """What is wanted, if it is anything at all: no kernel is emptied."""
+    return wanted if wanted.any() else otherwise
 
 
 def ranked_as_trained(network: CompressedNetwork, plan: CompressionPlan) -> CompressionPlan:
@@ -145,9 +203,9 @@ def rank_anew(
     improves: Callable[[CompressionPlan], bool],
     most: int = len(SCHEDULE),
 ) -> None:
-    """Ranks all kernels of the best plan anew, as long as that makes it better.
+    """Releases what has no effect, and ranks all kernels anew, as long as the plan gets better.
 
-    A ranking that was no better is not tried a second time.
+    What was no better is not tried a second time.
 
     Args:
         network: That is ranked.
@@ -155,17 +213,21 @@ def rank_anew(
         improves: Evaluates a plan, and says whether it is the best now.
         most: Plans that are evaluated at most.
     """
-    failed: set[tuple[float, float]] = set()
-    context, tried = None, 0
+    failed: set[tuple[float, float] | None] = set()
+    context, tried, restored = None, 0, False
     for powers in SCHEDULE:
         if powers in failed or tried == most:
             continue
         if context is None:
-            if not tried:
+            if not restored:
                 restore()
-            context = Context(network)
+            context, restored = Context(network), True
+        plan = context.released() if powers is RELEASE else context.plan(*powers)
+        if plan is None:
+            failed.add(powers)
+            continue
         tried += 1
-        if improves(context.plan(*powers)):
+        if improves(plan):
             context = None  # the network is fitted to the best plan now
         else:
             failed.add(powers)

@@ -19,9 +19,9 @@ from rl_sparsity_tf.environment.curriculum import Constant, Curriculum
 from rl_sparsity_tf.environment.improvement_environment import (
     SLOT_SHAPE,
     ImprovementEnvironment,
+    opening_action,
 )
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
-from rl_sparsity_tf.environment.moves import BETAS
 from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.environment.reranking import SCHEDULE
 from rl_sparsity_tf.environment.reward import RewardFunction
@@ -501,7 +501,7 @@ _ENVIRONMENT = "environment:"
 class ImprovementEpisodes(SearchEpisodes):
     """Plays one move from the best plan per episode, and lets the agent learn what it was worth.
 
-    All kernels are ranked anew first, as a search by hill climbing does; then the agent decides.
+    The moves of all kernels come first, as in a search by hill climbing; then the agent decides.
 
     Attributes:
         environment: Of whole plans; it remembers the best.
@@ -518,7 +518,7 @@ class ImprovementEpisodes(SearchEpisodes):
             seed=settings.seed,
             slots=SlotShape(*SLOT_SHAPE),
         )
-        self._opening = [beta for _, beta in SCHEDULE]
+        self._opening = list(SCHEDULE)
         self._recorded = False
 
     @property
@@ -539,7 +539,7 @@ class ImprovementEpisodes(SearchEpisodes):
     def begin_anew(self) -> None:
         """Forgets the best plan and what was tried next to it."""
         self.environment.start_from(None)
-        self._opening = [beta for _, beta in SCHEDULE]
+        self._opening = list(SCHEDULE)
 
     def retarget(self, anew: bool = True) -> None:
         """Follows the network to another budget; what the agent has learned stays with it.
@@ -565,7 +565,7 @@ class ImprovementEpisodes(SearchEpisodes):
 
     def _opened(self, legal: np.ndarray) -> int | None:
         while self._opening:
-            action = BETAS.index(self._opening.pop(0))
+            action = opening_action(self._opening.pop(0))
             if legal[action]:
                 return action
         return None
@@ -597,4 +597,4 @@ class ImprovementEpisodes(SearchEpisodes):
         self.agent.set_state(
             {key.removeprefix("agent:"): v for key, v in state.items() if key.startswith("agent:")}
         )
-        self._opening = [beta for _, beta in SCHEDULE][len(SCHEDULE) - opening :]
+        self._opening = list(SCHEDULE)[len(SCHEDULE) - opening :]

@@ -1,4 +1,4 @@
-"""Searches that learn nothing: random densities, and hill climbing from one plan to better ones.
+"""Searches that learn nothing: random densities, hill climbing, and the best plan by layer errors.
 
 What a learned policy has to beat, at the same number of evaluated plans, on the same network, with
 the same recovery and reward.
@@ -14,15 +14,16 @@ import tf_keras as keras
 
 from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.allocation.density_plans import PlanSpace, random_ratios, shares
+from rl_sparsity_tf.allocation.dynamic_programming import dynamic_programming as least_error
 from rl_sparsity_tf.allocation.problem import PlanRequest
 from rl_sparsity_tf.allocation.target import Target
-from rl_sparsity_tf.checks import check_count
+from rl_sparsity_tf.checks import check_count, check_flag
 from rl_sparsity_tf.console import without_traces
 from rl_sparsity_tf.data.batches import evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data.forms import as_rows
-from rl_sparsity_tf.environment.moves import BETAS, Move, Neighbours
+from rl_sparsity_tf.environment.moves import Move, Neighbours
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
-from rl_sparsity_tf.environment.reranking import SCHEDULE, can_rerank, rank_anew
+from rl_sparsity_tf.environment.reranking import RELEASE, SCHEDULE, can_rerank, rank_anew
 from rl_sparsity_tf.environment.reward import Outcome, Reward, RewardFunction, bounded
 from rl_sparsity_tf.errors import ArgumentError, DataError, PlanError
 from rl_sparsity_tf.export.verification import check_repeatable
@@ -149,9 +150,10 @@ def hill_climbing(
 ) -> CompressionPlan:
     """Changes one thing of a plan at a time, and keeps what improves the reward.
 
-    All kernels are ranked anew first, in the network that was fitted to the plan, up to four times:
-    `evaluations=5` does no more than that. Then chance decides: a kernel is ranked anew, all of
-    them are, or one becomes denser or sparser, which the others pay for or gain from. Where nothing
+    First weights without an effect make room for others, twice at most, and all kernels are ranked
+    anew, four times at most, in the network that was fitted to the plan: `evaluations=7` does no
+    more than that. Then chance decides: a kernel is ranked anew, all of them are, or one becomes
+    denser or sparser, which the others pay for or gain from. Where nothing
     is fitted in closed form, and for whole channels, density moves between two kernels at a time.
 
     Args:
@@ -179,13 +181,12 @@ def hill_climbing(
         ...     model, (x, y), sparsity=0.9, validation_data=(x_val, y_val), evaluations=50
         ... )
 
-        The plan of [dynamic_programming][rl_sparsity_tf.baselines.dynamic_programming], its masks
-        decided anew in context:
+        From the plan of [dynamic_programming][rl_sparsity_tf.baselines.dynamic_programming]:
 
         >>> plan = rls.baselines.dynamic_programming(model, (x, y), sparsity=0.9)
         >>> plan = rls.baselines.hill_climbing(
         ...     model, (x, y), sparsity=0.9, validation_data=(x_val, y_val),
-        ...     start=plan, evaluations=5,
+        ...     start=plan, evaluations=50,
         ... )
     """
     request = PlanRequest.of(
@@ -208,6 +209,91 @@ def hill_climbing(
         return climb(
             network, reward, evaluations, seed=seed, quantize=request.quantize, start=start
         ).plan
+
+
+def dynamic_programming(
+    model: keras.Model,
+    data: Any = None,
+    target: Target | None = None,
+    *,
+    sparsity: float | None = None,
+    group: str = "element",
+    quantize: bool | None = None,
+    bits: int = 8,
+    rerank: bool = False,
+    validation_data: Any = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+) -> CompressionPlan:
+    r"""The allocation that loses least by the errors of the single layers.
+
+    At about twenty densities every kernel is pruned and fitted to give back the dense layer's
+    outputs on the data; \(e_k\) is the energy of what is left of the difference, over that of the
+    outputs. The densities of least \(\sum_k \sqrt{e_k}\) that meet the target follow by dynamic
+    programming (Frantar & Alistarh 2022, "SPDY", arXiv 2201.13096). Within a kernel the groups
+    are ranked by magnitude or by what they add to the outputs, whichever fits better. Layers that
+    cannot be fitted (other than dense, convolutional and depthwise ones) count by the energy of
+    their weights.
+
+    The errors are those of a layer by itself. In the plan as a whole many weights may lead to units
+    that nothing reads any more. With `rerank` the plan is fitted, and all masks are ranked anew in
+    that network, as many living groups in every kernel as before. Before that, weights without an
+    effect make room for others in all kernels. Six plans at most are evaluated on the validation
+    data, and the best is kept.
+
+    Args:
+        model: As for every function of this [module][rl_sparsity_tf.baselines].
+        data: Training data; it is needed.
+        target: The target; or `sparsity`.
+        sparsity: Short for `Target(sparsity=...)`.
+        group: The smallest unit that is pruned.
+        quantize: Whether what lives is quantized. For targets in bytes each kernel is then stored
+            as floats or as integers, whichever leads to less error in all.
+        bits: 8 or 4; with 4 the integers of a kernel may have 8 or 4 bits.
+        rerank: Whether that is done, which takes layers that can be fitted, and 8 bits.
+        validation_data: What plans are evaluated on with `rerank`, up to 2,000 rows of it.
+        include: What alone is changed.
+        exclude: What is left as it is.
+
+    Raises:
+        RLSparsityError: If an argument cannot be used, or the target is out of reach.
+
+    Example:
+        >>> plan = rls.baselines.dynamic_programming(model, (x, y), sparsity=0.9)
+        >>> better = rls.baselines.dynamic_programming(
+        ...     model, (x, y), sparsity=0.9, rerank=True, validation_data=(x_val, y_val)
+        ... )
+    """
+    options: dict[str, Any] = {
+        **{"sparsity": sparsity, "group": group, "quantize": quantize, "bits": bits},
+        **{"include": include, "exclude": exclude},
+    }
+    if not check_flag("rerank", rerank):
+        return least_error(model, data, target, **options)
+    if bits != 8 or group == "channel":
+        raise ArgumentError(
+            f"rerank=True does not go with bits={bits!r} and group={group!r}. Expected 8 bits, and "
+            "single weights or blocks; leave rerank out otherwise."
+        )
+    if validation_data is None:
+        raise DataError(
+            "dynamic_programming(rerank=True) was given no validation_data, which it tells plans "
+            "apart by. Pass validation_data=(x, y), or leave rerank out."
+        )
+    plan = least_error(model, data, target, **options)
+    request = PlanRequest.of(model, target, **options)
+    with without_traces():
+        name = "dynamic_programming"
+        network, reward = _prepared(name, request, data, validation_data, 0, None, None)
+        if not can_rerank(network):
+            raise ArgumentError(
+                "rerank=True: too few layers of this model can be fitted in closed form, or it has "
+                "a training step of its own. Leave rerank out."
+            )
+        trials = _Trials(network, reward, 1 + len(SCHEDULE), _DECISIONS)
+        trials.run(plan)
+        trials.rerank()
+        return trials.found().plan
 
 
 def search_randomly(
@@ -273,15 +359,18 @@ def climb(
 def _improved(
     trials: _Trials, network: CompressedNetwork, quantize: bool, rng: np.random.Generator
 ) -> FoundPlan:
-    """Takes moves from the plan just evaluated: all kernels ranked anew first, then by chance."""
+    """Takes moves from the plan just evaluated: those of all kernels first, then by chance."""
     near = Neighbours(network, quantize)
     kernels = [kernel.path for kernel in network.kernels]
-    first = [Move("rank", None, beta) for _, beta in SCHEDULE]
+    first = [_of_all(powers) for powers in SCHEDULE]
     while trials.go_on():
+        whole = near.of_all()
         if first:
             move = first.pop(0)
-        elif rng.random() < _RANK_ALL:
-            move = Move("rank", None, float(rng.choice(BETAS)))
+            if move not in whole:
+                continue
+        elif whole and rng.random() < _RANK_ALL:
+            move = whole[int(rng.integers(len(whole)))]
         else:
             by_kernel = [moves for kernel in kernels if (moves := near.moves(kernel))]
             if not by_kernel:
@@ -292,6 +381,11 @@ def _improved(
         if trials.run(near.plan(move)):
             near.renew()
     return trials.found()
+
+
+def _of_all(powers: tuple[float, float] | None) -> Move:
+    """The move of all kernels that an entry of [SCHEDULE][] stands for."""
+    return Move("release") if powers is RELEASE else Move("rank", None, powers[1])
 
 
 class _Trials:
@@ -323,7 +417,7 @@ class _Trials:
         """
         if self._reserved and not self._goes_on(self._evaluations - self._reserved):
             self._reserved = 0
-            self._rerank()
+            self.rerank()
         return self._goes_on(self._evaluations)
 
     def _goes_on(self, evaluations: int) -> bool:
@@ -350,7 +444,7 @@ class _Trials:
         self._history.append(self._best[0])
         return improved
 
-    def _rerank(self) -> None:
+    def rerank(self) -> None:
         """Decides anew which groups of the best plan's kernels live, as long as that is better."""
         repeated, steps = self._repeated, self._steps * self._network.recovery.steps
 

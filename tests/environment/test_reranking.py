@@ -1,5 +1,7 @@
 """Masks in context: which weights of a kernel live, ranked anew in the network that was fitted."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -12,6 +14,7 @@ from rl_sparsity_tf.data.datasets import load_digits_data
 from rl_sparsity_tf.environment import reranking
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reranking import (
+    RELEASE,
     SCHEDULE,
     Context,
     _output_weights,
@@ -65,18 +68,20 @@ def test_ranking_anew_is_better_and_prunes_as_much(digits, group):
     plan = rls.baselines.lamp(model, sparsity=SPARSITY, group=group)
     assert can_rerank(network)
     first = best = evaluate_plan(network, plan)
-    last = plan
+    last, as_many = plan, []
 
     def restore():
         evaluate_plan(network, last)
 
     def improves(new):
         nonlocal last, best
+        pruned = [
+            {path: np.count_nonzero(one.operations == Operation.PRUNE) for path, one in plan}
+            for plan in (new.kernels.items(), last.kernels.items())
+        ]
+        as_many.append(pruned[0] == pruned[1])
         for path, entry in new.kernels.items():
             old = last.kernels[path].operations
-            assert np.count_nonzero(entry.operations == Operation.PRUNE) == np.count_nonzero(
-                old == Operation.PRUNE
-            )
             both = (entry.operations != Operation.PRUNE) & (old != Operation.PRUNE)
             np.testing.assert_array_equal(entry.operations[both], old[both])
         outcome = evaluate_plan(network, new)
@@ -88,6 +93,7 @@ def test_ranking_anew_is_better_and_prunes_as_much(digits, group):
 
     rank_anew(network, restore, improves)
     assert best.loss < 0.9 * first.loss
+    assert sum(as_many) >= 3  # all but what was released
 
 
 def test_looking_at_a_network_leaves_it_as_it_was(digits):
@@ -161,9 +167,10 @@ def test_what_cannot_be_ranked_anew_is_left_alone():
     assert Context(network).plan(0.5, 1.0) == network.plan
 
 
+@pytest.mark.parametrize("released", ["released", None])
 @pytest.mark.parametrize("better", [True, False])
 @pytest.mark.parametrize("most", [0, 1, 3, 9])
-def test_a_ranking_that_was_no_better_is_not_tried_twice(most, better, monkeypatch):
+def test_what_was_no_better_is_not_tried_twice(most, better, released, monkeypatch):
     tried, restored = [], []
 
     class Asked:
@@ -173,15 +180,91 @@ def test_a_ranking_that_was_no_better_is_not_tried_twice(most, better, monkeypat
         def plan(self, *powers):
             return powers
 
+        def released(self):
+            return released
+
     def improves(powers):
         tried.append(powers)
         return better
 
     monkeypatch.setattr(reranking, "Context", Asked)
     rank_anew("network", lambda: restored.append(None), improves, most)
-    assert tried == [*(SCHEDULE if better else dict.fromkeys(SCHEDULE))][:most]
+    plans = [released if powers is RELEASE else powers for powers in SCHEDULE]
+    expected = [one for one in plans if one is not None]  # nothing to release is no plan
+    assert tried == [*(expected if better else dict.fromkeys(expected))][:most]
     # What was seen of the best plan holds until there is a better one.
     assert len(restored) == min(1, most)
+
+
+@functools.cache
+def hidden_units():
+    """A network of 6 inputs, the last of them always 0, eight hidden units, and three classes."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 6)).astype(np.float32)
+    x[:, -1] = 0.0
+    y = x[:, :3].argmax(axis=1)
+    keras.utils.set_random_seed(0)
+    hidden, last = L.Dense(8, "relu", name="hidden"), L.Dense(3, "softmax", name="last")
+    model = compiled(keras.Sequential([L.Input((6,)), hidden, last]))
+    model.fit(x, y, epochs=20, batch_size=20, verbose=0)
+    return model, x, y
+
+
+def half_read(network, group="element"):
+    """A plan in which nothing reads the first four hidden units, though all their weights live."""
+    shapes = {path: grouping.shape for path, grouping in network.groupings.items()}
+    live = {path: np.ones(shape, bool) for path, shape in shapes.items()}
+    rows = shapes["last/kernel"][0]
+    live["last/kernel"][: rows // 2] = False
+    live["hidden/kernel"][0, 4:] = False
+    return network.storage.plan_from_live(network.kernels, list(live.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["element", "block4"])
+def test_weights_without_an_effect_make_room_for_others(group):
+    model, x, y = hidden_units()
+    network = network_of(model, x, y, group, sparsity=16 / 72 if group == "element" else 20 / 72)
+    start = half_read(network)
+    before = evaluate_plan(network, start)
+    context = Context(network)
+    effective = context.effective("hidden/kernel")
+    if group == "element":
+        # Outputs that are read, and inputs that are not silent.
+        np.testing.assert_array_equal(effective[:, :4], False)
+        np.testing.assert_array_equal(effective[5], False)
+        assert effective[:5, 4:].all()
+    else:
+        assert not effective[:, :4].any()
+    assert context.effective("last/kernel")[-1].all()
+    plan = context.released()
+    live = {path: one.operations != Operation.PRUNE for path, one in plan.kernels.items()}
+    # What had no effect goes before anything that has one; the target is met, with room for more.
+    assert plan.sparsity >= network.target.sparsity
+    assert not live["hidden/kernel"][~effective].any() or live["hidden/kernel"][effective].all()
+    assert live["last/kernel"].sum() > (start.kernels["last/kernel"].operations != 1).sum()
+    after = evaluate_plan(network, plan)
+    assert after.loss < before.loss
+    assert {path: entry.bits for path, entry in plan.kernels.items()} == {
+        path: entry.bits for path, entry in start.kernels.items()
+    }
+
+
+@pytest.mark.slow
+def test_nothing_is_released_where_all_have_an_effect():
+    model, x, y = hidden_units()
+    network = network_of(model, x, y, sparsity=0.1)
+    whole = [np.ones(grouping.shape, bool) for grouping in network.groupings.values()]
+    whole[0][5] = False  # the silent input's
+    evaluate_plan(network, network.storage.plan_from_live(network.kernels, whole))
+    assert Context(network).released() is None
+    shuffled = half_read(network)
+    network.reset()
+    for path, entry in shuffled.kernels.items():
+        kept = entry.operations == Operation.PRUNE
+        network.assign(path, np.where(kept, Operation.PRUNE, Operation.SHUFFLE).astype(np.uint8))
+    network.finish(evaluated=False)
+    assert Context(network).released() is None
 
 
 @pytest.mark.slow
@@ -198,4 +281,20 @@ def test_searches_without_an_agent_rank_anew_within_their_evaluations(digits, se
         {path: np.count_nonzero(one.operations == Operation.PRUNE) for path, one in plan}
         for plan in (few.plan.kernels.items(), more.plan.kernels.items())
     ]
-    assert live[0] == live[1]
+    assert sum(live[0].values()) == pytest.approx(sum(live[1].values()), abs=4)
+
+
+@pytest.mark.slow
+def test_the_plan_of_least_error_can_have_its_masks_ranked_anew(digits):
+    model, data = digits
+    train = (data.x_train, data.y_train)
+    plain = rls.baselines.dynamic_programming(model, train, sparsity=SPARSITY)
+    found = rls.baselines.dynamic_programming(
+        model, train, sparsity=SPARSITY, rerank=True, validation_data=train
+    )
+    assert found.sparsity >= SPARSITY
+    kinds = {int(one) for entry in found.kernels.values() for one in np.unique(entry.operations)}
+    assert kinds == {Operation.KEEP, Operation.PRUNE}  # not quantized, as for any sparsity
+    network = network_of(model, *train, sparsity=SPARSITY)
+    before, after = (evaluate_plan(network, plan) for plan in (plain, found))
+    assert after.loss < 0.9 * before.loss
