@@ -2,7 +2,7 @@
 
 import os
 
-import rl_sparsity_tf as rls  # before tf_keras: it asks TensorFlow for Keras 2
+import rl_sparsity_tf as rls
 
 # isort: split
 import numpy as np

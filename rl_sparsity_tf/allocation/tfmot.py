@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from rl_sparsity_tf._compat import TFMOT, KerasVersionError, seeing_tf_keras
 from rl_sparsity_tf.allocation import ranking
 from rl_sparsity_tf.allocation.problem import PlanRequest
 from rl_sparsity_tf.allocation.target import Target
@@ -286,7 +287,10 @@ def load_tfmot() -> Any:
     A MissingDependencyError tells the user how to install it.
     """
     try:
-        from tensorflow_model_optimization.sparsity import keras as pruning
+        with seeing_tf_keras(TFMOT):
+            from tensorflow_model_optimization.sparsity import keras as pruning
+    except KerasVersionError:
+        raise
     except ImportError as error:
         raise MissingDependencyError(
             f"The baseline tfmot needs TFMOT, which could not be imported ({one_line(error)}). "

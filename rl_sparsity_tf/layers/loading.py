@@ -34,6 +34,7 @@ from tf_keras.protobuf import saved_metadata_pb2
 
 # Importing it registers the wrapper, so that wrapped models can be read back.
 import rl_sparsity_tf.layers.wrapper  # noqa: F401
+from rl_sparsity_tf._compat import TFMOT, seeing_tf_keras
 from rl_sparsity_tf.claims import FREE_BYTES, ClaimError, check_archive, check_hdf5, check_members
 from rl_sparsity_tf.console import logging_kept
 from rl_sparsity_tf.errors import ArgumentError, ModelError, did_you_mean, one_line
@@ -333,7 +334,8 @@ def _foreign_graph(path: Path) -> str | None:
 
 
 def _enter_tfmot_scopes(scopes: contextlib.ExitStack) -> None:
-    import tensorflow_model_optimization as tfmot
+    with seeing_tf_keras(TFMOT):
+        import tensorflow_model_optimization as tfmot
 
     scopes.enter_context(tfmot.sparsity.keras.prune_scope())
     scopes.enter_context(tfmot.clustering.keras.cluster_scope())
