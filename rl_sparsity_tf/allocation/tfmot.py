@@ -153,7 +153,7 @@ def prune_with_tfmot(
     if not is_graph(request.model):
         raise ModelError(
             f"Model {request.model.name!r} is a {type(request.model).__name__}, and TFMOT prunes "
-            "Sequential and functional models only. Build it with tf_keras.Model(inputs, outputs); "
+            "Sequential and functional models only. Build it with keras.Model(inputs, outputs); "
             "the other baselines take it as it is."
         )
     arguments = search_compile_arguments(request.model, learning_rate)

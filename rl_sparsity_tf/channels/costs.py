@@ -165,7 +165,7 @@ def count_macs(model: keras.Model) -> int:
     kernels once per time step.
 
     Args:
-        model: A built, plain `tf_keras` model with a graph.
+        model: A built, plain model with a graph, of Keras 3 or `tf_keras`.
 
     Raises:
         ModelError: If the model is not built, is wrapped, or has no graph.

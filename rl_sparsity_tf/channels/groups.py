@@ -101,7 +101,7 @@ def find_groups(model: keras.Model) -> list[ChannelGroup]:
     """Finds which output channels of a model's layers belong together.
 
     Args:
-        model: A built, plain `tf_keras` model.
+        model: A built, plain model of Keras 3 or `tf_keras`.
 
     Returns:
         The groups in the order in which their channels are first made; none for a subclassed
@@ -191,7 +191,7 @@ def describe_groups(model: keras.Model, print_fn: Callable[[str], object] = prin
     """Prints which channels belong together, and which cannot be removed and why.
 
     Args:
-        model: A built, plain `tf_keras` model.
+        model: A built, plain model of Keras 3 or `tf_keras`.
         print_fn: Called with every line.
 
     Raises:
@@ -234,5 +234,5 @@ def no_graph(model: keras.Model) -> str:
     """Why nothing is known of a model's channels."""
     return (
         f"{type(model).__name__} is a subclassed model, whose layers' order is only known to its "
-        "call(); build it with tf_keras.Model(inputs, outputs) to have its channels followed"
+        "call(); build it with keras.Model(inputs, outputs) to have its channels followed"
     )

@@ -398,8 +398,8 @@ def permute_channels(
     their order.
 
     Args:
-        model: A built, plain `tf_keras` model; it is not changed. A subclassed one, whose graph is
-            not known, is copied as it is.
+        model: A built, plain model of Keras 3 or `tf_keras`; it is not changed. A subclassed one,
+            whose graph is not known, is copied as it is.
         group: `"block4"`, `"block16"` or `"2:4"`.
         sparsity: The sparsity that blocks will be pruned to, 0.8 by default. A pattern has its own.
         seed: Seed of the search.

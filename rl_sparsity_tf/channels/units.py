@@ -322,7 +322,7 @@ def mask_channels(model: keras.Model, live: Mapping[int, Any]) -> keras.Model:
     mean where there is no gamma), depthwise kernels and their biases.
 
     Args:
-        model: A built, plain `tf_keras` model; it is not changed.
+        model: A built, plain model of Keras 3 or `tf_keras`; it is not changed.
         live: Index of a group of [find_groups][rl_sparsity_tf.find_groups] -> one
             bool per channel, False for channels to set to zero. Other groups stay as they are.
 
@@ -395,7 +395,7 @@ def tie_channels(model: keras.Model, plan: CompressionPlan) -> CompressionPlan:
     [shrink][rl_sparsity_tf.shrink] removes it.
 
     Args:
-        model: A built, plain `tf_keras` model with a graph.
+        model: A built, plain model with a graph, of Keras 3 or `tf_keras`.
         plan: A plan with groups of `"channel"`. Kernels that it leaves out are kept.
 
     Returns:

@@ -137,7 +137,7 @@ def export_tflite(
 
     Raises:
         ArgumentError: If an argument cannot be used.
-        ModelError: If the model is not a built `tf_keras` model, is random at inference, or has
+        ModelError: If the model is not a built Keras model, is random at inference, or has
             layers that no .tflite file can compute.
         PlanError: If the plan does not fit the model.
         DataError: If the representative data does not fit the model.

@@ -106,6 +106,8 @@ def translated(value: Any) -> Any:
     if kind == "function":
         if module.startswith(("builtins", "keras")) and hasattr(keras3.activations, str(inner)):
             return _named_activation(str(inner))
+        if keras3.backend.backend() != "tensorflow":
+            raise NoCounterpartError(f"its function {inner!r} is none of tf_keras")
         return keras3.saving.deserialize_keras_object(value)  # the user's own function
     if hasattr(keras3.layers, kind) and module.startswith("keras"):
         return _layer(kind, inner)

@@ -92,9 +92,11 @@ def _loss(loss: Any) -> Any:
     if isinstance(loss, keras3.losses.Loss):
         converted = _of_the_same_name(loss, keras.losses)
         if converted is None and not on_tensorflow():
-            raise _no_counterpart("loss", loss)
+            raise _needs_tensorflow(loss)
         return _called_as_in_keras_3(loss) if converted is None else converted
     if isinstance(loss, str) and not _known(loss, keras.losses):
+        if not on_tensorflow():
+            raise _needs_tensorflow(loss)
         return _called_as_in_keras_3(keras3.losses.get(loss))
     return _function(loss)
 
@@ -124,7 +126,11 @@ def _function(value: Any) -> Any:
     if isinstance(value, str) or not callable(value):
         return value
     own = str(getattr(value, "__module__", "")).startswith("keras.")
-    return value.__name__ if own and hasattr(value, "__name__") else _called_as_in_keras_3(value)
+    if own and hasattr(value, "__name__"):
+        return value.__name__
+    if not on_tensorflow():
+        raise _needs_tensorflow(value)
+    return _called_as_in_keras_3(value)
 
 
 def _called_as_in_keras_3(function: Any) -> Any:
@@ -169,6 +175,16 @@ def _no_counterpart(kind: str, thing: Any) -> ModelError:
         f"({type(thing).__name__}), which tf_keras has no counterpart of. Expected a {kind} of "
         f"Keras's own that both have, or a function of tensors: compile the model with another "
         f"{kind}."
+    )
+
+
+def _needs_tensorflow(thing: Any) -> ModelError:
+    named = getattr(thing, "__name__", None) or getattr(thing, "name", thing)
+    return ModelError(
+        f"The model is compiled with {named!r}, which tf_keras has no counterpart of, so it would "
+        f"run as it is. That needs Keras 3 on TensorFlow; KERAS_BACKEND is "
+        f"{keras3.backend.backend()}. Expected a loss and metrics that both have: compile the "
+        "model with others, or set KERAS_BACKEND=tensorflow."
     )
 
 
