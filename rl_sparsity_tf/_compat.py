@@ -126,7 +126,8 @@ def _is_part(name: str, package: str) -> bool:
 def _taken_out(package: str) -> dict[str, types.ModuleType]:
     """The modules of a package if they were loaded without the stand-in; no longer imported."""
     loaded = {name: module for name, module in sys.modules.items() if _is_part(name, package)}
-    if not loaded or isinstance(getattr(loaded.get(package), "__loader__", None), _Loader):
+    first = loaded.get(package)  # None says that it must not be imported
+    if first is None or isinstance(getattr(first, "__loader__", None), _Loader):
         return {}
     for name in loaded:
         del sys.modules[name]

@@ -145,6 +145,15 @@ def _expand(operation: Any, x: Any) -> Any:
     return tf.expand_dims(x, operation.axis) if isinstance(operation.axis, int) else None
 
 
+def _relu(operation: Any, x: Any) -> Any:
+    slope, most, threshold = operation.negative_slope, operation.max_value, operation.threshold
+    if threshold == 0 and not slope and most in (None, 6):
+        return tf.nn.relu(x) if most is None else tf.nn.relu6(x)
+    if threshold == 0 and most is None:
+        return tf.nn.leaky_relu(x, slope)
+    return keras.activations.relu(x, alpha=slope, max_value=most, threshold=threshold)
+
+
 # Class of an operation -> a function of it and its arguments; None from it means that it cannot.
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "Add": _binary(lambda a, b: a + b),
@@ -171,6 +180,14 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "Silu": _unary(tf.nn.silu),
     "Softplus": _unary(tf.nn.softplus),
     "Selu": _unary(tf.nn.selu),
+    "Softsign": _unary(tf.nn.softsign),
+    "LogSigmoid": _unary(tf.math.log_sigmoid),
+    "HardTanh": _unary(hard_tanh_3),
+    "TanhShrink": _unary(tanh_shrink_3),
+    "Squareplus": lambda operation, x: squareplus_3(x) if operation.b == 4 else None,
+    "Celu": lambda operation, x: celu_3(x) if operation.alpha == 1.0 else None,
+    "LogSoftmax": lambda operation, x: tf.nn.log_softmax(x, axis=operation.axis),
+    "ReLU": _relu,
     "HardSigmoid": _unary(hard_sigmoid_3),
     "HardSilu": _unary(hard_silu_3),
     "StopGradient": _unary(tf.stop_gradient),

@@ -24,6 +24,10 @@ _MASKS = ("mask", "query_mask", "value_mask", "key_mask")
 _INLINE = object()
 
 
+class _NotFollowedError(NoCounterpartError):
+    """A call() that does not give a graph of what it does."""
+
+
 class Conversion:
     """A tf_keras model made of a Keras 3 model.
 
@@ -73,11 +77,26 @@ class Conversion:
             first = flat[0]._keras_history.layer
             made = keras.Sequential([first, *layers], name=model.name)
         else:
-            made = keras.Model(inputs, outputs, name=model.name)
+            made = keras.Model(inputs, self._named(graph, outputs), name=model.name)
         self._names = outer
         if not model.trainable:
             made.trainable = False
         return made
+
+    def _named(self, graph: Any, outputs: Any) -> Any:
+        """Several outputs under the names that losses, metrics and labels know them by."""
+        if len(graph.outputs) == 1:
+            return outputs
+        names = iter(graph.output_names)
+
+        def named(y: Any) -> Any:
+            name = next(names)
+            if y._keras_history.layer.name == name or name in self._names:
+                return y
+            self._names.add(name)
+            return keras.layers.Activation("linear", name=name, dtype=y.dtype)(y)
+
+        return keras3.tree.map_structure(named, outputs)
 
     def _walked(self, graph: Any, inputs: list[Any]) -> Any:
         """The outputs of a Keras 3 graph, called on tensors of tf_keras."""
@@ -103,7 +122,10 @@ class Conversion:
             return self._operation(operation, args, kwargs)
         layer = self._layer(operation)
         if layer is _INLINE:
-            return self._inlined(operation, args, kwargs)
+            try:
+                return self._inlined(operation, args, kwargs)
+            except _NotFollowedError as error:
+                layer = self._made[id(operation)] = self._part_of(operation, error)
         args, kwargs = _bound(operation, args, kwargs)
         return layer(*args, **kwargs)
 
@@ -122,16 +144,19 @@ class Conversion:
         except NoCounterpartError as error:
             if not is_builtin(layer) and _only_calls_layers(layer):
                 return _INLINE
-            if not on_tensorflow():
-                raise NoCounterpartError(
-                    f"its layer {layer.name!r} could only run as it is ({error}), which needs "
-                    f"Keras 3 on TensorFlow; KERAS_BACKEND is {keras3.backend.backend()}"
-                ) from error
-            return self._part(layer, str(error))
+            return self._part_of(layer, error)
         made.trainable = layer.trainable
         made._name = self._own_name(made.name)
         self.pairs.append((layer, made))
         return made
+
+    def _part_of(self, layer: Any, error: NoCounterpartError) -> Keras3Part:
+        if not on_tensorflow():
+            raise NoCounterpartError(
+                f"its layer {layer.name!r} could only run as it is ({error}), which needs "
+                f"Keras 3 on TensorFlow; KERAS_BACKEND is {keras3.backend.backend()}"
+            ) from error
+        return self._part(layer, str(error))
 
     def _part(self, part: Any, reason: str) -> Keras3Part:
         made = Keras3Part(part, reason, name=self._own_name(part.name))
@@ -151,6 +176,7 @@ class Conversion:
 
     def _inlined(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Calls a custom layer's own call() on fresh Keras 3 tensors, and walks what it did."""
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("training", *_MASKS)}
         flat = [x for x in keras3.tree.flatten((args, kwargs)) if hasattr(x, "_keras_history")]
         fresh = [
             keras3.Input(batch_shape=tuple(x.shape), dtype=tf.as_dtype(x.dtype).name) for x in flat
@@ -159,14 +185,15 @@ class Conversion:
         args, kwargs = keras3.tree.map_structure(
             lambda x: next(numbered) if hasattr(x, "_keras_history") else x, (args, kwargs)
         )
-        kwargs = {key: value for key, value in kwargs.items() if key != "training"}
+        kind = type(layer).__name__
         try:
             graph = keras3.Model(fresh, layer.call(*args, **kwargs))
         except Exception as error:
-            raise NoCounterpartError(
-                f"the call() of its layer {layer.name!r} ({type(layer).__name__}) cannot be "
-                f"followed ({one_line(error)})"
+            raise _NotFollowedError(
+                f"the call() of {kind} cannot be followed ({one_line(error)})"
             ) from error
+        if _in_training(layer, graph, fresh, args, kwargs) is not graph:
+            raise _NotFollowedError(f"the call() of {kind} does something else in training")
         return self._walked(graph, flat)
 
     def _operation(self, operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -201,6 +228,24 @@ def _only_calls_layers(layer: Any) -> bool:
     return not own and bool(layer._layers)
 
 
+def _in_training(layer: Any, graph: Any, inputs: Any, args: Any, kwargs: Any) -> Any:
+    """A graph of a call() in training if that has other operations than at inference, or `graph`.
+
+    It is None if there is none.
+    """
+    if "training" not in inspect.signature(layer.call).parameters:
+        return graph
+
+    def kinds(one: Any) -> list[str]:
+        return sorted(type(operation).__name__ for operation in one.operations)
+
+    try:
+        other = keras3.Model(inputs, layer.call(*args, **kwargs, training=True), name=graph.name)
+    except Exception:
+        return None
+    return graph if kinds(graph) == kinds(other) else other
+
+
 def _followed(model: Any) -> Any:
     """A functional Keras 3 model of what a subclassed model's call() does, with its layers."""
     config = model.get_build_config() or {}
@@ -222,12 +267,15 @@ def _followed(model: Any) -> Any:
     else:
         inputs = made(shape)
     try:
-        return keras3.Model(inputs, model.call(inputs), name=model.name)
+        graph = keras3.Model(inputs, model.call(inputs), name=model.name)
     except Exception as error:
         raise ModelError(
             f"the call() of {type(model).__name__} cannot be followed ({one_line(error)}); write "
             "it with layers and keras.ops"
         ) from error
+    # A Dropout that is called in training only does nothing at inference; what does something there
+    # is found when the outputs are compared.
+    return _in_training(model, graph, inputs, (inputs,), {}) or graph
 
 
 def _bound(layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -24,6 +24,17 @@ def array_of(value: Any) -> np.ndarray:
     return np.asarray(keras3.ops.convert_to_numpy(value))
 
 
+# Classes that the user's parts in this process are of, which need not be registered: copies of the
+# layers below are made of configurations.
+_OWN_CLASSES: dict[str, type] = {}
+
+
+def _own_classes(part: Any) -> dict[str, type]:
+    inside = part._flatten_layers() if isinstance(part, keras3.layers.Layer) else [part]
+    classes = {type(one) for one in inside}
+    return {one.__name__: one for one in classes if not one.__module__.startswith("keras.")}
+
+
 @keras.utils.register_keras_serializable("rl_sparsity_tf")
 class Keras3Part(keras.layers.Layer):
     """A Keras 3 layer or operation inside a tf_keras model, run as it is.
@@ -40,7 +51,9 @@ class Keras3Part(keras.layers.Layer):
         super().__init__(**kwargs)
         self.keras_3_reason = reason
         if isinstance(part, dict):
-            part = keras3.saving.deserialize_keras_object(part)
+            part = keras3.saving.deserialize_keras_object(part, custom_objects=_OWN_CLASSES)
+        else:
+            _OWN_CLASSES.update(_own_classes(part))
         # Past tf_keras's tracking, which would take a Keras 3 layer for one of its own.
         object.__setattr__(self, "part", part)
         self._takes_training = False

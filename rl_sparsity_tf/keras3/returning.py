@@ -76,18 +76,28 @@ def _clone(model: keras.Model, conversion: Conversion) -> Any:
         returned = type(original).from_config(original.get_config())
         returned.build_from_config(original.get_build_config())
     returned.trainable = returned.trainable and original.trainable
-    for layer, copied in _matched(original, returned):
-        if copied is not layer and copied.weights and type(layer).__name__ not in WITH_STATE:
-            _set_weights(layer, copied, found)
+    _set_all(original, returned, found)
     return returned
 
 
-def _set_weights(layer: Any, copied: Any, found: dict[int, Any]) -> None:
-    other = found.get(id(layer))
-    if other is None:
-        if not _inner(layer):
-            copied.set_weights(layer.get_weights())  # what no output depends on
-        return
+def _set_all(layer: Any, copied: Any, found: dict[int, Any]) -> None:
+    """Sets the weights of the layers inside a layer's clone.
+
+    A layer that was converted has those of the layers inside it, such as a Bidirectional.
+    """
+    for inner, its_copy in _matched(layer, copied):
+        if its_copy is inner or not its_copy.weights or type(inner).__name__ in WITH_STATE:
+            continue
+        other = found.get(id(inner))
+        if other is not None:
+            _set_weights(inner, its_copy, other)
+        elif _inner(inner):
+            _set_all(inner, its_copy, found)
+        else:
+            its_copy.set_weights(inner.get_weights())  # what no output depends on
+
+
+def _set_weights(layer: Any, copied: Any, other: Any) -> None:
     if isinstance(other, Keras3Part):
         copied.set_weights(other.part.get_weights())
         return
@@ -128,9 +138,7 @@ def _matched(layer: Any, copied: Any) -> Iterator[tuple[Any, Any]]:
     named = {inner.name: inner for inner in theirs}
     if all(inner.name in named for inner in ours):
         theirs = [named[inner.name] for inner in ours]
-    for pair in zip(ours, theirs, strict=True):
-        yield pair
-        yield from _matched(*pair)
+    yield from zip(ours, theirs, strict=True)
 
 
 def _layers_of(model: keras.Model, path: str = "") -> Iterator[tuple[str, keras.layers.Layer]]:

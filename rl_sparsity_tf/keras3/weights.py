@@ -23,6 +23,7 @@ WITH_STATE = {
     *("Normalization", "StringLookup", "IntegerLookup", "TextVectorization", "Lambda"),
     "Discretization",
 }
+_STEPS = ("train_step", "compute_loss")
 _NOT_OF_THE_OPTIMIZER = {"name", "learning_rate", "loss_scale_factor"}
 _NOT_OF_THE_OPTIMIZER |= {"gradient_accumulation_steps"}
 
@@ -69,6 +70,14 @@ def compile_like(original: Any, model: keras.Model) -> None:
     """
     if not original.compiled:
         return
+    own = [name for name in _STEPS if _is_own(original, name)]
+    if own:
+        _log.warning(
+            "The %s() of %s is not used while its copies are trained: what counts is the compiled "
+            "loss.",
+            "() and ".join(own),
+            type(original).__name__,
+        )
     # The objects themselves: a lambda has no configuration.
     state = original._compile_config.config
     arguments: dict[str, Any] = {"optimizer": _optimizer(original.optimizer)}
@@ -78,6 +87,10 @@ def compile_like(original: Any, model: keras.Model) -> None:
     if state.get("loss_weights") is not None:
         arguments["loss_weights"] = state["loss_weights"]
     model.compile(**arguments)
+
+
+def _is_own(model: Any, name: str) -> bool:
+    return not getattr(type(model), name).__module__.startswith("keras.")
 
 
 def _mapped(convert: Callable[[Any], Any], value: Any) -> Any:

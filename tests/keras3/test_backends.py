@@ -76,8 +76,9 @@ for inner, reason in (
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["numpy", "jax", "torch"])
 def test_models_of_other_backends_go_through_numpy(backend, tmp_path):
-    if importlib.util.find_spec(backend) is None:
-        pytest.skip(f"{backend} is not installed")
+    needed = {"numpy": "jax"}.get(backend, backend)  # Keras's numpy backend imports it
+    if importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed")
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, "-c", _USER, backend, str(tmp_path / "model.tflite")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -112,7 +113,7 @@ def own(*values):
 @pytest.mark.usefixtures("elsewhere")
 def test_functions_of_the_users_need_the_tensorflow_backend():
     model = keras3.Sequential([layers.Input((4,)), layers.Dense(2, activation=own, name="mine")])
-    with pytest.raises(ModelError, match=r"'mine' could only run as it is \(its function 'own'"):
+    with pytest.raises(ModelError, match=r"'mine' could only run as it is \(its function '.*own'"):
         admitted(model)
     model = keras3.Sequential([layers.Input((4,)), layers.Dense(2)])
     compiled_with = (

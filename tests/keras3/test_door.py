@@ -11,6 +11,8 @@ import pytest
 import tf_keras as keras
 
 import rl_sparsity_tf as rls
+from rl_sparsity_tf.data.batches import evaluation_data, training_data
+from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.keras3 import loading
 from rl_sparsity_tf.keras3.door import admitted
 from rl_sparsity_tf.search.run_directory import model_fingerprint
@@ -243,6 +245,17 @@ def test_a_search_hands_keras_3_back_and_saves_it(model, tmp_path):
     stored = keras3.saving.load_model(tmp_path / "run" / "model.keras")
     np.testing.assert_array_equal(predicted(stored), predicted(result.model))
     result.summary(print_fn=lambda line: None)
+
+
+def test_environments_take_keras_3(model):
+    network = CompressedNetwork(
+        model,
+        training_data(labelled(64, 1), model, batch_size=32),
+        evaluation_data(labelled(64, 2), model, "validation_data"),
+        target=rls.Target(sparsity=0.5),
+    )
+    assert network.kernels[0].path == "conv/kernel"
+    assert network.dense.loss == pytest.approx(model.evaluate(*labelled(64, 2), verbose=0)[0], 1e-4)
 
 
 def test_a_run_that_was_cut_off_knows_its_keras_3_model_again():

@@ -147,8 +147,40 @@ def subclassed():
     return model, x
 
 
+@keras3.saving.register_keras_serializable("tests")
+class TakesMask(Block):
+    def call(self, x, mask=None):
+        return super().call(x)
+
+
+def masked_blocks():
+    x = keras3.Input((7,), dtype="int32")
+    y = TakesMask(4, name="block")(layers.Embedding(9, 4, mask_zero=True)(x))
+    return keras3.Model(x, layers.Flatten()(y)), np.arange(28).reshape(4, 7).astype("int32") % 9
+
+
+def attending():
+    x = keras3.Input((5, 4))
+    y = layers.MultiHeadAttention(2, 3)(x, x)
+    y = layers.TimeDistributed(layers.Dense(3))(layers.Bidirectional(layers.GRU(4))(y)[:, None])
+    return keras3.Model(x, y), rows(4, 5, 4)
+
+
 MODELS = (
-    *(nested, shared, several, of_a_dict, masked, frozen, half, operations, custom, subclassed),
+    *(
+        nested,
+        masked_blocks,
+        attending,
+        shared,
+        several,
+        of_a_dict,
+        masked,
+        frozen,
+        half,
+        operations,
+        custom,
+        subclassed,
+    ),
 )
 
 
@@ -190,13 +222,99 @@ def test_custom_layers_of_layers_are_taken_apart_and_others_run_as_they_are():
     )
 
 
-def test_a_loaded_model_is_handed_back_with_what_was_changed():
-    model, x = nested()
+ACTIVATIONS = (
+    "celu elu exponential gelu hard_sigmoid hard_tanh leaky_relu log_sigmoid log_softmax relu "
+    "relu6 selu sigmoid silu softmax softplus softsign squareplus tanh tanh_shrink"
+).split()
+
+
+def test_activations_that_are_called_become_functions_of_tensorflow():
+    x = keras3.Input((6,))
+    settings = {"max_value": 6}, {"negative_slope": 0.1}, {"threshold": 0.5, "max_value": 2}
+    outputs = [getattr(keras3.activations, name)(x) for name in ACTIVATIONS]
+    outputs += [keras3.activations.relu(x, **one) for one in settings]
+    model = keras3.Model(x, outputs)
     made = admitted(model)
-    made.set_weights([value * 0.5 for value in made.get_weights()])
+    assert not origin_of(made).notes
+    inputs = 4 * rows(8, 6)
+    for a, b in zip(flat(model(inputs)), flat(made(inputs)), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-5, rtol=1e-5)
+
+
+def test_channels_are_followed_through_an_activation_that_is_called():
+    x = keras3.Input((6,))
+    y = keras3.activations.relu(layers.Dense(8, name="wide")(x))
+    (group,) = rls.find_groups(keras3.Model(x, layers.Dense(2)(y)))[:1]
+    assert (group.size, group.frozen) == (8, None)
+
+
+@keras3.saving.register_keras_serializable("tests")
+class CallsTensorFlowInside(Block):
+    def call(self, x):
+        return tf.nn.relu(super().call(x))
+
+
+@keras3.saving.register_keras_serializable("tests")
+class NoisyBlock(Block):
+    def call(self, x, training=None):
+        y = super().call(x)
+        return y * 2.0 if training else y
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (CallsTensorFlowInside, "the call() of CallsTensorFlowInside cannot be followed"),
+        (NoisyBlock, "the call() of NoisyBlock does something else in training"),
+    ],
+)
+def test_blocks_whose_call_is_no_graph_run_as_they_are(kind, reason):
+    x = keras3.Input((6,))
+    model = keras3.Model(x, layers.Dense(2)(kind(6, name="block")(layers.Dense(6)(x))))
+    made = admitted(model)
+    assert reason in origin_of(made).notes["block"]
     back = handed_back(made, origin_of(made))
-    np.testing.assert_allclose(flat(back(x))[0], flat(made(x))[0], atol=1e-6)
-    assert np.abs(flat(back(x))[0] - flat(model(x))[0]).max() > 0.01
+    for other in (made, back):
+        for training in (False, True):
+            expected = flat(model(rows(4, 6), training=training))[0]
+            got = flat(other(rows(4, 6), training=training))[0]
+            np.testing.assert_allclose(got, expected, atol=1e-5)
+    plan = rls.baselines.lamp(model, sparsity=0.2)
+    assert len(plan.kernels) == 2
+    assert isinstance(rls.strip(rls.wrap(model, plan)), keras3.Model)
+
+
+@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+def test_a_model_is_handed_back_with_what_was_changed(make):
+    model, x = make()
+    made = admitted(model)
+    # Not everything: half of what is normalized is the same.
+    values = [value * (0.5 + 0.1 * (i % 3)) for i, value in enumerate(made.get_weights())]
+    made.set_weights(values)
+    back = handed_back(made, origin_of(made))
+    inputs = [x[key] for key in sorted(x)] if isinstance(x, dict) else x
+    first = flat(model(x, training=False))
+    for a, b, c in zip(first, flat(back(x)), flat(made(inputs)), strict=True):
+        np.testing.assert_allclose(b, c, atol=5e-3 if make is half else 1e-5)
+        assert np.abs(a - b).max() > 1e-3
+
+
+class Unregistered(Scale):
+    pass
+
+
+class UnregisteredBlock(NoisyBlock):
+    pass
+
+
+def test_parts_of_classes_that_nobody_registered_are_copied():
+    x = keras3.Input((6,))
+    y = UnregisteredBlock(6, name="block")(Unregistered(name="scale")(layers.Dense(6)(x)))
+    model = keras3.Model(x, layers.Dense(2)(y))
+    wrapped = rls.wrap(model, rls.baselines.lamp(model, sparsity=0.2))
+    small = rls.strip(wrapped)
+    assert type(small.get_layer("scale")) is Unregistered
+    np.testing.assert_allclose(flat(small(rows(4, 6)))[0], flat(wrapped(rows(4, 6)))[0], atol=1e-5)
 
 
 # ---------------------------------------------------------------------- compile state
@@ -234,7 +352,7 @@ COMPILED = {
     "lists": {
         "optimizer": "rmsprop",
         "loss": ["sparse_categorical_crossentropy"],
-        "metrics": [["acc"]],
+        "metrics": ["acc"],
         "loss_weights": [0.5],
     },
 }
@@ -255,6 +373,38 @@ def test_compiled_models_are_scored_the_same_and_come_back_compiled(kind):
     for one in (made, back):
         rate = np.asarray(one.optimizer.learning_rate)
         np.testing.assert_allclose(rate, np.asarray(model.optimizer.learning_rate))
+
+
+def test_losses_and_metrics_by_the_names_of_outputs_go_to_the_same_outputs():
+    x = keras3.Input((6,))
+    heads = [Block(6, name="head")(x), keras3.ops.softmax(layers.Dense(3)(x))]
+    model = keras3.Model(x, heads)
+    first, second = model.output_names
+    losses = {first: "mse", second: "sparse_categorical_crossentropy"}
+    model.compile("sgd", losses, metrics={second: ["accuracy"]}, loss_weights={first: 2, second: 3})
+    made = admitted(model)
+    assert made.output_names == [first, second]
+    y = {first: rows(32, 6, seed=1), second: np.arange(32) % 3}
+    expected = model.evaluate(rows(32, 6), y, verbose=0, return_dict=True)
+    got = made.evaluate(rows(32, 6), y, verbose=0, return_dict=True)
+    assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    accuracy = f"{second}_accuracy"
+    assert got[accuracy] == pytest.approx(expected[accuracy])
+    assert handed_back(made, origin_of(made)).output_names == [first, second]
+
+
+class TrainsItself(keras3.Model):
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+def test_a_train_step_of_ones_own_is_said_to_be_left_out(caplog):
+    x = keras3.Input((6,))
+    model = TrainsItself(x, layers.Dense(3, "softmax")(x))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    made = admitted(model)
+    assert "The train_step() of TrainsItself is not used while its copies are" in caplog.text
+    assert type(handed_back(made, origin_of(made))) is TrainsItself
 
 
 def test_a_learning_rate_schedule_goes_on_in_tf_keras():
@@ -326,6 +476,41 @@ def test_a_call_that_cannot_be_followed_is_refused():
     model(rows(2, 6))
     with pytest.raises(ModelError, match=r"call\(\) of CallsTensorFlow cannot be followed"):
         admitted(model)
+
+
+class DoublesInTraining(Subclassed):
+    def call(self, x, training=None):
+        y = super().call(x)
+        return y * 2.0 if training else y
+
+
+def test_a_call_that_computes_something_else_in_training_is_refused():
+    model = DoublesInTraining()
+    model(rows(2, 6))
+    with pytest.raises(ModelError, match="converted to tf_keras, computes something else"):
+        admitted(model)
+
+
+class DropsInTraining(Subclassed):
+    def __init__(self, units=5, **kwargs):
+        super().__init__(units, **kwargs)
+        self.drop = layers.Dropout(0.5)
+
+    def call(self, x, training=False):
+        y = self.hidden(x)
+        if training:
+            y = self.drop(y, training=training)
+        return self.last(y)
+
+
+def test_a_layer_that_is_called_in_training_only_is_kept_for_it():
+    model = DropsInTraining(50)
+    x = rows(4, 6)
+    expected = flat(model(x))[0]
+    made = admitted(model)
+    np.testing.assert_allclose(made(x, training=False), expected, atol=1e-5)
+    assert np.abs(made(x, training=True) - expected).max() > 0.01
+    assert type(handed_back(made, origin_of(made))) is DropsInTraining
 
 
 def test_a_model_that_is_not_built_is_refused():
