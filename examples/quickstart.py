@@ -2,11 +2,10 @@
 
 import os
 
-import rl_sparsity_tf as rls  # before tf_keras: it asks TensorFlow for Keras 2
-
-# isort: split
+import keras
 import numpy as np
-import tf_keras as keras
+
+import rl_sparsity_tf as rls
 
 quick = os.environ.get("RL_SPARSITY_QUICK") == "1"  # a run of seconds, for the tests
 output = os.environ.get("RL_SPARSITY_OUTPUT", "digits.tflite")

@@ -1,7 +1,7 @@
 """Compress trained Keras models by reinforcement learning and export verified TFLite files.
 
 Example:
-    >>> import rl_sparsity_tf as rls  # before tf.keras is used
+    >>> import rl_sparsity_tf as rls
     >>> compressor = rls.Compressor(model, target=rls.Target(sparsity=0.9), agent="dqn")
     >>> result = compressor.search((x_train, y_train), validation_data=(x_val, y_val))
     >>> result.export_tflite("model.tflite")
@@ -15,10 +15,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from rl_sparsity_tf._compat import use_tf_keras
+from rl_sparsity_tf._compat import prepare
 from rl_sparsity_tf.version import __version__ as __version__
 
-use_tf_keras()
+prepare()
 
 # Public name -> module. This table is the whole public surface; __init__.pyi says the same to type
 # checkers.

@@ -11,7 +11,7 @@ Every function here turns a trained model into a complete plan. All but [random_
 They all take the same arguments ([n_m][] takes no target, sparsity or group, which its pattern
 sets):
 
-- **model**: a built `tf_keras` model. It is not changed.
+- **model**: a built model of Keras 3 or `tf_keras`. It is not changed.
 - **data**: training data as `fit` takes it. [first_order][], [dynamic_programming][] and the two
   searches read it; the others accept it so that one can be put in another's place.
 - **target**: an `rls.Target`; or **sparsity**, short for `Target(sparsity=...)`. A sparsity counts

@@ -62,7 +62,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_search_arguments(demo)
 
     compress = commands.add_parser("compress", help="compress a model of your own")
-    compress.add_argument("model", help=".keras or .h5 file, or SavedModel folder of tf_keras")
+    compress.add_argument(
+        "model",
+        help=".keras file of Keras 3 or tf_keras; .h5 file or SavedModel folder of tf_keras",
+    )
     data = compress.add_mutually_exclusive_group(required=True)
     data.add_argument(
         "--data", help=".npz with x_train, y_train, x_validation, y_validation[, x_test, y_test]"

@@ -14,8 +14,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault(_name, "1")
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
-import rl_sparsity_tf  # noqa: F401  (asks for Keras 2 before anything touches tf.keras)
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _graphs_as_they_are():

@@ -34,10 +34,6 @@ COMMANDS = {
         compress("model.tflite"),
         r"seems to be a TFLite file, which cannot be turned",
     ),
-    "Keras 3 model": (
-        compress("keras_3.keras"),
-        r"written by Keras 3\..*Save it again from Keras 2",
-    ),
     "Lambda": (compress("lambda.keras"), r"is a Lambda, .*If you trust .*--trusted"),
     "no data": (compress(data=None), r"one of the arguments --data --dataset is required"),
     "missing data": (

@@ -265,7 +265,7 @@ def n_m(
     The pattern says how much is pruned; there is no target.
 
     Args:
-        model: A built `tf_keras` model. It is not changed.
+        model: A built model of Keras 3 or `tf_keras`. It is not changed.
         data: Accepted, as by every function of [baselines][rl_sparsity_tf.baselines].
         pattern: `"2:4"`.
         quantize: Whether what lives is quantized, in kernels that TFLite can hold as integers.

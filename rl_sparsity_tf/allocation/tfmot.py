@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from rl_sparsity_tf._compat import TFMOT, KerasVersionError, seeing_tf_keras
 from rl_sparsity_tf.allocation import ranking
 from rl_sparsity_tf.allocation.problem import PlanRequest
 from rl_sparsity_tf.allocation.target import Target
@@ -152,7 +153,7 @@ def prune_with_tfmot(
     if not is_graph(request.model):
         raise ModelError(
             f"Model {request.model.name!r} is a {type(request.model).__name__}, and TFMOT prunes "
-            "Sequential and functional models only. Build it with tf_keras.Model(inputs, outputs); "
+            "Sequential and functional models only. Build it with keras.Model(inputs, outputs); "
             "the other baselines take it as it is."
         )
     arguments = search_compile_arguments(request.model, learning_rate)
@@ -286,7 +287,10 @@ def load_tfmot() -> Any:
     A MissingDependencyError tells the user how to install it.
     """
     try:
-        from tensorflow_model_optimization.sparsity import keras as pruning
+        with seeing_tf_keras(TFMOT):
+            from tensorflow_model_optimization.sparsity import keras as pruning
+    except KerasVersionError:
+        raise
     except ImportError as error:
         raise MissingDependencyError(
             f"The baseline tfmot needs TFMOT, which could not be imported ({one_line(error)}). "

@@ -19,6 +19,7 @@ from rl_sparsity_tf.channels.units import ChannelUnit
 from rl_sparsity_tf.channels.widths import LayerWidths
 from rl_sparsity_tf.errors import TargetError
 from rl_sparsity_tf.export.size_model import KernelBytes
+from rl_sparsity_tf.keras3.door import takes_keras_3
 from rl_sparsity_tf.layers.kernels import find_kernels
 
 
@@ -156,6 +157,7 @@ def _positions(layer: Any, side: str) -> int:
     return math.prod(shape[1:-1])
 
 
+@takes_keras_3
 def count_macs(model: keras.Model) -> int:
     """Counts the multiply-accumulates of one example in a model's kernels.
 
@@ -163,7 +165,7 @@ def count_macs(model: keras.Model) -> int:
     kernels once per time step.
 
     Args:
-        model: A built, plain `tf_keras` model with a graph.
+        model: A built, plain model with a graph, of Keras 3 or `tf_keras`.
 
     Raises:
         ModelError: If the model is not built, is wrapped, or has no graph.

@@ -16,6 +16,7 @@ from rl_sparsity_tf.channels.graph import ChannelGraph, PlacedStep, has_graph
 from rl_sparsity_tf.channels.steps import Depthwise, Mix
 from rl_sparsity_tf.console import printing, table_lines
 from rl_sparsity_tf.errors import ModelError
+from rl_sparsity_tf.keras3.door import takes_keras_3
 from rl_sparsity_tf.layers.kernels import check_model
 from rl_sparsity_tf.layers.wrapping import is_wrapped
 
@@ -95,11 +96,12 @@ def check_graph(model: keras.Model, verb: str) -> None:
         raise ModelError(f"{verb} cannot follow the model {model.name!r}: {no_graph(model)}.")
 
 
+@takes_keras_3
 def find_groups(model: keras.Model) -> list[ChannelGroup]:
     """Finds which output channels of a model's layers belong together.
 
     Args:
-        model: A built, plain `tf_keras` model.
+        model: A built, plain model of Keras 3 or `tf_keras`.
 
     Returns:
         The groups in the order in which their channels are first made; none for a subclassed
@@ -184,11 +186,12 @@ def _zero_obstacles(graph: ChannelGraph) -> dict[int, str]:
     return found
 
 
+@takes_keras_3
 def describe_groups(model: keras.Model, print_fn: Callable[[str], object] = print) -> None:
     """Prints which channels belong together, and which cannot be removed and why.
 
     Args:
-        model: A built, plain `tf_keras` model.
+        model: A built, plain model of Keras 3 or `tf_keras`.
         print_fn: Called with every line.
 
     Raises:
@@ -231,5 +234,5 @@ def no_graph(model: keras.Model) -> str:
     """Why nothing is known of a model's channels."""
     return (
         f"{type(model).__name__} is a subclassed model, whose layers' order is only known to its "
-        "call(); build it with tf_keras.Model(inputs, outputs) to have its channels followed"
+        "call(); build it with keras.Model(inputs, outputs) to have its channels followed"
     )

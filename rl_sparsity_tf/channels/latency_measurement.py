@@ -37,6 +37,7 @@ from rl_sparsity_tf.export.recurrent import stateless
 from rl_sparsity_tf.export.saved_model import in_float32
 from rl_sparsity_tf.export.stored_weights import store_weights
 from rl_sparsity_tf.files import scratch_folder
+from rl_sparsity_tf.keras3.door import takes_keras_3
 from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.layers.structure import all_layers, input_specs, random_rows
 from rl_sparsity_tf.tflite.editing import split_file
@@ -206,6 +207,7 @@ class _Grid:
         return table
 
 
+@takes_keras_3
 def measure_latency(
     model: keras.Model,
     *,

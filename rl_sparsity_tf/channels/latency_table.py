@@ -19,6 +19,7 @@ from rl_sparsity_tf.channels.widths import LayerWidths, Width
 from rl_sparsity_tf.console import printing
 from rl_sparsity_tf.errors import ArgumentError, check_choice, did_you_mean
 from rl_sparsity_tf.files import as_file, check_new_file, parse_strict, write_text
+from rl_sparsity_tf.keras3.door import takes_keras_3
 
 FORMAT_VERSION = 1
 QUANTIZATIONS = ("none", "int8", "plan")
@@ -177,6 +178,7 @@ class LatencyTable:
         times = [self.layer_ms(path, w.inputs, w.outputs) for path, w in widths.items()]
         return self.overhead_ms + float(np.sum(times))
 
+    @takes_keras_3
     def check(self, model: keras.Model) -> None:
         """Raises unless the table is one of this model.
 

@@ -30,6 +30,7 @@ from rl_sparsity_tf.checks import check_count, is_number
 from rl_sparsity_tf.console import table_lines
 from rl_sparsity_tf.data.extremes import check_weights
 from rl_sparsity_tf.errors import ArgumentError, check_choice
+from rl_sparsity_tf.keras3.door import returns_keras_3, takes_keras_3
 from rl_sparsity_tf.layers.groups import PATTERNS, Grouping
 from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.layers.operations import select_live
@@ -379,6 +380,7 @@ class Search:
 _WIDTH = 100
 
 
+@returns_keras_3
 def permute_channels(
     model: keras.Model,
     *,
@@ -396,8 +398,8 @@ def permute_channels(
     their order.
 
     Args:
-        model: A built, plain `tf_keras` model; it is not changed. A subclassed one, whose graph is
-            not known, is copied as it is.
+        model: A built, plain model of Keras 3 or `tf_keras`; it is not changed. A subclassed one,
+            whose graph is not known, is copied as it is.
         group: `"block4"`, `"block16"` or `"2:4"`.
         sparsity: The sparsity that blocks will be pruned to, 0.8 by default. A pattern has its own.
         seed: Seed of the search.
@@ -444,6 +446,7 @@ class KeptMagnitude:
     after: float
 
 
+@takes_keras_3
 def permutation_report(
     model: keras.Model,
     permuted: keras.Model,

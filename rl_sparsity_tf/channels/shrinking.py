@@ -16,6 +16,7 @@ from rl_sparsity_tf.channels.steps import Depthwise, Mix
 from rl_sparsity_tf.channels.units import element_plan, only_pruned, tie_channels
 from rl_sparsity_tf.console import printing, table_lines, without_traces
 from rl_sparsity_tf.errors import RLSparsityError, one_line
+from rl_sparsity_tf.keras3.door import returns_keras_3
 from rl_sparsity_tf.layers.copy_checks import check_copy
 from rl_sparsity_tf.layers.copying import copy_compile_state, copy_layer, copy_weights, freeze_alike
 from rl_sparsity_tf.layers.kernels import find_kernels, layer_pairs
@@ -78,6 +79,7 @@ class ShrinkReport:
 
 
 @without_traces()
+@returns_keras_3
 def shrink(
     model: keras.Model,
     plan: CompressionPlan | None = None,
@@ -90,7 +92,7 @@ def shrink(
     layers reading it can take up in their biases. It does not matter what set its weights to zero.
 
     Args:
-        model: A built, plain `tf_keras` model. A subclassed one is copied as it is.
+        model: A built, plain model of Keras 3 or `tf_keras`. A subclassed one is copied as it is.
         plan: Channels to prune first: a plan with groups of `"channel"`, as a search of channels
             saves it in channels.json. Its other operations are not applied.
         print_fn: Called with every line of a table of what was removed and why others stay.

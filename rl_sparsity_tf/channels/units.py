@@ -20,6 +20,7 @@ from rl_sparsity_tf.channels.groups import (
 )
 from rl_sparsity_tf.channels.steps import Depthwise
 from rl_sparsity_tf.errors import ArgumentError, PlanError
+from rl_sparsity_tf.keras3.door import returns_keras_3, takes_keras_3
 from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.kernel_spec import KernelSpec
 from rl_sparsity_tf.layers.kernels import Kernel, find_kernels
@@ -313,6 +314,7 @@ def _check_tied(unit: ChannelUnit, plan: CompressionPlan, pruned: Mapping[int, s
                 )
 
 
+@returns_keras_3
 def mask_channels(model: keras.Model, live: Mapping[int, Any]) -> keras.Model:
     """Sets whole channels to zero: what makes them, and what would make them differ from zero.
 
@@ -320,7 +322,7 @@ def mask_channels(model: keras.Model, live: Mapping[int, Any]) -> keras.Model:
     mean where there is no gamma), depthwise kernels and their biases.
 
     Args:
-        model: A built, plain `tf_keras` model; it is not changed.
+        model: A built, plain model of Keras 3 or `tf_keras`; it is not changed.
         live: Index of a group of [find_groups][rl_sparsity_tf.find_groups] -> one
             bool per channel, False for channels to set to zero. Other groups stay as they are.
 
@@ -383,6 +385,7 @@ def _set_to_zero(use: ChannelUse, mask: np.ndarray) -> None:
         use.bias_variable.assign(bias)
 
 
+@takes_keras_3
 def tie_channels(model: keras.Model, plan: CompressionPlan) -> CompressionPlan:
     """The plan of single weights that a plan of channels means.
 
@@ -392,7 +395,7 @@ def tie_channels(model: keras.Model, plan: CompressionPlan) -> CompressionPlan:
     [shrink][rl_sparsity_tf.shrink] removes it.
 
     Args:
-        model: A built, plain `tf_keras` model with a graph.
+        model: A built, plain model with a graph, of Keras 3 or `tf_keras`.
         plan: A plan with groups of `"channel"`. Kernels that it leaves out are kept.
 
     Returns:

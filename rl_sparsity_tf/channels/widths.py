@@ -18,6 +18,7 @@ from rl_sparsity_tf.channels.graph import ChannelGraph, PlacedStep, has_graph
 from rl_sparsity_tf.channels.groups import check_plain, no_graph
 from rl_sparsity_tf.channels.steps import Join, Mix, Opaque
 from rl_sparsity_tf.errors import ModelError
+from rl_sparsity_tf.keras3.door import takes_keras_3
 from rl_sparsity_tf.layers.copying import copy_layer
 from rl_sparsity_tf.layers.wrapping import accepted
 
@@ -241,6 +242,7 @@ class LayerWidths:
         }
 
 
+@takes_keras_3
 def widths_of(model: keras.Model) -> dict[str, Width]:
     """The channels of every layer that costs time.
 

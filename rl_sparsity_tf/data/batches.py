@@ -15,6 +15,7 @@ from rl_sparsity_tf.data.checks import Batch, BatchCheck, row_count
 from rl_sparsity_tf.data.extremes import LargeRows
 from rl_sparsity_tf.data.forms import as_rows, check_elements, read_batches
 from rl_sparsity_tf.errors import DataError
+from rl_sparsity_tf.keras3.door import takes_keras_3
 from rl_sparsity_tf.layers.structure import fixed_batch
 
 # A dataset that does not know its size and goes on for longer than this is taken for endless.
@@ -51,6 +52,7 @@ class TrainingData:
         return self.pool[index % len(self.pool)]
 
 
+@takes_keras_3
 def training_data(
     data: Any,
     model: keras.Model,
@@ -165,6 +167,7 @@ def _with_rank(part: tf.Tensor, like: Any) -> tf.Tensor:
     return part if like is None else tf.ensure_shape(part, [None] * like.shape.rank)
 
 
+@takes_keras_3
 def evaluation_data(
     data: Any, model: keras.Model, name: str, *, batch_size: int = 1024
 ) -> list[Batch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from rl_sparsity_tf._compat import is_keras_3
 from rl_sparsity_tf.data.checks import Batch
 from rl_sparsity_tf.errors import DataError
 
@@ -71,9 +73,15 @@ def as_rows(data: Any, name: str, batch_size: int) -> tuple[Any, int]:
     Returns `(x, y, sample_weight or None)` or the dataset, and the rows in a batch: `batch_size`
     where the data does not say. Raises `DataError` if it cannot be used.
     """
-    if isinstance(data, keras.utils.Sequence):
+    if isinstance(data, keras.utils.Sequence) or _is_py_dataset(data):
         data, batch_size = join_sequence(data, name)
     return data if isinstance(data, tf.data.Dataset) else as_arrays(data, name), batch_size
+
+
+def _is_py_dataset(data: Any) -> bool:
+    """Whether data is a `keras.utils.PyDataset`, what Keras 3 calls a Sequence."""
+    module = sys.modules.get("keras")
+    return is_keras_3(module) and isinstance(data, module.utils.PyDataset)  # type: ignore[union-attr]
 
 
 def _check_form(data: Any, name: str) -> None:

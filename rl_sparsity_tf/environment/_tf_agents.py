@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import tf_keras as keras
 
+from rl_sparsity_tf._compat import AGENTS, KerasVersionError, seeing_tf_keras
 from rl_sparsity_tf.errors import MissingDependencyError
 
 
@@ -52,6 +53,7 @@ try:
         contextlib.redirect_stderr(io.StringIO()),
         warnings.catch_warnings(),
         _process_kept(),
+        seeing_tf_keras(AGENTS),
     ):
         warnings.simplefilter("ignore", SyntaxWarning)
         import tf_agents  # noqa: F401
@@ -60,6 +62,8 @@ try:
         from tf_agents.specs import array_spec
         from tf_agents.trajectories import time_step
         from tf_agents.typing import types
+except KerasVersionError:
+    raise
 except ImportError as error:
     raise MissingDependencyError(
         f"Environments and agents need TF-Agents, which could not be imported ({error}). "

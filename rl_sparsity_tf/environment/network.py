@@ -25,6 +25,7 @@ from rl_sparsity_tf.environment.group_ranks import GroupRanks
 from rl_sparsity_tf.environment.reward import Outcome
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.files import sha256_of
+from rl_sparsity_tf.keras3.door import takes_keras_3
 from rl_sparsity_tf.layers.copy_checks import check_figures
 from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.kernels import Kernel, walk
@@ -163,6 +164,7 @@ class CompressedNetwork:
     if the target is out of reach.
     """
 
+    @takes_keras_3
     def __init__(
         self,
         model: keras.Model,

@@ -20,7 +20,7 @@ from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.rules import resolve
 from rl_sparsity_tf.layers.structure import input_specs, inputs_of_embeddings, random_rows
 from rl_sparsity_tf.layers.support import check_exportable
-from rl_sparsity_tf.layers.wrapping import accepted, is_wrapped, plan_of, strip
+from rl_sparsity_tf.layers.wrapping import accepted, is_wrapped, plan_of, stripped
 from rl_sparsity_tf.tflite.recipes import COMPUTES
 
 QUANTIZATIONS = ("plan", "none", "dynamic", "int8", "float16")
@@ -89,7 +89,7 @@ def plain_model(model: Any, plan: Any) -> tuple[keras.Model, Any]:
         plan = resolve(plan, model)
     if not is_wrapped(model):
         return model, plan
-    return strip(model), plan_of(model) if plan is None else plan
+    return stripped(model), plan_of(model) if plan is None else plan
 
 
 def file_batch_size(

@@ -88,9 +88,9 @@ def export_tflite(
     which LiteRT's quantizer makes the same integers appears beside it, `model.recipe.json`.
 
     Args:
-        model: A built `tf_keras` model, plain or wrapped, or an object with attributes `model` and
-            `plan` such as a search result. Models of a mixed precision or of float64 are exported,
-            and compared, as they compute in float32.
+        model: A built model of Keras 3 or `tf_keras`, plain or wrapped, or an object with
+            attributes `model` and `plan` such as a search result. Models of a mixed precision or of
+            float64 are exported, and compared, as they compute in float32.
         path: The file to write, ending in .tflite.
         quantization: `"plan"` stores the kernels that the plan quantizes as int8 or int4; `"none"`
             is float32; `"float16"` halves the weights; `"dynamic"` is the converter's dynamic range
@@ -137,7 +137,7 @@ def export_tflite(
 
     Raises:
         ArgumentError: If an argument cannot be used.
-        ModelError: If the model is not a built `tf_keras` model, is random at inference, or has
+        ModelError: If the model is not a built Keras model, is random at inference, or has
             layers that no .tflite file can compute.
         PlanError: If the plan does not fit the model.
         DataError: If the representative data does not fit the model.

@@ -149,8 +149,8 @@ def export_micro(
     look at `interpreter.arena_used_bytes()` on the device, and cut it back.
 
     Args:
-        model: A built `tf_keras` model, plain or wrapped, or an object with attributes `model` and
-            `plan` such as a search result.
+        model: A built model of Keras 3 or `tf_keras`, plain or wrapped, or an object with
+            attributes `model` and `plan` such as a search result.
         path: The header to write, ending in .h.
         representative_data: Inputs like those the model will see, to find the range of every
             activation: an array, a tuple with one array per input, an iterable of batches, or a
@@ -169,7 +169,7 @@ def export_micro(
 
     Raises:
         ArgumentError: If an argument cannot be used.
-        ModelError: If the model is not a built `tf_keras` model.
+        ModelError: If the model is not a built Keras model.
         DataError: If the representative data does not fit the model.
         FileExistsRLSparsityError: If the file exists and `overwrite` is false.
         ExportError: If the model cannot be int8, or TFLM lacks an operator.

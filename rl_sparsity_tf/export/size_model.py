@@ -24,6 +24,7 @@ from rl_sparsity_tf.export.recurrent import stateless
 from rl_sparsity_tf.export.saved_model import in_float32
 from rl_sparsity_tf.export.stored_weights import FORMATS, make_sparse, store_weights
 from rl_sparsity_tf.files import gzip_size, scratch_folder
+from rl_sparsity_tf.keras3.door import takes_keras_3
 from rl_sparsity_tf.layers.kernel_spec import has_int4
 from rl_sparsity_tf.layers.kernels import Kernel, find_kernels
 from rl_sparsity_tf.layers.plan import CompressionPlan, KernelRule
@@ -84,6 +85,7 @@ class SizeModel:
         True
     """
 
+    @takes_keras_3
     def __init__(self, model: keras.Model, formats: str = "dense", *, compressed: bool = True):
         self._model, self._compressed = model, compressed
         self._formats = check_choice("formats", formats, FORMATS)
@@ -226,6 +228,7 @@ class SizeModel:
         gzipped = saved_bytes(flat, tensor, chosen, "gzip") if compressed else math.nan
         return FileSize(raw, gzipped) - self._each_sparse[_is_integer(tensor)]
 
+    @takes_keras_3
     def plan_size(self, plan: CompressionPlan, model: keras.Model | None = None) -> FileSize:
         """The size of the file of a plan.
 

@@ -189,7 +189,7 @@ def _rebuild_subclassed(model: keras.Model, visit: Convert, tape: tf.GradientTap
             f"The model {model.name!r} cannot be rebuilt from its class {kind} "
             f"({one_line(error)}). Give {kind} a get_config() that returns every argument of its "
             "__init__, and let its call() use its layers only by calling them; or build it with "
-            "tf_keras.Model(inputs, outputs)."
+            "keras.Model(inputs, outputs)."
         ) from error
     return shell
 

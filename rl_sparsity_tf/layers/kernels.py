@@ -151,8 +151,8 @@ def check_model(model: object) -> None:
         if isinstance(model, type):
             received = f"the class {model.__name__}"
         raise ModelError(
-            f"Received {received}. Expected a tf_keras model (tf_keras.Sequential or "
-            f"tf_keras.Model).{_way_to_a_model(model)}"
+            f"Received {received}. Expected a tf_keras model or one of Keras 3 "
+            f"(Sequential or Model).{_way_to_a_model(model)}"
         )
     if not model.built or not input_specs(model):
         raise ModelError(
@@ -171,8 +171,8 @@ def _way_to_a_model(received: object) -> str:
         return f" Make one of it: {received.__name__}(...)."
     if (type(received).__module__ or "").startswith("keras."):
         return (
-            " This is a Keras 3 object: build or load the model with tf_keras, or set "
-            "TF_USE_LEGACY_KERAS=1 before TensorFlow is imported."
+            " This is a Keras 3 object, but no model: put it into one, "
+            "keras.Sequential([keras.Input(shape), layer])."
         )
     if isinstance(received, str | os.PathLike):
         path = os.fspath(received)

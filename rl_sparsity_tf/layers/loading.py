@@ -34,6 +34,7 @@ from tf_keras.protobuf import saved_metadata_pb2
 
 # Importing it registers the wrapper, so that wrapped models can be read back.
 import rl_sparsity_tf.layers.wrapper  # noqa: F401
+from rl_sparsity_tf._compat import TFMOT, seeing_tf_keras
 from rl_sparsity_tf.claims import FREE_BYTES, ClaimError, check_archive, check_hdf5, check_members
 from rl_sparsity_tf.console import logging_kept
 from rl_sparsity_tf.errors import ArgumentError, ModelError, did_you_mean, one_line
@@ -62,27 +63,31 @@ _DAMAGE = (
     *(OSError, ValueError, LookupError, RuntimeError, TypeError, NotImplementedError),
     *(RecursionError, zipfile.BadZipFile, zlib.error),
 )
-_FORMATS = "a .keras or .h5 file, or a SavedModel folder, written by model.save() of tf_keras"
+_FORMATS = (
+    "a .keras or .h5 file, or a SavedModel folder, written by model.save() of tf_keras, or a "
+    ".keras file of Keras 3"
+)
 _RESAVE = (
-    "Save it again from Keras 2: with TF_USE_LEGACY_KERAS=1 set, or with `import tf_keras as keras`"
+    "Save it again from Keras 2, with `import tf_keras as keras`, or from Keras 3 as a .keras file"
 )
 
 
-def load_model(path: str | os.PathLike[str], *, trusted: bool = False) -> keras.Model:
-    """Loads a model saved by tf_keras, without running code that came with the file.
+def load_model(path: str | os.PathLike[str], *, trusted: bool = False) -> Any:
+    """Loads a model saved by Keras 3 or tf_keras, without running code that came with the file.
 
     Args:
-        path: A .keras file, an .h5 file or a SavedModel folder, each written by `model.save`.
+        path: A .keras file, or an .h5 file or a SavedModel folder of tf_keras, each written by
+            `model.save`.
         trusted: Whether to load Lambda layers and classes from any module too, and to believe what
             the file claims to hold. That runs code chosen by whoever wrote the file.
 
     Returns:
-        The model, compiled if it was saved compiled.
+        The model, compiled if it was saved compiled; of Keras 3 if that wrote it.
 
     Raises:
         ArgumentError: If `path` is no path.
-        ModelError: If there is no model at the path, it is damaged, of a foreign format, written
-            by Keras 3, would run code or read other files, or claims far more than it holds.
+        ModelError: If there is no model at the path, it is damaged, of a foreign format, would run
+            code or read other files, or claims far more than it holds.
 
     Example:
         >>> model.save("model.keras")
@@ -98,18 +103,15 @@ def load_model(path: str | os.PathLike[str], *, trusted: bool = False) -> keras.
             "file, pass trusted=True."
         ) from error
     configs = _read_configs(path)
+    if _is_of_keras_3(path):
+        return _load_keras_3(path, configs, stored, trusted=trusted)
     with contextlib.ExitStack() as scopes:
         if _TFMOT_LAYERS & class_names(configs):
             _enter_tfmot_scopes(scopes)
         if not trusted:
             reason = next(foreign_parts(configs), None) or _foreign_graph(path)
             if reason:
-                raise ModelError(
-                    f"{str(path)!r} was not opened: {reason}. Expected a model of Keras's own "
-                    "parts and of registered classes: import what registers yours "
-                    "(@keras.saving.register_keras_serializable). If you trust whoever wrote the "
-                    "file, pass trusted=True."
-                )
+                raise _foreign(path, reason)
             scopes.enter_context(_held_to(path, stored))
         # Keras draws the seeds of initialisers, and complains of weights through absl.
         scopes.enter_context(logging_kept())
@@ -137,6 +139,40 @@ def load_model(path: str | os.PathLike[str], *, trusted: bool = False) -> keras.
             "@keras.saving.register_keras_serializable() on it and import it before loading."
         )
     return model
+
+
+def _load_keras_3(path: Path, configs: list[Any], stored: int, *, trusted: bool) -> Any:
+    from rl_sparsity_tf.keras3 import loading as keras_3
+
+    with contextlib.ExitStack() as scopes:
+        if not trusted:
+            reason = next(keras_3.foreign_parts(configs), None)
+            if reason:
+                raise _foreign(path, reason)
+            scopes.enter_context(_held_to(path, stored))
+        scopes.enter_context(logging_kept())
+        scopes.enter_context(python_and_numpy_random_kept())
+        return keras_3.load_keras_3(path, trusted=trusted)
+
+
+def _is_of_keras_3(path: Path) -> bool:
+    """Whether a .keras file that has been read was written by Keras 3."""
+    if path.is_dir() or not (path.name.endswith(".keras") and zipfile.is_zipfile(path)):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        if "metadata.json" not in archive.namelist():
+            return False
+        metadata = json.loads(archive.read("metadata.json"))
+    return isinstance(metadata, dict) and str(metadata.get("keras_version")).startswith("3.")
+
+
+def _foreign(path: Path, reason: str) -> ModelError:
+    return ModelError(
+        f"{str(path)!r} was not opened: {reason}. Expected a model of Keras's own parts and of "
+        "registered classes: import what registers yours "
+        "(@keras.saving.register_keras_serializable). If you trust whoever wrote the file, pass "
+        "trusted=True."
+    )
 
 
 def _check_claims(path: Path) -> int:
@@ -245,7 +281,8 @@ def _read_zip(path: Path) -> list[Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            metadata = json.loads(archive.read("metadata.json")) if "metadata.json" in names else {}
+            if "metadata.json" in names:
+                json.loads(archive.read("metadata.json"))
             if "config.json" not in names:
                 raise ModelError(
                     f"{str(path)!r} is a zip file without a config.json. Expected {_FORMATS}."
@@ -258,7 +295,6 @@ def _read_zip(path: Path) -> list[Any]:
         raise _damaged(path, error) from error
     if damaged:
         raise _damaged(path, zipfile.BadZipFile(f"bad checksum of {damaged}"))
-    _check_version(path, metadata.get("keras_version") if isinstance(metadata, dict) else None)
     return [config]
 
 
@@ -310,8 +346,8 @@ def _check_version(path: Path, version: object) -> None:
     text = version.decode() if isinstance(version, bytes) else str(version)
     if text.startswith("3."):
         raise ModelError(
-            f"{str(path)!r} was written by Keras {text}. Expected a model of Keras 2 (tf_keras). "
-            f"{_RESAVE}."
+            f"{str(path)!r} was written by Keras {text}. Expected a .keras file, the one format of "
+            "Keras 3 that is opened: save the model again as model.keras."
         )
 
 
@@ -333,7 +369,8 @@ def _foreign_graph(path: Path) -> str | None:
 
 
 def _enter_tfmot_scopes(scopes: contextlib.ExitStack) -> None:
-    import tensorflow_model_optimization as tfmot
+    with seeing_tf_keras(TFMOT):
+        import tensorflow_model_optimization as tfmot
 
     scopes.enter_context(tfmot.sparsity.keras.prune_scope())
     scopes.enter_context(tfmot.clustering.keras.cluster_scope())
@@ -384,14 +421,24 @@ def user_modules(names: Sequence[str]) -> Iterator[None]:
     """Imports modules; while the context lasts, Keras knows their classes, registered or not.
 
     The current folder is looked through first. Raises `ArgumentError` if a module cannot be
-    imported, or was written for Keras 3.
+    imported.
     """
     for name in names:
         _check_name(name)
     classes: dict[str, type] = {}
     for name in names:
         classes |= _classes_of(_imported(name))
-    with keras.utils.custom_object_scope(classes):
+    of_keras_3 = {name: cls for name, cls in classes.items() if not issubclass(cls, PARTS)}
+    with contextlib.ExitStack() as scopes:
+        scopes.enter_context(
+            keras.utils.custom_object_scope(
+                {name: cls for name, cls in classes.items() if name not in of_keras_3}
+            )
+        )
+        if of_keras_3:
+            scopes.enter_context(
+                importlib.import_module("keras").saving.custom_object_scope(of_keras_3)
+            )
         yield
 
 
@@ -457,14 +504,10 @@ def _failing(name: str, error: BaseException) -> ArgumentError:
 def _classes_of(module: ModuleType) -> dict[str, type]:
     """The user's classes in a module that models are made of, also those it took from elsewhere."""
     found = {}
-    for name, value in vars(module).items():
+    for value in vars(module).values():
         if not isinstance(value, type) or value.__module__.split(".")[0] in ROOTS:
             continue
-        if any(base.__module__.split(".")[0] == "keras" for base in value.__mro__):
-            raise ArgumentError(
-                f"--import {module.__name__}: its class {name} is one of Keras 3. Expected classes "
-                "of Keras 2: import tf_keras as keras in the module."
-            )
-        if issubclass(value, PARTS):
+        of_keras_3 = any(base.__module__.split(".")[0] == "keras" for base in value.__mro__)
+        if of_keras_3 or issubclass(value, PARTS):
             found[value.__name__] = value
     return found

@@ -14,6 +14,7 @@ import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.errors import ArgumentError, ModelError, PlanError, TargetError, did_you_mean
+from rl_sparsity_tf.keras3.door import takes_keras_3
 from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.kernels import Kernel, count_weights, find_kernels, walk
 from rl_sparsity_tf.layers.operations import Operation, magnitude, select_live
@@ -273,6 +274,7 @@ def prune_by_magnitude(matrix: np.ndarray, grouping: Grouping, sparsity: float) 
     return select_live(scores, grouping.sizes, wanted)
 
 
+@takes_keras_3
 def resolve(
     plan: CompressionPlan, model: keras.Model, selection: KernelSelection | None = None
 ) -> CompressionPlan:

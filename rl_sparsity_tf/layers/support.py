@@ -11,6 +11,7 @@ from rich.table import Table
 
 from rl_sparsity_tf.console import printing, table_lines
 from rl_sparsity_tf.errors import ModelError
+from rl_sparsity_tf.keras3.door import takes_keras_3
 from rl_sparsity_tf.layers.kernel_spec import INTEGER_MODES, KernelSpec
 from rl_sparsity_tf.layers.kernels import Kernel, check_model, find_kernels, rank_of, walk
 from rl_sparsity_tf.layers.registry import registered_base, wrong_registrations
@@ -86,6 +87,7 @@ class LayerReport:
     reason: str
 
 
+@takes_keras_3
 def support_report(
     model: keras.Model, include: Patterns | None = None, exclude: Patterns | None = None
 ) -> list[LayerReport]:
@@ -150,6 +152,9 @@ def _kernel_report(kernel: Kernel, left: str) -> KernelReport:
 
 
 def _reason(layer: keras.layers.Layer, kernels: list[Kernel], weights: int) -> str:
+    of_keras_3 = getattr(layer, "keras_3_reason", "")
+    if of_keras_3:
+        return f"runs as it is in Keras 3, and is not compressed: {of_keras_3}"
     if isinstance(layer, _LOOKUPS):
         return "cannot be exported: put it in front of the model, in the data pipeline"
     wrong = wrong_registrations(layer)

@@ -10,6 +10,13 @@ import tf_keras as keras
 
 from rl_sparsity_tf.console import without_traces
 from rl_sparsity_tf.errors import ModelError, PlanError, check_choice, did_you_mean
+from rl_sparsity_tf.keras3.door import (
+    admitted,
+    check_return,
+    give_origin,
+    handed_back,
+    origin_of,
+)
 from rl_sparsity_tf.layers.copy_checks import check_copy
 from rl_sparsity_tf.layers.copying import (
     copy_compile_state,
@@ -61,8 +68,8 @@ def wrap(
     step of it), and so for what `strip` returns.
 
     Args:
-        model: A built `tf_keras` model: Sequential, functional, or subclassed with its layers in
-            attributes. Wrappers of TFMOT's pruning are taken off.
+        model: A built model of Keras 3 or `tf_keras`: Sequential, functional, or subclassed with
+            its layers in attributes. Wrappers of TFMOT's pruning are taken off.
         plan: What to do. Without a plan every compressible layer is wrapped with everything kept
             and every operation open to `assign_operations`; with a plan, the layers it names.
         group: Kind of groups, where there is no plan.
@@ -78,7 +85,7 @@ def wrap(
             over it.
 
     Returns:
-        The wrapped model.
+        The wrapped model: one of `tf_keras`, whatever came in.
 
     Raises:
         ArgumentError: If `include` or `exclude` matches nothing.
@@ -91,6 +98,10 @@ def wrap(
         >>> history = wrapped.fit(x, y, epochs=4, verbose=0)
         >>> small = rls.strip(wrapped)
     """
+    given, model = model, admitted(model)
+    origin = None if given is model else origin_of(model)
+    if origin is not None:
+        check_return(model)
     check_model(model)
     check_choice("group", group, KINDS)
     check_choice("mask", mask, MASKS)
@@ -133,6 +144,7 @@ def wrap(
     if entries is not None:
         apply_plan(wrapped, entries)
     copy_compile_state(model, wrapped)
+    give_origin(wrapped, origin)
     return wrapped
 
 
@@ -144,8 +156,8 @@ def strip(model: keras.Model) -> keras.Model:
         model: A wrapped model (a plain one is copied). Wrappers of TFMOT's pruning go, too.
 
     Returns:
-        A plain `tf_keras` model that computes the same bits, compiled as the wrapped one was; it
-        can be saved as .keras or .h5 and loaded without this package.
+        A plain `tf_keras` model that computes the same bits, compiled as the wrapped one was; a
+        Keras 3 model if one was wrapped. It can be saved and loaded without this package.
 
     Raises:
         ModelError: If the model is not built or cannot be copied.
@@ -156,13 +168,22 @@ def strip(model: keras.Model) -> keras.Model:
         >>> float((small.get_layer("hidden").kernel.numpy() == 0).mean()) > 0.8
         True
     """
-    check_model(model)
+    given, model = model, admitted(model)
+    plain = stripped(model)
+    # Models inside the package stay what they are, converted ones too: only what a user has wrapped
+    # or given is handed back.
+    came_in = given is not model or is_wrapped(model)
+    return handed_back(plain, origin_of(model)) if came_in else plain
 
-    stripped = rebuild(model, lambda layer: copy_layer(unwrapped(layer)))
-    _copy_weights(model, stripped)
-    check_copy(model, stripped)
-    copy_compile_state(model, stripped)
-    return stripped
+
+def stripped(model: keras.Model) -> keras.Model:
+    """[strip][] for this package: a `tf_keras` model, whatever the wrapped one came from."""
+    check_model(model)
+    plain = rebuild(model, lambda layer: copy_layer(unwrapped(layer)))
+    _copy_weights(model, plain)
+    check_copy(model, plain)
+    copy_compile_state(model, plain)
+    return plain
 
 
 def accepted(model: keras.Model) -> keras.Model:
@@ -170,11 +191,12 @@ def accepted(model: keras.Model) -> keras.Model:
 
     Raises `ModelError` if the model is not built or carries other wrappers.
     """
+    model = admitted(model)
     check_model(model)
     if not any(is_pruning_wrapper(layer) for _, layer in walk(model)):
         return model
     _log.warning("The pruning wrappers of TFMOT are taken off %r; its zeros stay.", model.name)
-    return strip(model)
+    return stripped(model)
 
 
 def is_wrapped(model: keras.Model) -> bool:

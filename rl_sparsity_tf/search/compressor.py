@@ -35,9 +35,10 @@ from rl_sparsity_tf.errors import ModelError
 from rl_sparsity_tf.export.recurrent import unrolled_copy
 from rl_sparsity_tf.export.verification import check_repeatable
 from rl_sparsity_tf.files import sha256_of
+from rl_sparsity_tf.keras3.door import check_return, compare, origin_of
 from rl_sparsity_tf.layers.kernels import check_constraints, find_kernels
 from rl_sparsity_tf.layers.rules import KernelSelection, Patterns, as_patterns
-from rl_sparsity_tf.layers.structure import fixed_batch
+from rl_sparsity_tf.layers.structure import fixed_batch, flat_inputs
 from rl_sparsity_tf.layers.support import check_exportable
 from rl_sparsity_tf.layers.wrapping import accepted, is_wrapped, strip
 from rl_sparsity_tf.search.accuracy_search import AccuracySearch, check_alone, first_target
@@ -101,8 +102,8 @@ class Compressor:
     """Compresses a trained model to a target by reinforcement learning.
 
     Args:
-        model: A built and compiled `tf_keras` model: Sequential, functional, or subclassed with its
-            layers in attributes. It is not changed.
+        model: A built and compiled Keras model, of Keras 3 or `tf_keras`: Sequential, functional,
+            or subclassed with its layers in attributes. It is not changed.
         target: What to reach.
         agent: `"dqn"` (the default), `"ppo"`, `"random"` (a baseline), or a configuration such as
             `rls.DQN(learning_rate=1e-3)`. With a policy the default is its own agent.
@@ -202,6 +203,7 @@ class Compressor:
         exclude: Patterns | None = None,
     ):
         self.model = accepted(model)
+        check_return(self.model)
         check_exportable(self.model)
         if is_wrapped(self.model):
             raise ModelError(
@@ -279,8 +281,8 @@ class Compressor:
 
         Args:
             train: Training data as `fit` takes it: `(x, y)`, `(x, y, sample_weight)`, a batched
-                `tf.data.Dataset` or a `keras.utils.Sequence`. All labels are checked against the
-                model's outputs and loss first.
+                `tf.data.Dataset`, a `keras.utils.PyDataset` or a `Sequence`. All labels are
+                checked against the model's outputs and loss first.
             validation_data: Validation data in the same forms. It steers the search.
             test_data: Test data in the same forms; only the final figures use it.
             episodes: Passes over all kernels; 0, with a policy, for its plan as it is.
@@ -380,7 +382,7 @@ class Compressor:
                 dataset=dataset,
                 search=noted,
             )
-            result = Result(task, loop, finished, best, metrics)
+            result = Result(task, loop, finished, best, metrics, origin_of(self.model))
             if run is not None:
                 result.write_files(run.path)
         self.last = FinishedSearch(
@@ -400,6 +402,7 @@ class Compressor:
             rows, model, batch_size=batch_size, seed=self.seed, class_weight=weights
         )
         check_repeatable(model, data.pool[0][0])
+        compare(self.model, flat_inputs(self.model, data.pool[0][0]))
         if self.shuffle == "channels":
             model = permute_channels(
                 model,

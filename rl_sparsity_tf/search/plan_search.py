@@ -89,7 +89,7 @@ def random_search(
     plan's masks anew, as in [hill_climbing][rl_sparsity_tf.baselines.hill_climbing].
 
     Args:
-        model: A built and compiled `tf_keras` model. It is not changed.
+        model: A built and compiled model of Keras 3 or `tf_keras`. It is not changed.
         data: Training data as `fit` takes it, for the recovery.
         target: The target; or `sparsity`.
         sparsity: Short for `Target(sparsity=...)`.
@@ -157,7 +157,7 @@ def hill_climbing(
     is fitted in closed form, and for whole channels, density moves between two kernels at a time.
 
     Args:
-        model: A built and compiled `tf_keras` model. It is not changed.
+        model: A built and compiled model of Keras 3 or `tf_keras`. It is not changed.
         data: Training data as `fit` takes it, for the recovery.
         target: The target; or `sparsity`.
         sparsity: Short for `Target(sparsity=...)`.

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,12 +21,13 @@ from rl_sparsity_tf.console import printing, table_lines
 from rl_sparsity_tf.data.metrics import Metric, Score
 from rl_sparsity_tf.environment.candidates import Candidate
 from rl_sparsity_tf.environment.network import CompressedNetwork
-from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError
+from rl_sparsity_tf.errors import ArgumentError, FileExistsRLSparsityError, ModelError, one_line
 from rl_sparsity_tf.export.arguments import check_path
 from rl_sparsity_tf.export.export import export_tflite
 from rl_sparsity_tf.export.report import ExportReport, TensorReport
 from rl_sparsity_tf.export.verification import score_model
 from rl_sparsity_tf.files import replacing, write_text, writing
+from rl_sparsity_tf.keras3.door import handed_back
 from rl_sparsity_tf.layers.kernels import find_kernels, sparsity_of
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
@@ -36,14 +38,17 @@ from rl_sparsity_tf.search.run_directory import RESULT_FILES, check_directory
 from rl_sparsity_tf.tflite.recipes import check_recipe_path, recipe_path, replacing_with_recipe
 
 if TYPE_CHECKING:
+    from rl_sparsity_tf.keras3.graph import Conversion
     from rl_sparsity_tf.search.loop import SearchLoop
+
+_log = logging.getLogger(__name__)
 
 
 class Result:
     """A compressed model with everything that is known of it.
 
     Attributes:
-        model: The compressed model, plain Keras, compiled as the original.
+        model: The compressed model, plain Keras, compiled as the original; of Keras 3 if that was.
         plan: The plan with the final masks.
         metrics: The figures, as written to metrics.json.
         history: One dict per search episode.
@@ -70,9 +75,11 @@ class Result:
         finished: Finished,
         candidate: Candidate,
         metrics: dict[str, Any],
+        origin: Conversion | None = None,
     ):
         settings, agent = loop.settings, loop.episodes.agent
-        self.model: keras.Model = finished.model
+        self._tf_keras: keras.Model = finished.model
+        self.model: Any = self._handed_back(origin, metrics)
         self.plan: CompressionPlan = finished.plan
         self.channels: RemovedChannels | None = finished.channels
         self.metrics = metrics
@@ -85,6 +92,16 @@ class Result:
         self.policy = SavedPolicy.of(settings.agent, agent) if alone else None
         self._tflite = finished.exported.content
         self._quantization = self.report.quantization if self.report else task.quantization
+
+    def _handed_back(self, origin: Conversion | None, metrics: dict[str, Any]) -> Any:
+        """The model as Keras 3, if that came in; a search is not lost where that fails."""
+        try:
+            return handed_back(self._tf_keras, origin)
+        except ModelError as error:
+            warning = f"the model is handed back as one of tf_keras: {one_line(error, 400)}"
+            _log.warning("%s", warning)
+            metrics["warnings"] = [*metrics.get("warnings", ()), warning]
+            return self._tf_keras
 
     def __repr__(self) -> str:
         compressed = self.metrics["compressed"]
@@ -139,11 +156,11 @@ class Result:
                 temporary.write_bytes(content)
             return dataclasses.replace(report, path=os.fspath(path))
         return export_tflite(
-            self.model,
+            self._tf_keras,
             path,
             quantization or self._quantization,
             plan=self.plan,
-            representative_data=self.figures.representative(self.model),
+            representative_data=self.figures.representative(self._tf_keras),
             overwrite=overwrite,
             batch_size=batch_size,
             unroll=unroll,
@@ -260,7 +277,7 @@ class Result:
             table.add_column(title, justify="right")
         for title in ("sparsity", "bits", "bytes before", "bytes after"):
             table.add_column(title, justify="right")
-        for kernel in find_kernels(self.model):
+        for kernel in find_kernels(self._tf_keras):
             entry = self.plan.kernels.get(kernel.path)
             tensors = stored.get(kernel.path, [])
             counts = [

@@ -10,26 +10,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
+from tf_agents.agents.dqn import dqn_agent
+from tf_agents.agents.ppo import ppo_clip_agent
+from tf_agents.specs import array_spec
+from tf_agents.trajectories import time_step as ts
 
-import rl_sparsity_tf._compat as compat
-
-compat.use_tf_keras()
-
-import tensorflow as tf  # noqa: E402
-from tf_agents.agents.dqn import dqn_agent  # noqa: E402
-from tf_agents.agents.ppo import ppo_clip_agent  # noqa: E402
-from tf_agents.specs import array_spec  # noqa: E402
-from tf_agents.trajectories import time_step as ts  # noqa: E402
-
-from rl_sparsity_tf.agents import base  # noqa: E402
-from rl_sparsity_tf.agents.configs import (  # noqa: E402
+from rl_sparsity_tf.agents import base
+from rl_sparsity_tf.agents.configs import (
     DQN,
     PPO,
     Random,
     build_agent,
     config_from_dict,
 )
-from rl_sparsity_tf.errors import (  # noqa: E402
+from rl_sparsity_tf.environment import _tf_agents  # noqa: F401  (TF-Agents with Keras 2)
+from rl_sparsity_tf.errors import (
     AgentStateError,
     ArgumentError,
     MissingDependencyError,

@@ -356,7 +356,7 @@ def test_a_subclassed_model_has_no_groups_that_are_known():
     describe_groups(model, lines.append)
     (line,) = lines
     assert "Subclassed is a subclassed model" in line
-    assert "build it with tf_keras.Model(inputs, outputs)" in line
+    assert "build it with keras.Model(inputs, outputs)" in line
 
 
 @pytest.mark.parametrize("call", [find_groups, describe_groups])

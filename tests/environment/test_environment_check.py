@@ -1,23 +1,18 @@
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from environment_check import RULES, EnvironmentCheckError, check_environment
+from tf_agents.environments import py_environment
+from tf_agents.specs import array_spec
+from tf_agents.trajectories import time_step as ts
 
-import rl_sparsity_tf._compat as compat
-
-compat.use_tf_keras()
-
-import importlib.util  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-from environment_check import RULES, EnvironmentCheckError, check_environment  # noqa: E402
-from tf_agents.environments import py_environment  # noqa: E402
-from tf_agents.specs import array_spec  # noqa: E402
-from tf_agents.trajectories import time_step as ts  # noqa: E402
-
-from rl_sparsity_tf.errors import ArgumentError  # noqa: E402
+from rl_sparsity_tf.environment import _tf_agents  # noqa: F401  (TF-Agents with Keras 2)
+from rl_sparsity_tf.errors import ArgumentError
 
 _spec = importlib.util.spec_from_file_location(
     "toy_environments", Path(__file__).parents[1] / "helpers" / "toy_environments.py"

@@ -4,7 +4,6 @@ import functools
 
 import numpy as np
 import pytest
-import tensorflow as tf
 import tf_keras as keras
 
 import rl_sparsity_tf as rls
@@ -128,7 +127,7 @@ def test_outputs_weigh_what_their_gradients_say():
         found = _output_weights(network, network.kernels)
         inner = [layer.layer for layer in wrapped.layers if hasattr(layer, "layer")]
         assert [layer.activation.__name__ for layer in inner] == ["relu", "linear"]
-        hidden = tf.keras.backend.get_value(wrapped.layers[0](x))
+        hidden = wrapped.layers[0](x).numpy()
         last = wrapped.layers[-1].effective_kernel("kernel").numpy()
         residual = wrapped(x).numpy() - y
     # Of the mean over batch and outputs: the factor drops out.

@@ -24,7 +24,7 @@ from typing import Any
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import rl_sparsity_tf  # noqa: F401  (before anything touches tf.keras)
+    import rl_sparsity_tf  # noqa: F401
 
 import numpy as np
 import pytest

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-import rl_sparsity_tf as rls  # before tf_keras: it asks TensorFlow for Keras 2
+import rl_sparsity_tf as rls
 
 # isort: split
 import tf_keras as keras

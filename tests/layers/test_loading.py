@@ -284,24 +284,16 @@ def test_an_exported_saved_model_is_refused(tmp_path):
     small_model().export(tmp_path / "exported")
     message = refusal(tmp_path / "exported")
     assert "model.export(), tf.saved_model.save() or Keras 3" in message
-    assert "TF_USE_LEGACY_KERAS=1" in message
+    assert "with `import tf_keras as keras`, or from Keras 3 as a .keras" in message
 
 
-def test_models_of_keras_3_are_refused(tmp_path):
-    small_model().save(tmp_path / "model.keras")
-    with zipfile.ZipFile(tmp_path / "model.keras") as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    members["metadata.json"] = b'{"keras_version": "3.8.0"}'
-    with zipfile.ZipFile(tmp_path / "model.keras", "w") as archive:
-        for name, data in members.items():
-            archive.writestr(name, data)
+def test_h5_files_of_keras_3_are_refused(tmp_path):
     small_model().save(tmp_path / "model.h5")
     with h5py.File(tmp_path / "model.h5", "r+") as file:
         file.attrs["keras_version"] = "3.8.0"
-    for name in ("model.keras", "model.h5"):
-        message = refusal(tmp_path / name, trusted=True)
-        assert "was written by Keras 3.8.0" in message
-        assert "TF_USE_LEGACY_KERAS=1" in message
+    message = refusal(tmp_path / "model.h5", trusted=True)
+    assert "was written by Keras 3.8.0" in message
+    assert "save the model again as model.keras" in message
 
 
 @pytest.mark.parametrize("name", ["model.keras", "model.h5"])
