@@ -16,6 +16,14 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 import rl_sparsity_tf  # noqa: F401  (asks for Keras 2 before anything touches tf.keras)
 
+# Files of tests that take a minute each: begun last, they would leave one process alone with them.
+_LONG = ("test_examples.py", "test_learning.py", "test_interrupted.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests first; files stay together, whose tests share what they look at."""
+    items.sort(key=lambda item: item.path.name not in _LONG)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _graphs_as_they_are():
@@ -32,9 +40,14 @@ def _graphs_as_they_are():
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections():
-    """What is alive before a file of tests, TensorFlow above all, is not looked through again."""
+    """What is alive before a file of tests, TensorFlow above all, is not looked through again.
+
+    Traces make many objects that stay a while: Python's own thresholds would have it look for
+    garbage every few milliseconds.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)
