@@ -14,6 +14,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault(_name, "1")
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
+# Files of tests that take a minute each: begun last, they would leave one process alone with them.
+_LONG = ("test_examples.py", "test_learning.py", "test_interrupted.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests first; files stay together, whose tests share what they look at."""
+    items.sort(key=lambda item: item.path.name not in _LONG)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _graphs_as_they_are():
@@ -30,17 +38,29 @@ def _graphs_as_they_are():
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections():
-    """What is alive before a file of tests, TensorFlow above all, is not looked through again."""
+    """What is alive before a file of tests, TensorFlow above all, is not looked through again.
+
+    Traces make many objects that stay a while: Python's own thresholds would have it look for
+    garbage every few milliseconds.
+    """
+    import tf_keras
+
+    tf_keras.backend.clear_session()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_names():
-    """Layer names count up per process; start every test at the same names."""
+    """Layer names count up per process; start every test at the same names.
+
+    The session is cleared once per file: with it goes what TensorFlow has prepared to run each
+    operation, which takes a fifth of the time of tests to do again.
+    """
     import tf_keras
 
-    tf_keras.backend.clear_session()
+    tf_keras.backend.reset_uids()
 
 
 # What the tests of wrong calls share; imported late, because other tests have no use for it.

@@ -12,14 +12,16 @@ import tensorflow as tf
 import tf_keras as keras
 
 CHUNK = 32
+_BATCH = 128
 _WIDTHS = (CHUNK, 48, 12, 48, CHUNK)
 
 
 @functools.lru_cache(maxsize=1)
-def _network(strategy: tf.distribute.Strategy) -> tuple[keras.Model, list[np.ndarray]]:
-    """The network that all autoencoders are trained in, one after the other, and Adam's start.
+def _network(strategy: tf.distribute.Strategy) -> tuple[keras.Model, list[np.ndarray], Any]:
+    """The network that all autoencoders are trained in, one after the other, Adam's start, a step.
 
-    Its training is traced once in a process: that takes longer than a training does.
+    Its training is traced once in a process: that takes longer than a training does. The step takes
+    chunks as they are given and as they are wanted, both of shape `(rows, 32)`.
     """
     with strategy.scope():
         layers = [
@@ -32,7 +34,13 @@ def _network(strategy: tf.distribute.Strategy) -> tuple[keras.Model, list[np.nda
         model = keras.Sequential([given, *layers], name="autoencoder")
         model.compile(keras.optimizers.Adam(3e-3), "mse")
         model.optimizer.build(model.trainable_variables)
-    return model, [variable.numpy() for variable in model.optimizer.variables]
+
+    def step(given: tf.Tensor, wanted: tf.Tensor) -> None:
+        strategy.run(model.train_step, args=((given, wanted),))
+
+    rows = tf.TensorSpec((None, CHUNK), tf.float32)
+    started = [variable.numpy() for variable in model.optimizer.variables]
+    return model, started, tf.function(step, input_signature=[rows, rows])
 
 
 def _deviation(matrix: np.ndarray) -> float:
@@ -87,7 +95,7 @@ class WeightAutoencoder:
         return np.pad(flat, (0, -flat.size % CHUNK)).reshape(-1, CHUNK)
 
     def _train(self, chunks: np.ndarray, rng: np.random.Generator, epochs: int) -> list[np.ndarray]:
-        model, untrained = _network(tf.distribute.get_strategy())
+        model, untrained, step = _network(tf.distribute.get_strategy())
         weights = []
         for inputs, units in itertools.pairwise(_WIDTHS):
             initializer = keras.initializers.GlorotUniform(seed=int(rng.integers(2**31)))
@@ -99,14 +107,10 @@ class WeightAutoencoder:
         for _ in range(epochs):
             order = rng.permutation(len(repeated))
             kept = rng.random(repeated.shape) > 0.1
-            model.fit(
-                (repeated * kept)[order],
-                repeated[order],
-                batch_size=128,
-                epochs=1,
-                shuffle=False,
-                verbose=0,
-            )
+            given, wanted = (repeated * kept)[order], repeated[order]
+            # Keras's fit prepares a pipeline and callbacks for an epoch of a few milliseconds.
+            for start in range(0, len(order), _BATCH):
+                step(given[start : start + _BATCH], wanted[start : start + _BATCH])
         return model.get_weights()
 
     def reconstruct(self, chunks: np.ndarray) -> np.ndarray:

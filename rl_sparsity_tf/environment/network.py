@@ -29,7 +29,7 @@ from rl_sparsity_tf.keras3.door import takes_keras_3
 from rl_sparsity_tf.layers.copy_checks import check_figures
 from rl_sparsity_tf.layers.groups import Grouping
 from rl_sparsity_tf.layers.kernels import Kernel, walk
-from rl_sparsity_tf.layers.operations import Operation
+from rl_sparsity_tf.layers.operations import Operation, constraint_of
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.structure import fixed_batch
 from rl_sparsity_tf.layers.wrapper import unwrapped
@@ -117,7 +117,9 @@ class EffectiveKernels:
         self._kernels = {kernel.path: kernel for kernel in kernels}
         self._traced: dict[str, Any] = {
             kernel.path: tf.function(
-                functools.partial(kernel.wrapper.effective_kernel, kernel.spec.attribute)
+                functools.partial(kernel.wrapper.effective_kernel, kernel.spec.attribute),
+                # Only what a user wrote may branch on tensors; conversion takes longer than that.
+                autograph=constraint_of(kernel.variable) is not None,
             )
             for kernel in kernels
             if kernel.wrapper is not None

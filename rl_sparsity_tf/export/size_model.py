@@ -29,7 +29,7 @@ from rl_sparsity_tf.layers.kernel_spec import has_int4
 from rl_sparsity_tf.layers.kernels import Kernel, find_kernels
 from rl_sparsity_tf.layers.plan import CompressionPlan, KernelRule
 from rl_sparsity_tf.layers.rules import resolve
-from rl_sparsity_tf.layers.wrapping import strip, wrap
+from rl_sparsity_tf.layers.wrapping import apply_plan, strip, wrap
 from rl_sparsity_tf.tflite.integer_storage import pack_integers
 from rl_sparsity_tf.tflite.reading import FlatModel, FlatTensor, read_flat_model
 from rl_sparsity_tf.tflite.sparse_storage import saved_bytes, smallest_format
@@ -92,7 +92,10 @@ class SizeModel:
         self._kernels = {kernel.path: kernel for kernel in find_kernels(model)}
         # Measured with some weights pruned, as they will be: what is compressed beside dense
         # kernels costs more.
-        measured = strip(wrap(model, self._all_alike(_MEASURED)))
+        sparse = formats != "dense"
+        # With the states of all plans that follow: one more wrapping takes as long as a conversion.
+        wrapped = wrap(model, self._all_alike(_PRUNED, quantize=sparse))
+        measured = self._pruned(wrapped, _MEASURED)
         values = {kernel.path: kernel.value() for kernel in find_kernels(measured)}
         with scratch_folder() as folder:
             plain = convert_weights(measured, folder)
@@ -125,15 +128,21 @@ class SizeModel:
             if len(integers) > 1:
                 rest = self._beside_integers(plain, integers, values)
                 self._each_more = rest.scaled(1 / (len(integers) - 1))
-        if formats != "dense":
+        if sparse:
             for quantize in (False, True):
-                self._adjust_sparse(model, quantize)
+                self._adjust_sparse(self._pruned(wrapped, _PRUNED, quantize), quantize)
 
     def _all_alike(self, sparsity: float, quantize: bool = False) -> CompressionPlan:
         """The same sparsity in every kernel, in frozen ones, too."""
         return CompressionPlan(
             KernelRule(path, sparsity, quantize=quantize) for path in self._kernels
         )
+
+    def _pruned(self, wrapped: keras.Model, sparsity: float, quantize: bool = False) -> keras.Model:
+        """The plain model with every kernel pruned alike."""
+        plan = resolve(self._all_alike(sparsity, quantize), self._model)
+        apply_plan(wrapped, plan.kernels)
+        return strip(wrapped)
 
     def _beside_integers(
         self, plain: Path, paths: Sequence[str], values: Mapping[str, np.ndarray]
@@ -147,9 +156,8 @@ class SizeModel:
                 self._places.setdefault((path, True), (flat, parts))
         return self._size_of(file) - self.file_size(values, bits, "dense")
 
-    def _adjust_sparse(self, model: keras.Model, quantize: bool) -> None:
+    def _adjust_sparse(self, pruned: keras.Model, quantize: bool) -> None:
         """Converts the network with most weights pruned, to learn what a sparse tensor costs."""
-        pruned = strip(wrap(model, self._all_alike(_PRUNED, quantize)))
         values = {kernel.path: kernel.value() for kernel in find_kernels(pruned)}
         bits = {
             path: 8 if quantize and kernel.spec.exports_int8 else 32

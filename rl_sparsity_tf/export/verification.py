@@ -327,9 +327,16 @@ _BATCH_SIZE = 256
 
 def score_model(model: keras.Model, batches: list[Batch], metric: Metric) -> Score:
     """Scores a plain model; it is compiled for the search's metric on a copy."""
+    return score_on_all(model, [batches], metric)[0]
+
+
+def score_on_all(model: keras.Model, sets: Sequence[list[Batch]], metric: Metric) -> list[Score]:
+    """Scores a plain model on several sets of batches, with one copy that is traced once."""
     judge = _judge(model)
-    check_figures(model, judge, batches[0])
-    return Evaluator(judge, metric)(batches)
+    for batches in sets:
+        check_figures(model, judge, batches[0])
+    evaluator = Evaluator(judge, metric)
+    return [evaluator(batches) for batches in sets]
 
 
 def score_tflite(path: Path, model: keras.Model, batches: list[Batch], metric: Metric) -> Score:

@@ -96,7 +96,9 @@ class Grouping:
         if self.block == 1 or self.rows == 1:
             return grid
         full = self.inputs // self.block
-        head = tf.broadcast_to(grid[:full, tf.newaxis, :], (full, self.block, self.outputs))
+        head = grid if full == self.rows else grid[:full]
+        head = tf.reshape(head, (full, 1, self.outputs))
+        head = tf.broadcast_to(head, (full, self.block, self.outputs))
         head = tf.reshape(head, (full * self.block, self.outputs))
         tail = self.inputs - full * self.block
         if tail == 0:

@@ -175,11 +175,12 @@ class KernelSpec:
         shape = self.matrix_shape(kernel.shape)
         if self.axes != tuple(range(len(self.axes))):
             kernel = tf.transpose(kernel, self.axes)
-        return tf.reshape(kernel, shape)
+        return kernel if kernel.shape == shape else tf.reshape(kernel, shape)
 
     def from_matrix(self, matrix: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
         """Undoes [to_matrix][] for a kernel of the given shape."""
-        kernel = tf.reshape(matrix, [shape[axis] for axis in self.axes])
+        moved = tuple(shape[axis] for axis in self.axes)
+        kernel = matrix if matrix.shape == moved else tf.reshape(matrix, moved)
         if self.axes != tuple(range(len(self.axes))):
             kernel = tf.transpose(kernel, np.argsort(self.axes))
         return kernel

@@ -85,8 +85,11 @@ def permute(matrix: tf.Tensor, swaps: tf.Tensor, grouping: Grouping) -> tf.Tenso
     if pairs == 0:
         return matrix
     head_rows = 2 * pairs * block
-    head = tf.reshape(matrix[:head_rows], (pairs, 2, block, grouping.outputs))
-    swapped = tf.where(swaps[:, tf.newaxis, tf.newaxis, :], tf.reverse(head, axis=[1]), head)
+    # Reshaped where an index would do: that takes several operations, and this is traced often.
+    head = matrix if head_rows == grouping.inputs else matrix[:head_rows]
+    head = tf.reshape(head, (pairs, 2, block, grouping.outputs))
+    asked = tf.reshape(swaps, (pairs, 1, 1, grouping.outputs))
+    swapped = tf.where(asked, tf.reverse(head, axis=[1]), head)
     swapped = tf.reshape(swapped, (head_rows, grouping.outputs))
     if head_rows == grouping.inputs:
         return swapped

@@ -138,6 +138,7 @@ class CompressionWrapper(keras.layers.Wrapper):
         self._probe: list[tf.Tensor] | None = None
         self._before_call: Callable[[Any], None] | None = None
         self._substitutes: Mapping[str, tf.Tensor] = {}
+        self._only_shapes = False
 
     # ------------------------------------------------------------------ building
 
@@ -215,18 +216,18 @@ class CompressionWrapper(keras.layers.Wrapper):
             return self._substitutes[attribute]
         settings, state = self._settings[attribute], self._state[attribute]
         variable = self.variable(attribute)
-        if not state:
+        if not state or self._only_shapes:
             return tf.convert_to_tensor(variable)
         spec, grouping = self.spec(attribute), self.grouping(attribute)
         matrix = spec.to_matrix(tf.convert_to_tensor(variable))
-        if "swaps" in state:
+        if "swaps" in state and _may_hold_any(state["swaps"]):
             matrix = ops.permute(matrix, state["swaps"] > 0, grouping)
         if "mask_logits" in state:
             matrix = self._learned_mask(matrix, state, grouping, training)
         elif "mask" in state:
             matrix = ops.mask_weights(matrix, state["mask"], grouping)
         matrix = self._constrained(attribute, matrix)
-        if "on_grid" in state:
+        if "on_grid" in state and _may_hold_any(state["on_grid"]):
             matrix = ops.quantize(
                 matrix,
                 state["on_grid"] > 0,
@@ -307,6 +308,16 @@ class CompressionWrapper(keras.layers.Wrapper):
             flat = tf.nest.flatten(outputs)
             self._probe += [output for output in flat if output.dtype.is_floating]
         return outputs
+
+    def _infer_output_signature(self, *arguments: Any) -> Any:
+        # Keras calls a layer in a graph that it throws away when a model is built or copied, to see
+        # the shape and type of what it puts out: neither depends on masks, grids and swaps, which
+        # make up most of the graph.
+        self._only_shapes = True
+        try:
+            return super()._infer_output_signature(*arguments)
+        finally:
+            self._only_shapes = False
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """The inner layer's output shape."""
@@ -448,3 +459,8 @@ def unwrapped(layer: keras.layers.Layer) -> keras.layers.Layer:
     if isinstance(layer, CompressionWrapper) or is_pruning_wrapper(layer):
         return layer.layer
     return layer
+
+
+def _may_hold_any(flags: tf.Variable) -> bool:
+    """Whether any flag is set; True inside a trace, whose flags are set later."""
+    return not tf.executing_eagerly() or bool(tf.reduce_any(flags > 0))

@@ -30,7 +30,6 @@ from rl_sparsity_tf.errors import (
     TargetError,
     check_choice,
 )
-from rl_sparsity_tf.export.verification import score_model
 from rl_sparsity_tf.layers.kernels import count_weights
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.layers.wrapping import strip, wrap
@@ -330,11 +329,12 @@ class _Contenders:
         search, figures = self.search, self.search.figures
         formats = formats_for(search.target)
         exported = export_what_holds(model, plan, figures, search.quantization, formats)
+        validation, test = figures.scores(model)
         return Finished(
             model=model,
             plan=plan,
-            validation=score_model(model, figures.validation, figures.metric),
-            test=score_model(model, figures.test, figures.metric) if figures.test else None,
+            validation=validation,
+            test=test,
             exported=exported,
             warnings=(exported.failure,) if exported.failure else (),
         )

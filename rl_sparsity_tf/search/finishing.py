@@ -17,7 +17,7 @@ from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.errors import ExportError
 from rl_sparsity_tf.export.export import export_tflite
 from rl_sparsity_tf.export.report import ExportReport
-from rl_sparsity_tf.export.verification import score_model, score_tflite
+from rl_sparsity_tf.export.verification import score_on_all, score_tflite
 from rl_sparsity_tf.files import scratch_folder
 from rl_sparsity_tf.layers.copying import copy_compile_state
 from rl_sparsity_tf.layers.kernels import find_kernels
@@ -114,6 +114,12 @@ class Figures:
         rows = flat_inputs(model, inputs_of(self.train.pool[:4]))
         return tuple(part[:_REPRESENTATIVE_ROWS] for part in rows)
 
+    def scores(self, model: keras.Model) -> tuple[Score, Score | None]:
+        """A plain model's scores on the validation data and, if there is any, on the test data."""
+        sets = [self.validation, self.test] if self.test else [self.validation]
+        validation, *test = score_on_all(model, sets, self.metric)
+        return validation, test[0] if test else None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
@@ -156,8 +162,7 @@ def finish(
         _log.warning("%s", warning)
     plan = _complete(plan_of(wrapped), candidate.plan)
     stripped = strip(wrapped)
-    validation = score_model(stripped, figures.validation, figures.metric)
-    test = score_model(stripped, figures.test, figures.metric) if figures.test else None
+    validation, test = figures.scores(stripped)
     exported = export_what_holds(stripped, plan, figures, quantization, formats)
     copy_compile_state(model, stripped)
     return Finished(

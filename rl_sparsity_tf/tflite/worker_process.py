@@ -13,6 +13,7 @@ Arrays travel as .npz files. The process ends when standard input does.
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import json
 import os
@@ -127,9 +128,19 @@ _SAMPLE_SECONDS = 0.005
 
 def warm() -> dict[str, Any]:
     """Imports what conversions need, ahead of the first one."""
+    return {"tensorflow": _tensorflow().__version__}
+
+
+@functools.cache
+def _tensorflow() -> Any:
+    """TensorFlow, whose own objects are not looked through for garbage at every conversion.
+
+    The converter does that each time, and it took longer than the conversion of a small network.
+    """
     import tensorflow as tf
 
-    return {"tensorflow": tf.__version__}
+    gc.freeze()
+    return tf
 
 
 def convert(
@@ -140,8 +151,7 @@ def convert(
     The quantization is "none", "dynamic", "float16" or "int8"; "int8" needs `representative`, an
     .npz file with one array of rows per signature input.
     """
-    import tensorflow as tf
-
+    tf = _tensorflow()
     converter = tf.lite.TFLiteConverter.from_saved_model(
         saved_model, signature_keys=["serving_default"]
     )
@@ -171,12 +181,15 @@ def convert(
 
 def _fixed_batch(saved_model: str) -> int:
     """The batch size that a SavedModel's signature fixes, or 1."""
-    import tensorflow as tf
+    from tensorflow.core.protobuf import saved_model_pb2
 
-    signature = tf.saved_model.load(saved_model).signatures["serving_default"]
-    specs = signature.structured_input_signature[1].values()
-    sizes = [spec.shape[0] for spec in specs if spec.shape.rank and spec.shape[0] is not None]
-    return int(sizes[0]) if sizes else 1
+    # Of the file alone: to load what it describes takes longer than many a conversion.
+    content = Path(saved_model, "saved_model.pb").read_bytes()
+    (graph,) = saved_model_pb2.SavedModel.FromString(content).meta_graphs
+    ports = graph.signature_def["serving_default"].inputs
+    shapes = [ports[name].tensor_shape.dim for name in sorted(ports)]
+    sizes = [int(shape[0].size) for shape in shapes if shape and shape[0].size >= 0]
+    return sizes[0] if sizes else 1
 
 
 def quantize(

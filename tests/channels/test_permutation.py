@@ -91,7 +91,7 @@ def test_models_compute_the_same(name, group):
 )
 def test_random_graphs_compute_the_same(widths, multiplier, group, seed):
     """Sums, concatenations, depthwise kernels, slopes and Flatten at once."""
-    keras.backend.clear_session()
+    keras.backend.reset_uids()
     one, two, three = widths
     inputs = keras.Input((4, 4, 2))
     x = layers.Conv2D(one, 3, padding="same", activation="sigmoid")(inputs)

@@ -95,6 +95,7 @@ def test_ranking_anew_is_better_and_prunes_as_much(digits, group):
     assert sum(as_many) >= 3  # all but what was released
 
 
+@pytest.mark.slow
 def test_looking_at_a_network_leaves_it_as_it_was(digits):
     model, data = digits
     network = network_of(model, data.x_train, data.y_train, sparsity=SPARSITY)

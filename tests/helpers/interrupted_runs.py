@@ -145,7 +145,7 @@ def bits_of(result: rls.Result, folder: Path) -> dict[str, Any]:
 
 def same_names() -> None:
     """A new process counts names from the beginning; here it finds the same machine, too."""
-    keras.backend.clear_session()
+    keras.backend.reset_uids()
     MEASURED[0] = 0
 
 

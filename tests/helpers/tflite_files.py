@@ -10,6 +10,8 @@ import tensorflow as tf
 import tf_keras as keras
 from ai_edge_litert import schema_py_generated as schema
 
+from rl_sparsity_tf.files import sha256_of
+
 SPARSE = tf.lite.Optimize.EXPERIMENTAL_SPARSITY
 QUANTIZED = tf.lite.Optimize.DEFAULT
 
@@ -28,8 +30,24 @@ def with_zeros(model: keras.Model, share: float, block: int = 1) -> keras.Model:
     return model
 
 
+_CONVERTED: dict[str, bytes] = {}
+
+
 def convert(model: keras.Model, path: Path, *optimizations, integer=False, types=()) -> Path:
-    """Converts with the TFLite converter; `integer` asks for int8 activations too."""
+    """Converts with the TFLite converter; `integer` asks for int8 activations too.
+
+    A file of the same model is made once in a process.
+    """
+    options = str((optimizations, integer, types))
+    weights = (part for w in model.get_weights() for part in (str(w.dtype).encode(), w.tobytes()))
+    key = sha256_of(model.to_json().encode(), options.encode(), *weights)
+    if key not in _CONVERTED:
+        _CONVERTED[key] = _converted(model, optimizations, integer, types)
+    path.write_bytes(_CONVERTED[key])
+    return path
+
+
+def _converted(model: keras.Model, optimizations, integer, types) -> bytes:
     converter = tf.lite.TFLiteConverter.from_keras_model(model)
     converter.optimizations = list(optimizations)
     converter.target_spec.supported_types = list(types)
@@ -41,8 +59,7 @@ def convert(model: keras.Model, path: Path, *optimizations, integer=False, types
         )
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
         converter.inference_input_type = converter.inference_output_type = tf.int8
-    path.write_bytes(converter.convert())
-    return path
+    return converter.convert()
 
 
 def tables(path: Path):

@@ -133,11 +133,20 @@ def untrained() -> keras.Model:
     return model
 
 
-def trained() -> keras.Model:
-    """The same trained model every time, its optimizer having taken a step."""
+@functools.cache
+def _stepped() -> list[np.ndarray]:
     model = untrained()
     # By hand: Keras's own step is traced, which takes longer than many a test.
     model.optimizer.apply_gradients((tf.ones_like(w), w) for w in model.trainable_weights)
+    return [variable.numpy() for variable in model.optimizer.variables]
+
+
+def trained() -> keras.Model:
+    """The same trained model every time, its optimizer having taken a step."""
+    model, stepped = untrained(), _stepped()
+    model.optimizer.build(model.trainable_weights)
+    for variable, value in zip(model.optimizer.variables, stepped, strict=True):
+        variable.assign(value)
     model.set_weights(_weights())
     return model
 

@@ -187,7 +187,7 @@ class Case:
 @pytest.fixture(scope="module", params=RECURRENT_ETC)
 def case(request):
     """A model of one kind, wrapped and stripped once for all that looks at it."""
-    keras.backend.clear_session()
+    keras.backend.reset_uids()
     model = RECURRENT_ETC[request.param]()
     plan = mixed_plan(model)
     wrapped = rls.wrap(model, plan)

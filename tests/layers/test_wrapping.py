@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tf_keras as keras
 from zoo import ZOO, inputs_for, layers
 
@@ -11,7 +12,7 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf.layers.kernels import find_kernels, sparsity_of
 from rl_sparsity_tf.layers.plan import KernelRule
 from rl_sparsity_tf.layers.rules import uniform_plan
-from rl_sparsity_tf.layers.wrapping import is_wrapped, plan_of, wrappers_of
+from rl_sparsity_tf.layers.wrapping import apply_plan, is_wrapped, plan_of, wrappers_of
 
 
 def random_plan(model, group, seed=0, bits=8):
@@ -28,14 +29,15 @@ def random_plan(model, group, seed=0, bits=8):
 
 
 def assert_same_bits(one, other):
-    for rows in (1, 7, 32):
-        x = inputs_for(one, rows)
+    x = inputs_for(one, 32 + 7 + 1)
+    for given in (x[:39], x[:33]):  # batches of 32 and 7, and of 32 and 1
         np.testing.assert_array_equal(
-            one.predict(x, verbose=0), other.predict(x, verbose=0), err_msg=f"predict, {rows} rows"
+            one.predict(given, verbose=0), other.predict(given, verbose=0), err_msg="predict"
         )
+    for rows in (1, 7, 32):
         np.testing.assert_array_equal(
-            one(x, training=False).numpy(),
-            other(x, training=False).numpy(),
+            one(x[:rows], training=False).numpy(),
+            other(x[:rows], training=False).numpy(),
             err_msg=f"eager, {rows} rows",
         )
 
@@ -50,6 +52,19 @@ def test_all_keep_plan_is_bit_equal_to_the_original(name):
 def test_without_a_plan_everything_is_kept():
     model = ZOO["dense"]()
     assert_same_bits(model, rls.wrap(model))
+
+
+def test_operations_set_later_count_eagerly_and_in_a_trace():
+    model = ZOO["dense"]()
+    x, wrapped = inputs_for(model, 7), rls.wrap(model)
+    traced = tf.function(lambda rows: wrapped(rows, training=False))
+    np.testing.assert_array_equal(traced(x), wrapped(x, training=False))
+    plan = random_plan(model, "element")
+    apply_plan(wrapped, plan.kernels)
+    found = wrapped(x, training=False)
+    np.testing.assert_array_equal(traced(x), found)
+    np.testing.assert_array_equal(rls.wrap(model, plan)(x, training=False), found)
+    assert not np.array_equal(found, model(x, training=False))
 
 
 @pytest.mark.slow

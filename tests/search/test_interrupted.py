@@ -51,6 +51,16 @@ def whole(tmp_path_factory):
     return bits_of(KINDS["curriculum"](folder), folder)
 
 
+@pytest.fixture(scope="module")
+def cut_off(tmp_path_factory):
+    """A staged search that was killed behind a checkpoint, to go on from in a copy."""
+    folder = tmp_path_factory.mktemp("cut off") / "run"
+    same_names()
+    assert interrupted_runs.killed(KINDS["curriculum"], folder, 30, after=True)
+    assert tiny.journal_of(folder)
+    return folder
+
+
 # ---------------------------------------------------------------------------- kills
 
 
@@ -63,7 +73,7 @@ def whole(tmp_path_factory):
 def test_a_killed_search_goes_on_to_the_same_bits(kind, moments, whole, tmp_path):
     run, folder = KINDS[kind], tmp_path / "killed"
     if kind != "curriculum":
-        run = functools.partial(run, finetune_epochs=0)
+        run = functools.partial(run, finetune_epochs=0, finalists=1)
         same_names()
         whole = bits_of(run(tmp_path / "whole"), tmp_path / "whole")
     for number, moment in enumerate(moments):
@@ -99,21 +109,16 @@ def test_a_search_killed_in_the_final_falls_back_on_the_same_plans(whole, tmp_pa
 
 
 @pytest.mark.slow
-def test_checkpoints_that_are_gone_begin_the_search_again(whole, tmp_path):
-    folder = tmp_path / "run"
-    same_names()
-    assert interrupted_runs.killed(KINDS["curriculum"], folder, 30, after=True)
-    assert tiny.journal_of(folder)
+def test_checkpoints_that_are_gone_begin_the_search_again(whole, cut_off, tmp_path):
+    folder = shutil.copytree(cut_off, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints")
     same_names()
     assert compared(bits_of(KINDS["curriculum"](folder), folder), whole) == "same"
 
 
 @pytest.mark.slow
-def test_a_run_of_format_1_goes_on_to_the_same_bits(whole, tmp_path):
-    folder = tmp_path / "run"
-    same_names()
-    assert interrupted_runs.killed(KINDS["curriculum"], folder, 30, after=True)
+def test_a_run_of_format_1_goes_on_to_the_same_bits(whole, cut_off, tmp_path):
+    folder = shutil.copytree(cut_off, tmp_path / "run")
     tiny.strip_seals(folder)
     same_names()
     assert compared(bits_of(KINDS["curriculum"](folder), folder), whole) == "same"

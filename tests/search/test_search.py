@@ -121,7 +121,13 @@ def cache(tmp_path_factory):
     return {}, tmp_path_factory.mktemp("runs")
 
 
-@pytest.fixture(params=RUNS)
+# For every day there are two, of agents that learn, with and without a warm start.
+SLOW_RUNS = ("random block4 dynamic", "random block16 plan")
+
+
+@pytest.fixture(
+    params=[pytest.param(one, marks=pytest.mark.slow) if one in SLOW_RUNS else one for one in RUNS]
+)
 def run(request, cache) -> Run:
     done, folder = cache
     if request.param not in done:

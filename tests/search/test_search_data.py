@@ -183,7 +183,7 @@ def test_class_weights_reach_recovery_and_fine_tuning_but_no_score(monkeypatch):
     model, plain_fit = trained(), keras.Model.fit
 
     def fit(self, x=None, *args, **options):
-        if isinstance(x, tf.data.Dataset):  # not the weight autoencoder's array
+        if isinstance(x, tf.data.Dataset):
             seen.extend((y.numpy(), weights.numpy()) for _, y, weights in x)
         return plain_fit(self, x, *args, **options)
 

@@ -83,7 +83,7 @@ EXACT = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "bits", "unroll"), EXACT)
 def test_integers_stand_for_the_fine_tuned_weights_bit_for_bit(name, bits, unroll, tmp_path):
-    keras.backend.clear_session()  # names, and so paths, start from the beginning
+    keras.backend.reset_uids()  # names, and so paths, start from the beginning
     model, plan = stripped({**zoo.ZOO, **zoo.RECURRENT_ETC}[name](), bits)
     path = tmp_path / "m.tflite"
     export_tflite(model, path, plan=plan, unroll=unroll)
@@ -184,7 +184,7 @@ COMPUTED_IN_FLOAT = {
 
 @pytest.mark.parametrize(("name", "compute", "bits"), COMPUTED_IN_FLOAT)
 def test_without_an_integer_form_kernels_keep_their_bits(name, compute, bits, tmp_path):
-    keras.backend.clear_session()
+    keras.backend.reset_uids()
     model, plan = stripped({**zoo.ZOO, **zoo.RECURRENT_ETC}[name](), bits)
     path = tmp_path / "m.tflite"
     x = zoo.inputs_for(model, 40)
@@ -202,7 +202,7 @@ def test_without_an_integer_form_kernels_keep_their_bits(name, compute, bits, tm
 
 
 def test_what_comes_behind_a_loop_computes_on_integers(tmp_path):
-    keras.backend.clear_session()
+    keras.backend.reset_uids()
     model, plan = stripped(zoo.simple_rnn())
     path = tmp_path / "m.tflite"
     x = zoo.inputs_for(model, 40)
@@ -369,7 +369,7 @@ def test_a_recipe_that_is_there_is_replaced_only_if_asked(tmp_path):
 
 
 def test_a_plan_without_integers_has_no_recipe(tmp_path):
-    keras.backend.clear_session()
+    keras.backend.reset_uids()
     model, plan = stripped(zoo.dense(), floats=["dense/kernel", "dense_1/kernel"])
     report = export_tflite(model, tmp_path / "m.tflite", plan=plan)
     assert report.recipe is None
