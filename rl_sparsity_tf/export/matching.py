@@ -28,6 +28,8 @@ from rl_sparsity_tf.tflite.reading import FlatTensor
 # A tensor at most this far from a kernel (relative to the kernel's norm) is the kernel itself, no
 # batch normalisation folded in. Rounding to 4 bits moves a kernel by up to about 0.15.
 _SAME = 0.2
+# The axis of a dense kernel's inputs, as the axis of factors.
+_BY_INPUT = (0,)
 # A tensor is taken for a kernel if one factor per channel leaves at most this share of its energy
 # unexplained: 4-bit rounding leaves about 0.02, an unrelated kernel of n inputs about 1 - 1/n.
 _UNEXPLAINED = 0.1
@@ -117,10 +119,10 @@ def match_kernels(
 
     A tensor fits a kernel if its shape is one of TFLite's layouts of the kernel's shape and every
     output channel is the kernel's, up to rounding and one factor per channel (a folded batch
-    normalisation). Tensors equal to a kernel are assigned first, then those equal up to factors,
-    the best fit first and every tensor once; a kernel that is left over may share a tensor that
-    equals it, since the converter merges equal constants; what is left then is looked for gate by
-    gate.
+    normalisation; one before a dense layer with a bias gives a factor per input). Tensors equal to
+    a kernel are assigned first, then those equal up to factors, the best fit first and every tensor
+    once; a kernel that is left over may share a tensor that equals it, since the converter merges
+    equal constants; what is left then is looked for gate by gate.
 
     The kernels are in Keras's layouts, the tensors those of all subgraphs. For every path there is
     one tensor as a rule, one per gate for an LSTM or GRU kernel, and none if the kernel was not
@@ -180,7 +182,7 @@ def _assign(
     fits = []
     for order, (path, kernel) in enumerate(kernels.items()):
         for position, tensor in enumerate(tensors):
-            fit = _best_fit(kernel, tensor)
+            fit = _best_fit(kernel, tensor, _names(tensor, path))
             if fit is not None:
                 distance, unexplained, axes = fit
                 # Equal tensors compete by distance and go before those equal up to factors.
@@ -209,12 +211,18 @@ def _names(tensor: FlatTensor, path: str) -> bool:
 
 
 def _best_fit(
-    kernel: np.ndarray, tensor: FlatTensor
+    kernel: np.ndarray, tensor: FlatTensor, named: bool
 ) -> tuple[float, float, tuple[int, ...]] | None:
-    """Returns (distance, unexplained share, axes) of the best layout that fits, or None."""
+    """Returns (distance, unexplained share, axes) of the best layout that fits, or None.
+
+    `named` is whether the tensor's name has the kernel's layer in it.
+    """
     best = None
     for axes, channel_axes in _layouts(kernel.ndim):
         if not _reshapes([kernel.shape[axis] for axis in axes], tensor.shape):
+            continue
+        # A factor for every single weight would make anything fit.
+        if channel_axes == _BY_INPUT and kernel.shape[-1] == 1 and not named:
             continue
         values = _in_kernel_layout(tensor, kernel.shape, axes)
         distance = _distance(kernel, values)
@@ -258,6 +266,8 @@ def _layouts(rank: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Yields (axes, channel axes): TFLite's orders of a kernel, and where factors may vary."""
     last, second = rank - 1, rank - 2
     identity = tuple(range(rank))
+    if rank == 2:  # the factors of a batch normalisation before a dense layer
+        yield (last, second), _BY_INPUT
     # Dense (out, in), Conv1D and Conv2D (out, kh, kw, in).
     yield (last, *identity[:-1]), (last,)
     # Embedding, constants of matrix products, Conv3D (d, h, w, in, out).

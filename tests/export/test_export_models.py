@@ -476,3 +476,30 @@ def test_kernels_of_one_input_are_told_apart_by_their_names(tmp_path, seed):
     found = {tensor.kernel: tensor.zeros for tensor in report.tensors if tensor.kernel}
     assert found["two/kernel"] >= 2
     assert found["one/kernel"] == found["three/kernel"] == 0
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("quantization", ["none", "dynamic"])
+def test_a_batch_norm_before_a_dense_layer_may_scale_its_inputs(quantization, outputs, tmp_path):
+    """TFLite's converter multiplies the kernel's rows with its factors, which differ a lot here."""
+    rng = np.random.default_rng(0)
+    first, last = layers.Dense(16, "relu", name="first"), layers.Dense(outputs, name="last")
+    norm = layers.BatchNormalization()
+    model = keras.Sequential([layers.Input((6,)), first, norm, last])
+    kernel = rng.normal(size=(16, outputs)) * (rng.random((16, outputs)) < 0.5)
+    last.set_weights([kernel, rng.normal(size=outputs)])  # without a bias nothing is folded
+    gamma, variance = np.exp(rng.uniform(-2, 2, 16)), np.exp(rng.uniform(-2, 2, 16))
+    norm.set_weights([gamma, rng.normal(size=16), rng.normal(size=16), variance])
+    rows = rng.normal(size=(50, 6)).astype(np.float32)
+    path = tmp_path / "model.tflite"
+    report = export_tflite(model, path, quantization, representative_data=rows)
+    assert {tensor.kernel for tensor in report.tensors} >= {"first/kernel", "last/kernel"}
+    (held,) = match_kernels({"last/kernel": kernel}, read_tensors(path))["last/kernel"]
+    stored = held.values(kernel)
+    assert not stored[kernel == 0].any()
+    factors = gamma / np.sqrt(variance + norm.epsilon)
+    np.testing.assert_allclose(stored, kernel * factors[:, None], atol=0.01 * np.abs(stored).max())
+    # Another kernel of the same shape is not this one, whatever its inputs are scaled by.
+    if outputs > 1:
+        other = rng.normal(size=kernel.shape)
+        assert not match_kernels({"last/kernel": other}, read_tensors(path))["last/kernel"]
