@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 import tf_keras as keras
+from tf_keras.api._v1.keras import layers as _layers_of_v1
 
 from rl_sparsity_tf.errors import ArgumentError, did_you_mean
 from rl_sparsity_tf.layers.kernel_spec import KernelSpec
@@ -99,8 +100,8 @@ _REGISTRY: dict[type, tuple[KernelSpec, ...] | Rule] = {
     _layers.LSTMCell: _CELL,
     _layers.GRUCell: _CELL,
     _layers.SimpleRNNCell: _CELL,
-    tf.compat.v1.keras.layers.LSTMCell: _CELL,
-    tf.compat.v1.keras.layers.GRUCell: _CELL,
+    _layers_of_v1.LSTMCell: _CELL,
+    _layers_of_v1.GRUCell: _CELL,
     # One class for 1, 2 and 3 dimensions, which Keras does not export.
     sys.modules[_layers.ConvLSTM2D.__mro__[1].__module__].ConvLSTMCell: _convolutional_cell,
 }

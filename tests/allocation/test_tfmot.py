@@ -9,6 +9,7 @@ import tf_keras as keras
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_search import TRAIN, rows, trained, untrained
+from toolkit import tfmot as tfmot_package
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.allocation import tfmot as tfmot_baseline
@@ -18,7 +19,7 @@ from rl_sparsity_tf.data.batches import training_data
 from rl_sparsity_tf.errors import MissingDependencyError
 from rl_sparsity_tf.layers.kernels import find_kernels, sparsity_of
 
-pruning = pytest.importorskip("tensorflow_model_optimization").sparsity.keras
+pruning = tfmot_package.sparsity.keras
 L = keras.layers
 QUICK = {"epochs": 3, "batch_size": 32}
 

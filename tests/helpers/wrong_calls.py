@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_model_optimization as tfmot
 import tf_keras as keras
 from tiny_search import TRAIN, VALIDATION, quick_search, trained, untrained
+from toolkit import tfmot
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf import demo

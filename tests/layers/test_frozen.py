@@ -490,7 +490,6 @@ def test_baselines_change_only_what_they_may(name):
 
 @pytest.mark.slow
 def test_tfmot_prunes_only_what_it_may():
-    pytest.importorskip("tensorflow_model_optimization")
     model = trained()
     plan = rls.baselines.tfmot(model, TRAIN, sparsity=0.4, epochs=1, exclude="last")
     assert set(plan.kernels) == {"first/kernel"}

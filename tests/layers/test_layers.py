@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras as keras
+from toolkit import PruneRegistry
 from zoo import RECURRENT_ETC, ZOO, inputs_for, layers
 
 import rl_sparsity_tf as rls
@@ -433,15 +434,12 @@ CONSTRUCTORS = {
 
 
 def prunable_classes():
-    registry = pytest.importorskip(
-        "tensorflow_model_optimization.python.core.sparsity.keras.prune_registry"
-    ).PruneRegistry
-    for kind, names in registry._LAYERS_WEIGHTS_MAP.items():
+    for kind, names in PruneRegistry._LAYERS_WEIGHTS_MAP.items():
         if names:
             yield kind, [name.replace(".", "/") for name in names]
-    for kind, names in registry._RNN_CELLS_WEIGHTS_MAP.items():
+    for kind, names in PruneRegistry._RNN_CELLS_WEIGHTS_MAP.items():
         yield kind, names
-    for kind in registry._RNN_LAYERS:
+    for kind in PruneRegistry._RNN_LAYERS:
         yield kind, ["cell/kernel", "cell/recurrent_kernel"]
 
 

@@ -104,7 +104,7 @@ def test_a_registered_class_of_the_user_loads(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_pruned_model_of_the_optimization_toolkit_loads(tmp_path, name):
-    import tensorflow_model_optimization as tfmot
+    from toolkit import tfmot
 
     model = tfmot.sparsity.keras.prune_low_magnitude(small_model())
     model.save(tmp_path / name)

@@ -5,13 +5,13 @@ import logging
 import numpy as np
 import pytest
 import tf_keras as keras
+from toolkit import tfmot
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.layers.plan import KernelRule
 from rl_sparsity_tf.layers.wrapping import plan_of
 
-tfmot = pytest.importorskip("tensorflow_model_optimization")
 pruning, layers = tfmot.sparsity.keras, keras.layers
 ROWS = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
 NOTICE = "The pruning wrappers of TFMOT are taken off"

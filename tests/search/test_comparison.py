@@ -25,8 +25,6 @@ from rl_sparsity_tf.errors import ArgumentError, MissingDependencyError
 from rl_sparsity_tf.search import comparison
 from rl_sparsity_tf.search.comparison import ALL, CONTENDERS, DEFAULT, compare, comparison_table
 
-pytest.importorskip("tensorflow_model_optimization")
-
 ROW = {
     *("name", "accuracy", "metric", "validation_accuracy", "validation_metric"),
     *("tflite_accuracy", "tflite_metric", "tflite_bytes", "gzip_bytes", "sparsity"),
