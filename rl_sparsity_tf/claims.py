@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import stat
 import struct
 import zipfile
@@ -34,6 +35,22 @@ _NUMBERS = {h5t.INTEGER, h5t.FLOAT, h5t.COMPOUND, h5t.ENUM, h5t.STRING, h5t.OPAQ
 # and h5py's lzf. Any other one would be looked for as a library to load.
 _FILTERS = {1, 2, 3, 4, 5, 6, 32000}
 _HEAP = b"GCOL"
+
+
+DTYPE = re.compile(r"(bfloat|float|int|uint|complex)\d+|bool|str(ing)?|[SU|<>]{0,2}\d{0,3}")
+"""Types that an array in a configuration may have: U1000000000 would make gigabytes of a letter."""
+
+
+def dicts_of(config: object) -> Iterator[dict[str, Any]]:
+    """All dicts of a configuration made of JSON values, each before those inside it, in order."""
+    waiting: list[object] = [config]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting.extend(reversed(value))
+        elif isinstance(value, dict):
+            yield value
+            waiting.extend(reversed(list(value.values())))
 
 
 class ClaimError(ValueError):

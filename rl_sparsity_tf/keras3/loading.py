@@ -16,6 +16,7 @@ from typing import Any
 import keras as keras3
 from keras.src.ops.operation import Operation
 
+from rl_sparsity_tf.claims import DTYPE, dicts_of
 from rl_sparsity_tf.errors import ModelError, one_line
 
 # What models are made of; operations of keras.ops, as layers, are of the first kind.
@@ -36,8 +37,6 @@ _PLAIN = {
     "__tuple__",
 }
 _FILES = ("vocabulary", "vocabulary_file", "filepath", "file_path", "filename")
-# A dtype such as U1000000000 would make gigabytes of a letter.
-_DTYPE = re.compile(r"(bfloat|float|int|uint|complex)\d+|bool|str(ing)?|[SU|<>]{0,2}\d{0,3}")
 
 
 def load_keras_3(path: Path, *, trusted: bool) -> Any:
@@ -69,15 +68,9 @@ def foreign_parts(config: object) -> Iterator[str]:
 
     The configuration is made of JSON values.
     """
-    waiting: list[object] = [config]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, list):
-            waiting.extend(reversed(value))
-        elif isinstance(value, dict):
-            if "class_name" in value:
-                yield from _foreign_object(value)
-            waiting.extend(reversed(list(value.values())))
+    for value in dicts_of(config):
+        if "class_name" in value:
+            yield from _foreign_object(value)
 
 
 def _foreign_object(stored: dict[str, Any]) -> Iterator[str]:
@@ -93,7 +86,7 @@ def _foreign_object(stored: dict[str, Any]) -> Iterator[str]:
         if own is None and not _computes(module, inner):
             yield f"it uses the function {inner!r} of the module {module!r}"
     elif kind in _PLAIN:
-        if not _DTYPE.fullmatch(str(details.get("dtype") or "float32")):
+        if not DTYPE.fullmatch(str(details.get("dtype") or "float32")):
             yield f"it holds an array of the type {str(details.get('dtype'))[:40]!r}"
     elif _registered(registered) is None:
         found = _found(module, kind)

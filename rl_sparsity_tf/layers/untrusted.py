@@ -22,6 +22,8 @@ from tf_keras.src.export.export_lib import ReloadedLayer
 from tf_keras.src.layers import serialization
 from tf_keras.src.layers.core.tf_op_layer import ClassMethod, InstanceProperty, TFOpLambda
 
+from rl_sparsity_tf.claims import DTYPE, dicts_of
+
 # Python; files and what reads or writes them; networks and other devices; whatever ends or stops
 # the process; and operations that carry a program of their own.
 _REACHING_OUT = re.compile(
@@ -122,8 +124,6 @@ _TENSOR_MAKERS = {
 }
 _SPECS = (tf.TensorSpec, tf.RaggedTensorSpec, tf.SparseTensorSpec)
 _SPEC_NAMES = {f"tf.{spec.__name__}" for spec in _SPECS}
-# A dtype such as U1000000000 would make gigabytes of a letter.
-_DTYPE = re.compile(r"(bfloat|float|int|uint|complex)\d+|bool|str(ing)?|[SU|<>]{0,2}\d{0,3}")
 _PLAIN = {"__bytes__", "__tuple__", "__ellipsis__", "TensorShape", "CompositeTensor"}
 _FILES = {"vocabulary_file", "filepath", "file_path", "filename"}
 _FILES_OR_LISTS = {"vocabulary", "initial_vocabulary"}
@@ -134,33 +134,18 @@ def foreign_parts(config: object) -> Iterator[str]:
 
     The configuration is made of JSON values.
     """
-    waiting: list[object] = [config]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, list):
-            waiting.extend(reversed(value))
-        elif isinstance(value, dict):
-            if "class_name" in value:
-                yield from _foreign_object(value)
-            for key, inner in value.items():
-                # Lambda, ResidualWrapper and their like store Python bytecode under these keys.
-                if str(key).endswith("_type") and inner in ("lambda", "function"):
-                    yield f"it stores a Python function as code ({key}={inner!r})"
-            waiting.extend(reversed(list(value.values())))
+    for value in dicts_of(config):
+        if "class_name" in value:
+            yield from _foreign_object(value)
+        for key, inner in value.items():
+            # Lambda, ResidualWrapper and their like store Python bytecode under these keys.
+            if str(key).endswith("_type") and inner in ("lambda", "function"):
+                yield f"it stores a Python function as code ({key}={inner!r})"
 
 
 def class_names(config: object) -> set[str]:
     """Names of all classes in a configuration."""
-    names: set[str] = set()
-    waiting: list[object] = [config]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, list):
-            waiting.extend(value)
-        elif isinstance(value, dict):
-            names.add(str(value.get("class_name")))
-            waiting.extend(value.values())
-    return names
+    return {str(value.get("class_name")) for value in dicts_of(config)}
 
 
 def _foreign_object(stored: dict[str, Any]) -> Iterator[str]:
@@ -184,7 +169,7 @@ def _foreign_object(stored: dict[str, Any]) -> Iterator[str]:
         if not found or any(spec not in _SPECS for spec in found):
             yield f"its part{label} is of the class {name!r} of the module {module!r}"
     elif kind in ("__numpy__", "__tensor__"):
-        if not _DTYPE.fullmatch(str(details.get("dtype", "float32"))):
+        if not DTYPE.fullmatch(str(details.get("dtype", "float32"))):
             yield f"it holds an array of the type {str(details.get('dtype'))[:40]!r}"
     elif not (kind in _PLAIN and module is None):
         yield from _foreign_class(stored, kind, registered, details, label)
