@@ -41,7 +41,7 @@ from rl_sparsity_tf.allocation.dynamic_programming import propose_all
 from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.data.batches import evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data.datasets import Data, load_dataset
-from rl_sparsity_tf.environment.improvement_environment import MOVES, SLOTS, opening_action
+from rl_sparsity_tf.environment.improvement_environment import MOVES, SLOTS, opened
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reranking import SCHEDULE
@@ -152,14 +152,11 @@ def by_bandit(
     of_action = ["all"] * len(MOVES) + [move.kind for move in MOVES] * SLOTS
     kinds = {kind: [0.5, 0.5] for kind in of_action}
     time_step, found = env.reset(), []
-    opening = [opening_action(powers) for powers in SCHEDULE]
+    left = list(SCHEDULE)
     while not time_step.is_last():
-        legal = [int(one) for one in np.flatnonzero(time_step.observation["legal"])]
-        first = [action for action in opening if action in legal]
-        if first:
-            action = first[0]
-            opening = opening[opening.index(action) + 1 :]
-        else:
+        action = opened(left, time_step.observation["legal"])
+        if action is None:
+            legal = [int(one) for one in np.flatnonzero(time_step.observation["legal"])]
             drawn = {kind: rng.beta(*kinds[kind]) for kind in {of_action[one] for one in legal}}
             best = max(sorted(drawn), key=lambda kind: drawn[kind])
             action = int(rng.choice([one for one in legal if of_action[one] == best]))

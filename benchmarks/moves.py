@@ -32,7 +32,7 @@ from curves import by_bandit
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.allocation.dynamic_programming import POWERS, propose_all
-from rl_sparsity_tf.environment.improvement_environment import MOVES, SLOT_SHAPE, opening_action
+from rl_sparsity_tf.environment.improvement_environment import MOVES, SLOT_SHAPE, opened
 from rl_sparsity_tf.environment.moves import BETAS
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reranking import SCHEDULE
@@ -159,12 +159,11 @@ def played(network: CompressedNetwork, start: Any, moves: int, rule: Rule) -> fl
     """The best value after so many moves, all kernels ranked first."""
     env = rls.ImprovementEnvironment(network, start=start, moves=moves)
     time_step = env.reset()
-    opening = [opening_action(powers) for powers in SCHEDULE]
+    left = list(SCHEDULE)
     while not time_step.is_last():
-        legal = time_step.observation["legal"]
-        while opening and not legal[opening[0]]:
-            opening.pop(0)
-        action = opening.pop(0) if opening else int(np.argmax(rule(time_step)))
+        action = opened(left, time_step.observation["legal"])
+        if action is None:
+            action = int(np.argmax(rule(time_step)))
         time_step = env.step(np.int32(action))
     return env.value
 

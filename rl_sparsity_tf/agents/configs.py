@@ -342,9 +342,8 @@ def build_agent(
 
     The observation must be a dict of `"state"` (float32, shape (F,)) and `"legal"` (int32, shape
     (n_actions,), 0 or 1), the action a scalar int32 from 0 to n_actions - 1. If the state is made
-    of `slots`, one network scores the actions of every slot. Raises ArgumentError
-    if the agent is not known or a spec does not fit, and MissingDependencyError if TF-Agents cannot
-    be imported.
+    of `slots`, one network scores the actions of every slot. Raises ArgumentError if the agent is
+    not known or a spec does not fit, and MissingDependencyError if TF-Agents cannot be imported.
 
     Example:
         >>> agent = build_agent("dqn", env.time_step_spec(), env.action_spec(), seed=1)

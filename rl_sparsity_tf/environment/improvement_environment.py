@@ -17,6 +17,8 @@ from rl_sparsity_tf.allocation.density_plans import PlanSpace
 from rl_sparsity_tf.checks import check_count
 from rl_sparsity_tf.environment.candidates import plan_of
 from rl_sparsity_tf.environment.features import (
+    NETWORK_FEATURES,
+    SLOT_FEATURES,
     Feature,
     against,
     print_features,
@@ -53,15 +55,11 @@ _MARGIN = 0.25
 _KINDS = ("rank_all", "release", "rank", "denser", "sparser")
 _OF_ONE = ("rank", "denser", "sparser")
 
+_ELSEWHERE = {one.name: one for one in (*SLOT_FEATURES, *NETWORK_FEATURES)}
 _OF_A_SLOT: tuple[Feature, ...] = (
     Feature("present", 0, "1 if the slot holds a kernel (the first: all), else 0, as what follows"),
-    Feature("share", 0, "the kernel's share of all weights"),
-    Feature("fan_in", 0, "log2(1 + inputs) / 16"),
-    Feature("fan_out", 0, "log2(1 + outputs) / 16"),
-    Feature("sensitivity", 0, "gradient variance g against the kernels' mean m: g/(g+m)"),
-    Feature("depth", 0, "0 for the first kernel of the network, 1 for the last"),
-    Feature("convolution", 0, "1 for convolution kernels, 0 for dense ones"),
-    Feature("depthwise", 0, "1 for kernels with one input channel per output, else 0"),
+    *(_ELSEWHERE[name] for name in ("share", "fan_in", "fan_out", "sensitivity", "depth")),
+    *(_ELSEWHERE[name] for name in ("convolution", "depthwise")),
     Feature("density", 0, "1 + log2(share of its groups that live) / 16"),
     Feature("relative_density", 0, "that share d against the network's m: d/(d+m)"),
     Feature("reconstruction_error", 0, "autoencoder's error on the weights that the plan leaves"),
@@ -77,10 +75,9 @@ _OF_A_SLOT: tuple[Feature, ...] = (
     Feature("sparser_before", -1, "the same of the last move to be sparser"),
 )
 _OF_THE_NETWORK: tuple[Feature, ...] = (
-    Feature("target", 0, "the sparsity that is wanted"),
+    _ELSEWHERE["target"],
     Feature("density", 0, "1 + log2(share of the weights that live) / 16"),
-    Feature("retention", 0, "how much of the dense model's metric is left"),
-    Feature("loss_ratio", 0, "dense loss d against the present l: d / (d + l)"),
+    *(_ELSEWHERE[name] for name in ("retention", "loss_ratio")),
     Feature("kernels", 0, "log2(kernels) / 8"),
     Feature("waiting", 0, "moves n since the last improvement: n / (n + 8)"),
     *(Feature(f"{k}_succeeds", 0, "(improvements + 1/2) / (moves + 1), of these") for k in _KINDS),
@@ -111,6 +108,7 @@ class _Position:
     outcome: Outcome
     near: Neighbours
     views: list[dict[str, float]]  # what is seen of every kernel
+    possible: dict[int, list[int]]  # the moves that there are of each, of all together at -1
     tried: set[tuple[int, int]]  # a kernel, of which -1 is all, and a move
     passes: int
     known: _Known
@@ -281,7 +279,10 @@ class ImprovementEnvironment(NetworkEnvironment):
         if not self._static:
             self._static = [static_features(network, index) for index in self._everyone]
         views = [self._seen_of(index, near, outcome) for index in self._everyone]
-        return _Position(plan, value, outcome, near, views, tried, passes, known)
+        kernels = enumerate(network.kernels)
+        possible = {index: _numbers(MOVES, near.moves(kernel.path)) for index, kernel in kernels}
+        possible[-1] = _numbers(OF_ALL, near.of_all())
+        return _Position(plan, value, outcome, near, views, possible, tried, passes, known)
 
     def _lamp(self) -> CompressionPlan:
         space = PlanSpace(self.network, self._quantize)
@@ -318,11 +319,7 @@ class ImprovementEnvironment(NetworkEnvironment):
     def _left(self, index: int) -> list[int]:
         """The numbers of the moves of a kernel, or of all (-1), that were not tried from here."""
         now = self._position
-        near, moves = now.near, OF_ALL if index < 0 else MOVES
-        found = near.of_all() if index < 0 else near.moves(self.network.kernels[index].path)
-        there = {(move.kind, move.beta) for move in found}
-        known = [(move.kind, move.beta) in there for move in moves]
-        return [n for n, here in enumerate(known) if here and (index, n) not in now.tried]
+        return [number for number in now.possible[index] if (index, number) not in now.tried]
 
     def _legal(self) -> np.ndarray:
         legal = np.zeros((1 + SLOTS, len(MOVES)), np.int32)
@@ -503,9 +500,20 @@ def describe_improvement_state(
 _NAMES = {one.name for one in _OF_A_SLOT}
 
 
-def opening_action(powers: tuple[float, float] | None) -> int:
-    """The action that an entry of the schedule of rankings stands for."""
-    return len(BETAS) if powers is RELEASE else BETAS.index(powers[1])
+def opened(left: list[tuple[float, float] | None], legal: np.ndarray) -> int | None:
+    """The next action of a schedule of rankings that is legal, which leaves it; None at its end."""
+    while left:
+        powers = left.pop(0)
+        action = len(BETAS) if powers is RELEASE else BETAS.index(powers[1])
+        if legal[action]:
+            return action
+    return None
+
+
+def _numbers(moves: Sequence[Move], found: Sequence[Move]) -> list[int]:
+    """The numbers of those moves that were found, of whatever kernel and factor."""
+    there = {(move.kind, move.beta) for move in found}
+    return [number for number, move in enumerate(moves) if (move.kind, move.beta) in there]
 
 
 def _log_share(share: float) -> float:

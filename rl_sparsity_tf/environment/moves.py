@@ -76,7 +76,7 @@ class Neighbours:
 
     def moves(self, kernel: str) -> list[Move]:
         """The moves of a kernel that can change something."""
-        index = [one.path for one in self._network.kernels].index(kernel)
+        index = self._network.index_of(kernel)
         alive = self.live[index]
         found = []
         if kernel in self.context.paths and alive.any() and not alive.all():
@@ -101,6 +101,6 @@ class Neighbours:
             return self.context.plan(ALPHA, move.beta, [move.kernel])
         self._space.look_near(self.live)
         ratios = shares(self.live)
-        index = [one.path for one in self._network.kernels].index(move.kernel)
+        index = self._network.index_of(move.kernel)
         ratios[index] *= move.factor if move.kind == "denser" else 1.0 / move.factor
         return self._space.plan_of(self._space.live(self._space.scores(ratios)))

@@ -19,7 +19,7 @@ from rl_sparsity_tf.environment.curriculum import Constant, Curriculum
 from rl_sparsity_tf.environment.improvement_environment import (
     SLOT_SHAPE,
     ImprovementEnvironment,
-    opening_action,
+    opened,
 )
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
 from rl_sparsity_tf.environment.network import CompressedNetwork
@@ -553,7 +553,7 @@ class ImprovementEpisodes(SearchEpisodes):
         """Makes a move; the network is left with the plan behind it."""
         self.environment.commit()
         time_step = self.environment.reset()
-        forced = self._opened(time_step.observation["legal"])
+        forced = opened(self._opening, time_step.observation["legal"])
         # What a policy is paid for what it did not choose is no experience of its own.
         self._recorded = forced is None or self.agent.off_policy
         if forced is not None and not self._recorded:
@@ -562,13 +562,6 @@ class ImprovementEpisodes(SearchEpisodes):
         time_step = self.environment.step(np.int32(action))
         self.agent.observe(time_step)
         return float(time_step.reward)
-
-    def _opened(self, legal: np.ndarray) -> int | None:
-        while self._opening:
-            action = opening_action(self._opening.pop(0))
-            if legal[action]:
-                return action
-        return None
 
     def learn(self, value: float) -> dict[str, float]:
         """Lets the agent learn from the move; it is paid by what the best plan gained."""

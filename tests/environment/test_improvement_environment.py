@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 from environment_check import check_environment, legal_of
 from tf_agents.environments import utils as environment_utils
-from tiny_search import WIDE_TRAIN, WIDE_VALIDATION, quick_search, wide
+from tiny_search import quick_search, wide_network
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.allocation.decisions import KernelDecisions
-from rl_sparsity_tf.data.batches import evaluation_data, training_data
 from rl_sparsity_tf.environment.improvement_environment import (
     ACTIONS,
     IMPROVEMENT_FEATURES,
@@ -20,7 +18,7 @@ from rl_sparsity_tf.environment.improvement_environment import (
     SLOT_SHAPE,
     SLOTS,
 )
-from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
+from rl_sparsity_tf.environment.network import evaluate_plan
 from rl_sparsity_tf.environment.reward import Reward, bounded
 from rl_sparsity_tf.layers.operations import Operation
 
@@ -36,15 +34,7 @@ def _quick():
 
 @functools.cache
 def network_of(target=TARGET, group="element", method="least_squares"):
-    model = wide()
-    return CompressedNetwork(
-        model,
-        training_data(WIDE_TRAIN, model, batch_size=32),
-        evaluation_data(WIDE_VALIDATION, model, "validation_data"),
-        target=target,
-        decisions=KernelDecisions(group),
-        recovery=rls.Recovery(method=method),
-    )
+    return wide_network(target, group, method)
 
 
 def seen(time_step):

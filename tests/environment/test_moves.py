@@ -2,31 +2,16 @@
 
 import numpy as np
 import pytest
-from tiny_search import WIDE_TRAIN, WIDE_VALIDATION, wide
+from tiny_search import wide, wide_network
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.allocation.budgets import KernelState
-from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.allocation.density_plans import PlanSpace
-from rl_sparsity_tf.data.batches import evaluation_data, training_data
 from rl_sparsity_tf.environment.moves import BETAS, Move, Neighbours
-from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
+from rl_sparsity_tf.environment.network import evaluate_plan
 from rl_sparsity_tf.environment.reward import Reward
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.search.plan_search import climb
-
-
-def network_of(target, group="element"):
-    model = wide()
-    return CompressedNetwork(
-        model,
-        training_data(WIDE_TRAIN, model, batch_size=32),
-        evaluation_data(WIDE_VALIDATION, model, "validation_data"),
-        target=target,
-        decisions=KernelDecisions(group),
-        recovery=rls.Recovery(method="least_squares"),
-    )
-
 
 TARGETS = {
     "element": (rls.Target(sparsity=0.8), "element"),
@@ -58,7 +43,7 @@ def cost(network, plan):
 @pytest.mark.parametrize("case", TARGETS)
 def test_every_move_changes_what_it_says_and_meets_the_target(case):
     target, group = TARGETS[case]
-    network = network_of(target, group)
+    network = wide_network(target, group)
     start = PlanSpace(network, quantize=target.in_bytes).plan(np.array([1.0, 3.0]))
     evaluate_plan(network, start)
     allowed = network.budget.limit if target.in_bytes else 1.0 - target.sparsity
@@ -89,7 +74,7 @@ def test_every_move_changes_what_it_says_and_meets_the_target(case):
 
 
 def test_what_can_change_nothing_is_no_move():
-    network = network_of(rls.Target(sparsity=0.3))
+    network = wide_network(rls.Target(sparsity=0.3))
     plan = rls.baselines.uniform(wide(), sparsity=0.3)
     kernels = list(plan.kernels)
     network.reset()
@@ -110,7 +95,7 @@ def test_what_can_change_nothing_is_no_move():
 @pytest.mark.slow
 def test_hill_climbing_ranks_all_first_and_then_takes_moves_of_every_kind(monkeypatch):
     """From the best plan so far, each plan once, the same for a seed."""
-    network = network_of(rls.Target(sparsity=0.9))
+    network = wide_network(rls.Target(sparsity=0.9))
     taken, plans = [], []
     plan = Neighbours.plan
 

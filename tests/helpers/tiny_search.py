@@ -17,6 +17,7 @@ import tf_keras as keras
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.allocation import size_budget
+from rl_sparsity_tf.data.batches import evaluation_data, training_data
 from rl_sparsity_tf.environment import network as network_module
 from rl_sparsity_tf.environment.autoencoder import WeightAutoencoder
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
@@ -253,3 +254,18 @@ def wide() -> keras.Model:
     model.compile("adam", "sparse_categorical_crossentropy", ["accuracy"])
     model.fit(*wide_rows(600, 5), epochs=8, verbose=0)
     return model
+
+
+def wide_network(
+    target: rls.Target, group: str = "element", method: str = "least_squares"
+) -> network_module.CompressedNetwork:
+    """The network that a search of the model above plays on."""
+    model = wide()
+    return network_module.CompressedNetwork(
+        model,
+        training_data(WIDE_TRAIN, model, batch_size=32),
+        evaluation_data(WIDE_VALIDATION, model, "validation_data"),
+        target=target,
+        group=group,
+        recovery=rls.Recovery(method=method),
+    )

@@ -6,15 +6,22 @@ import json
 
 import pytest
 import tiny_search as tiny
-from tiny_search import DQN, PPO, WIDE_TRAIN, WIDE_VALIDATION, compressor, quick_search, search
+from tiny_search import (
+    DQN,
+    PPO,
+    WIDE_TRAIN,
+    WIDE_VALIDATION,
+    compressor,
+    quick_search,
+    search,
+    wide_network,
+)
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.agents.demonstrations import proposals
 from rl_sparsity_tf.cli import main
 from rl_sparsity_tf.console import SearchProgress
-from rl_sparsity_tf.data.batches import evaluation_data, training_data
 from rl_sparsity_tf.environment.curriculum import Staged
-from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.environment.reward import Reward
 from rl_sparsity_tf.search.episodes import ImprovementEpisodes, LoopSettings
 from rl_sparsity_tf.search.loop import SearchLoop
@@ -28,20 +35,9 @@ def _quick():
         yield
 
 
-def network_of(target=TARGET):
-    model = tiny.wide()
-    return CompressedNetwork(
-        model,
-        training_data(WIDE_TRAIN, model, batch_size=32),
-        evaluation_data(WIDE_VALIDATION, model, "validation_data"),
-        target=target,
-        recovery=rls.Recovery(method="least_squares"),
-    )
-
-
 def played(agent, episodes, target=TARGET, **options):
     settings = {"reward": Reward(), "buckets": 3, "seed": 0, "warm_start": True, **options}
-    network = network_of(target)
+    network = wide_network(target)
     loop = SearchLoop(LoopSettings(agent=agent, strategy="improve", **settings), network)
     loop.run(episodes, SearchProgress(episodes, "accuracy", 0))
     return loop
