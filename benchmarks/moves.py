@@ -32,7 +32,12 @@ from curves import by_bandit
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.allocation.dynamic_programming import POWERS, propose_all
-from rl_sparsity_tf.environment.improvement_environment import MOVES, SLOT_SHAPE, opened
+from rl_sparsity_tf.environment.improvement_environment import (
+    IMPROVEMENT_STATE_SIZE,
+    MOVES,
+    SLOT_SHAPE,
+    opened,
+)
 from rl_sparsity_tf.environment.moves import BETAS
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reranking import SCHEDULE
@@ -142,12 +147,15 @@ def fitted(folder: Path) -> Rule:
             squares += np.outer(x, x)
             products += y * x
     weights = {kind: np.linalg.solve(*pair) for kind, pair in sums.items()}
+    unknown = np.zeros(
+        len(inputs(np.zeros(IMPROVEMENT_STATE_SIZE), 0))
+    )  # of kinds without a lesson
 
     def rule(time_step: Any) -> np.ndarray:
         state = time_step.observation["state"]
         return np.array(
             [
-                inputs(state, action) @ weights[kind_of(action)] if legal else -np.inf
+                inputs(state, action) @ weights.get(kind_of(action), unknown) if legal else -np.inf
                 for action, legal in enumerate(time_step.observation["legal"])
             ]
         )
