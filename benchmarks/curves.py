@@ -41,8 +41,9 @@ from rl_sparsity_tf.allocation.dynamic_programming import propose_all
 from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.data.batches import evaluation_data, sample_rows, training_data
 from rl_sparsity_tf.data.datasets import Data, load_dataset
-from rl_sparsity_tf.environment.improvement_environment import MOVES, SLOTS, opened
+from rl_sparsity_tf.environment.improvement_environment import opened
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
+from rl_sparsity_tf.environment.moves import MOVES, SLOTS
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reranking import SCHEDULE
 from rl_sparsity_tf.environment.reward import Reward, bounded

@@ -32,13 +32,8 @@ from curves import by_bandit
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.allocation.dynamic_programming import POWERS, propose_all
-from rl_sparsity_tf.environment.improvement_environment import (
-    IMPROVEMENT_STATE_SIZE,
-    MOVES,
-    SLOT_SHAPE,
-    opened,
-)
-from rl_sparsity_tf.environment.moves import BETAS
+from rl_sparsity_tf.environment.improvement_environment import opened
+from rl_sparsity_tf.environment.moves import BETAS, IMPROVEMENT_STATE_SIZE, MOVES, SLOT_SHAPE
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reranking import SCHEDULE
 from rl_sparsity_tf.environment.reward import Reward, bounded

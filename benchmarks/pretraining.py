@@ -34,7 +34,7 @@ from random_networks import Drawn, draw, tiny_network
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.agents.configs import AgentConfig, build_agent
 from rl_sparsity_tf.agents.demonstrations import heuristic_plan
-from rl_sparsity_tf.agents.policies import SavedPolicy, feature_names
+from rl_sparsity_tf.agents.policies import CONSTRUCT, INTERFACES, SavedPolicy
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
 from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.environment.reward import Outcome
@@ -45,7 +45,7 @@ from rl_sparsity_tf.search.episodes import RELATIVE_GAIN, Episodes, LoopSettings
 from tf_agents.trajectories import time_step as ts  # isort: skip
 
 _BUCKETS = (8, 8, 12, 16)
-_LAMP = feature_names().index("bucket_lamp")
+_LAMP = INTERFACES[CONSTRUCT].features.index("bucket_lamp")
 _CHUNK = 512
 # What an operation is taken to lose where it was not tried: keep, prune, quantize, shuffle.
 _DOUBT = (0.05, 0.02, 0.02, 0.05)

@@ -385,11 +385,6 @@ def _compress_known(options: argparse.Namespace) -> int:
                 "--save-policy cannot be used with --hierarchy: of its two agents none can decide "
                 "alone. Leave one of the two out."
             )
-        if options.strategy == "improve":
-            raise ArgumentError(
-                "--save-policy cannot be used with --strategy improve, whose agent decides moves: "
-                "a policy decides buckets. Leave one of the two out."
-            )
     if options.loss is not None:
         _check_loss(options.loss)
     model = load_model(options.model, trusted=options.trusted)

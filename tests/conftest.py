@@ -1,6 +1,7 @@
 """Settings that must be in place before TensorFlow is imported."""
 
 import gc
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     for _name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(_name, "1")
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+# Before anything that imports TF-Agents, which has to meet tf_keras; any file of tests may be
+# the first, or the only one.
+importlib.import_module("rl_sparsity_tf")
 
 # Files of tests that take a minute each: begun last, they would leave one process alone with them.
 _LONG = ("test_examples.py", "test_learning.py", "test_interrupted.py")

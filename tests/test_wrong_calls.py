@@ -221,8 +221,8 @@ ARGUMENTS = {
         r"DQN\(learning_rate=0\): expected a number above 0 and at most 1, for instance",
     ),
     "layer widths": (
-        lambda files: rls.PPO(hidden_layers=()),
-        r"PPO\(hidden_layers=\(\)\): expected a sequence .*for instance hidden_layers=\(64, 64\)",
+        lambda files: rls.PPO(hidden_layers=(8, 0)),
+        r"PPO\(hidden_layers=\(8, 0\)\): expected a sequence .*instance hidden_layers=\(64, 64\)",
     ),
     "group": (option(group="elemnt"), r"group='elemnt' is not known\. .*Did you mean 'element'"),
     "group 4": (option(group=4), r"group=4 is not known\. Expected one of 'element'"),

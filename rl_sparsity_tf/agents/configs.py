@@ -28,12 +28,15 @@ class AgentConfig(NamedSettings):
     def _instead(cls, key: str, known: list[str]) -> str:
         return _owner_of(key) or super()._instead(key, known)
 
-    def policy_shapes(self, features: int, actions: int) -> list[tuple[int, ...]]:
+    def policy_shapes(
+        self, features: int, actions: int, slots: SlotShape | None = None
+    ) -> list[tuple[int, ...]]:
         """Shapes of a policy's weights, in order; none for agents that do not learn.
 
         Args:
             features: Numbers in a state.
             actions: How many actions there are.
+            slots: What the state is made of, if one network scores the actions of every slot.
         """
         return []
 
@@ -66,11 +69,11 @@ class AgentConfig(NamedSettings):
         good = isinstance(sizes, list | tuple) and all(
             isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in sizes
         )
-        if not good or not sizes:
+        if not good:
             raise ArgumentError(
-                f"{type(self).__name__}(hidden_layers={sizes!r}): expected a sequence of one or "
-                "more layer widths, each an integer of at least 1, for instance "
-                "hidden_layers=(64, 64)."
+                f"{type(self).__name__}(hidden_layers={sizes!r}): expected a sequence of layer "
+                "widths, each an integer of at least 1, for instance hidden_layers=(64, 64); () "
+                "decides linearly."
             )
         object.__setattr__(self, "hidden_layers", tuple(sizes))
 
@@ -176,9 +179,11 @@ class DQN(AgentConfig):
         if not isinstance(self.double, bool):
             raise ArgumentError(f"DQN(double={self.double!r}): expected True or False.")
 
-    def policy_shapes(self, features: int, actions: int) -> list[tuple[int, ...]]:
+    def policy_shapes(
+        self, features: int, actions: int, slots: SlotShape | None = None
+    ) -> list[tuple[int, ...]]:
         """Shapes of the Q-network's weights: kernel and bias of every layer."""
-        return _layer_shapes(features, self.hidden_layers, actions)
+        return _deciding_shapes(features, self.hidden_layers, actions, slots)
 
     def epsilon(self, episode: int) -> float:
         """The probability of a random action in search episode `episode` (from 0)."""
@@ -244,9 +249,11 @@ class PPO(AgentConfig):
         self._number("episodes_per_update", 1, integer=True)
         self._number("relaxed_reward", 0)
 
-    def policy_shapes(self, features: int, actions: int) -> list[tuple[int, ...]]:
+    def policy_shapes(
+        self, features: int, actions: int, slots: SlotShape | None = None
+    ) -> list[tuple[int, ...]]:
         """Shapes of the weights of the actor, then of the value network."""
-        actor = _layer_shapes(features, self.hidden_layers, actions)
+        actor = _deciding_shapes(features, self.hidden_layers, actions, slots)
         return actor + _layer_shapes(features, self.hidden_layers, 1)
 
 
@@ -264,6 +271,16 @@ class Random(AgentConfig):
 def _layer_shapes(inputs: int, hidden: tuple[int, ...], outputs: int) -> list[tuple[int, ...]]:
     sizes = (inputs, *hidden, outputs)
     return [shape for a, b in itertools.pairwise(sizes) for shape in ((a, b), (b,))]
+
+
+def _deciding_shapes(
+    features: int, hidden: tuple[int, ...], actions: int, slots: SlotShape | None
+) -> list[tuple[int, ...]]:
+    """Of a network that decides: of slots, with a last layer for the first and one for the rest."""
+    if slots is None:
+        return _layer_shapes(features, hidden, actions)
+    shapes = _layer_shapes(slots.shared + slots.features, hidden, actions // slots.slots)
+    return [*shapes, *shapes[-2:]]
 
 
 _CONFIGS: dict[str, type[AgentConfig]] = {"dqn": DQN, "ppo": PPO, "random": Random}

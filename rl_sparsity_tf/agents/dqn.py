@@ -78,7 +78,8 @@ class DQNAgent(tf_agent.TFAgent):
             gamma=config.discount,
             train_step_counter=tf.Variable(0, dtype=tf.int64),
         )
-        tf_agent.initialise(network.variables, self._generator, last_scale=0.1)
+        heads = 1 if slots is None else 2
+        tf_agent.initialise(network.variables, self._generator, last_scale=0.1, heads=heads)
         self.tf_agent.initialize()
         self.replay = tf_uniform_replay_buffer.TFUniformReplayBuffer(
             self.tf_agent.collect_data_spec, batch_size=1, max_length=config.replay_capacity

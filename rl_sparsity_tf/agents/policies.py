@@ -14,10 +14,23 @@ from typing import Any
 import numpy as np
 
 from rl_sparsity_tf.agents.base import Agent
-from rl_sparsity_tf.agents.configs import AgentConfig, Random, config_from_dict, resolve_config
+from rl_sparsity_tf.agents.configs import (
+    AgentConfig,
+    Random,
+    SlotShape,
+    config_from_dict,
+    resolve_config,
+)
 from rl_sparsity_tf.claims import ArrayFileError, load_arrays
 from rl_sparsity_tf.environment.features import FEATURES
-from rl_sparsity_tf.errors import ArgumentError, PolicyFileError, RLSparsityError, one_line
+from rl_sparsity_tf.environment.moves import MOVE_NAMES, OF_A_SLOT, OF_THE_NETWORK, SLOT_SHAPE
+from rl_sparsity_tf.errors import (
+    ArgumentError,
+    PolicyFileError,
+    RLSparsityError,
+    check_choice,
+    one_line,
+)
 from rl_sparsity_tf.files import as_file, check_new_file, parse_strict, replacing, sha256_of
 from rl_sparsity_tf.layers.operations import Operation
 
@@ -27,19 +40,50 @@ PRETRAINED = "pretrained"
 `benchmarks/pretraining.py`."""
 
 _SHIPPED = "pretrained_{}.npz"
-_TEXTS = ("agent", "features", "operations")
+_TEXTS = ("agent", "strategy", "features", "operations")
 # Of the arrays as they are in memory: a small file may claim to hold anything.
 _LARGEST = 2**26
 
 
-def feature_names() -> tuple[str, ...]:
-    """The features that policies of this version decide by."""
-    return tuple(feature.name for feature in FEATURES)
+CONSTRUCT, IMPROVE = "construct", "improve"
+STRATEGIES = (CONSTRUCT, IMPROVE)
+"""What an episode is: every bucket of every kernel decided once, or a move from the best plan."""
 
 
-def operation_names() -> tuple[str, ...]:
-    """What policies of this version choose among."""
-    return tuple(operation.name.lower() for operation in Operation)
+@dataclasses.dataclass(frozen=True)
+class Interface:
+    """What policies of a strategy see and choose among, in this version.
+
+    Attributes:
+        features: Names of what is seen; of the network first and then of one slot, if there are
+            `slots`.
+        actions: Names of what is chosen among; of the first slot and then of the others.
+    """
+
+    features: tuple[str, ...]
+    actions: tuple[str, ...]
+    slots: SlotShape | None = None
+
+    def shapes(self, config: AgentConfig) -> list[tuple[int, ...]]:
+        """Shapes of the weights of such a policy."""
+        slots = self.slots
+        if slots is None:
+            return config.policy_shapes(len(self.features), len(self.actions))
+        seen = slots.shared + slots.slots * slots.features
+        return config.policy_shapes(seen, slots.slots * len(self.actions) // 2, slots)
+
+
+INTERFACES = {
+    CONSTRUCT: Interface(
+        tuple(feature.name for feature in FEATURES),
+        tuple(operation.name.lower() for operation in Operation),
+    ),
+    IMPROVE: Interface(
+        tuple(feature.name for feature in (*OF_THE_NETWORK, *OF_A_SLOT)),
+        MOVE_NAMES,
+        SlotShape(*SLOT_SHAPE),
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +94,7 @@ class SavedPolicy:
         weights: The weights of its networks, in order: of the Q-network for DQN, of the actor and
             then the value network for PPO; kernels of shape `(inputs, outputs)`, biases of
             shape `(outputs,)`.
+        strategy: What it decides: `"construct"`, buckets; `"improve"`, moves.
 
     Example:
         >>> policy = SavedPolicy.load("policy.npz")
@@ -58,16 +103,18 @@ class SavedPolicy:
 
     agent: AgentConfig
     weights: Sequence[np.ndarray]
+    strategy: str = CONSTRUCT
 
     @classmethod
-    def of(cls, config: AgentConfig, agent: Agent) -> SavedPolicy:
+    def of(cls, config: AgentConfig, agent: Agent, strategy: str = CONSTRUCT) -> SavedPolicy:
         """What an agent that was built from this configuration has learned so far."""
-        return cls(config, agent.policy_arrays())
+        return cls(config, agent.policy_arrays(), strategy)
 
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of all that the policy's choices depend on."""
-        texts = [json.dumps(self.agent.to_dict(), sort_keys=True), *feature_names()]
+        features = INTERFACES[self.strategy].features
+        texts = [json.dumps(self.agent.to_dict(), sort_keys=True), *features]
         return sha256_of(*(text.encode() for text in texts), *(w.tobytes() for w in self.weights))
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -82,11 +129,13 @@ class SavedPolicy:
                 "agent='random' has learned nothing that could be saved. Expected a search with "
                 "agent='dqn' or agent='ppo'."
             )
+        interface = INTERFACES[self.strategy]
         arrays = {
             "format_version": np.array(FORMAT_VERSION),
             "agent": np.array(json.dumps(self.agent.to_dict())),
-            "features": np.array(feature_names()),
-            "operations": np.array(operation_names()),
+            "strategy": np.array(self.strategy),
+            "features": np.array(interface.features),
+            "operations": np.array(interface.actions),
             **{f"weights/{index}": weight for index, weight in enumerate(self.weights)},
         }
         with replacing(path) as temporary, temporary.open("wb") as file:
@@ -108,16 +157,21 @@ class SavedPolicy:
         version = arrays.pop("format_version", np.array("none"))
         if version.shape != () or version.dtype.kind not in "iu" or int(version) != FORMAT_VERSION:
             raise _bad(path, f"is of format {version}", f"format {FORMAT_VERSION}")
-        _check_names(path, "features", arrays, feature_names())
-        _check_names(path, "operations", arrays, operation_names())
+        strategy = CONSTRUCT  # of files that are older than strategies
+        if "strategy" in arrays:
+            strategy = _text(path, arrays, "strategy", axes=0)
+        if strategy not in INTERFACES:
+            raise _bad(path, f"is of strategy {strategy!r}", f"one of {', '.join(STRATEGIES)}")
+        interface = INTERFACES[strategy]
+        _check_names(path, "features", arrays, interface.features)
+        _check_names(path, "operations", arrays, interface.actions)
         config = _config(path, arrays)
-        weights = _weights(path, arrays, config)
+        weights = _weights(path, arrays, config, interface.shapes(config))
         if shipped:  # the settings of a search are those of this version
             present = resolve_config(agent)
-            sizes = (len(feature_names()), len(operation_names()))
-            if present.policy_shapes(*sizes) == config.policy_shapes(*sizes):
+            if interface.shapes(present) == interface.shapes(config):
                 config = present
-        return cls(config, weights)
+        return cls(config, weights, strategy)
 
 
 _EXPECTED = "a .npz file that result.save_policy() wrote"
@@ -140,13 +194,15 @@ def resolve_policy(
     agent: str | AgentConfig | None,
     *,
     hierarchy: bool = False,
+    strategy: str = CONSTRUCT,
 ) -> tuple[SavedPolicy | None, AgentConfig]:
     """The policy that a search starts from, and the configuration of its agent.
 
     The agent is the policy's unless a configuration is given; a name leaves the settings to the
     policy. With `hierarchy` the search has two levels: the lower one meets goals, and policies do
     not know any. Raises ArgumentError if the agent has other networks than the policy, there is no
-    such file, or the search has two levels, and PolicyFileError if the file cannot be used.
+    such file, the search has two levels or another strategy, and PolicyFileError if the file cannot
+    be used.
     """
     if policy is None:
         return None, resolve_config("dqn" if agent is None else agent)
@@ -158,6 +214,14 @@ def resolve_policy(
     if not isinstance(policy, SavedPolicy):
         name = "dqn" if agent is None else resolve_config(agent).name
         policy = SavedPolicy.load(policy, name)
+    if policy.strategy != strategy:
+        check_choice("strategy", strategy, STRATEGIES)
+        decides = {CONSTRUCT: "buckets of weights", IMPROVE: "moves from plan to plan"}
+        raise ArgumentError(
+            f"strategy={strategy!r} cannot go on from a policy of {policy.strategy!r}, which "
+            f"decides {decides[policy.strategy]}. Pass strategy={policy.strategy!r}, or leave the "
+            "policy out."
+        )
     if agent is None:
         return policy, policy.agent
     config = resolve_config(agent)
@@ -168,8 +232,8 @@ def resolve_policy(
         )
     if isinstance(agent, str):
         return policy, policy.agent
-    sizes = (len(feature_names()), len(operation_names()))
-    if config.policy_shapes(*sizes) != policy.agent.policy_shapes(*sizes):
+    shapes = INTERFACES[policy.strategy].shapes
+    if shapes(config) != shapes(policy.agent):
         raise ArgumentError(
             f"agent={config!r} has other networks than the policy, whose agent is "
             f"{policy.agent!r}. Expected equal hidden_layers; leave agent out to take that of the "
@@ -248,8 +312,12 @@ def _config(path: Path, arrays: Mapping[str, np.ndarray]) -> AgentConfig:
     return config
 
 
-def _weights(path: Path, arrays: Mapping[str, np.ndarray], config: AgentConfig) -> list[np.ndarray]:
-    wanted = config.policy_shapes(len(feature_names()), len(operation_names()))
+def _weights(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    config: AgentConfig,
+    wanted: Sequence[tuple[int, ...]],
+) -> list[np.ndarray]:
     names = [f"weights/{index}" for index in range(len(wanted))]
     others = set(arrays) - set(names) - set(_TEXTS)
     missing = [name for name in names if name not in arrays]

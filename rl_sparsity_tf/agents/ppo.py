@@ -135,8 +135,8 @@ class PPOAgent(tf_agent.TFAgent):
             update_normalizers_in_train=False,
             train_step_counter=tf.Variable(0, dtype=tf.int64),
         )
-        for network in (inner_actor, inner_value):
-            tf_agent.initialise(network.variables, self._generator, last_scale=0.1)
+        for network, heads in ((inner_actor, 1 if slots is None else 2), (inner_value, 1)):
+            tf_agent.initialise(network.variables, self._generator, last_scale=0.1, heads=heads)
         self.tf_agent.initialize()
         trainable = tf_agent.unique_variables(
             inner_actor.trainable_variables, inner_value.trainable_variables

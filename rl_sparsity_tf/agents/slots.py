@@ -1,8 +1,8 @@
 """One network that scores the actions of every slot, for states that are made of slots.
 
 What a move is worth for a kernel does not depend on the slot that the kernel is in: what is learned
-of one is known of all, and the network is as small as for one slot alone (compare Zaheer et al.
-2017, "Deep sets", arXiv 1703.06114).
+of one kernel is known of all, and the network is as small as for one slot alone (compare Zaheer et
+al. 2017, "Deep sets", arXiv 1703.06114).
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ class SlotScores(keras.layers.Layer):
     """Scores actions slot by slot: `(batch, features) -> (batch, slots * actions of a slot)`.
 
     A state is cut by `shape`: features of the network first, then those of every slot. Every slot's
-    hidden layers see the network's features beside its own.
+    hidden layers see the network's features beside its own. The first slot, which is all kernels
+    together, has actions of its own, and so a last layer of its own. Without hidden layers the
+    scores are linear in the features.
     """
 
     def __init__(
@@ -30,7 +32,7 @@ class SlotScores(keras.layers.Layer):
         super().__init__(**kwargs)
         self._shape = shape
         self._stack = [keras.layers.Dense(width, activation=activation) for width in hidden]
-        self._stack.append(keras.layers.Dense(actions // shape.slots))
+        self._first, self._others = (keras.layers.Dense(actions // shape.slots) for _ in range(2))
 
     def call(self, state: tf.Tensor, training: bool = False) -> tf.Tensor:
         """The scores of all actions."""
@@ -40,7 +42,8 @@ class SlotScores(keras.layers.Layer):
         x = tf.concat([common, own], axis=2)
         for layer in self._stack:
             x = layer(x)
-        return tf.reshape(x, (-1, slots * x.shape[-1]))
+        scores = tf.concat([self._first(x[:, :1]), self._others(x[:, 1:])], axis=1)
+        return tf.reshape(scores, (-1, slots * scores.shape[-1]))
 
 
 class SlotProjection(categorical_projection_network.CategoricalProjectionNetwork):

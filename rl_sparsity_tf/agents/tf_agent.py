@@ -57,9 +57,12 @@ def split_observation(observation: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def initialise(
-    variables: Sequence[tf.Variable], generator: np.random.Generator, last_scale: float
+    variables: Sequence[tf.Variable],
+    generator: np.random.Generator,
+    last_scale: float,
+    heads: int = 1,
 ) -> None:
-    """Draws a network's weights: Glorot uniform kernels, zero biases, a small last kernel.
+    """Draws a network's weights: Glorot uniform kernels, zero biases, small kernels of its heads.
 
     Keras' own initialisers take their seeds from Python's global generator (or from a seed the
     user has set for Keras), so weights drawn by them would not follow from the agent's seed.
@@ -70,7 +73,7 @@ def initialise(
             variable.assign(tf.zeros_like(variable))
             continue
         limit = float(np.sqrt(6.0 / sum(variable.shape)))
-        scale = last_scale if variable is kernels[-1] else 1.0
+        scale = last_scale if any(variable is head for head in kernels[-heads:]) else 1.0
         drawn = generator.uniform(-limit, limit, tuple(variable.shape)) * scale
         variable.assign(drawn.astype(np.float32))
 

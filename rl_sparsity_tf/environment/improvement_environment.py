@@ -17,34 +17,31 @@ from rl_sparsity_tf.allocation.density_plans import PlanSpace
 from rl_sparsity_tf.checks import check_count
 from rl_sparsity_tf.environment.candidates import plan_of
 from rl_sparsity_tf.environment.features import (
-    NETWORK_FEATURES,
-    SLOT_FEATURES,
-    Feature,
     against,
     print_features,
     state_of,
     static_features,
 )
 from rl_sparsity_tf.environment.layer_environment import NetworkEnvironment
-from rl_sparsity_tf.environment.moves import ALPHA, BETAS, Move, Neighbours
+from rl_sparsity_tf.environment.moves import (
+    ACTIONS,
+    ALPHA,
+    BETAS,
+    IMPROVEMENT_FEATURES,
+    KINDS,
+    MOVES,
+    OF_A_SLOT,
+    OF_ALL,
+    OF_THE_NETWORK,
+    SLOTS,
+    Move,
+    Neighbours,
+)
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reranking import RELEASE, can_rerank
 from rl_sparsity_tf.environment.reward import Outcome, RewardFunction, bounded
 from rl_sparsity_tf.errors import ArgumentError
 from rl_sparsity_tf.layers.plan import CompressionPlan
-
-SLOTS = 8
-"""Kernels that moves can be chosen of at a time, beside all together."""
-
-_RANKINGS = tuple(Move("rank", beta=beta) for beta in BETAS)
-MOVES = (*_RANKINGS, Move("denser"), Move("sparser"))
-"""The moves of a kernel."""
-
-OF_ALL = (*_RANKINGS, Move("release"))
-"""The moves of all kernels together."""
-
-
-ACTIONS = (1 + SLOTS) * len(MOVES)
 
 # By which a kernel becomes denser or sparser; the next is taken where all moves were tried.
 _FACTORS = (1.5, 1.2, 2.0, 1.1)
@@ -52,51 +49,7 @@ _FACTORS = (1.5, 1.2, 2.0, 1.1)
 _SCALE = 10.0
 # Of a kernel's living groups, those whose worth says what the next move costs or gives.
 _MARGIN = 0.25
-_KINDS = ("rank_all", "release", "rank", "denser", "sparser")
 _OF_ONE = ("rank", "denser", "sparser")
-
-_ELSEWHERE = {one.name: one for one in (*SLOT_FEATURES, *NETWORK_FEATURES)}
-_OF_A_SLOT: tuple[Feature, ...] = (
-    Feature("present", 0, "1 if the slot holds a kernel (the first: all), else 0, as what follows"),
-    *(_ELSEWHERE[name] for name in ("share", "fan_in", "fan_out", "sensitivity", "depth")),
-    *(_ELSEWHERE[name] for name in ("convolution", "depthwise")),
-    Feature("density", 0, "1 + log2(share of its groups that live) / 16"),
-    Feature("relative_density", 0, "that share d against the network's m: d/(d+m)"),
-    Feature("reconstruction_error", 0, "autoencoder's error on the weights that the plan leaves"),
-    Feature("output_error", 0, "how far the layer's outputs move before the fit"),
-    Feature("unread", 0, "share of the outputs that the loss does not depend on any more"),
-    Feature("unfed", 0, "share of the outputs without a weight that lives"),
-    *(Feature(f"churn_{b:g}", 0, f"share that a ranking with beta {b:g} replaces") for b in BETAS),
-    Feature("lost", 0, "what the pruned groups are worth, of all groups"),
-    Feature("gained", 0, "what the best pruned groups g are worth, of the living ones l: g/(g+l)"),
-    Feature("paid", 0, "what the worst living groups are worth, of the living ones"),
-    Feature("rank_before", -1, "what the last ranking here changed the value by, times 10"),
-    Feature("denser_before", -1, "the same of the last move to be denser (all: of releasing)"),
-    Feature("sparser_before", -1, "the same of the last move to be sparser"),
-)
-_OF_THE_NETWORK: tuple[Feature, ...] = (
-    _ELSEWHERE["target"],
-    Feature("density", 0, "1 + log2(share of the weights that live) / 16"),
-    *(_ELSEWHERE[name] for name in ("retention", "loss_ratio")),
-    Feature("kernels", 0, "log2(kernels) / 8"),
-    Feature("waiting", 0, "moves n since the last improvement: n / (n + 8)"),
-    *(Feature(f"{k}_succeeds", 0, "(improvements + 1/2) / (moves + 1), of these") for k in _KINDS),
-)
-
-IMPROVEMENT_FEATURES: tuple[Feature, ...] = (
-    *_OF_THE_NETWORK,
-    *(
-        dataclasses.replace(one, name=f"slot_{slot}_{one.name}")
-        for slot in range(1 + SLOTS)
-        for one in _OF_A_SLOT
-    ),
-)
-"""The features of the state, in order; every value lies in [low, 1]."""
-
-IMPROVEMENT_STATE_SIZE = len(IMPROVEMENT_FEATURES)
-
-SLOT_SHAPE = (len(_OF_THE_NETWORK), 1 + SLOTS, len(_OF_A_SLOT))
-"""Features of the network, slots, and features of a slot: how a state is cut."""
 
 
 @dataclasses.dataclass
@@ -124,7 +77,7 @@ class _Known:
     waiting: int = 0
     changed: dict[tuple[int, str], float] = dataclasses.field(default_factory=dict)
     counts: dict[str, list[int]] = dataclasses.field(  # moves and improvements
-        default_factory=lambda: {kind: [0, 0] for kind in _KINDS}
+        default_factory=lambda: {kind: [0, 0] for kind in KINDS}
     )
 
     def copy(self) -> _Known:
@@ -369,7 +322,7 @@ class ImprovementEnvironment(NetworkEnvironment):
         """The first slot's features: the kernels' means, by their shares of the weights."""
         views = self._position.views
         shares = np.array([view["share"] for view in views])
-        names = [one.name for one in _OF_A_SLOT if one.name in views[0]]
+        names = [one.name for one in OF_A_SLOT if one.name in views[0]]
         means = {n: float(shares @ [view[n] for view in views]) for n in names}
         before = {
             "rank_before": self._before(-1, "rank_all"),
@@ -384,7 +337,7 @@ class ImprovementEnvironment(NetworkEnvironment):
         sizes = network.groupings[path].sizes
         density = float(live.mean())
         whole = 1.0 - outcome.sparsity
-        view = dict.fromkeys((one.name for one in _OF_A_SLOT), 0.0) | {
+        view = dict.fromkeys((one.name for one in OF_A_SLOT), 0.0) | {
             name: value for name, value in self._static[index].items() if name in _NAMES
         }
         view |= {
@@ -431,7 +384,7 @@ class ImprovementEnvironment(NetworkEnvironment):
         now = self._now
         tried, passes, known = (now.tried, now.passes, now.known) if now else self._saved
         plan = now.plan if now else self._start
-        changed = [(i, _KINDS.index(kind), gain) for (i, kind), gain in known.changed.items()]
+        changed = [(i, KINDS.index(kind), gain) for (i, kind), gain in known.changed.items()]
         return {
             "plan": np.array(plan.to_json() if plan else ""),
             "begun": np.array(self.begun),
@@ -439,7 +392,7 @@ class ImprovementEnvironment(NetworkEnvironment):
             "passes": np.array(passes),
             "waiting": np.array(known.waiting),
             "changed": np.array(changed, np.float64).reshape(-1, 3),
-            "counts": np.array([known.counts[kind] for kind in _KINDS], np.int64),
+            "counts": np.array([known.counts[kind] for kind in KINDS], np.int64),
             "illegal_actions": np.array(self.illegal_actions),
         }
 
@@ -454,20 +407,20 @@ class ImprovementEnvironment(NetworkEnvironment):
             int(arrays[name]) for name in ("passes", "waiting", "illegal_actions")
         )
         shapes = [one.shape[1:] for one in (tried, changed)] == [(2,), (3,)]
-        if not shapes or counts.shape != (len(_KINDS), 2) or min(passes, waiting, illegal) < 0:
+        if not shapes or counts.shape != (len(KINDS), 2) or min(passes, waiting, illegal) < 0:
             raise ValueError("the moves that were tried are none")
         kernels = len(self.network.kernels)
         known = all(-1 <= i < kernels and 0 <= n < len(MOVES) for i, n in tried.tolist())
         ranges = np.isfinite(changed).all() and all(
-            -1 <= i < kernels and 0 <= k < len(_KINDS) for i, k, _ in changed.tolist()
+            -1 <= i < kernels and 0 <= k < len(KINDS) for i, k, _ in changed.tolist()
         )
         if not known or not ranges or (counts < 0).any() or (counts[:, 1] > counts[:, 0]).any():
             raise ValueError("the moves that were tried are of another network")
         text = str(arrays["plan"])
         # The plan is evaluated at the next reset: its budget need not be the network's yet.
         self.start_from(plan_of(text, self.network) if text else None)
-        gains = {(int(i), _KINDS[int(k)]): float(gain) for i, k, gain in changed.tolist()}
-        pairs = dict(zip(_KINDS, counts.tolist(), strict=True))
+        gains = {(int(i), KINDS[int(k)]): float(gain) for i, k, gain in changed.tolist()}
+        pairs = dict(zip(KINDS, counts.tolist(), strict=True))
         self._saved = {(i, n) for i, n in tried.tolist()}, passes, _Known(waiting, gains, pairs)
         self.begun, self.illegal_actions = bool(arrays["begun"]), illegal
 
@@ -492,12 +445,12 @@ def describe_improvement_state(
          0 target                       [0, 1]   the sparsity that is wanted
         ...
     """
-    one = [dataclasses.replace(feature, name=f"slot_k_{feature.name}") for feature in _OF_A_SLOT]
-    features = [*_OF_THE_NETWORK, *one] if state is None else IMPROVEMENT_FEATURES
+    one = [dataclasses.replace(feature, name=f"slot_k_{feature.name}") for feature in OF_A_SLOT]
+    features = [*OF_THE_NETWORK, *one] if state is None else IMPROVEMENT_FEATURES
     print_features(features, state, print_fn)
 
 
-_NAMES = {one.name for one in _OF_A_SLOT}
+_NAMES = {one.name for one in OF_A_SLOT}
 
 
 def opened(left: list[tuple[float, float] | None], legal: np.ndarray) -> int | None:

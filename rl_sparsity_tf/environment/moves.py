@@ -1,4 +1,4 @@
-"""Moves from one whole plan to another: what a search that improves a plan chooses from.
+"""Moves from one whole plan to another: what a search that improves a plan chooses from, and sees.
 
 A plan is in a network that is fitted to it. A move changes one thing: which groups of a kernel
 live, ranked anew in this network ([Context][rl_sparsity_tf.environment.reranking.Context]), or how
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 
 from rl_sparsity_tf.allocation.density_plans import PlanSpace, shares
+from rl_sparsity_tf.environment.features import NETWORK_FEATURES, SLOT_FEATURES, Feature
 from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.environment.reranking import Context
 from rl_sparsity_tf.layers.operations import Operation
@@ -41,6 +42,72 @@ class Move:
     kernel: str | None = None
     beta: float = 0.5
     factor: float = FACTOR
+
+
+SLOTS = 8
+"""Kernels that moves can be chosen of at a time, beside all together."""
+
+_RANKINGS = tuple(Move("rank", beta=beta) for beta in BETAS)
+MOVES = (*_RANKINGS, Move("denser"), Move("sparser"))
+"""The moves of a kernel."""
+
+OF_ALL = (*_RANKINGS, Move("release"))
+"""The moves of all kernels together."""
+
+ACTIONS = (1 + SLOTS) * len(MOVES)
+
+# All kernels together have four moves, and a fifth action that is never legal.
+MOVE_NAMES = (
+    *(f"all_{move.kind}" + (f"_{move.beta:g}" if move.kind == "rank" else "") for move in OF_ALL),
+    "all_none",
+    *(move.kind + (f"_{move.beta:g}" if move.kind == "rank" else "") for move in MOVES),
+)
+"""What the actions of the first slot, and of any other, are called."""
+
+KINDS = ("rank_all", "release", "rank", "denser", "sparser")
+
+_ELSEWHERE = {one.name: one for one in (*SLOT_FEATURES, *NETWORK_FEATURES)}
+OF_A_SLOT: tuple[Feature, ...] = (
+    Feature("present", 0, "1 if the slot holds a kernel (the first: all), else 0, as what follows"),
+    *(_ELSEWHERE[name] for name in ("share", "fan_in", "fan_out", "sensitivity", "depth")),
+    *(_ELSEWHERE[name] for name in ("convolution", "depthwise")),
+    Feature("density", 0, "1 + log2(share of its groups that live) / 16"),
+    Feature("relative_density", 0, "that share d against the network's m: d/(d+m)"),
+    Feature("reconstruction_error", 0, "autoencoder's error on the weights that the plan leaves"),
+    Feature("output_error", 0, "how far the layer's outputs move before the fit"),
+    Feature("unread", 0, "share of the outputs that the loss does not depend on any more"),
+    Feature("unfed", 0, "share of the outputs without a weight that lives"),
+    *(Feature(f"churn_{b:g}", 0, f"share that a ranking with beta {b:g} replaces") for b in BETAS),
+    Feature("lost", 0, "what the pruned groups are worth, of all groups"),
+    Feature("gained", 0, "what the best pruned groups g are worth, of the living ones l: g/(g+l)"),
+    Feature("paid", 0, "what the worst living groups are worth, of the living ones"),
+    Feature("rank_before", -1, "what the last ranking here changed the value by, times 10"),
+    Feature("denser_before", -1, "the same of the last move to be denser (all: of releasing)"),
+    Feature("sparser_before", -1, "the same of the last move to be sparser"),
+)
+OF_THE_NETWORK: tuple[Feature, ...] = (
+    _ELSEWHERE["target"],
+    Feature("density", 0, "1 + log2(share of the weights that live) / 16"),
+    *(_ELSEWHERE[name] for name in ("retention", "loss_ratio")),
+    Feature("kernels", 0, "log2(kernels) / 8"),
+    Feature("waiting", 0, "moves n since the last improvement: n / (n + 8)"),
+    *(Feature(f"{k}_succeeds", 0, "(improvements + 1/2) / (moves + 1), of these") for k in KINDS),
+)
+
+IMPROVEMENT_FEATURES: tuple[Feature, ...] = (
+    *OF_THE_NETWORK,
+    *(
+        dataclasses.replace(one, name=f"slot_{slot}_{one.name}")
+        for slot in range(1 + SLOTS)
+        for one in OF_A_SLOT
+    ),
+)
+"""The features of the state, in order; every value lies in [low, 1]."""
+
+IMPROVEMENT_STATE_SIZE = len(IMPROVEMENT_FEATURES)
+
+SLOT_SHAPE = (len(OF_THE_NETWORK), 1 + SLOTS, len(OF_A_SLOT))
+"""Features of the network, slots, and features of a slot: how a state is cut."""
 
 
 class Neighbours:

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from rl_sparsity_tf.agents.policies import IMPROVE, STRATEGIES
 from rl_sparsity_tf.allocation.channel_decisions import ChannelDecisions, removable_channels
 from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.allocation.size_budget import bytes_for
@@ -44,10 +45,6 @@ AUTO = "auto"
 
 SHUFFLES = ("neighbours", "channels")
 """How Shuffle moves weights, see [Compressor][rl_sparsity_tf.Compressor]."""
-
-CONSTRUCT, IMPROVE = "construct", "improve"
-STRATEGIES = (CONSTRUCT, IMPROVE)
-"""What an episode is, see [Compressor][rl_sparsity_tf.Compressor]."""
 
 _log = logging.getLogger(__name__)
 
@@ -145,16 +142,13 @@ def check_int4(int4: str | None, group: str) -> str:
     return int4
 
 
-def check_strategy(
-    strategy: str, *, group: str, recovery: Recovery, hierarchy: bool, policy: bool
-) -> str:
+def check_strategy(strategy: str, *, group: str, recovery: Recovery, hierarchy: bool) -> str:
     """What an episode is; raises ArgumentError if something else that was asked for forbids it."""
     check_choice("strategy", strategy, STRATEGIES)
     if strategy != IMPROVE:
         return strategy
     conflicts = {
         "hierarchy=True": (hierarchy, "the order of layers is no decision in it"),
-        "policy=...": (policy, "policies decide buckets, and it decides moves"),
         "group='channel'": (group == "channel", "its rankings are of weights and blocks"),
         f"recovery={recovery.method!r}": (
             recovery.method not in (None, "least_squares"),

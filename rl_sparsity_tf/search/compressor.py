@@ -14,7 +14,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from rl_sparsity_tf.agents.configs import AgentConfig, Random
-from rl_sparsity_tf.agents.policies import SavedPolicy, resolve_policy
+from rl_sparsity_tf.agents.policies import CONSTRUCT, SavedPolicy, resolve_policy
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.channels.latency_table import LatencyTable
 from rl_sparsity_tf.channels.permutation import permute_channels
@@ -44,7 +44,6 @@ from rl_sparsity_tf.layers.wrapping import accepted, is_wrapped, strip
 from rl_sparsity_tf.search.accuracy_search import AccuracySearch, check_alone, first_target
 from rl_sparsity_tf.search.arguments import (
     AUTO,
-    CONSTRUCT,
     SearchOptions,
     check_int4,
     check_shuffle,
@@ -211,7 +210,9 @@ class Compressor:
             )
         self.target = Target(sparsity=0.9) if target is None else target
         check_type("target", self.target, Target, "rls.Target(sparsity=0.9)")
-        self.policy, self.agent = resolve_policy(policy, agent, hierarchy=bool(hierarchy))
+        self.policy, self.agent = resolve_policy(
+            policy, agent, hierarchy=bool(hierarchy), strategy=strategy
+        )
         self.include, self.exclude = (
             as_patterns("include", include),
             as_patterns("exclude", exclude),
@@ -244,7 +245,6 @@ class Compressor:
             group=self.group,
             recovery=self.recovery,
             hierarchy=self.hierarchy,
-            policy=self.policy is not None,
         )
         self.last: FinishedSearch | None = None
 
@@ -321,6 +321,8 @@ class Compressor:
             SearchInterrupted: After an episode in which Ctrl-C was pressed. Everything is saved in
                 `directory`, and the error has the best plan so far.
         """
+        # A policy that decides buckets has a plan without a search.
+        least = 0 if self.policy and self.strategy == CONSTRUCT else 1
         options = SearchOptions(
             episodes=episodes,
             batch_size=batch_size,
@@ -336,7 +338,7 @@ class Compressor:
             overwrite=overwrite,
             any_versions=any_versions,
             verbose=verbose,
-        ).checked(self.target, validation_data, least_episodes=0 if self.policy else 1)
+        ).checked(self.target, validation_data, least_episodes=least)
         if self.directory is not None:
             check_free(self.directory)
         # Only now: wrapping, plans and export work without TF-Agents.

@@ -13,21 +13,17 @@ from rl_sparsity_tf.agents.base import Agent
 from rl_sparsity_tf.agents.configs import AgentConfig, SlotShape, build_agent
 from rl_sparsity_tf.agents.demonstrations import Demonstration, random_demonstration
 from rl_sparsity_tf.agents.exploration import DecisionTree, ReturnThenExplore
-from rl_sparsity_tf.agents.policies import SavedPolicy
+from rl_sparsity_tf.agents.policies import CONSTRUCT, IMPROVE, SavedPolicy
 from rl_sparsity_tf.agents.relaxation import Relaxation
 from rl_sparsity_tf.environment.curriculum import Constant, Curriculum
-from rl_sparsity_tf.environment.improvement_environment import (
-    SLOT_SHAPE,
-    ImprovementEnvironment,
-    opened,
-)
+from rl_sparsity_tf.environment.improvement_environment import ImprovementEnvironment, opened
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
+from rl_sparsity_tf.environment.moves import SLOT_SHAPE
 from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.environment.reranking import SCHEDULE
 from rl_sparsity_tf.environment.reward import RewardFunction
 from rl_sparsity_tf.environment.selection_environment import GOALS, LayerSelectionEnvironment
 from rl_sparsity_tf.layers.plan import CompressionPlan
-from rl_sparsity_tf.search.arguments import CONSTRUCT, IMPROVE
 
 RELATIVE_GAIN = 10.0
 """What a value less a policy's own is multiplied by, before it is learned: plans that are worth
@@ -518,6 +514,8 @@ class ImprovementEpisodes(SearchEpisodes):
             seed=settings.seed,
             slots=SlotShape(*SLOT_SHAPE),
         )
+        if settings.policy is not None:
+            self.agent.set_policy_arrays(settings.policy.weights)
         self._opening = list(SCHEDULE)
         self._recorded = False
 

@@ -23,6 +23,7 @@ from rl_sparsity_tf.agents.demonstrations import (
     proposals,
     without_twins,
 )
+from rl_sparsity_tf.agents.policies import CONSTRUCT
 from rl_sparsity_tf.allocation.budgets import Budget
 from rl_sparsity_tf.allocation.density_plans import pruned_to_budget
 from rl_sparsity_tf.allocation.dynamic_programming import POWERS, propose_all
@@ -134,6 +135,8 @@ class SearchLoop:
         self._run = run
         self._interruptible = interruptible
         self.episodes = make_episodes(settings, network)
+        # A policy of moves begins from plans; one that decides buckets has a plan of its own.
+        self._decides = settings.policy is not None and settings.strategy == CONSTRUCT
         self._demonstrations: list[Demonstration] = []
         self.proposed: list[tuple[str, CompressionPlan]] = []
         self.history: list[dict[str, Any]] = []
@@ -270,7 +273,7 @@ class SearchLoop:
         # A run that was cut off may go on under the budget that its network was made for.
         self.episodes.retarget(anew)
         self.proposed = []
-        if self.settings.policy is not None:
+        if self._decides:
             self._apply_policy(progress)
         if stage.episodes:
             self._propose(max(1, stage.episodes // 3), progress)
@@ -362,7 +365,7 @@ class SearchLoop:
         found = [*applied, *((shown[index][0], plans[index]) for index in order)]
         self.proposed = [one for _, one in sorted(found, key=lambda pair: -pair[0])]
         # Around a policy's plan they stay as they are: the search begins with its decisions.
-        if self.proposed and self.settings.policy is None:
+        if self.proposed and not self._decides:
             self.episodes.centre(self.proposed[0][1])
         order.sort(key=lambda index: plans[index][0] != PREVIOUS)
         best_first = [shown[index][1] for index in order]

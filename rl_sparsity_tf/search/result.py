@@ -31,7 +31,6 @@ from rl_sparsity_tf.keras3.door import handed_back
 from rl_sparsity_tf.layers.kernels import find_kernels, sparsity_of
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
-from rl_sparsity_tf.search.arguments import CONSTRUCT
 from rl_sparsity_tf.search.early_files import DenseFiles
 from rl_sparsity_tf.search.finishing import Exported, Figures, Finished, RemovedChannels, Task
 from rl_sparsity_tf.search.run_directory import RESULT_FILES, check_directory
@@ -88,8 +87,9 @@ class Result:
         self.report: ExportReport | None = finished.exported.report
         self.figures: Figures = task.figures
         self.formats = formats_for(task.target)
-        alone = not settings.hierarchy and settings.strategy == CONSTRUCT
-        self.policy = SavedPolicy.of(settings.agent, agent) if alone else None
+        self.policy = (
+            None if settings.hierarchy else SavedPolicy.of(settings.agent, agent, settings.strategy)
+        )
         self._tflite = finished.exported.content
         self._quantization = self.report.quantization if self.report else task.quantization
 
@@ -202,8 +202,8 @@ class Result:
             overwrite: Whether it may be replaced.
 
         Raises:
-            ArgumentError: If the agent was random, the search had two levels or made moves, or the
-                path cannot be written to.
+            ArgumentError: If the agent was random, the search had two levels, or the path cannot
+                be written to.
             FileExistsRLSparsityError: If the file exists and `overwrite` is false.
 
         Example:
@@ -212,9 +212,8 @@ class Result:
         """
         if self.policy is None:
             raise ArgumentError(
-                "A policy decides all buckets. With hierarchy=True there are two agents, of which "
-                "none can do that alone, and with strategy='improve' one that decides moves. "
-                "Expected a search without them to save the policy of."
+                "A policy decides alone. With hierarchy=True there are two agents, of which none "
+                "can do that. Expected a search without it to save the policy of."
             )
         self.policy.save(path, overwrite=overwrite)
 

@@ -94,7 +94,7 @@ def test_configurations_are_frozen_and_keyword_only() -> None:
         (lambda: DQN(discount=float("nan")), r"discount=nan\): expected a number"),
         (lambda: DQN(batch_size=2.5), r"batch_size=2.5\): expected an integer of at least 1"),
         (lambda: DQN(train_steps=True), r"train_steps=True\): expected an integer"),
-        (lambda: DQN(hidden_layers=()), r"hidden_layers=\(\)\): expected a sequence of one or"),
+        (lambda: DQN(hidden_layers=(0,)), r"hidden_layers=\(0,\)\): expected a sequence of layer"),
         (lambda: PPO(hidden_layers=(8, 0)), r"hidden_layers=\(8, 0\)\): expected a sequence"),
         (lambda: PPO(hidden_layers=8), r"hidden_layers=8\): expected a sequence"),
         (lambda: DQN(exploration="epsilom"), "Did you mean 'epsilon'"),

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tf_agents.specs import array_spec
+from tf_agents.trajectories import time_step as ts
 from tiny_search import (
     DQN,
     PPO,
@@ -28,21 +30,24 @@ from rl_sparsity_tf.agents import policies
 from rl_sparsity_tf.agents.configs import build_agent
 from rl_sparsity_tf.agents.demonstrations import heuristic_plan, proposals
 from rl_sparsity_tf.agents.policies import (
+    CONSTRUCT,
+    IMPROVE,
+    INTERFACES,
     SavedPolicy,
-    feature_names,
-    operation_names,
     resolve_policy,
 )
 from rl_sparsity_tf.cli import main
 from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
+from rl_sparsity_tf.environment.moves import ACTIONS, IMPROVEMENT_STATE_SIZE
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.errors import FileExistsRLSparsityError, PolicyFileError
 from rl_sparsity_tf.search.episodes import RELATIVE_GAIN, Episodes, LoopSettings
 from rl_sparsity_tf.search.loop import SearchLoop
 
-SIZES = (len(feature_names()), len(operation_names()))
+BUCKETS = INTERFACES[CONSTRUCT]
+SIZES = (len(BUCKETS.features), len(BUCKETS.actions))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,11 +56,12 @@ def _quick():
         yield
 
 
-def drawn(config: rls.DQN | rls.PPO = DQN, seed: int = 0) -> SavedPolicy:
+def drawn(config: rls.DQN | rls.PPO = DQN, seed: int = 0, strategy: str = CONSTRUCT) -> SavedPolicy:
     """A policy that likes something, without a search."""
     rng = np.random.default_rng(seed)
-    shapes = config.policy_shapes(*SIZES)
-    return SavedPolicy(config, [rng.normal(size=shape).astype(np.float32) for shape in shapes])
+    shapes = INTERFACES[strategy].shapes(config)
+    weights = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    return SavedPolicy(config, weights, strategy)
 
 
 @pytest.fixture
@@ -155,12 +161,47 @@ def test_the_shapes_a_configuration_tells_are_those_of_the_agents_networks(confi
     assert [one.shape for one in agent.policy_arrays()] == config.policy_shapes(*SIZES)
 
 
+@pytest.mark.parametrize("config", [DQN, PPO, rls.DQN(hidden_layers=()), rls.PPO(hidden_layers=())])
+def test_policies_of_moves_fit_the_networks_that_score_slots(config, tmp_path):
+    policy = drawn(config, strategy=IMPROVE)
+    policy.save(tmp_path / "policy.npz")
+    loaded = SavedPolicy.load(tmp_path / "policy.npz")
+    assert (loaded.strategy, loaded.agent, loaded.digest) == (IMPROVE, config, policy.digest)
+    state = array_spec.BoundedArraySpec((IMPROVEMENT_STATE_SIZE,), np.float32, -1.0, 1.0, "state")
+    legal = array_spec.BoundedArraySpec((ACTIONS,), np.int32, 0, 1, "legal")
+    action = array_spec.BoundedArraySpec((), np.int32, 0, ACTIONS - 1, "action")
+    specs = ts.time_step_spec({"state": state, "legal": legal}), action
+    agent = build_agent(config, *specs, slots=INTERFACES[IMPROVE].slots)
+    assert [one.shape for one in agent.policy_arrays()] == INTERFACES[IMPROVE].shapes(config)
+    agent.set_policy_arrays(loaded.weights)
+    for before, after in zip(policy.weights, agent.policy_arrays(), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_files_that_are_older_than_strategies_decide_buckets(path):
+    digest = SavedPolicy.load(path).digest
+    older = SavedPolicy.load(rewritten(path, strategy=None))
+    assert (older.strategy, older.digest) == (CONSTRUCT, digest)
+
+
+def test_a_policy_is_of_one_strategy(path, tmp_path):
+    with pytest.raises(
+        rls.ArgumentError, match=r"cannot go on from a policy of 'construct', .*buck"
+    ):
+        rls.Compressor(trained(), policy=path, strategy="improve")
+    drawn(strategy=IMPROVE).save(tmp_path / "moves.npz")
+    with pytest.raises(rls.ArgumentError, match=r"Pass strategy='improve', or leave"):
+        rls.Compressor(trained(), policy=tmp_path / "moves.npz")
+    with pytest.raises(rls.ArgumentError, match=r"strategy='improbe'.*Did you mean 'improve'"):
+        rls.Compressor(trained(), policy=tmp_path / "moves.npz", strategy="improbe")
+
+
 def test_the_file_is_plain_numbers_and_text(path):
     with np.load(path, allow_pickle=False) as file:
         kinds = {key: file[key].dtype.kind for key in file.files}
         assert int(file["format_version"]) == 1
         assert json.loads(str(file["agent"])) == DQN.to_dict()
-        assert file["features"].tolist() == list(feature_names())
+        assert file["features"].tolist() == list(BUCKETS.features)
         assert file["operations"].tolist() == ["keep", "prune", "quantize", "shuffle"]
     assert set(kinds.values()) == {"i", "U", "f"}
     assert sum(key.startswith("weights/") for key in kinds) == 4
@@ -203,7 +244,7 @@ def object_array() -> np.ndarray:
     return array
 
 
-NAMES = np.array(feature_names())
+NAMES = np.array(BUCKETS.features)
 OF_RANDOM = json.dumps(rls.Random().to_dict())
 UNKNOWN = json.dumps({**DQN.to_dict(), "lerning_rate": 1})
 WIDE = json.dumps({**DQN.to_dict(), "hidden_layers": [10**9]})

@@ -37,11 +37,23 @@ def test_scores_follow_their_slots_to_other_places():
     state = np.random.default_rng(0).normal(size=(6, 14)).astype(np.float32)
     scores = layer(state).numpy()
     assert scores.shape == (6, ACTIONS)
-    order = [2, 0, 3, 1]
+    order = [0, 3, 1, 2]  # the first has actions of its own
     moved = layer(shuffled(state, order)).numpy()
     np.testing.assert_allclose(moved.reshape(6, 4, 2), scores.reshape(6, 4, 2)[:, order], rtol=1e-5)
     # As large as for one slot.
-    assert sum(weight.numpy().size for weight in layer.weights) == 5 * 5 + 5 + 5 * 4 + 4 + 4 * 2 + 2
+    one = 5 * 5 + 5 + 5 * 4 + 4 + 4 * 2 + 2
+    assert sum(weight.numpy().size for weight in layer.weights) == one + 4 * 2 + 2
+
+
+def test_without_hidden_layers_scores_are_linear_and_the_first_slot_has_its_own():
+    layer = SlotScores(SHAPE, ACTIONS, (), "relu")
+    state = np.random.default_rng(0).normal(size=(6, 14)).astype(np.float32)
+    scores = layer(state).numpy().reshape(6, 4, 2)
+    first, first_bias, others, others_bias = (weight.numpy() for weight in layer.weights)
+    for slot in range(4):
+        seen = np.concatenate([state[:, :2], state[:, 2 + 3 * slot : 5 + 3 * slot]], 1)
+        kernel, bias = (others, others_bias) if slot else (first, first_bias)
+        np.testing.assert_allclose(scores[:, slot], seen @ kernel + bias, rtol=1e-5, atol=1e-6)
 
 
 class Bandit:

@@ -11,7 +11,7 @@ from tf_agents.environments import utils as environment_utils
 from tiny_search import quick_search, wide_network
 
 import rl_sparsity_tf as rls
-from rl_sparsity_tf.environment.improvement_environment import (
+from rl_sparsity_tf.environment.moves import (
     ACTIONS,
     IMPROVEMENT_FEATURES,
     MOVES,

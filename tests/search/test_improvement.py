@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import tiny_search as tiny
 from tiny_search import (
@@ -19,11 +20,10 @@ from tiny_search import (
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.agents.demonstrations import proposals
-from rl_sparsity_tf.cli import main
 from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.environment.curriculum import Staged
 from rl_sparsity_tf.environment.reward import Reward
-from rl_sparsity_tf.search.episodes import ImprovementEpisodes, LoopSettings
+from rl_sparsity_tf.search.episodes import ImprovementEpisodes, LoopSettings, make_episodes
 from rl_sparsity_tf.search.loop import SearchLoop
 
 TARGET = rls.Target(sparsity=0.85)
@@ -35,10 +35,13 @@ def _quick():
         yield
 
 
+def settings(agent, **options):
+    given = {"reward": Reward(), "buckets": 3, "seed": 0, "warm_start": True, **options}
+    return LoopSettings(agent=agent, strategy="improve", **given)
+
+
 def played(agent, episodes, target=TARGET, **options):
-    settings = {"reward": Reward(), "buckets": 3, "seed": 0, "warm_start": True, **options}
-    network = wide_network(target)
-    loop = SearchLoop(LoopSettings(agent=agent, strategy="improve", **settings), network)
+    loop = SearchLoop(settings(agent, **options), wide_network(target))
     loop.run(episodes, SearchProgress(episodes, "accuracy", 0))
     return loop
 
@@ -95,8 +98,14 @@ def test_a_search_ends_with_a_file_of_the_bytes(in_bytes, tmp_path):
     assert len(result.history) == 6
     manifest = json.loads((one.directory / "manifest.json").read_text())
     assert manifest["arguments"]["strategy"] == "improve"
-    with pytest.raises(rls.ArgumentError, match=r"with strategy='improve' one that decides moves"):
-        result.save_policy(tmp_path / "policy.npz")
+    # What its agent has learned begins another search of moves.
+    result.save_policy(tmp_path / "policy.npz")
+    policy = rls.Compressor(tiny.wide(), policy=tmp_path / "policy.npz", strategy="improve").policy
+    begun = make_episodes(settings(DQN, policy=policy), wide_network(TARGET)).agent.policy_arrays()
+    for one, other in zip(begun, result.policy.weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+    fresh = make_episodes(settings(DQN), wide_network(TARGET)).agent.policy_arrays()
+    assert any((one != other).any() for one, other in zip(begun, fresh, strict=True))
 
 
 @pytest.mark.slow
@@ -118,7 +127,6 @@ def test_accuracy_drops_are_searched_so_too():
 
 CONFLICTS = {
     "hierarchy": ({"hierarchy": True}, r"does not go with hierarchy=True: the order of layers"),
-    "policy": ({"policy": "pretrained"}, r"does not go with policy=\.\.\.: policies decide"),
     "recovery": ({"recovery": "none"}, r"does not go with recovery='none': its rankings are made"),
     "channels": (
         {"target": rls.Target(macs=0.5), "recovery": None},
@@ -136,11 +144,3 @@ def test_what_does_not_go_with_it_is_said_before_anything_runs(case):
         given["target"] = rls.Target(macs=0.5)
     with pytest.raises(rls.ArgumentError, match=message):
         compressor(tiny.wide(), None, **given)
-
-
-def test_the_command_refuses_to_save_its_policy(capsys, tmp_path):
-    tiny.wide().save(tmp_path / "model.keras")
-    arguments = ["compress", str(tmp_path / "model.keras"), "--data", "no.npz", "--strategy"]
-    more = ["improve", "--save-policy", str(tmp_path / "policy.npz")]
-    assert main([*arguments, *more, "--output", str(tmp_path / "run")]) == 2
-    assert "--save-policy cannot be used with --strategy improve" in capsys.readouterr().err
