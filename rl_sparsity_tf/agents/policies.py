@@ -7,7 +7,6 @@ import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +34,6 @@ from rl_sparsity_tf.files import as_file, check_new_file, parse_strict, replacin
 from rl_sparsity_tf.layers.operations import Operation
 
 FORMAT_VERSION = 1
-PRETRAINED = "pretrained"
-"""The name of the policies that come with the package, one per agent; how they were taught is in
-`benchmarks/pretraining.py`."""
-
-_SHIPPED = "pretrained_{}.npz"
 _TEXTS = ("agent", "strategy", "features", "operations")
 # Of the arrays as they are in memory: a small file may claim to hold anything.
 _LARGEST = 2**26
@@ -142,14 +136,18 @@ class SavedPolicy:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], agent: str = "dqn") -> SavedPolicy:
-        """Reads what [save][] wrote, or with `"pretrained"` what the package has for the agent.
+    def load(cls, path: str | os.PathLike[str]) -> SavedPolicy:
+        """Reads what [save][] wrote.
 
         Raises ArgumentError if there is no such file, and PolicyFileError if it is damaged or
         foreign, or made for other features.
         """
-        shipped = path == PRETRAINED
-        path = _shipped(agent) if shipped else as_file("policy", path, _EXPECTED)
+        if path == "pretrained":
+            raise ArgumentError(
+                "policy='pretrained': no policy comes with the package any more; on networks that "
+                f"they had not seen, those were worth no more than a rule. Expected {_EXPECTED}."
+            )
+        path = as_file("policy", path, _EXPECTED)
         if not path.is_file():
             found = "is a folder" if path.is_dir() else "does not exist"
             raise ArgumentError(f"policy={str(path)!r} {found}. Expected {_EXPECTED}.")
@@ -166,12 +164,7 @@ class SavedPolicy:
         _check_names(path, "features", arrays, interface.features)
         _check_names(path, "operations", arrays, interface.actions)
         config = _config(path, arrays)
-        weights = _weights(path, arrays, config, interface.shapes(config))
-        if shipped:  # the settings of a search are those of this version
-            present = resolve_config(agent)
-            if interface.shapes(present) == interface.shapes(config):
-                config = present
-        return cls(config, weights, strategy)
+        return cls(config, _weights(path, arrays, config, interface.shapes(config)), strategy)
 
 
 _EXPECTED = "a .npz file that result.save_policy() wrote"
@@ -212,8 +205,7 @@ def resolve_policy(
             "chosen by another agent, and a policy has learned without it. Leave one of them out."
         )
     if not isinstance(policy, SavedPolicy):
-        name = "dqn" if agent is None else resolve_config(agent).name
-        policy = SavedPolicy.load(policy, name)
+        policy = SavedPolicy.load(policy)
     if policy.strategy != strategy:
         check_choice("strategy", strategy, STRATEGIES)
         decides = {CONSTRUCT: "buckets of weights", IMPROVE: "moves from plan to plan"}
@@ -240,16 +232,6 @@ def resolve_policy(
             "policy."
         )
     return policy, config
-
-
-def _shipped(agent: str) -> Path:
-    path = Path(str(resources.files("rl_sparsity_tf.agents") / _SHIPPED.format(agent)))
-    if not path.is_file():
-        raise ArgumentError(
-            f"policy={PRETRAINED!r}: no policy of agent={agent!r} comes with the package. Expected "
-            f"agent='dqn' or agent='ppo', or {_EXPECTED}."
-        )
-    return path
 
 
 def _bad(path: Path, found: str, expected: str = _EXPECTED) -> PolicyFileError:

@@ -144,10 +144,10 @@ class Compressor:
         int4: Which kernels `group="auto"` may store in 4 bits: `"fast"` (the default), where LiteRT
             is as fast as with 8 bits (Dense layers and Embeddings, but not convolutions, which
             XNNPACK then leaves alone); `"all"` for the smallest file; or `"none"`.
-        policy: `"pretrained"`, or what [save_policy][rl_sparsity_tf.Result.save_policy] wrote: what
-            an agent has learned on other networks. Its plan is evaluated first, whatever
-            `warm_start` says; the agent goes on from it, explores less, and learns how much better
-            than that a plan is.
+        policy: What [save_policy][rl_sparsity_tf.Result.save_policy] wrote: what an agent has
+            learned on other networks, by a search of the same `strategy`. The plan of one that
+            decides buckets is evaluated first, whatever `warm_start` says; the agent goes on from
+            it, explores less, and learns how much better than that a plan is.
         hierarchy: Whether a second agent chooses the next layer and how much is to go of it; the
             first then meets that goal. Else the layers come in their order.
         strategy: What an episode is. `"construct"`: every bucket of every kernel is decided, from
