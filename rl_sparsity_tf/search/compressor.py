@@ -364,6 +364,8 @@ class Compressor:
             if loop.done:
                 progress.say(f"going on after episode {loop.done} of {episodes}")
             noted: dict[str, Any] = {}
+            if choice.slow_int4 is not None:
+                noted["slow_int4"] = choice.slow_int4.to_dict()
             if self.target.max_accuracy_drop is None:
                 checked = functools.partial(check_early, task, dense.warnings, progress)
                 loop.run(episodes, progress, checked)
@@ -527,4 +529,7 @@ class Compressor:
         if self.target.max_accuracy_drop is not None:  # for every size anew
             return StorageChoice(plain), chooser
         progress.say("choosing groups and bits for every kernel")
-        return chooser.choose(plain), chooser
+        choice = chooser.choose(plain)
+        if choice.slow_int4 is not None:
+            progress.say(f"note: {choice.slow_int4}")
+        return choice, chooser

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,20 @@ in 8 bits ([INT4_AS_FAST][rl_sparsity_tf.layers.kernel_spec.INT4_AS_FAST]), or n
 
 _UNITS = 8192
 
+# Of the dense model's metric: what 4 bits in slow kernels must be worth to be worth a word.
+_MUCH = 0.01
+# Less than any plan is worth.
+_WORST = Outcome(
+    metric=math.nan,
+    dense_metric=math.nan,
+    loss=math.inf,
+    retention=0.0,
+    sparsity=0.0,
+    target_sparsity=0.0,
+    stored_bits=1.0,
+    reconstruction_error=0.0,
+)
+
 SINGLE_WEIGHTS = "dynamic_programming_element"
 """Who proposed the plan of a [StorageChoice][]."""
 
@@ -64,10 +79,48 @@ class StorageChoice:
             evaluations.
         others: The plan of dynamic programming for single weights at 8 bits: what is behind after a
             recovery in closed form may be ahead after the fine-tuning.
+        slow_int4: What 4 bits would be worth where they cost time, if that was asked and is much.
     """
 
     network: CompressedNetwork
     others: Sequence[Candidate] = ()
+    slow_int4: SlowInt4 | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SlowInt4:
+    """What is lost by keeping 4 bits out of kernels that LiteRT computes slower with them.
+
+    Attributes:
+        metric: The best plan's validation metric after the fit, as the search stores kernels.
+        possible: The same with 4 bits in any kernel, in no more bytes.
+        kernels: The kernels that would have 4 bits then, and may not.
+    """
+
+    metric: float
+    possible: float
+    kernels: Sequence[str]
+
+    def to_dict(self) -> dict[str, float | list[str]]:
+        """As metrics.json has it."""
+        return {
+            "metric": self.metric,
+            "metric_with_int4_all": self.possible,
+            "kernels": list(self.kernels),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SlowInt4:
+        """What [to_dict][] described."""
+        return cls(values["metric"], values["metric_with_int4_all"], values["kernels"])
+
+    def __str__(self) -> str:
+        return (
+            f"4 bits in {', '.join(self.kernels)}, too, would bring the best plan of the start "
+            f"from {self.metric:.4f} to {self.possible:.4f} after the fit, in no more bytes. Pass "
+            "int4='all' if that is worth its time: LiteRT computes convolutions with 8 bits faster "
+            "(benchmarks: 1.1 to 6 times)."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,32 +151,69 @@ def choose_storage(
     decisions = network.decisions
     sizes = decisions.sizes
     assert sizes is not None
-    wanted = [Storage("block4"), *propose_storages(network, sizes, int4)]
+    options = _all_options(network, sizes)
+    proposed = _proposals(network, options, int4)
+    wanted = [Storage("block4"), *proposed.values()]
     single_weights = []
-    best, lowest = network, math.inf
+    best, lowest = network, _WORST
     for power, outcome in _evaluated(network):
         lowest = _lower(lowest, outcome)
         if power == POWER:  # what the contender of that name is given
             value = bounded(reward, outcome, None)
             single_weights.append(Candidate.of(network, value, PROPOSED, SINGLE_WEIGHTS))
     seen = set(network.seen)
-    for number, storage in enumerate(wanted):
-        if storage in wanted[:number] or storage == network.storage:
-            continue
+
+    def built(storage: Storage) -> CompressedNetwork | None:
         try:
-            other = build(
+            return build(
                 decisions=KernelDecisions(storage, decisions.shuffles, sizes, decisions.selection)
             )
         except TargetError:  # the last block of every kernel takes more than a last single weight
+            return None
+
+    for number, storage in enumerate(wanted):
+        if storage in wanted[:number] or storage == network.storage:
             continue
-        loss = math.inf
+        other = built(storage)
+        if other is None:
+            continue
+        found = _WORST
         for _, outcome in _evaluated(other):
-            loss = _lower(loss, outcome)
+            found = _lower(found, outcome)
         seen |= other.seen
-        if loss < lowest:
-            best, lowest = other, loss
+        if found.loss < lowest.loss:
+            best, lowest = other, found
     best.seen |= seen
-    return StorageChoice(best, single_weights)
+    slow = None
+    if int4 == "fast":
+        slow = _slow_int4(network, lowest, proposed, _proposals(network, options, "all"), built)
+    return StorageChoice(best, single_weights, slow)
+
+
+def _slow_int4(
+    network: CompressedNetwork,
+    chosen: Outcome,
+    proposed: Mapping[float, Storage],
+    with_all: Mapping[float, Storage],
+    built: Callable[[Storage], CompressedNetwork | None],
+) -> SlowInt4 | None:
+    """What the plan of least layer error is worth with 4 bits in any kernel; None if no more."""
+    storage = with_all.get(POWER)
+    if storage is None or storage in proposed.values() or not math.isfinite(chosen.loss):
+        return None
+    slow = [
+        kernel.path
+        for kernel in network.kernels
+        if storage.of(kernel.path).bits == 4 and kernel.spec.kind not in INT4_AS_FAST
+    ]
+    other = built(storage) if slow else None
+    if other is None:
+        return None
+    (plan,) = propose_all(other, (POWER,))
+    outcome = evaluate_plan(other, plan, other.recovery.steps)
+    if not outcome.retention - chosen.retention >= _MUCH:
+        return None
+    return SlowInt4(chosen.metric, outcome.metric, slow)
 
 
 def propose_storages(
@@ -134,16 +224,35 @@ def propose_storages(
     The network has all kernels in single weights, at 8 bits. `int4` is which kernels may have 4
     bits, one of [INT4][]. There is a storage for each of several powers of the layers' errors.
     """
-    budget = network.budget
-    assert isinstance(budget, SizeBudget)
-    limit = budget.limit - budget.fixed
-    density = 1.0 - budget.goal
-    options = [
-        _options(network, one, sizes, density, limit, _may_have_int4(one, int4))
+    return list(_proposals(network, _all_options(network, sizes), int4).values())
+
+
+def _all_options(network: CompressedNetwork, sizes: KernelBytes) -> list[list[_Option]]:
+    """Every kernel's options, 4 bits among them wherever it can have them."""
+    limit, density = _limit(network), 1.0 - network.budget.goal
+    return [
+        _options(network, one, sizes, density, limit, _may_have_int4(one, "all"))
         for one in network.kernels
     ]
+
+
+def _limit(network: CompressedNetwork) -> float:
+    budget = network.budget
+    assert isinstance(budget, SizeBudget)
+    return budget.limit - budget.fixed
+
+
+def _proposals(
+    network: CompressedNetwork, options: Sequence[Sequence[_Option]], int4: str
+) -> dict[float, Storage]:
+    """What the knapsack chooses at each power of the layers' errors, where it finds anything."""
+    limit = _limit(network)
+    options = [
+        [option for option in one if option.storage.bits != 4 or _may_have_int4(kernel, int4)]
+        for kernel, one in zip(network.kernels, options, strict=True)
+    ]
     costs = [np.concatenate([option.costs for option in one]) for one in options]
-    found = []
+    found = {}
     for power in POWERS:
         errors = [
             np.concatenate([option.errors for option in one]).clip(0, LARGEST_ERROR) ** power
@@ -156,7 +265,7 @@ def propose_storages(
         for kernel, one, entry in zip(network.kernels, options, entries, strict=True):
             sizes_of = np.cumsum([len(option.costs) for option in one])
             named[kernel.path] = one[int(np.searchsorted(sizes_of, entry, side="right"))].storage
-        found.append(Storage("element", named))
+        found[power] = Storage("element", named)
     return found
 
 
@@ -233,5 +342,5 @@ def _evaluated(network: CompressedNetwork) -> Iterator[tuple[float, Outcome]]:
     network.reset()
 
 
-def _lower(loss: float, outcome: Outcome) -> float:
-    return loss if math.isnan(outcome.loss) else min(loss, outcome.loss)
+def _lower(lowest: Outcome, outcome: Outcome) -> Outcome:
+    return outcome if outcome.loss < lowest.loss else lowest

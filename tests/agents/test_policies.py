@@ -331,9 +331,7 @@ def test_what_is_no_file_is_refused(policy, message):
 
 
 def test_no_policy_comes_with_the_package():
-    with pytest.raises(
-        rls.ArgumentError, match=r"policy='pretrained': no policy comes .*Expected"
-    ):
+    with pytest.raises(rls.ArgumentError, match=r"policy='pretrained': no policy comes .*Expected"):
         rls.Compressor(trained(), policy="pretrained")
 
 

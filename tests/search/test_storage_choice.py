@@ -12,7 +12,7 @@ from tiny_search import quick_search
 import rl_sparsity_tf as rls
 from rl_sparsity_tf import baselines
 from rl_sparsity_tf.allocation.decisions import KernelDecisions
-from rl_sparsity_tf.allocation.dynamic_programming import propose, propose_all
+from rl_sparsity_tf.allocation.dynamic_programming import POWER, POWERS, propose, propose_all
 from rl_sparsity_tf.allocation.size_budget import kernel_costs
 from rl_sparsity_tf.allocation.storage import KernelStorage, Storage
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
@@ -21,9 +21,9 @@ from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.export.size_model import KernelBytes, SizeModel
 from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.layers.operations import Operation
-from rl_sparsity_tf.search import final
+from rl_sparsity_tf.search import final, storage_choice
 from rl_sparsity_tf.search.comparison import compare
-from rl_sparsity_tf.search.storage_choice import choose_storage, propose_storages
+from rl_sparsity_tf.search.storage_choice import SlowInt4, choose_storage, propose_storages
 
 L = keras.layers
 
@@ -359,6 +359,44 @@ def test_the_choice_keeps_to_what_may_have_4_bits(chosen, model, limit):
     without = choose_storage(plain, build, rls.Reward(), "none").network
     assert kernels_in_4_bits(with_4, [with_4.storage])
     assert not kernels_in_4_bits(without, [without.storage])
+
+
+@pytest.mark.slow
+def test_what_4_bits_in_slow_kernels_would_be_worth_is_said(convolutional, monkeypatch):
+    """All kernels fit the limit in 4 bits; with 8 bits convolutions have to lose half of theirs."""
+    made, sizes = rls.strip(convolutional.model), convolutional.decisions.sizes
+    made.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    built = []
+
+    def build(decisions):
+        built.append(network_of(made, convolutional.target, decisions))
+        return built[-1]
+
+    plain = build(KernelDecisions("element", sizes=sizes))
+    monkeypatch.setattr(storage_choice, "_MUCH", 1e-6)  # the network is small
+    choice = choose_storage(plain, build, rls.Reward(), "fast")
+    found = choice.slow_int4
+    assert isinstance(found, SlowInt4)
+    assert "convs/kernel" in found.kernels
+    assert not any(path.startswith(("middle", "last")) for path in found.kernels)
+    # The figures are those of the two networks' own plans.
+    best = min(
+        (evaluate_plan(choice.network, plan) for plan in propose_all(choice.network, POWERS)),
+        key=lambda outcome: outcome.loss,
+    )
+    assert found.metric == best.metric
+    (plan,) = propose_all(built[-1], (POWER,))
+    assert found.possible == evaluate_plan(built[-1], plan).metric > found.metric
+    # What is not searched is no evaluation of the search.
+    assert not built[-1].seen <= choice.network.seen
+    text = str(SlowInt4.from_dict(json.loads(json.dumps(found.to_dict()))))
+    assert text == str(found)
+    assert f"from {found.metric:.4f} to {found.possible:.4f}" in text
+    # Nothing is said where it is asked for, forbidden, or worth little.
+    for int4 in ("all", "none"):
+        assert choose_storage(plain, build, rls.Reward(), int4).slow_int4 is None
+    monkeypatch.setattr(storage_choice, "_MUCH", 1.0)
+    assert choose_storage(plain, build, rls.Reward(), "fast").slow_int4 is None
 
 
 @pytest.mark.slow
