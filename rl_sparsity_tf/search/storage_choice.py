@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from rl_sparsity_tf.allocation.alternatives import Alternative, note
 from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.allocation.dynamic_programming import (
     LARGEST_ERROR,
@@ -123,6 +124,9 @@ def choose_storage(
         if loss < lowest:
             best, lowest = other, loss
     best.seen |= seen
+    for path, ways in network.alternatives.items():
+        known = best.alternatives.get(path, {})
+        note(best, path, [one for key, one in ways.items() if key not in known])
     return StorageChoice(best, single_weights)
 
 
@@ -142,8 +146,10 @@ def propose_storages(
         _options(network, one, sizes, density, limit, _may_have_int4(one, int4))
         for one in network.kernels
     ]
+    for kernel, found in zip(network.kernels, options, strict=True):
+        note(network, kernel.path, [option.alternative for option in found])
     costs = [np.concatenate([option.costs for option in one]) for one in options]
-    found = []
+    storages = []
     for power in POWERS:
         errors = [
             np.concatenate([option.errors for option in one]).clip(0, LARGEST_ERROR) ** power
@@ -156,8 +162,8 @@ def propose_storages(
         for kernel, one, entry in zip(network.kernels, options, entries, strict=True):
             sizes_of = np.cumsum([len(option.costs) for option in one])
             named[kernel.path] = one[int(np.searchsorted(sizes_of, entry, side="right"))].storage
-        found.append(Storage("element", named))
-    return found
+        storages.append(Storage("element", named))
+    return storages
 
 
 def _may_have_int4(kernel: Kernel, int4: str) -> bool:
@@ -169,11 +175,21 @@ def _may_have_int4(kernel: Kernel, int4: str) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Option:
-    """One way to cut and store a kernel: errors and costs by how much of it lives."""
+    """One way to cut and store a kernel, and what is known of it."""
 
     storage: KernelStorage
-    errors: np.ndarray
-    costs: np.ndarray
+    alternative: Alternative
+
+    @property
+    def errors(self) -> np.ndarray:
+        """By how much of it lives."""
+        return self.alternative.errors
+
+    @property
+    def costs(self) -> np.ndarray:
+        """Bytes, by how much of it lives."""
+        assert self.alternative.costs is not None
+        return self.alternative.costs
 
 
 def _options(
@@ -220,7 +236,8 @@ def _options(
 
 def _option(errors: KernelErrors, costs: KernelCosts, storage: KernelStorage, bits: int) -> _Option:
     prices = np.array([costs.cost(float(live), bits < FLOAT) for live in errors.live])
-    return _Option(storage, errors.errors[bits], prices)
+    way = Alternative(storage.group, bits, errors.live, errors.errors[bits], prices)
+    return _Option(storage, way)
 
 
 def _evaluated(network: CompressedNetwork) -> Iterator[tuple[float, Outcome]]:
