@@ -50,6 +50,7 @@ nitpick_ignore_regex = [
         r"py:class",
         r"(LoopSettings|MicroPort|Patterns|PlayLayer|RewardFunction|SavedPolicy|TensorReport)",
     ),
+    (r"py:class", r"Axes"),
     (r"py:exc", r"(FileExistsRLSparsityError|MissingDependencyError)"),
 ]
 
