@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rl_sparsity_tf.report.drawing import SHAPES, Frame, frame, labelled, line, mark
+from rl_sparsity_tf.report.maps import MOST_KERNELS, listed
 from rl_sparsity_tf.report.reading import (
     entries,
     fields,
@@ -17,7 +18,7 @@ from rl_sparsity_tf.report.reading import (
 )
 
 DASH, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
-_MOST_POINTS = 4_000
+_MOST_POINTS, _MOST_ROWS, _MOST_WARNINGS = 4_000, 200, 100
 _COLOURS = 7
 _LONG = 11
 # Plans far below the best would press all others into a line.
@@ -227,12 +228,15 @@ def warnings(run: Mapping[str, Any]) -> list[str]:
     """What went wrong, in the run's own words, and files that cannot be used."""
     metrics = fields(run.get("metrics"))
     found = texts(metrics.get("warnings"))
-    for one in entries(metrics.get("baselines")):
+    for one in entries(metrics.get("baselines"))[:_MOST_ROWS]:
         name = text(one.get("name"), 60) or "a contender"
         found += [f"{name}: {words}" for words in texts(one.get("warnings"))]
+    given = len(listed(run.get("plan")))
+    if given > MOST_KERNELS:
+        found.append(f"the plan names {given:,} kernels, of which {MOST_KERNELS:,} are shown")
     for name, why in fields(run.get("problems")).items():
         found.append(f"{text(name)} cannot be used: {text(why)}")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found))[:_MOST_WARNINGS]
 
 
 # ---------------------------------------------------------------------- comparison
@@ -283,7 +287,7 @@ def contenders(run: Mapping[str, Any]) -> list[dict[str, Any]]:
         ("dense int8", fields(metrics.get("dense_int8")), None, "dense"),
         ("compressed", compressed, search.get("evaluations"), "compressed"),
     ]
-    for one in entries(metrics.get("baselines")):
+    for one in entries(metrics.get("baselines"))[:_MOST_ROWS]:
         name = text(one.get("name"), 80) or "a contender"
         given.append((name, one, one.get("evaluations"), "baseline"))
     rows: list[dict[str, Any]] = []
@@ -480,7 +484,7 @@ def trials(run: Mapping[str, Any]) -> dict[str, Any] | None:
     metrics = fields(run.get("metrics"))
     search, measure = fields(metrics.get("search")), Measure.of(metrics)
     rows = []
-    for one in entries(search.get("trials")):
+    for one in entries(search.get("trials"))[:_MOST_ROWS]:
         held = one.get("held")
         words = measure.written(number(one.get("validation_metric")))
         rows.append(

@@ -32,7 +32,7 @@ def linear_ticks(low: float, high: float, most: int = _MOST_TICKS) -> list[float
     span = high - low
     if span <= 0:
         return [low]
-    rough = span / (most - 1)
+    rough = span / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * one for one in (1, 2, 5, 10) if power * one >= rough * (1 - 1e-9))
     first = math.ceil(low / step - 1e-9)

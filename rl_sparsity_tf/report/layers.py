@@ -15,6 +15,7 @@ from rl_sparsity_tf.report.reading import entries, fields, number, numbers, text
 
 _MOST_DRAWN = 200
 _MANY = 24
+_MOST_WAYS, _MOST_LEVELS = 12, 1_000
 # What is below is as good as nothing, and would take most of a chart.
 _LEAST_ERROR = 1e-4
 _STORED = {
@@ -29,12 +30,13 @@ _STORED = {
 # ---------------------------------------------------------------------- the table
 
 
-def kernels(run: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Every kernel's figures; None if no plan can be read."""
-    found = decoded(run.get("plan"))
+def kernels(
+    run: Mapping[str, Any], plan: Sequence[Decoded] | None = None
+) -> list[dict[str, Any]] | None:
+    """Every kernel's figures; None if no plan can be read. `plan` is the run's, if it was read."""
     stored = _stored(run)
     rows = []
-    for one in found:
+    for one in decoded(run.get("plan")) if plan is None else plan:
         tensors = stored.get(one.path, [])
         sizes = [number(tensor.get("bytes")) for tensor in tensors]
         known = [size for size in sizes if size is not None]
@@ -87,7 +89,7 @@ class Way:
         group, bits = text(entry.get("group"), 20), whole(entry.get("bits"))
         live, errors = numbers(entry.get("live")), numbers(entry.get("errors"))
         costs = numbers(entry.get("costs"))
-        if group is None or bits is None or not live or not errors:
+        if group is None or bits is None or not live or not errors or len(live) > _MOST_LEVELS:
             return None
         good = len(live) == len(errors) and (costs is None or len(costs) == len(live))
         rising = all(a < b for a, b in itertools.pairwise(live))
@@ -142,7 +144,7 @@ def reasons(run: Mapping[str, Any], chosen: Chosen) -> dict[str, Any] | None:
     listed = {text(path): ways for path, ways in fields(known.get("kernels")).items()}.get(
         chosen.path
     )
-    ways = [way for way in map(Way.of, entries(listed)) if way is not None]
+    ways = [way for way in map(Way.of, entries(listed)[:_MOST_WAYS]) if way is not None]
     channels = known.get("unit") == "channels"
     if not ways or chosen.live <= 0:
         return None
@@ -280,18 +282,21 @@ def _errors(ways: Sequence[Way], taken: Way, chosen: Chosen, channels: bool) -> 
 # ---------------------------------------------------------------------- the cards
 
 
-def cards(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A map of every kernel and the reasons for it; None if there is neither."""
+def cards(run: Mapping[str, Any], plan: Sequence[Decoded] | None = None) -> dict[str, Any] | None:
+    """A map of every kernel and the reasons for it; None if there is neither.
+
+    `plan` is the run's, if it was read.
+    """
+    plan = decoded(run.get("plan")) if plan is None else plan
     removed = decoded(run.get("channels"))
-    drawn = (removed or decoded(run.get("plan")))[:_MOST_DRAWN]
-    after = {row["path"]: row for row in kernels(run) or []}
+    drawn = (removed or plan)[:_MOST_DRAWN]
+    after = {row["path"]: row for row in kernels(run, plan) or []}
     cells = 8192 if len(drawn) <= _MANY else 2048
-    found, known = [], set()
+    found = []
     for kernel in drawn:
         row = after.get(kernel.path)
         picture = draw(kernel, cells)
         why = reasons(run, _chosen(kernel))
-        known.add(kernel.path)
         found.append(
             {
                 "path": kernel.path,
@@ -306,7 +311,7 @@ def cards(run: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     return {
         "kernels": found,
-        "left": max(0, len(removed or decoded(run.get("plan"))) - len(found)),
+        "left": max(0, len(removed or plan) - len(found)),
         "channels": bool(removed),
         "explained": any(one["why"] for one in found),
         "open": len(found) <= 12,

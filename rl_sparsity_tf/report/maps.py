@@ -18,7 +18,9 @@ OPERATIONS = ("keep", "prune", "quantize", "shuffle")
 _LIVING = (0, 2, 3)
 _PRUNE = 1
 _BLOCKS = {"element": 1, "2:4": 1, "block4": 4, "block16": 16}
-_MOST_GROUPS = 2**26
+MOST_KERNELS = 2_000
+"""Kernels that are looked at."""
+_MOST_GROUPS, _MOST_IN_ALL = 2**26, 2**28
 _MOST_AXES = 16
 _LEVELS = 5
 
@@ -92,22 +94,50 @@ def _operations(entry: Mapping[str, Any], count: int) -> np.ndarray | None:
     default, runs = entry.get("default", "keep"), entry.get("exceptions", [])
     if default not in OPERATIONS or not isinstance(runs, list):
         return None
+    if not all(map(_is_run, runs)):
+        return None
     flat = np.full(count, OPERATIONS.index(default), np.uint8)
-    for run in runs:
-        if not isinstance(run, list) or len(run) != 3 or run[2] not in OPERATIONS:
-            return None
-        start, length = whole(run[0]), whole(run[1])
-        if start is None or length is None or start + length > count:
-            return None
-        flat[start : start + length] = OPERATIONS.index(run[2])
+    if not runs:
+        return flat
+    given = [(run[0], run[1], OPERATIONS.index(run[2])) for run in runs]
+    starts, lengths, kinds = np.array(given, np.int64).T
+    ends = np.cumsum(lengths)
+    # Runs that overlap could name far more groups than there are.
+    if ends[-1] > count or (starts + lengths).max() > count:
+        return None
+    places = np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
+    flat[places] = np.repeat(kinds, lengths)
     return flat
 
 
+def _is_run(run: Any) -> bool:
+    return (
+        isinstance(run, list)
+        and len(run) == 3
+        and type(run[0]) is type(run[1]) is int
+        and 0 <= run[0] <= _MOST_GROUPS
+        and 0 < run[1] <= _MOST_GROUPS
+        and run[2] in OPERATIONS
+    )
+
+
 def decoded(plan: Any) -> list[Decoded]:
-    """The kernels of a plan's JSON that can be read, in order."""
+    """The kernels of a plan's JSON that can be read, in order, as far as there is room."""
+    found: list[Decoded] = []
+    groups = 0
+    for entry in listed(plan)[:MOST_KERNELS]:
+        one = decode(fields(entry))
+        groups += one.operations.size if one else 0
+        if groups > _MOST_IN_ALL:
+            break
+        found += [one] if one else []
+    return found
+
+
+def listed(plan: Any) -> list[Any]:
+    """The entries of a plan's JSON, whatever they are."""
     found = fields(plan).get("kernels")
-    listed = found if isinstance(found, list) else []
-    return [one for one in map(decode, map(fields, listed)) if one is not None]
+    return found if isinstance(found, list) else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +155,12 @@ def draw(kernel: Decoded, cells: int = 8192, width: float = 460) -> Map:
     where nothing does it is left empty.
     """
     grid, turned = kernel.operations, kernel.operations.shape[0] > kernel.operations.shape[1]
+    tall, wide = _steps(grid.shape[::-1] if turned else grid.shape, cells)
+    steps = (wide, tall) if turned else (tall, wide)
+    counts = np.stack([_summed(grid == one, *steps) for one in _LIVING])
+    sizes = np.outer(*map(_extents, grid.shape, steps))
     if turned:
-        grid = grid.T
-    tall, wide = _steps(grid.shape, cells)
-    counts = np.stack([_summed(grid == one, tall, wide) for one in _LIVING])
-    sizes = _summed(np.ones(grid.shape, bool), tall, wide)
+        counts, sizes = counts.transpose(0, 2, 1), sizes.T
     rows, columns = sizes.shape
     share = counts.sum(axis=0) / sizes
     level = np.ceil(_LEVELS * np.sqrt(share)).astype(int)
@@ -169,8 +200,22 @@ def _steps(shape: tuple[int, ...], cells: int) -> tuple[int, int]:
 
 def _summed(marked: np.ndarray, tall: int, wide: int) -> np.ndarray:
     """How many are marked in every cell."""
-    rows = np.add.reduceat(marked.astype(np.int32), np.arange(0, marked.shape[0], tall), axis=0)
-    return np.add.reduceat(rows, np.arange(0, marked.shape[1], wide), axis=1)
+    if not marked.any():
+        return np.zeros(
+            [len(_extents(*one)) for one in zip(marked.shape, (tall, wide), strict=True)]
+        )
+    across = np.arange(0, marked.shape[1], wide)
+    # Block by block, so that no copy of the whole is made.
+    starts = range(0, len(marked), tall)
+    return np.array(
+        [np.add.reduceat(marked[n : n + tall].sum(axis=0, dtype=np.int64), across) for n in starts]
+    )
+
+
+def _extents(length: int, step: int) -> np.ndarray:
+    """How many groups every cell has along an axis; the last may have fewer."""
+    starts = np.arange(0, length, step)
+    return np.minimum(length - starts, step)
 
 
 def _runs(cells: np.ndarray, side: float, high: float) -> str:

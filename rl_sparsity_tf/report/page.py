@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rl_sparsity_tf.errors import MissingDependencyError
 from rl_sparsity_tf.files import check_new_file, write_text
 from rl_sparsity_tf.report import content, layers
+from rl_sparsity_tf.report.maps import decoded
 from rl_sparsity_tf.report.reading import read_run
 from rl_sparsity_tf.version import __version__
 
@@ -46,14 +47,15 @@ def _templates() -> jinja2.Environment:
 
 def facts(run: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that the templates show of a run."""
+    plan = decoded(run.get("plan"))
     return {
         "head": content.headline(run),
         "warnings": content.warnings(run),
         "comparison": content.comparison(run),
         "curve": content.curve(run),
         "trials": content.trials(run),
-        "kernels": layers.kernels(run),
-        "cards": layers.cards(run),
+        "kernels": layers.kernels(run, plan),
+        "cards": layers.cards(run, plan),
         "exploited": content.exploited(run),
         "verification": content.verification(run),
         "reproduction": content.reproduction(run),

@@ -251,12 +251,12 @@ class Result:
 
     def to_run(self) -> dict[str, Any]:
         """What reports and plots show, as `read_run` gives it of a run's folder."""
-        channels = None if self.channels is None else json.loads(self.channels.plan.to_json())
+        channels = None if self.channels is None else self.channels.plan.to_dict()
         return {
             "name": None,
             "problems": {},
             "metrics": self.metrics,
-            "plan": json.loads(self.plan.to_json()),
+            "plan": self.plan.to_dict(),
             "channels": channels,
             "details": self.details,
             "manifest": self._manifest,

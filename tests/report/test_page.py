@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -12,7 +13,7 @@ from made_runs import METRICS, PLAN, Page, made_run, write_run
 
 from rl_sparsity_tf.cli import main
 from rl_sparsity_tf.errors import FileExistsRLSparsityError, MissingDependencyError
-from rl_sparsity_tf.report import content, layers, page
+from rl_sparsity_tf.report import content, layers, maps, page
 from rl_sparsity_tf.report.page import render_fragment, render_report, write_report
 
 
@@ -317,3 +318,37 @@ def test_without_jinja_it_is_said_what_to_install(monkeypatch):
     with pytest.raises(MissingDependencyError, match="pip install jinja2"):
         render_report(made_run())
     page._templates.cache_clear()
+
+
+OLD = sorted((Path(__file__).parent.parent / "fixtures").glob("*/run"))
+assert OLD, "no run of an earlier version is among the fixtures"
+
+
+@pytest.mark.parametrize("folder", OLD, ids=lambda path: path.parent.name)
+def test_runs_of_earlier_versions_have_a_page(folder, tmp_path):
+    written = write_report(folder, tmp_path / "page.html")
+    found = Page(written.read_text(encoding="utf-8"))
+    found.check_harmless()
+    assert "episodes played" in found.text
+    assert "best value so far" in found.text
+
+
+def test_kernels_are_read_as_far_as_there_is_room(monkeypatch):
+    monkeypatch.setattr(maps, "_MOST_IN_ALL", 72 + 9)
+    kernels = PLAN["kernels"] + [PLAN["kernels"][1] | {"path": "third/kernel"}]
+    found = maps.decoded({"kernels": kernels})
+    assert [one.path for one in found] == ["conv/kernel", "dense/kernel"]
+
+
+def test_files_that_claim_far_too_much_are_shown_in_part():
+    entry = PLAN["kernels"][0] | {"shape": [2**9, 2**8], "layout": "io", "exceptions": []}
+    run = made_run(plan={"kernels": [entry] * 3_000})
+    run["metrics"]["baselines"] *= 1_000
+    run["metrics"]["warnings"] = [f"warning {n}" for n in range(10_000)]
+    run["history"] = [run["history"][0] | {"reward": n / 50_000} for n in range(50_000)]
+    rendered = render_report(run)
+    assert len(rendered) < 3_000_000
+    assert "the plan names 3,000 kernels, of which 2,000 are shown" in content.warnings(
+        made_run(plan=run["plan"])
+    )
+    Page(rendered).check_harmless()
