@@ -8,10 +8,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rl_sparsity_tf.report.content import DASH, TIMES, brief_bytes, count, share
 from rl_sparsity_tf.report.drawing import SHAPES, frame, line, mark
 from rl_sparsity_tf.report.maps import OPERATIONS, Decoded, decoded, draw
 from rl_sparsity_tf.report.reading import entries, fields, number, numbers, text, whole
+from rl_sparsity_tf.report.words import DASH, TIMES, brief_bytes, count, share
 
 _MOST_DRAWN = 200
 _MANY = 24

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rl_sparsity_tf.errors import MissingDependencyError
 from rl_sparsity_tf.files import check_new_file, write_text
-from rl_sparsity_tf.report import content, layers
+from rl_sparsity_tf.report import charts, content, layers
 from rl_sparsity_tf.report.maps import decoded
 from rl_sparsity_tf.report.reading import read_run
 from rl_sparsity_tf.version import __version__
@@ -51,8 +51,8 @@ def facts(run: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "head": content.headline(run),
         "warnings": content.warnings(run),
-        "comparison": content.comparison(run),
-        "curve": content.curve(run),
+        "comparison": charts.comparison(run),
+        "curve": charts.curve(run),
         "trials": content.trials(run),
         "kernels": layers.kernels(run, plan),
         "cards": layers.cards(run, plan),
@@ -72,8 +72,8 @@ def render_fragment(run: Mapping[str, Any]) -> str:
     shown = {
         "head": content.headline(run),
         "warnings": content.warnings(run),
-        "comparison": content.comparison(run),
-        "curve": content.curve(run),
+        "comparison": charts.comparison(run),
+        "curve": charts.curve(run),
     }
     return _templates().get_template("fragment.html").render(shown)
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rl_sparsity_tf.errors import ArgumentError, MissingDependencyError, RunError, check_choice
-from rl_sparsity_tf.report import content
+from rl_sparsity_tf.report import charts
 from rl_sparsity_tf.report import layers as kernels_of
 from rl_sparsity_tf.report.maps import OPERATIONS, Decoded, decoded
 from rl_sparsity_tf.report.reading import fields, read_run
+from rl_sparsity_tf.report.words import Measure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +57,7 @@ def history(run: Any, ax: Axes | None = None) -> Axes:
     """
     _check_axes(ax)
     found = _run(run)
-    points = content.evaluated(found)
+    points = charts.evaluated(found)
     if not points:
         raise RunError(
             "The run has no episode to draw. Expected the folder of a run that has played one, or "
@@ -108,7 +109,7 @@ def pareto(run: Any, ax: Axes | None = None) -> Axes:
     """
     _check_axes(ax)
     found = _run(run)
-    rows = content.contenders(found) if fields(found.get("metrics")) else []
+    rows = charts.contenders(found) if fields(found.get("metrics")) else []
     rows = [row for row in rows if row["value"] is not None and row["bytes"]]
     if not rows:
         raise RunError(
@@ -116,8 +117,8 @@ def pareto(run: Any, ax: Axes | None = None) -> Axes:
             ".tflite file."
         )
     axes = _axes(ax)
-    measure = content.Measure.of(fields(found.get("metrics")))
-    front = content.pareto(rows, measure.higher_is_better)
+    measure = Measure.of(fields(found.get("metrics")))
+    front = charts.pareto(rows, measure.higher_is_better)
     axes.plot(
         [row["bytes"] for row in front],
         [row["value"] for row in front],

@@ -112,9 +112,9 @@ def read_run(directory: str | os.PathLike[str]) -> dict[str, Any]:
 def _content(path: Path) -> str | None:
     """The text of a file; None if there is none."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no regular file")
         with open(path, "rb") as file:
-            if not path.is_file():
-                raise ValueError("it is no regular file")
             content = file.read(_LARGEST_FILE + 1)
     except FileNotFoundError:
         return None

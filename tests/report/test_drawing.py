@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from made_runs import PLAN
 
 from rl_sparsity_tf.report import maps
-from rl_sparsity_tf.report.content import pareto
+from rl_sparsity_tf.report.charts import pareto
 from rl_sparsity_tf.report.drawing import Axis, compact, frame, labelled, linear_ticks, log_ticks
 from rl_sparsity_tf.report.layers import Way
 

@@ -13,7 +13,7 @@ from made_runs import METRICS, PLAN, Page, made_run, write_run
 
 from rl_sparsity_tf.cli import main
 from rl_sparsity_tf.errors import FileExistsRLSparsityError, MissingDependencyError
-from rl_sparsity_tf.report import content, layers, maps, page
+from rl_sparsity_tf.report import charts, content, layers, maps, page
 from rl_sparsity_tf.report.page import render_fragment, render_report, write_report
 
 
@@ -64,7 +64,7 @@ def test_a_metric_that_is_no_accuracy_and_better_when_low():
 
 
 def test_the_table_and_the_pareto_front():
-    found = content.comparison(made_run())
+    found = charts.comparison(made_run())
     assert [row["name"] for row in found["rows"]] == [
         *("dense float32", "dense int8", "compressed", "uniform magnitude int8", "LAMP int8")
     ]
@@ -78,11 +78,11 @@ def test_files_of_one_size_are_compared_after_gzip():
     metrics = copy.deepcopy(METRICS)
     for entry in (metrics["dense_int8"], metrics["compressed"], *metrics["baselines"]):
         entry["tflite_bytes"] = 10_000
-    assert content.comparison(made_run(metrics=metrics))["kind"] == "gzip_bytes"
+    assert charts.comparison(made_run(metrics=metrics))["kind"] == "gzip_bytes"
 
 
 def test_the_curve_has_every_plan_where_it_was_evaluated():
-    points = content.evaluated(made_run())
+    points = charts.evaluated(made_run())
     assert [(one["x"], one["value"], one["by"]) for one in points] == [
         (1.0, 0.5, "lamp"),
         (2.0, 0.25, "erk"),
@@ -99,7 +99,7 @@ def test_values_of_other_targets_are_not_compared():
     history = made_run()["history"]
     for entry, trial in zip(history, (1, 1, 2), strict=True):
         entry["trial"] = trial
-    points = content.evaluated(made_run(history=history, details=None))
+    points = charts.evaluated(made_run(history=history, details=None))
     assert [one["best"] for one in points] == [0.125, 0.625, 0.5]
     assert "2 stages of different targets" in shown(history=history).text
 

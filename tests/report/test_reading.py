@@ -1,11 +1,12 @@
 """A run's folder is read as plain values, whatever is in it."""
 
 import json
+import os
 
 import pytest
 from made_runs import HISTORY, METRICS, made_run, write_run
 
-from rl_sparsity_tf.errors import ArgumentError, RunError
+from rl_sparsity_tf.errors import ArgumentError, FileError, RunError
 from rl_sparsity_tf.report import reading
 from rl_sparsity_tf.report.reading import read_run
 
@@ -91,6 +92,27 @@ def test_an_endless_document_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "_LARGEST_FILE", 5_000)
     (folder / "plan.json").write_text(json.dumps({"kernels": ["x" * 5_000]}))
     assert "more than 5,000 bytes" in read_run(folder)["problems"]["plan.json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    folder = write_run(tmp_path / "run", made_run())
+    (folder / "plan.json").unlink()
+    os.mkfifo(folder / "plan.json")
+    assert "no regular file" in read_run(folder)["problems"]["plan.json"]
+    (folder / "channels.json").mkdir()
+    assert "no regular file" in read_run(folder)["problems"]["channels.json"]
+
+
+def test_a_file_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "run", made_run())
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(FileError, match=r"cannot be read .*Give a folder whose files this user"):
+        read_run(folder)
 
 
 def test_numbers_that_are_none_are_taken_for_missing(tmp_path):

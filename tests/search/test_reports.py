@@ -27,7 +27,7 @@ import rl_sparsity_tf as rls
 from rl_sparsity_tf.allocation.layer_errors import kernel_errors
 from rl_sparsity_tf.cli import main
 from rl_sparsity_tf.errors import FileExistsRLSparsityError
-from rl_sparsity_tf.report import content
+from rl_sparsity_tf.report import charts
 from rl_sparsity_tf.report.reading import read_run
 from rl_sparsity_tf.search import result as result_module
 
@@ -63,7 +63,7 @@ def test_the_folder_says_what_the_result_does(run):
     assert read["name"] == "bytes"
     for name in ("metrics", "plan", "channels", "details", "manifest"):
         assert read[name] == json.loads(json.dumps(held[name])), name
-    assert content.curve(read)["chart"] == content.curve(held)["chart"]
+    assert charts.curve(read)["chart"] == charts.curve(held)["chart"]
 
 
 def test_the_alternatives_are_what_was_measured(run):
@@ -98,7 +98,7 @@ def test_plans_from_before_the_episodes_are_noted(run):
     noted = run.result.details["considered"]
     assert {"uniform", "lamp", "dynamic_programming"} <= {one["proposed_by"] for one in noted}
     assert {one["before_episode"] for one in noted if one["what"] == "proposed"} == {0}
-    points = content.evaluated(read_run(run.folder))
+    points = charts.evaluated(read_run(run.folder))
     assert len(points) == len(noted) + 2
     candidate = run.result.candidate
     assert points[-1]["best"] >= candidate.value - 1e-12
