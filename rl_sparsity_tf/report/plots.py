@@ -128,8 +128,15 @@ def pareto(run: Any, ax: Axes | None = None) -> Axes:
         label="Pareto front",
     )
     for place, row in enumerate(rows):
+        ours = row["role"] == "compressed"
         axes.plot(
-            [row["bytes"]], [row["value"]], linestyle="none", label=row["name"], **_look(place)
+            [row["bytes"]],
+            [row["value"]],
+            linestyle="none",
+            label=row["name"],
+            markersize=10 if ours else 6,
+            zorder=2 if ours else 3,  # around others that are as good and as large
+            **_look(place),
         )
     packed = " after gzip" if rows[0]["kind"] == "gzip_bytes" else ""
     axes.set(xlabel=f"bytes of the file{packed}", ylabel=measure.words, xscale="log")
@@ -230,12 +237,18 @@ def operations(run: Any, kernel: str | None = None, ax: Axes | None = None) -> A
         interpolation="nearest",
     )
     present = np.unique(one.operations)
-    axes.legend(handles=[Patch(color=_OF_OPERATIONS[n], label=OPERATIONS[n]) for n in present])
+    axes.legend(
+        handles=[Patch(color=_OF_OPERATIONS[n], label=OPERATIONS[n]) for n in present],
+        loc="upper center",  # below, where it hides no group
+        bbox_to_anchor=(0.5, -0.12),
+        ncols=len(OPERATIONS),
+        frameon=False,
+    )
     axes.set(title=one.path, xlabel="outputs", ylabel="groups of inputs")
     return axes
 
 
-def _look(place: int) -> dict[str, str]:
+def _look(place: int) -> dict[str, Any]:
     return {
         "marker": _MARKS[place % len(_MARKS)],
         "color": _COLOURS[place % len(_COLOURS)],
