@@ -51,7 +51,7 @@ nitpick_ignore_regex = [
         r"(LoopSettings|MicroPort|Patterns|PlayLayer|RewardFunction|SavedPolicy|TensorReport)",
     ),
     (r"py:class", r"Axes"),
-    (r"py:exc", r"(FileExistsRLSparsityError|MissingDependencyError)"),
+    (r"py:exc", r"(FileExistsRLSparsityError|MissingDependencyError|RunError)"),
 ]
 
 _REFERENCE = re.compile(r"\[([^\]\[]+)\]\[([A-Za-z_.]*)\]")

@@ -22,7 +22,7 @@ SEARCHED = re.compile(r">>> .*(compressor\.|result\.|\(compressor|\(result\b)")
 # Those that need a search, several conversions or a training of their own.
 SLOW = (
     "Compressor LayerSelectionEnvironment MicroReport Result Result.save_policy Result.save_report "
-    "SizeModel plots.history plots.layers plots.operations plots.pareto "
+    "SizeModel plots plots.history plots.layers plots.operations plots.pareto "
     "baselines.global_magnitude baselines.hill_climbing baselines.lamp baselines.random_search "
     "baselines.tfmot compare comparison_table export_micro tie_channels"
 ).split()
@@ -115,7 +115,7 @@ def searched(names):
 def test_the_example_of(name, names, folder, request, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    if name.startswith("plots."):
+    if name.startswith("plots"):
         pytest.importorskip("matplotlib").use("Agg")
     if name == "SearchInterrupted":
         names = {**names, "compressor": SimpleNamespace(search=interrupted)}

@@ -2,6 +2,11 @@
 
 Each function takes a [Result][rl_sparsity_tf.Result] or a run's folder, draws on `ax` or on new
 axes, and returns the axes. matplotlib comes with `pip install rl_sparsity_tf[plots]`.
+
+Example:
+    >>> axes = rls.plots.layers(result, show="bits")
+    >>> axes.get_xlabel()
+    'bits of a weight'
 """
 
 from __future__ import annotations
