@@ -50,7 +50,8 @@ nitpick_ignore_regex = [
         r"py:class",
         r"(LoopSettings|MicroPort|Patterns|PlayLayer|RewardFunction|SavedPolicy|TensorReport)",
     ),
-    (r"py:exc", r"(FileExistsRLSparsityError|MissingDependencyError)"),
+    (r"py:class", r"Axes"),
+    (r"py:exc", r"(FileExistsRLSparsityError|MissingDependencyError|RunError)"),
 ]
 
 _REFERENCE = re.compile(r"\[([^\]\[]+)\]\[([A-Za-z_.]*)\]")

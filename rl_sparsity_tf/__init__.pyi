@@ -62,6 +62,7 @@ from rl_sparsity_tf.layers.wrapper import CompressionWrapper as CompressionWrapp
 from rl_sparsity_tf.layers.wrapping import plan_of as plan_of
 from rl_sparsity_tf.layers.wrapping import strip as strip
 from rl_sparsity_tf.layers.wrapping import wrap as wrap
+from rl_sparsity_tf.report import plots as plots
 from rl_sparsity_tf.search.comparison import compare as compare
 from rl_sparsity_tf.search.comparison import comparison_table as comparison_table
 from rl_sparsity_tf.search.compressor import Compressor as Compressor

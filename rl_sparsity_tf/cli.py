@@ -1,4 +1,4 @@
-"""The command line: `rl-sparsity demo`, `compress`, `inspect` and `benchmark`."""
+"""The command line: `rl-sparsity demo`, `compress`, `report`, `inspect` and `benchmark`."""
 
 from __future__ import annotations
 
@@ -149,6 +149,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_search_arguments(compress, sizes=True)
 
+    report = commands.add_parser("report", help="make a page of a run, finished or cut off")
+    report.add_argument("directory", help="folder of the run")
+    report.add_argument("--output", help="file to write (report.html in the folder)")
+    report.add_argument("--overwrite", action="store_true", help="replace the file at --output")
+
     inspect = commands.add_parser("inspect", help="say what a .tflite file stores, and how")
     inspect.add_argument("file", help="any .tflite file")
     inspect.add_argument("--json", action="store_true", help="print JSON")
@@ -217,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = {
         "demo": _demo,
         "compress": _compress,
+        "report": _report,
         "inspect": _inspect,
         "benchmark": _benchmark,
     }
@@ -434,6 +440,13 @@ def _compress_known(options: argparse.Namespace) -> int:
         comparison_table(result.metrics)
         print(printable(f"files in {options.output}"))
     return _without_file(result, options)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from rl_sparsity_tf.report.page import write_report
+
+    path = write_report(options.directory, options.output, overwrite=options.overwrite)
+    print(printable(f"report in {path}"))
 
 
 def _inspect(options: argparse.Namespace) -> None:

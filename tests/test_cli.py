@@ -23,6 +23,7 @@ from rl_sparsity_tf.search.arguments import SearchOptions
 from rl_sparsity_tf.version import __version__
 
 RESULTS = {"model.keras", "model.tflite", "plan.json", "metrics.json", "history.csv"}
+RESULTS |= {"details.json", "report.html"}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,10 +18,11 @@ import rl_sparsity_tf as rls
 
 # How long an example takes: a reader is shown what makes sense, one of each is run.
 EFFORT = re.compile(r"\b(epochs|evaluations)=\d+")
-SEARCHED = re.compile(r">>> .*(compressor\.|result\.|\(compressor)")
+SEARCHED = re.compile(r">>> .*(compressor\.|result\.|\(compressor|\(result\b)")
 # Those that need a search, several conversions or a training of their own.
 SLOW = (
-    "Compressor LayerSelectionEnvironment MicroReport Result Result.save_policy SizeModel "
+    "Compressor LayerSelectionEnvironment MicroReport Result Result.save_policy Result.save_report "
+    "SizeModel plots plots.history plots.layers plots.operations plots.pareto "
     "baselines.global_magnitude baselines.hill_climbing baselines.lamp baselines.random_search "
     "baselines.tfmot compare comparison_table export_micro tie_channels"
 ).split()
@@ -31,7 +32,7 @@ SEARCH = rls.Compressor.search
 def docstrings():
     """Public name below `rls` -> its docstring; and methods that have an example."""
     values = {name: getattr(rls, name) for name in rls.__all__ if name != "__version__"}
-    for space in ("baselines", "datasets"):
+    for space in ("baselines", "datasets", "plots"):
         own = {key: value for key, value in vars(values[space]).items() if key[0] != "_"}
         listed = getattr(values[space], "__all__", None) or [
             key for key, value in own.items() if getattr(value, "__module__", "").endswith(space)
@@ -114,6 +115,8 @@ def searched(names):
 def test_the_example_of(name, names, folder, request, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    if name.startswith("plots"):
+        pytest.importorskip("matplotlib").use("Agg")
     if name == "SearchInterrupted":
         names = {**names, "compressor": SimpleNamespace(search=interrupted)}
     elif SEARCHED.search(EXAMPLES[name]):

@@ -28,10 +28,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [
     ROOT / "docs" / f"{name}.md"
     for name in (
-        "installation guide/command_line guide/plans guide/comparing guide/layers guide/targets "
-        "concepts/search concepts/recovery concepts/reward_and_state concepts/agents guide/export "
-        "guide/channels guide/latency guide/microcontrollers measurements index benchmarks "
-        "contributing/map guide/keras_3"
+        "installation guide/command_line guide/plans guide/comparing guide/report guide/layers "
+        "guide/targets concepts/search concepts/recovery concepts/reward_and_state "
+        "concepts/agents guide/export guide/channels guide/latency guide/microcontrollers "
+        "measurements index benchmarks contributing/map guide/keras_3"
     ).split()
 ]
 DOCUMENTS = README + "\n" + "\n".join(page.read_text(encoding="utf-8") for page in PAGES)

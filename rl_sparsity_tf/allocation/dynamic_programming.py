@@ -15,6 +15,7 @@ import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.allocation import ranking as ranks
+from rl_sparsity_tf.allocation.alternatives import Alternative, note
 from rl_sparsity_tf.allocation.budgets import CostBudget
 from rl_sparsity_tf.allocation.channel_decisions import ChannelDecisions
 from rl_sparsity_tf.allocation.channel_programming import propose_channels
@@ -266,6 +267,11 @@ def propose_all(network: Problem, powers: Sequence[float]) -> list[CompressionPl
         density=1.0 - budget.goal,
         most=most,
     )
+    for kernel in kernels:
+        group, one = network.storage.of(kernel.path).group, database[kernel.path]
+        prices = {b: cost(kernel.path, one.live, b) if costs else None for b in one.errors}
+        ways = [Alternative(group, b, one.live, one.errors[b], prices[b]) for b in one.errors]
+        note(network, kernel.path, ways)
     choices = [cheapest(database, cost, allowed, power) or densest(database) for power in powers]
     return [_as_plan(network, choice, choice.scores(database, sizes)) for choice in choices]
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tf_keras as keras
@@ -33,7 +33,7 @@ class Problem(Protocol):
     """What plans are wanted for: kernels with their weights, and the budget that they have to meet.
 
     A network under compression is one; whoever proposes plans for it reads this and nothing else,
-    and changes none of it.
+    and changes none of it but its notes.
     """
 
     @property
@@ -63,6 +63,10 @@ class Problem(Protocol):
     @property
     def least_squares(self) -> LeastSquares | None:
         """The layers' least-squares problems; None if plans recover otherwise."""
+
+    @property
+    def alternatives(self) -> dict[str, dict[tuple[str, int], Any]]:
+        """Notes of what was measured: by path, then by group and bits, [Alternative][]s."""
 
 
 def sizes_of(problem: Problem) -> list[np.ndarray]:

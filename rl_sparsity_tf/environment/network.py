@@ -223,6 +223,7 @@ class CompressedNetwork:
         self.errors = dict.fromkeys(self.groupings, 0.0)
         self.output_errors = dict.fromkeys(self.groupings, 0.0)
         self.seen: set[str] = set()  # digests of the plans that were evaluated
+        self.alternatives: dict[str, dict[tuple[str, int], Any]] = {}  # notes, see Problem
         self._known: dict[str, Outcome] = {}
         batches = [train.batch(one) for one in range(min(_STATISTICS_BATCHES, len(train.pool)))]
         self.dense_statistics: dict[str, KernelStatistics] = (

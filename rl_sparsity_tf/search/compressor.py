@@ -59,7 +59,7 @@ from rl_sparsity_tf.search.final import play_final
 from rl_sparsity_tf.search.fingerprints import describe, fingerprints_of, name_of
 from rl_sparsity_tf.search.finishing import Figures, Task
 from rl_sparsity_tf.search.heats import entrants
-from rl_sparsity_tf.search.result import FinishedSearch, Result, build_metrics
+from rl_sparsity_tf.search.result import FinishedSearch, Result, build_details, build_metrics
 from rl_sparsity_tf.search.run_directory import RunDirectory, bytes_of, check_directory, check_free
 from rl_sparsity_tf.search.storage_choice import StorageChoice, StorageChooser
 from rl_sparsity_tf.tflite.worker import start_worker
@@ -386,7 +386,9 @@ class Compressor:
                 dataset=dataset,
                 search=noted,
             )
-            result = Result(task, loop, finished, best, metrics, origin_of(self.model))
+            details = build_details(task, loop, finished, best)
+            origin, manifest = origin_of(self.model), None if run is None else run.manifest()
+            result = Result(task, loop, finished, best, metrics, details, origin, manifest)
             if run is not None:
                 result.write_files(run.path)
         self.last = FinishedSearch(

@@ -39,7 +39,7 @@ from rl_sparsity_tf.environment.candidates import (
 from rl_sparsity_tf.environment.curriculum import Stage
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reranking import can_rerank, rank_anew
-from rl_sparsity_tf.environment.reward import bounded
+from rl_sparsity_tf.environment.reward import Outcome, bounded
 from rl_sparsity_tf.errors import ArgumentError, RunError, SearchInterrupted, one_line
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
@@ -120,6 +120,8 @@ class SearchLoop:
             first.
         finalists: The stage's best candidates, one per proposer.
         done: Episodes played.
+        considered: The plans that were evaluated beside the episodes' own, in order: who proposed
+            each, before which episode, and its figures.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class SearchLoop:
         self._demonstrations: list[Demonstration] = []
         self.proposed: list[tuple[str, CompressionPlan]] = []
         self.history: list[dict[str, Any]] = []
+        self.considered: list[dict[str, Any]] = []
         self.finalists = Finalists(settings.finalists)
         self.seconds = 0.0
         self.done = 0
@@ -231,6 +234,7 @@ class SearchLoop:
         rank_anew(network, restore, improves)
         if best is not one:
             self.finalists.add(best)
+            self._note("ranked anew", self.done, best.proposed_by, best.value, best.outcome)
 
     @property
     def network(self) -> CompressedNetwork:
@@ -430,8 +434,24 @@ class SearchLoop:
 
     def _consider(self, value: float, episode: int, proposed_by: str) -> None:
         """Keeps the network's plan if it is good enough for the final."""
+        if episode == PROPOSED:
+            self._note("proposed", self._stage.start, proposed_by, value, self._network.outcome)
         if self.finalists.wants(value, self._network.outcome, proposed_by):
             self.finalists.add(Candidate.of(self._network, value, episode, proposed_by))
+
+    def _note(
+        self, what: str, before: int, proposed_by: str, value: float, outcome: Outcome
+    ) -> None:
+        self.considered.append(
+            {
+                "what": what,
+                "before_episode": before,
+                "proposed_by": proposed_by,
+                "reward": value,
+                "validation_metric": outcome.metric,
+                "sparsity": outcome.sparsity,
+            }
+        )
 
     def _save(self, entry: dict[str, Any]) -> None:
         if self._run is None:

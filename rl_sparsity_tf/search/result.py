@@ -16,6 +16,7 @@ import tf_keras as keras
 from rich.table import Table
 
 from rl_sparsity_tf.agents.policies import SavedPolicy
+from rl_sparsity_tf.allocation.alternatives import alternatives_of
 from rl_sparsity_tf.allocation.size_budget import formats_for
 from rl_sparsity_tf.console import printing, table_lines
 from rl_sparsity_tf.data.metrics import Metric, Score
@@ -26,14 +27,16 @@ from rl_sparsity_tf.export.arguments import check_path
 from rl_sparsity_tf.export.export import export_tflite
 from rl_sparsity_tf.export.report import ExportReport, TensorReport
 from rl_sparsity_tf.export.verification import score_model
-from rl_sparsity_tf.files import replacing, write_text, writing
+from rl_sparsity_tf.files import check_new_file, replacing, write_text, writing
 from rl_sparsity_tf.keras3.door import handed_back
 from rl_sparsity_tf.layers.kernels import find_kernels, sparsity_of
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
+from rl_sparsity_tf.report.page import REPORT, render_fragment, render_report
 from rl_sparsity_tf.search.early_files import DenseFiles
 from rl_sparsity_tf.search.finishing import Exported, Figures, Finished, RemovedChannels, Task
 from rl_sparsity_tf.search.run_directory import RESULT_FILES, check_directory
+from rl_sparsity_tf.search.run_files import versions
 from rl_sparsity_tf.search.storage_choice import SlowInt4
 from rl_sparsity_tf.tflite.recipes import check_recipe_path, recipe_path, replacing_with_recipe
 
@@ -51,6 +54,9 @@ class Result:
         model: The compressed model, plain Keras, compiled as the original; of Keras 3 if that was.
         plan: The plan with the final masks.
         metrics: The figures, as written to metrics.json.
+        details: What a report shows beside the figures, as written to details.json: the file's
+            tensors and its verification, the alternatives that were measured for each kernel, the
+            plans that were evaluated beside the episodes' own, and versions of libraries.
         history: One dict per search episode.
         candidate: The plan as the search found it, before the final fine-tuning.
         channels: What was removed, if whole channels were decided: the plan of the original
@@ -75,7 +81,9 @@ class Result:
         finished: Finished,
         candidate: Candidate,
         metrics: dict[str, Any],
+        details: dict[str, Any],
         origin: Conversion | None = None,
+        manifest: Mapping[str, Any] | None = None,
     ):
         settings, agent = loop.settings, loop.episodes.agent
         self._tf_keras: keras.Model = finished.model
@@ -83,6 +91,8 @@ class Result:
         self.plan: CompressionPlan = finished.plan
         self.channels: RemovedChannels | None = finished.channels
         self.metrics = metrics
+        self.details = details
+        self._manifest = manifest
         self.history = loop.history
         self.candidate = candidate
         self.report: ExportReport | None = finished.exported.report
@@ -172,10 +182,12 @@ class Result:
         )
 
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Writes model.keras, model.tflite, plan.json, metrics.json and history.csv.
+        """Writes the model, its file and plan, and all figures, as files and as a page.
 
-        Beside model.tflite comes model.recipe.json, if LiteRT's quantizer had a part in it; and
-        channels.json, the plan of the original model's channels, if channels were decided.
+        They are model.keras, model.tflite, plan.json, metrics.json, history.csv, details.json and
+        report.html. Beside model.tflite comes model.recipe.json, if LiteRT's quantizer had a part
+        in it; and channels.json, the plan of the original model's channels, if channels were
+        decided.
 
         Args:
             directory: A folder; made if it is missing.
@@ -218,6 +230,43 @@ class Result:
             )
         self.policy.save(path, overwrite=overwrite)
 
+    def save_report(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes the run as one HTML page, which loads nothing: figures, curve, layers and reasons.
+
+        Every run in a directory has one, `report.html`, from its end on.
+
+        Args:
+            path: The file to write.
+            overwrite: Whether it may be replaced.
+
+        Raises:
+            ArgumentError: If the path cannot be written to.
+            FileExistsRLSparsityError: If the file exists and `overwrite` is false.
+
+        Example:
+            >>> result.save_report("report.html")
+        """
+        place = check_new_file(path, overwrite)
+        write_text(place, render_report(self.to_run()))
+
+    def to_run(self) -> dict[str, Any]:
+        """What reports and plots show, as `read_run` gives it of a run's folder."""
+        channels = None if self.channels is None else self.channels.plan.to_dict()
+        return {
+            "name": None,
+            "problems": {},
+            "metrics": self.metrics,
+            "plan": self.plan.to_dict(),
+            "channels": channels,
+            "details": self.details,
+            "manifest": self._manifest,
+            "history": self.history,
+        }
+
+    def _repr_html_(self) -> str:
+        """Headline, table and curve, for a notebook."""
+        return render_fragment(self.to_run())
+
     def write_files(self, folder: Path) -> None:
         """Writes the result's files, each in one step; metrics.json last."""
         with replacing(folder / "model.keras") as temporary:
@@ -233,7 +282,21 @@ class Result:
         if self.channels is not None:
             write_text(folder / "channels.json", self.channels.plan.to_json())
         write_text(folder / "history.csv", self._history_csv())
+        write_text(folder / "details.json", json.dumps(self.details, indent=1) + "\n")
+        self._write_page(folder)
         write_text(folder / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
+
+    def _write_page(self, folder: Path) -> None:
+        """Writes the report; what was searched for is not lost where that fails."""
+        try:
+            page = render_report(self.to_run() | {"name": folder.name})
+        except Exception as error:
+            warning = f"{REPORT} was not written, because it failed: {one_line(error)}"
+            _log.warning("%s", warning)
+            self.metrics["warnings"] = [*self.metrics.get("warnings", ()), warning]
+            (folder / REPORT).unlink(missing_ok=True)
+        else:
+            write_text(folder / REPORT, page)
 
     def _history_csv(self) -> str:
         text = io.StringIO()
@@ -381,6 +444,22 @@ def build_metrics(
         },
         "baselines": [],
         "warnings": list(dict.fromkeys([*dense.warnings, *finished.warnings])),
+    }
+
+
+def build_details(
+    task: Task, loop: SearchLoop, finished: Finished, candidate: Candidate
+) -> dict[str, Any]:
+    """Gathers what a report shows beside the figures: the document that `details.json` holds."""
+    report = finished.exported.report
+    file = None if report is None else report.to_dict()
+    hidden = ("path", "recipe")  # the first is of a scratch folder, the second has its own file
+    return {
+        "format_version": FORMAT_VERSION,
+        "versions": versions(),
+        "file": file and {name: value for name, value in file.items() if name not in hidden},
+        "alternatives": alternatives_of(task.network, candidate.plan),
+        "considered": loop.considered,
     }
 
 

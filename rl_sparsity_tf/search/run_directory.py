@@ -227,6 +227,13 @@ class RunDirectory:
         self._checkpoints.mkdir(exist_ok=True)
         self._journal.touch()
 
+    def manifest(self) -> dict[str, Any]:
+        """What the run was begun with, and with which versions."""
+        try:
+            return read_manifest(self.path / "manifest.json")
+        except (OSError, ValueError, RecursionError):  # removed or spoilt meanwhile
+            return {**self._wanted, "versions": versions()}
+
     # ------------------------------------------------------------------ the journal
 
     def append(self, entry: Mapping[str, Any]) -> None:
@@ -349,7 +356,10 @@ TRIALS = "trials"
 """The checkpoint of what trials of a search over sizes came to; kept to the end."""
 TIMES = "times"
 """The checkpoint of the layers' times that were measured before the search; kept to the end."""
-RESULT_FILES = ("model.keras", "model.tflite", "plan.json", "metrics.json", "history.csv")
+RESULT_FILES = (
+    *("model.keras", "model.tflite", "plan.json", "metrics.json", "history.csv"),
+    *("details.json", "report.html"),
+)
 """What a finished run adds to its folder."""
 OPTIONAL_FILES = ("model.recipe.json", "channels.json")
 """What it adds if there is such a thing."""
@@ -410,7 +420,7 @@ def _check_is_unfinished(folder: Path) -> None:
 
 _LEFTOVER = re.compile(
     r"\.try-[0-9a-f]{16}|"
-    r"\.(?:manifest|journal|model|model\.recipe|plan|channels|history|metrics)"
+    r"\.(?:manifest|journal|model|model\.recipe|plan|channels|history|metrics|details|report)"
     r"-(?:[0-9a-f]{16}|\w{8})\.\w+"
 )
 

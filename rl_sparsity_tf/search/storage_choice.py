@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from rl_sparsity_tf.allocation.alternatives import Alternative, note
 from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.allocation.dynamic_programming import (
     LARGEST_ERROR,
@@ -50,6 +51,7 @@ _UNITS = 8192
 
 # Of the dense model's metric: what 4 bits in slow kernels must be worth to be worth a word.
 _MUCH = 0.01
+_NAMED = 3
 # Less than any plan is worth.
 _WORST = Outcome(
     metric=math.nan,
@@ -115,8 +117,10 @@ class SlowInt4:
         return cls(values["metric"], values["metric_with_int4_all"], values["kernels"])
 
     def __str__(self) -> str:
+        others = len(self.kernels) - _NAMED
+        named = ", ".join(self.kernels[:_NAMED]) + (f" and {others} more" if others > 0 else "")
         return (
-            f"4 bits in {', '.join(self.kernels)}, too, would bring the best plan of the start "
+            f"4 bits in {named}, too, would bring the best plan of the start "
             f"from {self.metric:.4f} to {self.possible:.4f} after the fit, in no more bytes. Pass "
             "int4='all' if that is worth its time: LiteRT computes convolutions with 8 bits faster "
             "(benchmarks: 1.1 to 6 times)."
@@ -151,7 +155,7 @@ def choose_storage(
     decisions = network.decisions
     sizes = decisions.sizes
     assert sizes is not None
-    options = _all_options(network, sizes)
+    options = _all_options(network, sizes, int4)
     proposed = _proposals(network, options, int4)
     wanted = [Storage("block4"), *proposed.values()]
     single_weights = []
@@ -184,6 +188,9 @@ def choose_storage(
         if found.loss < lowest.loss:
             best, lowest = other, found
     best.seen |= seen
+    for path, ways in network.alternatives.items():
+        known = best.alternatives.get(path, {})
+        note(best, path, [one for key, one in ways.items() if key not in known])
     slow = None
     if int4 == "fast":
         slow = _slow_int4(network, lowest, proposed, _proposals(network, options, "all"), built)
@@ -224,15 +231,30 @@ def propose_storages(
     The network has all kernels in single weights, at 8 bits. `int4` is which kernels may have 4
     bits, one of [INT4][]. There is a storage for each of several powers of the layers' errors.
     """
-    return list(_proposals(network, _all_options(network, sizes), int4).values())
+    return list(_proposals(network, _all_options(network, sizes, int4), int4).values())
 
 
-def _all_options(network: CompressedNetwork, sizes: KernelBytes) -> list[list[_Option]]:
-    """Every kernel's options, 4 bits among them wherever it can have them."""
+def _all_options(network: CompressedNetwork, sizes: KernelBytes, int4: str) -> list[list[_Option]]:
+    """Every kernel's options, 4 bits among them wherever it can have them.
+
+    Those that `int4` allows are noted as what else was possible.
+    """
     limit, density = _limit(network), 1.0 - network.budget.goal
-    return [
+    options = [
         _options(network, one, sizes, density, limit, _may_have_int4(one, "all"))
         for one in network.kernels
+    ]
+    for kernel, one in zip(network.kernels, _allowed(network, options, int4), strict=True):
+        note(network, kernel.path, [option.alternative for option in one])
+    return options
+
+
+def _allowed(
+    network: CompressedNetwork, options: Sequence[Sequence[_Option]], int4: str
+) -> list[list[_Option]]:
+    return [
+        [option for option in one if option.storage.bits != 4 or _may_have_int4(kernel, int4)]
+        for kernel, one in zip(network.kernels, options, strict=True)
     ]
 
 
@@ -247,10 +269,7 @@ def _proposals(
 ) -> dict[float, Storage]:
     """What the knapsack chooses at each power of the layers' errors, where it finds anything."""
     limit = _limit(network)
-    options = [
-        [option for option in one if option.storage.bits != 4 or _may_have_int4(kernel, int4)]
-        for kernel, one in zip(network.kernels, options, strict=True)
-    ]
+    options = _allowed(network, options, int4)
     costs = [np.concatenate([option.costs for option in one]) for one in options]
     found = {}
     for power in POWERS:
@@ -278,11 +297,21 @@ def _may_have_int4(kernel: Kernel, int4: str) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Option:
-    """One way to cut and store a kernel: errors and costs by how much of it lives."""
+    """One way to cut and store a kernel, and what is known of it."""
 
     storage: KernelStorage
-    errors: np.ndarray
-    costs: np.ndarray
+    alternative: Alternative
+
+    @property
+    def errors(self) -> np.ndarray:
+        """By how much of it lives."""
+        return self.alternative.errors
+
+    @property
+    def costs(self) -> np.ndarray:
+        """Bytes, by how much of it lives."""
+        assert self.alternative.costs is not None
+        return self.alternative.costs
 
 
 def _options(
@@ -329,7 +358,8 @@ def _options(
 
 def _option(errors: KernelErrors, costs: KernelCosts, storage: KernelStorage, bits: int) -> _Option:
     prices = np.array([costs.cost(float(live), bits < FLOAT) for live in errors.live])
-    return _Option(storage, errors.errors[bits], prices)
+    way = Alternative(storage.group, bits, errors.live, errors.errors[bits], prices)
+    return _Option(storage, way)
 
 
 def _evaluated(network: CompressedNetwork) -> Iterator[tuple[float, Outcome]]:

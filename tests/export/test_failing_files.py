@@ -96,7 +96,8 @@ def test_without_any_file_the_rest_is_returned_and_saved(monkeypatch, tmp_path):
         (tmp_path / "run" / name).write_text("of an earlier run")
     result.save(tmp_path / "run", overwrite=True)
     written = {path.name for path in (tmp_path / "run").iterdir()}
-    assert written == {"model.keras", "plan.json", "metrics.json", "history.csv"}
+    figures = {"plan.json", "metrics.json", "history.csv", "details.json", "report.html"}
+    assert written == {"model.keras"} | figures
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["format_version"] == 1
     assert metrics["warnings"] == [warning]

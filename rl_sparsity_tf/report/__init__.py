@@ -1,0 +1,1 @@
+"""What people see of a run: a page, and plots, from its files or a result."""
