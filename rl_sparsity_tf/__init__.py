@@ -88,7 +88,7 @@ _EXPORTS = {
 }
 
 # Modules that are used as namespaces.
-_MODULES = {"baselines": "baselines", "datasets": "data.datasets"}
+_MODULES = {"baselines": "baselines", "callbacks": "callbacks", "datasets": "data.datasets"}
 
 __all__ = sorted([*_EXPORTS, *_MODULES, "__version__"])
 

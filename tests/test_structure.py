@@ -32,6 +32,7 @@ ROOMS = (
 )
 GROUND = {
     "_compat",
+    "callbacks",
     "checks",
     "claims",
     "console",

@@ -73,6 +73,7 @@ def finish_within(task: Task, candidate: Candidate) -> Finished:
             training=task.training,
             quantization=task.quantization,
             formats=formats_for(target),
+            progress=task.progress,
         )
         report = finished.exported.report
         # A file in another storage than was asked for has another size, whatever is pruned.
@@ -181,6 +182,7 @@ def finish_candidate(
         quantization=task.quantization,
         formats=formats_for(task.target),
         teacher=task.model,
+        progress=task.progress,
     )
     plan = task.network.decisions.kernel_plan(candidate.plan)
     removed = _removed(task, finished.model, plan, timing)
@@ -407,7 +409,7 @@ def play_final(
             break
         candidate = start.candidate
         what = "another plan" if number else "the best plan"
-        progress.say(f"fine-tuning {what} ({start}) and exporting it")
+        progress.say(f"{what} ({start}):")
         tf.random.set_seed(seed)
         try:
             finished = finish_candidate(task, candidate, others)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
+from rl_sparsity_tf.callbacks import HEATS
 from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.data.batches import count_rows
 from rl_sparsity_tf.data.metrics import Metric, Score
@@ -109,13 +110,15 @@ def run_heats(
         return starts, places
     length = max(1, training.epochs // _MOST_STARTS)
     starts = starts[: min(_MOST_STARTS, training.epochs // length)]
-    progress.say(f"training {len(starts)} starts for {length} of {training.epochs} epochs")
-    short = dataclasses.replace(training, epochs=length)
+    text = f"training {len(starts)} starts for {length} of {training.epochs} epochs"
+    short = dataclasses.replace(training, epochs=length, callbacks=())
     scores: list[Score] = []
-    for start in starts:
-        tf.random.set_seed(seed)
-        unheard: list[str] = []  # a training that short proves nothing
-        scores.append(trained(task.model, start.candidate, task.figures, short, unheard)[1])
+    with progress.phase(HEATS, text, len(starts)):
+        for start in starts:
+            tf.random.set_seed(seed)
+            unheard: list[str] = []  # a training that short proves nothing
+            scores.append(trained(task.model, start.candidate, task.figures, short, unheard)[1])
+            progress.step(len(scores), len(starts))
     rows = count_rows(task.figures.validation)
     left, ordered = list(range(len(starts))), []
     while left:
