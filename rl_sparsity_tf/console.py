@@ -23,7 +23,7 @@ from rich.progress import (
     TaskID,
     TextColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from rl_sparsity_tf.callbacks import EPISODES, PHASES, Callback, Listeners
@@ -174,7 +174,7 @@ class SearchProgress:
                 BarColumn(bar_width=20),
                 TextColumn("{task.fields[count]}", markup=False),
                 TextColumn("{task.fields[figures]}", markup=False),
-                _Clock(),
+                _Clock(Column(no_wrap=True)),
                 console=self._console,
                 transient=True,
             )
@@ -205,8 +205,7 @@ class SearchProgress:
     ) -> None:
         """Shows an episode that has ended (`episode` counts from 1)."""
         figures = (
-            f"reward {reward:+.3f}  best {best:+.3f}  {printable(self.metric)} {metric:.4f}  "
-            f"sparsity {sparsity:.3f}"
+            f"best {best:+.3f}  {printable(self.metric)} {metric:.4f}  sparsity {sparsity:.3f}"
         )
         if self._progress is not None:
             self._figures = figures
@@ -215,6 +214,7 @@ class SearchProgress:
         elif self._verbose and (episode % self._every == 0 or episode == self.episodes):
             spent = time.monotonic() - self._started
             left = spent / max(1, episode - self._done) * (self.episodes - episode)
+            figures = f"reward {reward:+.3f}  {figures}"
             self.say(f"episode {episode}/{self.episodes}  {figures}  {left:.0f} s left")
 
     def say(self, text: str) -> None:
