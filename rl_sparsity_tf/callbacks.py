@@ -12,8 +12,9 @@ A search is told as a row of phases, which may lie within each other. Their name
 this module: `MEASURING` (bytes and times of the layers), `PREPARING` (the network that plans are
 put on), `DENSE_FILES` (the dense model's files), `STORAGE` (groups and bits of every kernel),
 `WARM_START` (plans that are evaluated before the episodes), `EPISODES`, `RERANKING` (masks of the
-best plans), `HEATS` (short trainings), `FINE_TUNING`, `EXPORT`, and `TRIAL` around those of one
-size that is tried for `Target(max_accuracy_drop=...)`. `DATA` (checks of the data) is shown on the
+best plans), `HEATS` (short trainings), `FINE_TUNING`, `EXPORT`, `SAVING` (figures and files
+of the result), and `TRIAL` around those of one size that is tried for
+`Target(max_accuracy_drop=...)`. `DATA` (checks of the data) is shown on the
 terminal alone, as it comes before the search begins.
 """
 
@@ -52,6 +53,7 @@ HEATS = "heats"
 FINE_TUNING = "fine_tuning"
 EXPORT = "export"
 TRIAL = "trial"
+SAVING = "saving"
 
 PHASES: Mapping[str, str] = {
     DATA: "checking the data",
@@ -66,6 +68,7 @@ PHASES: Mapping[str, str] = {
     FINE_TUNING: "fine-tuning",
     EXPORT: "exporting",
     TRIAL: "trying a size",
+    SAVING: "writing the result down",
 }
 """What the phases are called, and how the terminal names them by default."""
 

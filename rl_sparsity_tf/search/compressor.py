@@ -17,7 +17,7 @@ import tf_keras as keras
 from rl_sparsity_tf.agents.configs import AgentConfig, Random
 from rl_sparsity_tf.agents.policies import SavedPolicy, resolve_policy
 from rl_sparsity_tf.allocation.target import Target
-from rl_sparsity_tf.callbacks import DATA, DENSE_FILES, MEASURING, PREPARING, Callback
+from rl_sparsity_tf.callbacks import DATA, DENSE_FILES, MEASURING, PREPARING, SAVING, Callback
 from rl_sparsity_tf.channels.latency_table import LatencyTable
 from rl_sparsity_tf.channels.permutation import permute_channels
 from rl_sparsity_tf.checks import check_count, check_flag, check_type
@@ -392,15 +392,16 @@ class Compressor:
                 task, finished, best, noted = found.task, found.finished, found.best, found.metrics
             if self.selection.left:
                 noted["left_alone"] = self.selection.to_dict()
-            metrics = build_metrics(
-                *(task, loop, finished, best, dense),
-                seconds=loop.seconds + time.monotonic() - started,
-                dataset=dataset,
-                search=noted,
-            )
-            result = Result(task, loop, finished, best, metrics, origin_of(self.model))
-            if run is not None:
-                result.write_files(run.path)
+            with progress.phase(SAVING):
+                metrics = build_metrics(
+                    *(task, loop, finished, best, dense),
+                    seconds=loop.seconds + time.monotonic() - started,
+                    dataset=dataset,
+                    search=noted,
+                )
+                result = Result(task, loop, finished, best, metrics, origin_of(self.model))
+                if run is not None:
+                    result.write_files(run.path)
             told["result"] = result
             self.last = FinishedSearch(
                 **vars(task), plain=plain, loop=loop, result=result, episodes=loop.done

@@ -16,6 +16,7 @@ from rl_sparsity_tf.allocation.channel_decisions import ChannelDecisions
 from rl_sparsity_tf.allocation.channel_programming import cost_of_plan, pruned_to
 from rl_sparsity_tf.allocation.size_budget import formats_for
 from rl_sparsity_tf.allocation.target import Target
+from rl_sparsity_tf.callbacks import MEASURING
 from rl_sparsity_tf.channels.costs import count_macs
 from rl_sparsity_tf.channels.latency_table import LatencyTable
 from rl_sparsity_tf.channels.shrinking import shrink_with_report
@@ -169,7 +170,8 @@ def finish_candidate(
         return finish_within(task, candidate)
     unmeasured = ""
     try:
-        candidate, small, timing = _best_held(task, candidate, others)
+        with task.progress.phase(MEASURING, "removing channels, and measuring what is left"):
+            candidate, small, timing = _best_held(task, candidate, others)
     except ExportError as error:  # what was searched for is not lost with a file
         timing = None
         small = _Small(*without_channels(task.model, task.network.decisions, candidate))

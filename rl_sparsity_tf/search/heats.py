@@ -10,6 +10,7 @@ arXiv 1502.07943, in two rounds).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -105,7 +106,9 @@ def run_heats(
     training = task.training
     if not training.epochs or task.network.decisions.group == "channel":
         return [Start(candidate) for candidate in candidates], places
-    starts = starts_of(task.network, candidates)
+    text = "fitting the masks of the largest weights"
+    with progress.phase(HEATS, text) if has_heats(task) else contextlib.nullcontext():
+        starts = starts_of(task.network, candidates)
     if not has_heats(task) or len(starts) < 2:
         return starts, places
     length = max(1, training.epochs // _MOST_STARTS)

@@ -186,7 +186,7 @@ def test_phases_come_in_pairs_by_the_names_that_are_listed(watched):
     assert not open_
     assert seen == [
         *("measuring", "preparing", "dense_files", "warm_start", "episodes", "reranking"),
-        *("fine_tuning", "export"),
+        *("fine_tuning", "export", "saving"),
     ]
     assert set(seen) < set(callbacks.PHASES)
     assert all(name in callbacks.__doc__ for name in map(str.upper, callbacks.PHASES))

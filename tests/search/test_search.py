@@ -321,8 +321,9 @@ def test_verbose_2_prints_a_line_per_episode(run):
         assert line.startswith(f"episode {number}/{count}  reward {entry['reward']:+.3f}")
         assert f"sparsity {entry['sparsity']:.3f}" in line
     found = run.result.candidate.found_by
-    assert lines[-3:] == [f"the best plan ({found}):", "fine-tuning", "exporting"]
-    assert len(lines) == count + 4
+    end = ["fine-tuning", "exporting", "writing the result down"]
+    assert lines[-4:] == [f"the best plan ({found}):", *end]
+    assert len(lines) == count + 5
 
 
 # -- the files -----------------------------------------------------------------------------------
