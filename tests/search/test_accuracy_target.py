@@ -448,16 +448,15 @@ def test_callbacks_hear_of_sizes_and_end_them(monkeypatch, tmp_path):
     Fake(monkeypatch, lambda size: 1.0 if size > 3_000 else 0.0)
     stops, few = Stops(), {"episodes": 12, "finetune_epochs": 0}
     whole = run(searcher(), callbacks=[stops], **few)
-    assert [entry["trial"] for entry in whole.history] == [1, 2, 2, 3]
+    assert [entry["trial"] for entry in whole.history] == [1, 2, 2, 2]
     trials = whole.metrics["search"]["trials"]
     assert stops.trials == list(enumerate(trials))
-    assert len(trials) == 4
-    # One that was cut off after the third trial, or in it, knows that there is no fourth.
-    for done in (2, 3):
-        folder = tmp_path / f"run {done}"
+    assert len(trials) == 3
+    # One that was cut off in the second trial, or after it, knows that there is no third.
+    for name, calls in (("_try", 1), ("_found", 0)):
+        folder = tmp_path / name
         with pytest.MonkeyPatch.context() as patch:
-            saved = "_found" if done == 3 else "_try"
-            stopped_after(patch, accuracy_search.AccuracySearch, saved, 0 if done == 3 else 2)
+            stopped_after(patch, accuracy_search.AccuracySearch, name, calls)
             with pytest.raises(StoppedError):
                 run(searcher(directory=folder), callbacks=[Stops()], **few)
         again = run(searcher(directory=folder), **few)
