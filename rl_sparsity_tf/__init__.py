@@ -88,7 +88,12 @@ _EXPORTS = {
 }
 
 # Modules that are used as namespaces.
-_MODULES = {"baselines": "baselines", "datasets": "data.datasets", "plots": "report.plots"}
+_MODULES = {
+    "baselines": "baselines",
+    "callbacks": "callbacks",
+    "datasets": "data.datasets",
+    "plots": "report.plots",
+}
 
 __all__ = sorted([*_EXPORTS, *_MODULES, "__version__"])
 

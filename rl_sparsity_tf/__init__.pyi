@@ -1,4 +1,5 @@
 from rl_sparsity_tf import baselines as baselines
+from rl_sparsity_tf import callbacks as callbacks
 from rl_sparsity_tf.agents.configs import DQN as DQN
 from rl_sparsity_tf.agents.configs import PPO as PPO
 from rl_sparsity_tf.agents.configs import Random as Random

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rl_sparsity_tf.console import quiet_libraries
@@ -19,6 +19,7 @@ from rl_sparsity_tf.version import __version__
 
 if TYPE_CHECKING:
     from rl_sparsity_tf.allocation.target import Target
+    from rl_sparsity_tf.callbacks import Callback
     from rl_sparsity_tf.search.result import Result
     from rl_sparsity_tf.tflite.inspection import FileInspection
     from rl_sparsity_tf.tflite.timing import Timing
@@ -140,6 +141,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     compress.add_argument(
         "--save-policy", metavar="FILE", help="where to write what the agent has learned (.npz)"
+    )
+    compress.add_argument(
+        "--patience",
+        type=int,
+        help="episodes without a better value, after which there are no more",
+    )
+    compress.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="time after which episodes end"
+    )
+    compress.add_argument(
+        "--tensorboard", metavar="FOLDER", help="where to write event files for TensorBoard"
     )
     compress.add_argument("--overwrite", action="store_true", help="replace a run in --output")
     compress.add_argument(
@@ -343,6 +355,18 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def _callbacks(options: argparse.Namespace) -> list[Callback]:
+    """The callbacks that the command line asks for."""
+    from rl_sparsity_tf.callbacks import EarlyStopping, TensorBoard, TimeLimit
+
+    makers: dict[str, Callable[[Any], Callback]] = {
+        "patience": EarlyStopping,
+        "time_limit": TimeLimit,
+        "tensorboard": TensorBoard,
+    }
+    return [makers[name](value) for name, value in _given(options, *makers).items()]
+
+
 def _demo(options: argparse.Namespace) -> int:
     from rl_sparsity_tf.demo import run_demo
     from rl_sparsity_tf.search.run_directory import check_unfinished
@@ -384,6 +408,7 @@ def _compress_known(options: argparse.Namespace) -> int:
 
     check_free(check_directory(options.output))
     target = _target(options)
+    callbacks = _callbacks(options)
     if options.save_policy is not None:
         check_policy_path(options.save_policy, overwrite=options.overwrite)
         if options.hierarchy:
@@ -428,7 +453,9 @@ def _compress_known(options: argparse.Namespace) -> int:
         )
     )
     given = _given(options, *(field.name for field in dataclasses.fields(SearchOptions)))
-    result = compressor.search(**search_data(data), **{**given, "dataset": data.name})
+    result = compressor.search(
+        **search_data(data), **{**given, "dataset": data.name}, callbacks=callbacks
+    )
     if options.save_policy is not None:
         result.save_policy(options.save_policy, overwrite=options.overwrite)
     if options.compare:

@@ -1,92 +1,238 @@
-"""What a command shows on the terminal: progress and tables, and no chatter of the libraries."""
+"""What a command shows on the terminal, and takes from it: progress, tables, Ctrl-C; no chatter."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
+import math
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType, TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
-    TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
+from rl_sparsity_tf.callbacks import EPISODES, PHASES, Callback, Listeners
 from rl_sparsity_tf.errors import printable
 from rl_sparsity_tf.randomness import python_and_numpy_random_kept
 
+# Phases that took longer say how long.
+_WORTH_SAYING = 2.0
+
+
+class _Clock(ProgressColumn):
+    """The time that is left, where that can be told, and else the time that has passed."""
+
+    def render(self, task: Task) -> Text:
+        left = task.time_remaining if task.total else None
+        passed = "" if left is None else " left"
+        minutes, seconds = divmod(int((task.elapsed or 0.0) if left is None else left), 60)
+        return Text(f"{minutes}:{seconds:02}{passed}", style="cyan")
+
 
 class SearchProgress:
-    """Shows episode, reward, best value, metric, sparsity and the time left.
+    """What a search is doing: shown on the terminal, and told to callbacks.
 
-    `verbose=0` is silent, 1 a live line (a line now and then where there is no terminal), 2 a line
-    per episode. By default it writes to standard output.
+    The terminal shows the present phases, how far they are, the best value so far and the time
+    left. `verbose=0` is silent, 1 a live display (a line per phase, and an episode's now and then,
+    where there is no terminal), 2 a line per episode. By default it writes to standard output.
     """
 
     def __init__(
-        self, episodes: int, metric: str, verbose: int = 1, console: Console | None = None
+        self,
+        episodes: int,
+        metric: str = "",
+        verbose: int = 1,
+        console: Console | None = None,
+        callbacks: Sequence[Callback] = (),
     ):
-        self._episodes = episodes
-        self._metric = printable(metric)
+        self.metric = metric
+        self.episodes = episodes
         self._console = console or Console(highlight=False)
         self._live = verbose == 1 and self._console.is_terminal
         self._every = 1 if verbose == 2 else max(1, episodes // 8)
         self._verbose = verbose
         self._progress: Progress | None = None
-        self._task = TaskID(0)
-        self._started = time.monotonic()
+        self._tasks: list[TaskID] = []
+        self._figures = ""
+        self._started, self._done = time.monotonic(), 0
+        self._listeners = Listeners(callbacks)
+        self._evaluations = 0.0
+        self._best = -math.inf
+
+    # ------------------------------------------------------------------ the search
 
     @contextlib.contextmanager
-    def running(self, title: str) -> Iterator[SearchProgress]:
-        """Shows the search's progress while the context is open."""
-        self._started = time.monotonic()
-        if not self._live:
-            self.say(f"{title}: {self._episodes} episodes")
-            yield self
+    def searching(self, logs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Tells callbacks that a search begins, and how it has ended.
+
+        The result is to be put into the dict, as `"result"`.
+        """
+        # Plans that are evaluated on the way back to where a search was cut off are nothing new.
+        self._evaluations = math.inf if logs["episode"] else 0.0
+        end: dict[str, Any] = {"result": None}
+        try:
+            self._listeners.begin(logs)
+            yield end
+        except BaseException as error:
+            self._listeners.end(None, error)
+            raise
+        self._listeners.end(end["result"], None)
+
+    @property
+    def asked(self) -> str:
+        """What episodes callbacks want no more of: `"stage"`, `"all"`, or nothing."""
+        return self._listeners.asked
+
+    def evaluated(self, count: int | None, figures: Callable[[], dict[str, Any]]) -> None:
+        """Tells of a plan, if it is the first evaluation of it.
+
+        `count` is how many distinct plans were evaluated by now; None for one more than before.
+        """
+        number = self._evaluations + 1 if count is None else count
+        if number <= self._evaluations:
             return
-        self._progress = Progress(
-            TextColumn("{task.description}", style="bold", markup=False),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}", markup=False),
-            TimeRemainingColumn(),
-            console=self._console,
+        self._evaluations, found = number, figures()
+        if found["value"] > self._best:
+            self._best = found["value"]
+            self._figures = f"best {self._best:+.3f}"
+        self._listeners.tell("on_evaluation", {"evaluation": int(number), **found})
+
+    def target_changed(self, evaluations: int) -> None:
+        """Values of other targets do not compare; so many distinct plans have been evaluated."""
+        self._evaluations, self._best, self._figures = evaluations, -math.inf, ""
+
+    def trial_ended(self, trial: int, logs: Mapping[str, Any]) -> None:
+        """Tells of a size that was tried."""
+        self._listeners.tell("on_trial_end", trial, logs)
+
+    def episode_ended(
+        self, entry: Mapping[str, Any], best: float, more: Callable[[], dict[str, Any]]
+    ) -> None:
+        """Shows and tells of an episode, by its line of the journal and what is not in it."""
+        self.update(
+            entry["episode"] + 1,
+            reward=entry["reward"],
+            best=best,
+            metric=entry["validation_metric"],
+            sparsity=entry["sparsity"],
         )
-        with self._progress:
-            self._task = self._progress.add_task(printable(title), total=self._episodes, figures="")
-            yield self
-        self._progress = None
+        if self._listeners:
+            logs = episode_logs(entry)
+            episode = logs.pop("episode")
+            logs |= {"best_value": best, **more()}
+            self._listeners.tell("on_episode_end", episode, logs)
+
+    # ------------------------------------------------------------------ phases
+
+    @contextlib.contextmanager
+    def phase(
+        self, name: str, text: str = "", total: int | None = None, done: int = 0
+    ) -> Iterator[None]:
+        """Shows and tells that a phase of [PHASES][] begins and ends; phases may be nested.
+
+        It has `total` steps, of which some are done.
+        """
+        text = printable(text or PHASES[name])
+        self._listeners.tell("on_phase_begin", name, {"text": text, "total": total})
+        started = time.monotonic()
+        with self._shown(text, total, done):
+            yield
+        seconds = time.monotonic() - started
+        if seconds >= _WORTH_SAYING:
+            figures = self._figures if self._live and name == EPISODES else ""
+            short = text if self._live else f"  {name.replace('_', ' ')}"
+            self.say(f"{short}: {seconds:.0f} s  {figures}".rstrip())
+        self._listeners.tell("on_phase_end", name, {"text": text, "seconds": seconds})
+
+    @contextlib.contextmanager
+    def _shown(self, text: str, total: int | None, done: int) -> Iterator[None]:
+        self._started, self._done = time.monotonic(), done
+        if not self._live:
+            self.say(text)
+            yield
+            return
+        outermost = self._progress is None
+        if self._progress is None:
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}", style="bold", markup=False),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[count]}", markup=False),
+                TextColumn("{task.fields[figures]}", markup=False),
+                _Clock(Column(no_wrap=True)),
+                console=self._console,
+                transient=True,
+            )
+            self._progress.start()
+        count = "" if total is None else f"{done}/{total}"
+        fields: dict[str, Any] = {"count": count, "figures": self._figures}
+        task = self._progress.add_task(text, total=total, completed=done, **fields)
+        self._tasks.append(task)
+        try:
+            yield
+        finally:
+            self._tasks.pop()
+            self._progress.remove_task(task)
+            if outermost:
+                self._progress.stop()
+                self._progress = None
+
+    def step(self, done: int, total: int) -> None:
+        """Shows how far the innermost phase is."""
+        if self._progress is not None:
+            fields: dict[str, Any] = {"count": f"{done}/{total}", "figures": self._figures}
+            self._progress.update(
+                self._tasks[-1], completed=done, total=total, refresh=True, **fields
+            )
 
     def update(
         self, episode: int, *, reward: float, best: float, metric: float, sparsity: float
     ) -> None:
         """Shows an episode that has ended (`episode` counts from 1)."""
         figures = (
-            f"reward {reward:+.3f}  best {best:+.3f}  {self._metric} {metric:.4f}  "
-            f"sparsity {sparsity:.3f}"
+            f"best {best:+.3f}  {printable(self.metric)} {metric:.4f}  sparsity {sparsity:.3f}"
         )
         if self._progress is not None:
-            self._progress.update(self._task, completed=episode, figures=figures)
-        elif self._verbose and (episode % self._every == 0 or episode == self._episodes):
+            self._figures = figures
+            self.step(episode, self.episodes)
+            self._figures = f"best {best:+.3f}"
+        elif self._verbose and (episode % self._every == 0 or episode == self.episodes):
             spent = time.monotonic() - self._started
-            left = spent / episode * (self._episodes - episode)
-            self.say(f"episode {episode}/{self._episodes}  {figures}  {left:.0f} s left")
+            left = spent / max(1, episode - self._done) * (self.episodes - episode)
+            figures = f"reward {reward:+.3f}  {figures}"
+            self.say(f"episode {episode}/{self.episodes}  {figures}  {left:.0f} s left")
 
     def say(self, text: str) -> None:
         """Writes a line, unless silent."""
         if self._verbose:
             self._console.print(printable(text), soft_wrap=True, markup=False, emoji=False)
+
+
+def episode_logs(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An episode's line of the journal in the words of callbacks."""
+    logs = {name: value for name, value in entry.items() if name not in _JOURNAL}
+    return logs | {new: entry[old] for old, new in _JOURNAL.items()}
+
+
+_JOURNAL = {"reward": "value", "validation_metric": "metric", "validation_loss": "loss"}
 
 
 def table_lines(table: Table, width: int) -> list[str]:
@@ -208,3 +354,50 @@ def _descriptor_silenced(descriptor: int) -> Iterator[None]:
     finally:
         os.dup2(kept, descriptor)
         os.close(kept)
+
+
+class Interruption:
+    """While it is open, the first Ctrl-C is noted and does nothing else.
+
+    The second raises `KeyboardInterrupt` at once, as does any at other times. Only in the main
+    thread, which signals are handled in, and where Python's own handler is set: one of the caller's
+    stays. What was there is put back.
+
+    The first Ctrl-C calls `told` when it is noted; `requested` is whether there was one.
+
+    Example:
+        >>> with Interruption() as interruption:
+        ...     while not interruption.requested:
+        ...         play_an_episode()
+    """
+
+    def __init__(self, told: Callable[[], None] | None = None):
+        self.requested = False
+        self._told = told
+        self._open = False
+
+    def __enter__(self) -> Interruption:
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._note)
+            self._open = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._open:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._open = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        if self._told is not None:
+            # The signal may have come in the middle of writing to the same stream.
+            with contextlib.suppress(RuntimeError):
+                self._told()

@@ -175,9 +175,11 @@ def test_the_program_keeps_standard_error_clean(files, tmp_path):
     )
     assert done.stderr == ""
     assert done.returncode == 0
-    assert done.stdout.startswith(
-        "evaluating the plans of known heuristics\ndqn search: 1 episodes\nepisode 1/1  reward "
-    )
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("  ")]
+    assert lines[0] == "checking the data"
+    warm = lines.index("evaluating the plans of known heuristics")
+    assert lines[warm + 1] == "dqn search: 1 episodes"
+    assert lines[warm + 2].startswith("episode 1/1  reward ")
     assert done.stdout.count("fine-tuning") == 1  # of one finalist
 
 

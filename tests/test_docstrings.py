@@ -32,7 +32,7 @@ SEARCH = rls.Compressor.search
 def docstrings():
     """Public name below `rls` -> its docstring; and methods that have an example."""
     values = {name: getattr(rls, name) for name in rls.__all__ if name != "__version__"}
-    for space in ("baselines", "datasets", "plots"):
+    for space in ("baselines", "callbacks", "datasets", "plots"):
         own = {key: value for key, value in vars(values[space]).items() if key[0] != "_"}
         listed = getattr(values[space], "__all__", None) or [
             key for key, value in own.items() if getattr(value, "__module__", "").endswith(space)

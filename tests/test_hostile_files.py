@@ -376,7 +376,7 @@ def test_names_are_no_markup_in_tables_and_progress():
     assert r"\x1b[31m[red]kernel[/]" in text
     written = io.StringIO()
     progress = SearchProgress(2, "[red]m\x1b[2J", console=Console(file=written, width=200))
-    with progress.running("[/]title"):
+    with progress.phase("episodes", "[/]title"):
         progress.update(2, reward=0.0, best=0.0, metric=0.5, sparsity=0.5)
     assert r"[red]m\x1b[2J 0.5" in written.getvalue()
     assert "[/]title" in written.getvalue()

@@ -33,6 +33,7 @@ ROOMS = (
 )
 GROUND = {
     "_compat",
+    "callbacks",
     "checks",
     "claims",
     "console",

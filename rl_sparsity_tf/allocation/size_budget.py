@@ -254,3 +254,11 @@ def kernel_costs(sizes: KernelBytes, kernel: Kernel, storage: KernelStorage) -> 
         np.maximum.accumulate(np.array(floats)),
         np.maximum.accumulate(np.array(integers)) if integers else None,
     )
+
+
+def predicted_bytes(budget: Budget, states: Sequence[KernelState]) -> int | None:
+    """Bytes of the file that a whole plan leads to; None where the budget is of something else."""
+    if not isinstance(budget, SizeBudget):
+        return None
+    pruned, integers = [one.pruned for one in states], [one.integers for one in states]
+    return round(budget.total(pruned, integers))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tf_keras as keras
 
+from rl_sparsity_tf.allocation.size_budget import predicted_bytes
 from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.environment.reward import Outcome
 from rl_sparsity_tf.layers.kernels import walk
@@ -114,6 +115,22 @@ class Candidate:
             episode=int(arrays["episode"]),
             proposed_by=str(arrays["proposed_by"]),
         )
+
+
+def figures_of(
+    network: CompressedNetwork, value: float, proposed_by: str, episode: int | None = None
+) -> dict[str, Any]:
+    """What callbacks are told of the network's plan, which was evaluated."""
+    outcome = network.outcome
+    return {
+        "value": value,
+        "metric": outcome.metric,
+        "loss": outcome.loss,
+        "sparsity": outcome.sparsity,
+        "bytes": predicted_bytes(network.budget, network.states()),
+        "proposed_by": proposed_by,
+        "episode": episode,
+    }
 
 
 def plan_of(text: str, network: CompressedNetwork) -> CompressionPlan:

@@ -16,6 +16,7 @@ from rl_sparsity_tf.allocation.budgets import CostBudget
 from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.allocation.size_budget import MARGINS
 from rl_sparsity_tf.allocation.target import Target
+from rl_sparsity_tf.callbacks import DENSE_FILES, TRIAL
 from rl_sparsity_tf.checks import check_count, check_flag
 from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.data.metrics import Metric
@@ -265,22 +266,27 @@ class AccuracySearch:
         count = min(MOST_TRIALS, episodes)
         edges = [episodes * number // count for number in range(count + 1)]
         self._resume(edges)
-        dense, unpruned, dense_finished = self._dense_int8(progress)
+        with progress.phase(DENSE_FILES, "judging the dense int8 file"):
+            dense, unpruned, dense_finished = self._dense_int8(progress)
+        progress.trial_ended(0, dense.to_dict())
         assert dense.tflite_bytes is not None
-        with progress.running(f"{self._settings.agent.name} search"):
-            for number in range(len(self.trials), count):
-                limit = next_limit(self._networks.smallest, dense.tflite_bytes, self.trials)
-                if limit is None:
-                    break
-                start, end = edges[number : number + 2]
-                notes = {"trial": number + 1, "limit": limit}
-                stage = Stage(start=start, end=end, notes=notes)
-                progress.say(f"trial {number + 1} of {count}: at most {limit:,} bytes")
+        for number in range(len(self.trials), count):
+            limit = next_limit(self._networks.smallest, dense.tflite_bytes, self.trials)
+            start = sum(entry["trial"] <= number for entry in self._loop.history)
+            self._loop.stopped(progress)
+            if limit is None or (self._loop.over and self._loop.done == start):
+                break
+            end = start + edges[number + 1] - edges[number]
+            notes = {"trial": number + 1, "limit": limit}
+            stage = Stage(start=start, end=end, notes=notes)
+            text = f"trial {number + 1} of {count}: at most {limit:,} bytes"
+            with progress.phase(TRIAL, text):
                 network = self._move_to(limit)
                 self._loop.begin(stage, network.budget, self._larger(limit), progress)
                 self._loop.play(progress)
                 self._loop.rerank(progress, most=1)
                 self._try(limit, progress)
+            progress.trial_ended(number + 1, self.trials[-1].to_dict())
         if self._best is None and dense.held:
             self._best, self._finished = unpruned, dense_finished
         if self._best is None:
@@ -353,7 +359,7 @@ class AccuracySearch:
     def _try(self, limit: int, progress: SearchProgress) -> None:
         best = self._loop.best
         assert best is not None
-        progress.say(f"fine-tuning the best plan ({best.found_by}) and exporting it")
+        progress.say(f"the best plan ({best.found_by}):")
         name = f"trial {len(self.trials) + 1}"
         others = list(self._loop.proposed)
         missed = ""
@@ -467,7 +473,10 @@ class AccuracySearch:
             except Exception as error:  # whatever may be in a file
                 raise self._run.unreadable(TRIALS, one_line(error)) from error
         number = len(self.trials)
-        if not edges[number] <= self._loop.done <= edges[min(number + 1, len(edges) - 1)]:
+        played = [entry.get("trial") for entry in self._loop.history]
+        begun = played.count(number + 1)
+        longest = edges[number + 1] - edges[number] if number + 1 < len(edges) else 0
+        if set(played) - {number + 1} != set(range(1, number + 1)) or begun > longest:
             raise RunError(
                 f"The run in {str(self._run.path)!r} lacks the checkpoint of its finished trials. "
                 "Put a copy of it back, or pass overwrite=True to start the run again."

@@ -17,6 +17,7 @@ from rl_sparsity_tf.allocation.channel_decisions import ChannelDecisions, remova
 from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.allocation.size_budget import bytes_for
 from rl_sparsity_tf.allocation.target import Target
+from rl_sparsity_tf.callbacks import check_callbacks, check_keras_callbacks
 from rl_sparsity_tf.channels.latency_measurement import measure_latency
 from rl_sparsity_tf.channels.latency_table import LatencyTable
 from rl_sparsity_tf.channels.widths import widths_of
@@ -259,6 +260,8 @@ class SearchOptions:
     dataset: str | None = None
     overwrite: bool = False
     any_versions: bool = False
+    callbacks: Any = None
+    finetune_callbacks: Any = None
     verbose: int = 1
 
     def checked(
@@ -304,6 +307,8 @@ class SearchOptions:
             distillation=check_share("distillation", self.distillation),
             class_weight=weight_table(self.class_weight),
             unroll=check_flag("unroll", self.unroll),
+            callbacks=check_callbacks(self.callbacks),
+            finetune_callbacks=check_keras_callbacks(self.finetune_callbacks),
         )
 
     def resolved(self, train: TrainingData) -> SearchOptions:
@@ -317,13 +322,19 @@ class SearchOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """What the search's bits depend on, as a run's manifest has it."""
-        others = ("dataset", "overwrite", "any_versions", "verbose")
-        return {name: value for name, value in vars(self).items() if name not in others}
+        others = ("dataset", "overwrite", "any_versions", "verbose", "callbacks")
+        values = {name: value for name, value in vars(self).items() if name not in others}
+        # Runs from before there were any do not name them.
+        names = [type(one).__qualname__ for one in self.finetune_callbacks or ()]
+        return {**values, "finetune_callbacks": names or None}
 
     @property
     def training(self) -> FineTuning:
         """How finished plans are trained, once the epochs are known."""
         assert self.finetune_epochs is not None
         return FineTuning(
-            epochs=self.finetune_epochs, mask=self.mask, distillation=self.distillation
+            epochs=self.finetune_epochs,
+            mask=self.mask,
+            distillation=self.distillation,
+            callbacks=self.finetune_callbacks or (),
         )

@@ -143,6 +143,7 @@ def compare(
         evaluations = search.result.metrics["search"]["evaluations"]
     check_count("evaluations", evaluations, 1)
     progress = SearchProgress(search.episodes, network.metric.name, verbose)
+    search = dataclasses.replace(search, progress=progress)  # callbacks watch the search alone
     contest = _Contenders(compressor, search, progress, evaluations)
     entries: list[dict[str, Any]] = []
     try:

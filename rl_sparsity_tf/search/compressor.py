@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
@@ -16,10 +17,11 @@ import tf_keras as keras
 from rl_sparsity_tf.agents.configs import AgentConfig, Random
 from rl_sparsity_tf.agents.policies import CONSTRUCT, SavedPolicy, resolve_policy
 from rl_sparsity_tf.allocation.target import Target
+from rl_sparsity_tf.callbacks import DATA, DENSE_FILES, MEASURING, PREPARING, SAVING, Callback
 from rl_sparsity_tf.channels.latency_table import LatencyTable
 from rl_sparsity_tf.channels.permutation import permute_channels
 from rl_sparsity_tf.checks import check_count, check_flag, check_type
-from rl_sparsity_tf.console import SearchProgress, without_traces
+from rl_sparsity_tf.console import SearchProgress, episode_logs, without_traces
 from rl_sparsity_tf.data.batches import (
     TrainingData,
     evaluation_data,
@@ -80,7 +82,7 @@ class _Prepared:
     validation: list[Batch]
     test: list[Batch] | None
 
-    def task(self, network: CompressedNetwork, target: Target) -> Task:
+    def task(self, network: CompressedNetwork, target: Target, progress: SearchProgress) -> Task:
         """What the plans of a network are finished for."""
         return Task(
             model=self.model,
@@ -94,6 +96,7 @@ class _Prepared:
             target=target,
             training=self.options.training,
             quantization=self.options.quantization,
+            progress=progress,
         )
 
 
@@ -268,6 +271,8 @@ class Compressor:
         dataset: str | None = None,
         overwrite: bool = False,
         any_versions: bool = False,
+        callbacks: Sequence[Callback] | None = None,
+        finetune_callbacks: Sequence[keras.callbacks.Callback] | None = None,
         verbose: int = SearchOptions.verbose,
     ) -> Result:
         """Searches, fine-tunes the best plan, and exports it.
@@ -310,6 +315,10 @@ class Compressor:
             overwrite: Whether a run in `directory` may be replaced.
             any_versions: Whether one that was begun with other versions of libraries, or another
                 number of threads, may be continued. It then ends in other bits than it would have.
+            callbacks: Who is told what the search does, and may end its episodes in time: see
+                [Callback][rl_sparsity_tf.callbacks.Callback].
+            finetune_callbacks: Callbacks of `tf_keras` for the final fine-tuning of every finalist;
+                short trainings that only compare have none. Their `logs` are of the training data.
             verbose: 0 silent, 1 a progress display, 2 a line per episode.
 
         Returns:
@@ -337,6 +346,8 @@ class Compressor:
             dataset=dataset,
             overwrite=overwrite,
             any_versions=any_versions,
+            callbacks=callbacks,
+            finetune_callbacks=finetune_callbacks,
             verbose=verbose,
         ).checked(self.target, validation_data, least_episodes=least)
         if self.directory is not None:
@@ -345,17 +356,22 @@ class Compressor:
         from rl_sparsity_tf.search.loop import SearchLoop
 
         started = time.monotonic()
-        data = self._prepared(options, train, validation_data, test_data)
-        with self._opened(data) as run:
+        progress = SearchProgress(episodes, verbose=verbose, callbacks=options.callbacks)
+        with progress.phase(DATA):
+            data = self._prepared(options, train, validation_data, test_data)
+        with self._opened(data) as run, progress.searching(self._told(run, episodes)) as told:
             start_worker()  # its imports overlap the search
-            build = self._network_maker(data, run)
-            plain = build()
-            task = data.task(plain, self.target)
-            dense = dense_files(task.model, task.figures, quantization)
+            with progress.phase(MEASURING):
+                build = self._network_maker(data, run)
+            with progress.phase(PREPARING):
+                plain = build()
+            progress.metric = plain.metric.name
+            task = data.task(plain, self.target, progress)
+            with progress.phase(DENSE_FILES):
+                dense = dense_files(task.model, task.figures, quantization)
             if run is not None:
                 run.start()
                 keep_table(plain.decisions, run)
-            progress = SearchProgress(episodes, plain.metric.name, verbose)
             choice, chooser = self._choose_storage(plain, build, progress)
             task = dataclasses.replace(task, network=choice.network)
             kept = entrants(task, finalists)
@@ -380,21 +396,44 @@ class Compressor:
                 task, finished, best, noted = found.task, found.finished, found.best, found.metrics
             if self.selection.left:
                 noted["left_alone"] = self.selection.to_dict()
-            metrics = build_metrics(
-                *(task, loop, finished, best, dense),
-                seconds=loop.seconds + time.monotonic() - started,
-                dataset=dataset,
-                search=noted,
+            with progress.phase(SAVING):
+                metrics = build_metrics(
+                    *(task, loop, finished, best, dense),
+                    seconds=loop.seconds + time.monotonic() - started,
+                    dataset=dataset,
+                    search=noted,
+                )
+                details = build_details(task, loop, finished, best)
+                origin, manifest = origin_of(self.model), None if run is None else run.manifest()
+                result = Result(task, loop, finished, best, metrics, details, origin, manifest)
+                if run is not None:
+                    result.write_files(run.path)
+            told["result"] = result
+            self.last = FinishedSearch(
+                **vars(task), plain=plain, loop=loop, result=result, episodes=loop.done
             )
-            details = build_details(task, loop, finished, best)
-            origin, manifest = origin_of(self.model), None if run is None else run.manifest()
-            result = Result(task, loop, finished, best, metrics, details, origin, manifest)
-            if run is not None:
-                result.write_files(run.path)
-        self.last = FinishedSearch(
-            **vars(task), plain=plain, loop=loop, result=result, episodes=loop.done
-        )
         return result
+
+    def _told(self, run: RunDirectory | None, episodes: int) -> dict[str, Any]:
+        """What callbacks are told as a search begins."""
+        from rl_sparsity_tf.search.loop import check_history
+
+        history: list[dict[str, Any]] = []
+        with contextlib.suppress(KeyError, ValueError):  # the loop says what is wrong with it
+            entries = [] if run is None else run.played()
+            check_history(entries)
+            history = [episode_logs(entry) for entry in entries]
+        return {
+            "resumed": run is not None and run.resumed,
+            "episode": len(history),
+            "episodes": episodes,
+            "history": history,
+            "seconds": sum(entry["seconds"] for entry in history),
+            "agent": self.agent.name,
+            "seed": self.seed,
+            "target": self.target.to_dict(),
+            "directory": None if run is None else str(run.path),
+        }
 
     def _prepared(
         self, options: SearchOptions, train: Any, validation_data: Any, test_data: Any
@@ -527,10 +566,9 @@ class Compressor:
         if self.group != AUTO:
             return StorageChoice(plain), None
         build = functools.partial(build, like=plain)
-        chooser = StorageChooser(build=build, reward=self.reward, int4=self.int4)
+        chooser = StorageChooser(build=build, reward=self.reward, int4=self.int4, progress=progress)
         if self.target.max_accuracy_drop is not None:  # for every size anew
             return StorageChoice(plain), chooser
-        progress.say("choosing groups and bits for every kernel")
         choice = chooser.choose(plain)
         if choice.slow_int4 is not None:
             progress.say(f"note: {choice.slow_int4}")

@@ -10,6 +10,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.allocation.channel_decisions import ChannelDecisions
 from rl_sparsity_tf.allocation.size_budget import formats_for
+from rl_sparsity_tf.callbacks import EXPORT
 from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.environment.candidates import Candidate
 from rl_sparsity_tf.errors import ExportError, VerificationError
@@ -82,7 +83,8 @@ def check_early(
     figures = dataclasses.replace(task.figures, test=None)
     formats = formats_for(task.target)
     try:
-        export_and_score(strip(wrapped), candidate.plan, figures, task.quantization, formats)
+        with progress.phase(EXPORT, "exporting an early plan"):
+            export_and_score(strip(wrapped), candidate.plan, figures, task.quantization, formats)
     except ExportError as error:
         warnings.append(
             f"the file of an early plan ({candidate.found_by}) fails, so the result's may have to "

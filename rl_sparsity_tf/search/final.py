@@ -16,6 +16,7 @@ from rl_sparsity_tf.allocation.channel_decisions import ChannelDecisions
 from rl_sparsity_tf.allocation.channel_programming import cost_of_plan, pruned_to
 from rl_sparsity_tf.allocation.size_budget import formats_for
 from rl_sparsity_tf.allocation.target import Target
+from rl_sparsity_tf.callbacks import MEASURING
 from rl_sparsity_tf.channels.costs import count_macs
 from rl_sparsity_tf.channels.latency_table import LatencyTable
 from rl_sparsity_tf.channels.shrinking import shrink_with_report
@@ -73,6 +74,7 @@ def finish_within(task: Task, candidate: Candidate) -> Finished:
             training=task.training,
             quantization=task.quantization,
             formats=formats_for(target),
+            progress=task.progress,
         )
         report = finished.exported.report
         # A file in another storage than was asked for has another size, whatever is pruned.
@@ -168,7 +170,8 @@ def finish_candidate(
         return finish_within(task, candidate)
     unmeasured = ""
     try:
-        candidate, small, timing = _best_held(task, candidate, others)
+        with task.progress.phase(MEASURING, "removing channels, and measuring what is left"):
+            candidate, small, timing = _best_held(task, candidate, others)
     except ExportError as error:  # what was searched for is not lost with a file
         timing = None
         small = _Small(*without_channels(task.model, task.network.decisions, candidate))
@@ -181,6 +184,7 @@ def finish_candidate(
         quantization=task.quantization,
         formats=formats_for(task.target),
         teacher=task.model,
+        progress=task.progress,
     )
     plan = task.network.decisions.kernel_plan(candidate.plan)
     removed = _removed(task, finished.model, plan, timing)
@@ -407,7 +411,7 @@ def play_final(
             break
         candidate = start.candidate
         what = "another plan" if number else "the best plan"
-        progress.say(f"fine-tuning {what} ({start}) and exporting it")
+        progress.say(f"{what} ({start}):")
         tf.random.set_seed(seed)
         try:
             finished = finish_candidate(task, candidate, others)

@@ -9,6 +9,8 @@ import numpy as np
 import tf_keras as keras
 
 from rl_sparsity_tf.allocation.target import Target
+from rl_sparsity_tf.callbacks import EXPORT, FINE_TUNING
+from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.data.batches import TrainingData, inputs_of
 from rl_sparsity_tf.data.checks import Batch
 from rl_sparsity_tf.data.metrics import Metric, Score
@@ -121,6 +123,22 @@ class Figures:
         return validation, test[0] if test else None
 
 
+def silent() -> SearchProgress:
+    """Progress that nobody is told of."""
+    return SearchProgress(0, verbose=0)
+
+
+class _Epochs(keras.callbacks.Callback):
+    """Shows how many epochs of a training are done."""
+
+    def __init__(self, progress: SearchProgress):
+        super().__init__()
+        self._progress = progress
+
+    def on_epoch_end(self, epoch: int, logs: object = None) -> None:
+        self._progress.step(epoch + 1, self.params["epochs"])
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """What a candidate is finished for.
@@ -129,6 +147,7 @@ class Task:
         model: The original model.
         network: The network that was searched.
         dense: The dense model's file in that quantization, once it was needed.
+        progress: Who is told what is being done.
     """
 
     model: keras.Model
@@ -138,6 +157,7 @@ class Task:
     training: FineTuning
     quantization: str
     dense: list[bytes] = dataclasses.field(default_factory=list)
+    progress: SearchProgress = dataclasses.field(default_factory=silent)
 
 
 def finish(
@@ -149,6 +169,7 @@ def finish(
     quantization: str,
     formats: str = "dense",
     teacher: keras.Model | None = None,
+    progress: SearchProgress | None = None,
 ) -> Finished:
     """Fine-tunes a candidate with learning masks, strips it and exports it.
 
@@ -157,13 +178,17 @@ def finish(
     `export_tflite`; outputs are learned from the teacher, too, by default the model.
     """
     warnings: list[str] = []
-    wrapped, _ = trained(model, candidate, figures, training, warnings, teacher)
+    progress = progress or silent()
+    watched = dataclasses.replace(training, callbacks=(_Epochs(progress), *training.callbacks))
+    with progress.phase(FINE_TUNING, total=training.epochs):
+        wrapped, _ = trained(model, candidate, figures, watched, warnings, teacher)
     for warning in warnings:
         _log.warning("%s", warning)
     plan = _complete(plan_of(wrapped), candidate.plan)
     stripped = strip(wrapped)
-    validation, test = figures.scores(stripped)
-    exported = export_what_holds(stripped, plan, figures, quantization, formats)
+    with progress.phase(EXPORT):
+        validation, test = figures.scores(stripped)
+        exported = export_what_holds(stripped, plan, figures, quantization, formats)
     copy_compile_state(model, stripped)
     return Finished(
         model=stripped,
@@ -195,6 +220,7 @@ def trained(
         figures.metric,
         epochs=training.epochs,
         learning_rate=LEARNING_RATE,
+        callbacks=training.callbacks,
         teacher=model if teacher is None else teacher,
         distillation=training.distillation,
         warnings=warnings,

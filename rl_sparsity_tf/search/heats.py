@@ -10,12 +10,14 @@ arXiv 1502.07943, in two rounds).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
 
 import tensorflow as tf
 
+from rl_sparsity_tf.callbacks import HEATS
 from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.data.batches import count_rows
 from rl_sparsity_tf.data.metrics import Metric, Score
@@ -104,18 +106,22 @@ def run_heats(
     training = task.training
     if not training.epochs or task.network.decisions.group == "channel":
         return [Start(candidate) for candidate in candidates], places
-    starts = starts_of(task.network, candidates)
+    text = "fitting the masks of the largest weights"
+    with progress.phase(HEATS, text) if has_heats(task) else contextlib.nullcontext():
+        starts = starts_of(task.network, candidates)
     if not has_heats(task) or len(starts) < 2:
         return starts, places
     length = max(1, training.epochs // _MOST_STARTS)
     starts = starts[: min(_MOST_STARTS, training.epochs // length)]
-    progress.say(f"training {len(starts)} starts for {length} of {training.epochs} epochs")
-    short = dataclasses.replace(training, epochs=length)
+    text = f"training {len(starts)} starts for {length} of {training.epochs} epochs"
+    short = dataclasses.replace(training, epochs=length, callbacks=())
     scores: list[Score] = []
-    for start in starts:
-        tf.random.set_seed(seed)
-        unheard: list[str] = []  # a training that short proves nothing
-        scores.append(trained(task.model, start.candidate, task.figures, short, unheard)[1])
+    with progress.phase(HEATS, text, len(starts)):
+        for start in starts:
+            tf.random.set_seed(seed)
+            unheard: list[str] = []  # a training that short proves nothing
+            scores.append(trained(task.model, start.candidate, task.figures, short, unheard)[1])
+            progress.step(len(scores), len(starts))
     rows = count_rows(task.figures.validation)
     left, ordered = list(range(len(starts))), []
     while left:

@@ -1,17 +1,13 @@
-"""The episodes of a search: observe, choose, recover, reward, learn; with checkpoints.
-
-Ctrl-C in a search: the first one lets the present episode end, the second does not.
-"""
+"""The episodes of a search: observe, choose, recover, reward, learn; with checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import re
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -27,12 +23,15 @@ from rl_sparsity_tf.agents.policies import CONSTRUCT
 from rl_sparsity_tf.allocation.budgets import Budget
 from rl_sparsity_tf.allocation.density_plans import pruned_to_budget
 from rl_sparsity_tf.allocation.dynamic_programming import POWERS, propose_all
-from rl_sparsity_tf.console import SearchProgress
+from rl_sparsity_tf.allocation.size_budget import predicted_bytes
+from rl_sparsity_tf.callbacks import ALL, EPISODES, RERANKING, WARM_START
+from rl_sparsity_tf.console import Interruption, SearchProgress
 from rl_sparsity_tf.environment.candidates import (
     PROPOSED,
     Candidate,
     Finalists,
     digests_of,
+    figures_of,
     is_better,
     plan_of,
 )
@@ -45,54 +44,6 @@ from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.search.episodes import Episodes, LoopSettings, make_episodes
 from rl_sparsity_tf.search.run_directory import LATEST, TIMES, TRIALS, RunDirectory
-
-
-class Interruption:
-    """While it is open, the first Ctrl-C is noted and does nothing else.
-
-    The second raises `KeyboardInterrupt` at once, as does any at other times. Only in the main
-    thread, which signals are handled in, and where Python's own handler is set: one of the caller's
-    stays. What was there is put back.
-
-    The first Ctrl-C calls `told` when it is noted; `requested` is whether there was one.
-
-    Example:
-        >>> with Interruption() as interruption:
-        ...     while not interruption.requested:
-        ...         play_an_episode()
-    """
-
-    def __init__(self, told: Callable[[], None] | None = None):
-        self.requested = False
-        self._told = told
-        self._open = False
-
-    def __enter__(self) -> Interruption:
-        main = threading.current_thread() is threading.main_thread()
-        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._note)
-            self._open = True
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._open:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            self._open = False
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        if self._told is not None:
-            # The signal may have come in the middle of writing to the same stream.
-            with contextlib.suppress(RuntimeError):
-                self._told()
-
 
 DYNAMIC = "dynamic_programming"
 PREVIOUS = "previous_stage"
@@ -122,6 +73,7 @@ class SearchLoop:
         done: Episodes played.
         considered: The plans that were evaluated beside the episodes' own, in order: who proposed
             each, before which episode, and its figures.
+        over: Whether callbacks want no more episodes at all.
     """
 
     def __init__(
@@ -150,6 +102,8 @@ class SearchLoop:
         self._previous: CompressionPlan | None = None
         self._centre: CompressionPlan | None = None  # that the buckets are cut near, if any
         self._saved: list[str] = []
+        self._ends: dict[int, int] = {}  # of stages that were ended early, by their starts
+        self.over = False
         if run is not None and run.resumed:
             self._resume(run)
 
@@ -181,29 +135,52 @@ class SearchLoop:
             assert self.best is not None
             return self.best
         stages = self.settings.curriculum.schedule(episodes)
-        # What a run proposed that was cut off behind its last episode is a part of the final.
-        left = [stage for stage in stages if stage.end > self.done] or stages[-1:]
-
-        def begin(stage: Stage) -> None:
+        number = -1
+        while number < len(stages) - 1:
+            number, stage = self._present(stages)
             if len(stages) > 1:
                 progress.say(f"{stage.share:.4g} of the way to the target")
             begun = self.done > stage.start
             ahead = self.best.plan if self.best else None
             budget = full if stage.share == 1.0 else full.eased(stage.share)
             self.begin(stage, budget, self._previous if begun else ahead, progress)
-
-        for stage in left[:1]:
-            begin(stage)
             if check is not None and self.best is not None and not self.done:
                 check(self.best)
-        with progress.running(f"{self.settings.agent.name} search"):
-            for stage in left:
-                if stage is not left[0]:
-                    begin(stage)
-                self.play(progress)
+                check = None
+            self.play(progress)
         self.rerank(progress)
         assert self.best is not None
         return self.best
+
+    def _present(self, stages: Sequence[Stage]) -> tuple[int, Stage]:
+        """The stage that is to be played now, and its number.
+
+        One that was ended early lets the next begin earlier. Behind the last episode it is the last
+        stage: what a run proposed that was cut off there is a part of the final.
+        """
+        early = 0
+        for number, planned in enumerate(stages):
+            start, end = planned.start - early, planned.end - early
+            stage = dataclasses.replace(planned, start=start, end=end)
+            ended = self._ends.get(start, min(end, self.done) if self.over else end)
+            if ended > self.done or number == len(stages) - 1:
+                break
+            early += end - ended
+        return number, stage
+
+    def stopped(self, progress: SearchProgress) -> bool:
+        """Whether callbacks want no more episodes of the stage; once they do, the run keeps it.
+
+        A stage has an episode at least, and what was asked of an earlier one is no matter.
+        """
+        asked, start = progress.asked, self._stage.start
+        if asked and self._stage.episodes and self.done > start:
+            before = (dict(self._ends), self.over)
+            self._ends.setdefault(start, self.done)
+            self.over = self.over or asked == ALL
+            if (self._ends, self.over) != before:
+                self._keep()
+        return self.best is not None and (self.over or start in self._ends)
 
     def rerank(self, progress: SearchProgress, most: int = _RANKED) -> None:
         """Decides anew which groups of the best plans' kernels live, as long as that is better.
@@ -212,11 +189,13 @@ class SearchLoop:
         """
         if not can_rerank(self._network):
             return
-        progress.say("ranking the weights of the best plans anew")
-        for one in list(self.finalists)[:most]:
-            self._rerank_one(one)
+        ranked = list(self.finalists)[:most]
+        with progress.phase(RERANKING, total=len(ranked)):
+            for number, one in enumerate(ranked, 1):
+                self._rerank_one(one, progress)
+                progress.step(number, len(ranked))
 
-    def _rerank_one(self, one: Candidate) -> None:
+    def _rerank_one(self, one: Candidate, progress: SearchProgress) -> None:
         network, best = self._network, one
         steps = self.settings.buckets * network.recovery.steps
 
@@ -227,6 +206,7 @@ class SearchLoop:
             nonlocal best
             outcome = evaluate_plan(network, plan, steps)
             value = bounded(self.settings.reward, outcome, None)
+            self._tell(progress, value, one.proposed_by)
             if better := is_better(value, outcome, best):
                 best = Candidate.of(network, value, one.episode, one.proposed_by)
             return better
@@ -270,6 +250,7 @@ class SearchLoop:
         """
         anew = self.done == stage.start
         self._stage, self._previous = stage, previous
+        progress.target_changed(self.evaluations)
         if anew:
             self.finalists, self._centre = Finalists(self.settings.finalists), None
         if budget is not self._network.budget:
@@ -278,14 +259,17 @@ class SearchLoop:
         self.episodes.retarget(anew)
         self.proposed = []
         if self._decides:
-            self._apply_policy(progress)
+            with progress.phase(WARM_START, "evaluating the policy's plan"):
+                self._apply_policy(progress)
         if stage.episodes:
-            self._propose(max(1, stage.episodes // 3), progress)
+            text = "" if self.settings.warm_start else "evaluating the plans to begin with"
+            with progress.phase(WARM_START, text):
+                self._propose(max(1, stage.episodes // 3), progress)
         if self._centre is not None:
             self.episodes.centre(self._centre, near=True)
 
     def play(self, progress: SearchProgress) -> None:
-        """Plays the episodes that are left of the stage.
+        """Plays the episodes that are left of the stage, or fewer if callbacks want no more.
 
         Raises SearchInterrupted after an episode in which Ctrl-C was pressed.
         """
@@ -293,20 +277,31 @@ class SearchLoop:
         def told() -> None:
             progress.say("ending after this episode; Ctrl-C again leaves at once")
 
-        for episode in range(self.done, self._stage.end):
-            watched = Interruption(told)
-            with watched if self._interruptible else contextlib.nullcontext():
-                entry = self._episode(episode)
-            assert self.best is not None
-            progress.update(
-                episode + 1,
-                reward=entry["reward"],
-                best=self.best.value,
-                metric=entry["validation_metric"],
-                sparsity=entry["sparsity"],
-            )
-            if watched.requested:
-                raise self._interrupted(self.best.plan)
+        text = f"{self.settings.agent.name} search: {progress.episodes} episodes"
+        with progress.phase(EPISODES, text, progress.episodes, self.done):
+            while not self.stopped(progress) and self.done < self._stage.end:
+                watched = Interruption(told)
+                with watched if self._interruptible else contextlib.nullcontext():
+                    entry = self._episode(self.done)
+                assert self.best is not None
+                self._tell(progress, entry["reward"], entry["proposed_by"], entry["episode"])
+                progress.episode_ended(entry, self.best.value, self._more)
+                if watched.requested:
+                    raise self._interrupted(self.best.plan)
+
+    def _tell(
+        self, progress: SearchProgress, value: float, proposed_by: str, episode: int | None = None
+    ) -> None:
+        """Tells of the network's plan, if it is new."""
+        network = self._network
+        figures = functools.partial(figures_of, network, value, proposed_by, episode)
+        progress.evaluated(network.evaluations, figures)
+
+    def _more(self) -> dict[str, Any]:
+        """What callbacks are told of an episode that its line of the journal does not have."""
+        network = self._network
+        states = network.states()
+        return {"bytes": predicted_bytes(network.budget, states), "plan": network.plan}
 
     def _interrupted(self, plan: CompressionPlan) -> SearchInterrupted:
         kept = "The best plan so far is in this error's plan; with directory=... it could go on."
@@ -320,7 +315,6 @@ class SearchLoop:
         )
 
     def _apply_policy(self, progress: SearchProgress) -> None:
-        progress.say("evaluating the policy's plan")
         network, episodes = self._network, self.episodes
         assert isinstance(episodes, Episodes)  # policies decide buckets
         tf.random.set_seed(self.settings.seed)
@@ -337,6 +331,7 @@ class SearchLoop:
             value = bounded(self.settings.reward, network.outcome, None)
             found.append((value, by_magnitude, actions, network.plan))
             self._consider(value, PROPOSED, POLICY)
+            self._tell(progress, value, POLICY)
         value, by_magnitude, actions, plan = max(found, key=lambda one: one[0])
         episodes.order_by_magnitude(by_magnitude)
         # What other networks are worth at best is not seen in the state: better or worse than
@@ -353,7 +348,6 @@ class SearchLoop:
         further = None if self._previous is None else pruned_to_budget(network, self._previous)
         plans = [] if further is None else [(PREVIOUS, further)]
         if self.settings.warm_start:
-            progress.say("evaluating the plans of known heuristics")
             plans += [one for one in proposals(network) if one[1] != further]
         if self.settings.warm_start and network.least_squares is not None:
             exact = propose_all(network, POWERS)
@@ -365,6 +359,7 @@ class SearchLoop:
             value = bounded(self.settings.reward, outcome, None)
             shown.append((value, Demonstration.of(name, plan)))
             self._consider(value, PROPOSED, name)
+            self._tell(progress, value, name)
         order = sorted(range(len(shown)), key=lambda index: -shown[index][0])
         found = [*applied, *((shown[index][0], plans[index]) for index in order)]
         self.proposed = [one for _, one in sorted(found, key=lambda pair: -pair[0])]
@@ -454,9 +449,14 @@ class SearchLoop:
         )
 
     def _save(self, entry: dict[str, Any]) -> None:
+        if self._run is not None:
+            self._run.append(entry)
+            self._keep()
+
+    def _keep(self) -> None:
+        """Keeps where the loop is now, behind the journal's last line."""
         if self._run is None:
             return
-        self._run.append(entry)
         names = []
         for one in self.finalists:
             # A plan from before the episodes is known by the stage's beginning.
@@ -471,6 +471,9 @@ class SearchLoop:
         state["finalists"] = np.array(names)
         for name, plan in (("previous", self._previous), ("centre", self._centre)):
             state[name] = np.array(plan.to_json() if plan else "")
+        if self._ends:
+            state["ends"] = np.array([*self._ends.items()], np.int64)
+            state["over"] = np.array(self.over)
         # The pointer is written last: a run cut off before it redoes the episode.
         self._run.save_checkpoint(LATEST, state)
         self._run.drop_checkpoints(keep={LATEST, TRIALS, TIMES, *names})
@@ -502,6 +505,7 @@ class SearchLoop:
             )
             self.episodes.set_state(state)
             self._network.seen = digests_of(state["seen"])
+            self._ends, self.over = _ends_of(state, done)
         except Exception as error:  # whatever else may be in a file
             raise run.unreadable(LATEST, one_line(error)) from error
         self.done, self.history, self._saved = done, history, names
@@ -518,6 +522,20 @@ class SearchLoop:
             return Candidate.from_arrays(arrays, self._network)
         except Exception as error:
             raise run.unreadable(name, one_line(error)) from error
+
+
+def _ends_of(state: Mapping[str, np.ndarray], done: int) -> tuple[dict[int, int], bool]:
+    """Where stages were ended early, and whether all were; raises ValueError if that cannot be."""
+    if "ends" not in state:
+        return {}, False
+    pairs, over = state["ends"], state["over"]
+    whole = pairs.dtype == np.int64 and pairs.ndim == 2 and pairs.shape[1:] == (2,)
+    if not whole or over.dtype != np.bool_ or over.shape:
+        raise ValueError("the ends of its stages are none")
+    numbers = pairs.reshape(-1).tolist()
+    if not all(0 <= a < b <= done for a, b in pairs.tolist()) or numbers != sorted(numbers):
+        raise ValueError("the ends of its stages do not fit its episodes")
+    return dict(pairs.tolist()), bool(over)
 
 
 _NUMBERS = ("reward", "validation_metric", "sparsity", "seconds")

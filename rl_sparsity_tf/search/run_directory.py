@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from rl_sparsity_tf.files import (
 )
 from rl_sparsity_tf.layers.kernels import walk
 from rl_sparsity_tf.search.run_files import (
+    CHECKSUM,
     FORMAT_VERSION,
     LOCK_FILE,
     UNSEALED,
@@ -282,6 +284,19 @@ class RunDirectory:
             temporary.write_bytes(text)
         self._seal = seal
         return entries
+
+    def played(self) -> list[dict[str, Any]]:
+        """The lines of the episodes that need not be played again, before they are checked.
+
+        There are none where something cannot be read, which those who need it say.
+        """
+        with contextlib.suppress(RunError, OSError, KeyError, TypeError, ValueError):
+            state = self.load_checkpoint(LATEST) if self.resumed else None
+            if state is not None:
+                lines = read_lines(self._journal, int(state["episodes"]))
+                entries = [entry_of(line, None) for line in lines]
+                return [{k: v for k, v in one.items() if k != CHECKSUM} for one in entries]
+        return []
 
     def _before(self, seal: str) -> str:
         # So that no line of another run is taken for one of this.

@@ -338,7 +338,7 @@ def _checksum(line: bytes, before: str) -> str:
     return sha256_of(before.encode(), line)[:16]
 
 
-_CHECKSUM = "checksum"
+CHECKSUM = "checksum"
 _KINDS = "biufSU"
 
 
@@ -349,7 +349,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], seal: str | None)
     """
     named: dict[str, Any] = dict(arrays)
     if seal is not None:
-        named[_CHECKSUM] = np.array(_digest(arrays, seal))
+        named[CHECKSUM] = np.array(_digest(arrays, seal))
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **named)
 
@@ -379,7 +379,7 @@ def read_arrays(path: Path, seal: str | None) -> dict[str, np.ndarray]:
     except Exception as error:  # zipfile and the parser of headers each have their own
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if seal is not None:
-        found = arrays.pop(_CHECKSUM, None)
+        found = arrays.pop(CHECKSUM, None)
         if found is None or str(found) != _digest(arrays, seal):
             raise ValueError("it does not have the checksum that it says, or is of another run")
     _check_finite(arrays, weights=seal is None)

@@ -12,6 +12,7 @@ computes convolutions with constant kernels only. Those in 4 bits are left to sl
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -31,7 +32,9 @@ from rl_sparsity_tf.allocation.dynamic_programming import (
 from rl_sparsity_tf.allocation.layer_errors import FLOAT, KernelErrors, kernel_errors
 from rl_sparsity_tf.allocation.size_budget import KernelCosts, SizeBudget, kernel_costs
 from rl_sparsity_tf.allocation.storage import KernelStorage, Storage
-from rl_sparsity_tf.environment.candidates import PROPOSED, Candidate
+from rl_sparsity_tf.callbacks import STORAGE
+from rl_sparsity_tf.console import SearchProgress
+from rl_sparsity_tf.environment.candidates import PROPOSED, Candidate, figures_of
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reward import Outcome, RewardFunction, bounded
 from rl_sparsity_tf.errors import TargetError
@@ -66,6 +69,9 @@ _WORST = Outcome(
 
 SINGLE_WEIGHTS = "dynamic_programming_element"
 """Who proposed the plan of a [StorageChoice][]."""
+
+DYNAMIC_PROGRAMMING = "dynamic_programming"
+"""Who proposes the plans that storages are compared by."""
 
 Build = Callable[..., CompressedNetwork]
 """Makes a network of `decisions=KernelDecisions(...)`."""
@@ -138,14 +144,21 @@ class StorageChooser:
     build: Build
     reward: RewardFunction
     int4: str = "all"
+    progress: SearchProgress | None = None
 
     def choose(self, network: CompressedNetwork) -> StorageChoice:
         """The best storage for a network's budget."""
-        return choose_storage(network, self.build, self.reward, self.int4)
+        progress = self.progress or SearchProgress(0, verbose=0)
+        with progress.phase(STORAGE):
+            return choose_storage(network, self.build, self.reward, self.int4, progress)
 
 
 def choose_storage(
-    network: CompressedNetwork, build: Build, reward: RewardFunction, int4: str = "all"
+    network: CompressedNetwork,
+    build: Build,
+    reward: RewardFunction,
+    int4: str = "all",
+    progress: SearchProgress | None = None,
 ) -> StorageChoice:
     """Compares how kernels can be cut and stored for a target in bytes.
 
@@ -159,9 +172,11 @@ def choose_storage(
     proposed = _proposals(network, options, int4)
     wanted = [Storage("block4"), *proposed.values()]
     single_weights = []
+    told = functools.partial(_tell, progress, reward)
     best, lowest = network, _WORST
     for power, outcome in _evaluated(network):
         lowest = _lower(lowest, outcome)
+        told(network)
         if power == POWER:  # what the contender of that name is given
             value = bounded(reward, outcome, None)
             single_weights.append(Candidate.of(network, value, PROPOSED, SINGLE_WEIGHTS))
@@ -184,6 +199,7 @@ def choose_storage(
         found = _WORST
         for _, outcome in _evaluated(other):
             found = _lower(found, outcome)
+            told(other)
         seen |= other.seen
         if found.loss < lowest.loss:
             best, lowest = other, found
@@ -370,6 +386,16 @@ def _evaluated(network: CompressedNetwork) -> Iterator[tuple[float, Outcome]]:
     for power, plan in zip(POWERS, propose_all(network, POWERS), strict=True):
         yield power, evaluate_plan(network, plan, network.recovery.steps)
     network.reset()
+
+
+def _tell(
+    progress: SearchProgress | None, reward: RewardFunction, network: CompressedNetwork
+) -> None:
+    """Tells of a network's plan, which was evaluated."""
+    if progress is not None:
+        value = bounded(reward, network.outcome, None)
+        figures = functools.partial(figures_of, network, value, DYNAMIC_PROGRAMMING)
+        progress.evaluated(None, figures)
 
 
 def _lower(lowest: Outcome, outcome: Outcome) -> Outcome:

@@ -223,11 +223,13 @@ class FineTuning:
         epochs: 0 leaves the weights as they are.
         mask: How masks learn, `"straight_through"` or `"hard_concrete"`.
         distillation: The dense model's share of the loss, from 0 to 1.
+        callbacks: Keras's own, of whoever wants to watch or to end the training.
     """
 
     epochs: int
     mask: str = "straight_through"
     distillation: float = DISTILLATION
+    callbacks: tuple[keras.callbacks.Callback, ...] = ()
 
 
 class MaskTraining(keras.callbacks.Callback):
@@ -330,7 +332,7 @@ def finetune(
     *,
     epochs: int,
     learning_rate: float | None = None,
-    callbacks: list[keras.callbacks.Callback] | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
     teacher: keras.Model | None = None,
     distillation: float = DISTILLATION,
     warnings: list[str] | None = None,
@@ -368,7 +370,7 @@ def finetune(
         keeper = _BestEpoch(evaluator, validation, masks, FreshStatistics(wrapped, train.pool))
         keeper.begin()
         with distilled(wrapped, teacher, distillation, train.pool):
-            followers = [masks, keeper, *(callbacks or [])]
+            followers = [masks, keeper, *callbacks]
             wrapped.fit(train.dataset, epochs=epochs, verbose=0, callbacks=followers)
         score, failed = keeper.restore()
         if not failed:

@@ -364,8 +364,8 @@ def test_the_dense_int8_file_is_returned_if_nothing_smaller_holds(monkeypatch, c
     assert compressed["sparsity"] < 0.01
     assert [one["held"] for one in result.metrics["search"]["trials"]] == [True, False]
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("the dense int8 file: ")
-    assert lines[0].endswith(": held")
+    (dense,) = [line for line in lines if line.startswith("the dense int8 file: ")]
+    assert dense.endswith(": held")
     assert "random search: 1 episodes" in lines
     (said,) = [line for line in lines if line.startswith("trial 1 of 1: at most ")]
     assert said.endswith(" bytes")
@@ -424,6 +424,45 @@ def stopped_after(patch: pytest.MonkeyPatch, owner, name: str, calls: int) -> No
         return real(*arguments, **options)
 
     patch.setattr(owner, name, stopping)
+
+
+class Stops(rls.callbacks.Callback):
+    """Ends a trial after the first episode, and all after the fourth."""
+
+    def __init__(self):
+        self.trials = []
+
+    def on_episode_end(self, episode, logs):
+        assert logs["bytes"] > 0
+        if episode == 0:
+            self.stop_stage()
+        if episode == 3:
+            self.stop_episodes()
+
+    def on_trial_end(self, trial, logs):
+        self.trials.append((trial, logs))
+
+
+@pytest.mark.slow
+def test_callbacks_hear_of_sizes_and_end_them(monkeypatch, tmp_path):
+    Fake(monkeypatch, lambda size: 1.0 if size > 3_000 else 0.0)
+    stops, few = Stops(), {"episodes": 12, "finetune_epochs": 0}
+    whole = run(searcher(), callbacks=[stops], **few)
+    assert [entry["trial"] for entry in whole.history] == [1, 2, 2, 2]
+    trials = whole.metrics["search"]["trials"]
+    assert stops.trials == list(enumerate(trials))
+    assert len(trials) == 3
+    # One that was cut off in the second trial, or after it, knows that there is no third.
+    for name, calls in (("_try", 1), ("_found", 0)):
+        folder = tmp_path / name
+        with pytest.MonkeyPatch.context() as patch:
+            stopped_after(patch, accuracy_search.AccuracySearch, name, calls)
+            with pytest.raises(StoppedError):
+                run(searcher(directory=folder), callbacks=[Stops()], **few)
+        again = run(searcher(directory=folder), **few)
+        assert figures_of(again.history) == figures_of(whole.history)
+        assert again.metrics["search"]["trials"] == trials
+        assert again.plan.to_json() == whole.plan.to_json()
 
 
 @pytest.mark.slow

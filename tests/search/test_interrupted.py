@@ -25,12 +25,12 @@ from interrupted_runs import KINDS, bits_of, child, compared, lines_of, same_nam
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf import cli
+from rl_sparsity_tf.console import Interruption
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
 from rl_sparsity_tf.errors import FileExistsRLSparsityError, RunError
 from rl_sparsity_tf.search import arguments as decision_choice
 from rl_sparsity_tf.search import compressor as search_module
 from rl_sparsity_tf.search.fingerprints import describe, describe_compilation, describe_model
-from rl_sparsity_tf.search.loop import Interruption
 from rl_sparsity_tf.search.run_directory import RunDirectory
 from rl_sparsity_tf.search.run_files import differences_of, versions
 

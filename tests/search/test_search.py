@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import zipfile
 
 import numpy as np
@@ -31,6 +32,8 @@ from tiny_search import (
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.agents.demonstrations import proposals
 from rl_sparsity_tf.allocation import ranking
+from rl_sparsity_tf.callbacks import PHASES
+from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.data.batches import evaluation_data, training_data
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reranking import SCHEDULE
@@ -303,17 +306,24 @@ def test_the_summary_lists_every_kernel_and_the_figures(run):
 
 def test_verbose_2_prints_a_line_per_episode(run):
     lines = [one for one in run.printed.splitlines() if "far below the dense model" not in one]
+    lines = [one for one in lines if not re.fullmatch(r"  [a-z ]+: \d+ s", one)]
+    begun = [PHASES[phase] for phase in ("data", "measuring", "preparing", "dense_files")]
+    assert lines[:4] == begun
+    lines = lines[4:]
     count = len(run.result.history)
     if run.compressor.warm_start:
         assert lines.pop(0) == "evaluating the plans of known heuristics"
+    else:
+        assert lines.pop(0) == "evaluating the plans to begin with"
     assert lines[0] == f"{run.name.split()[0]} search: {count} episodes"
     for number, entry in enumerate(run.result.history, 1):
         line = lines[number]
         assert line.startswith(f"episode {number}/{count}  reward {entry['reward']:+.3f}")
         assert f"sparsity {entry['sparsity']:.3f}" in line
     found = run.result.candidate.found_by
-    assert lines[-1] == f"fine-tuning the best plan ({found}) and exporting it"
-    assert len(lines) == count + 2
+    end = ["fine-tuning", "exporting", "writing the result down"]
+    assert lines[-4:] == [f"the best plan ({found}):", *end]
+    assert len(lines) == count + 5
 
 
 # -- the files -----------------------------------------------------------------------------------
@@ -383,18 +393,12 @@ def test_the_result_exports_in_other_modes_too(dqn, tmp_path):
 # -- the loop ------------------------------------------------------------------------------------
 
 
-class Watch:
-    """Stands in for the progress display: notes the tracing counts after every episode."""
+class Watch(SearchProgress):
+    """Notes the tracing counts after every episode."""
 
     def __init__(self, loop: SearchLoop, network: CompressedNetwork):
+        super().__init__(6, verbose=0)
         self.loop, self.network, self.counts = loop, network, []
-
-    def say(self, message):
-        pass
-
-    @contextlib.contextmanager
-    def running(self, title):
-        yield self
 
     def update(self, episode, **_):
         self.counts.append((self.network.tracing_count(), self.loop.episodes.agent.tracing_count()))
