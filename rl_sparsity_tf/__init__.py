@@ -84,7 +84,7 @@ _EXPORTS = {
     "strip": "layers.wrapping",
     "tie_channels": "channels.units",
     "widths_of": "channels.widths",
-    "wrap": "layers.wrapping",
+    "wrap": "allocation.wrapping",
 }
 
 # Modules that are used as namespaces.
