@@ -2,8 +2,8 @@ from rl_sparsity_tf import baselines as baselines
 from rl_sparsity_tf.agents.configs import DQN as DQN
 from rl_sparsity_tf.agents.configs import PPO as PPO
 from rl_sparsity_tf.agents.configs import Random as Random
+from rl_sparsity_tf.allocation.heuristics import wrap as wrap
 from rl_sparsity_tf.allocation.target import Target as Target
-from rl_sparsity_tf.allocation.wrapping import wrap as wrap
 from rl_sparsity_tf.channels.costs import count_macs as count_macs
 from rl_sparsity_tf.channels.groups import describe_groups as describe_groups
 from rl_sparsity_tf.channels.groups import find_groups as find_groups
@@ -35,6 +35,8 @@ from rl_sparsity_tf.environment.reward import Reward as Reward
 from rl_sparsity_tf.environment.selection_environment import (
     LayerSelectionEnvironment as LayerSelectionEnvironment,
 )
+from rl_sparsity_tf.environment.sensitivity import Sensitivity as Sensitivity
+from rl_sparsity_tf.environment.sensitivity import sensitivity as sensitivity
 from rl_sparsity_tf.errors import ArgumentError as ArgumentError
 from rl_sparsity_tf.errors import DataError as DataError
 from rl_sparsity_tf.errors import ExportError as ExportError

@@ -31,7 +31,7 @@ PAGES = [
         "installation guide/command_line guide/plans guide/comparing guide/layers guide/targets "
         "concepts/search concepts/recovery concepts/reward_and_state concepts/agents guide/export "
         "guide/channels guide/latency guide/microcontrollers measurements index benchmarks "
-        "contributing/map guide/keras_3 guide/coming_from_tfmot"
+        "contributing/map guide/keras_3 guide/coming_from_tfmot guide/sensitivity"
     ).split()
 ]
 DOCUMENTS = README + "\n" + "\n".join(page.read_text(encoding="utf-8") for page in PAGES)

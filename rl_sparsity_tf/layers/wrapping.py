@@ -58,7 +58,7 @@ def wrap(
 ) -> keras.Model:
     """Copies a model with its compressible layers wrapped, and applies a plan.
 
-    What users call is `allocation.wrapping.wrap`, which also makes plans and says what the
+    What users call is `allocation.heuristics.wrap`, which also makes plans and says what the
     arguments mean. Raises ArgumentError, ModelError or PlanError.
     """
     given, model = model, admitted(model)
