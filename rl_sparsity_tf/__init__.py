@@ -53,6 +53,7 @@ _EXPORTS = {
     "Result": "search.result",
     "Reward": "environment.reward",
     "SearchInterrupted": "errors",
+    "Sensitivity": "environment.sensitivity",
     "SizeModel": "export.size_model",
     "Staged": "environment.curriculum",
     "Target": "allocation.target",
@@ -80,11 +81,12 @@ _EXPORTS = {
     "predict_tflite": "export.export",
     "register_layer": "layers.registry",
     "resolve": "layers.rules",
+    "sensitivity": "environment.sensitivity",
     "shrink": "channels.shrinking",
     "strip": "layers.wrapping",
     "tie_channels": "channels.units",
     "widths_of": "channels.widths",
-    "wrap": "layers.wrapping",
+    "wrap": "allocation.heuristics",
 }
 
 # Modules that are used as namespaces.

@@ -3,6 +3,7 @@ from rl_sparsity_tf import callbacks as callbacks
 from rl_sparsity_tf.agents.configs import DQN as DQN
 from rl_sparsity_tf.agents.configs import PPO as PPO
 from rl_sparsity_tf.agents.configs import Random as Random
+from rl_sparsity_tf.allocation.heuristics import wrap as wrap
 from rl_sparsity_tf.allocation.target import Target as Target
 from rl_sparsity_tf.channels.costs import count_macs as count_macs
 from rl_sparsity_tf.channels.groups import describe_groups as describe_groups
@@ -35,6 +36,8 @@ from rl_sparsity_tf.environment.reward import Reward as Reward
 from rl_sparsity_tf.environment.selection_environment import (
     LayerSelectionEnvironment as LayerSelectionEnvironment,
 )
+from rl_sparsity_tf.environment.sensitivity import Sensitivity as Sensitivity
+from rl_sparsity_tf.environment.sensitivity import sensitivity as sensitivity
 from rl_sparsity_tf.errors import ArgumentError as ArgumentError
 from rl_sparsity_tf.errors import DataError as DataError
 from rl_sparsity_tf.errors import ExportError as ExportError
@@ -62,7 +65,6 @@ from rl_sparsity_tf.layers.support import describe_support as describe_support
 from rl_sparsity_tf.layers.wrapper import CompressionWrapper as CompressionWrapper
 from rl_sparsity_tf.layers.wrapping import plan_of as plan_of
 from rl_sparsity_tf.layers.wrapping import strip as strip
-from rl_sparsity_tf.layers.wrapping import wrap as wrap
 from rl_sparsity_tf.report import plots as plots
 from rl_sparsity_tf.search.comparison import compare as compare
 from rl_sparsity_tf.search.comparison import comparison_table as comparison_table

@@ -34,7 +34,26 @@ NO_FILE = 3
 _SIGPIPE = 13
 
 
+EXAMPLES = {
+    "demo": ("rl-sparsity demo", "rl-sparsity demo --dataset fashion_mnist --compare"),
+    "compress": (
+        "rl-sparsity compress model.keras --data data.npz --output run --target-bytes 50000",
+        "rl-sparsity compress model.keras --dataset digits --output run --max-accuracy-drop 0.01",
+        "rl-sparsity compress model.keras --data data.npz --output run --import my_layers",
+    ),
+    "inspect": ("rl-sparsity inspect model.tflite", "rl-sparsity inspect model.tflite --json"),
+    "benchmark": ("rl-sparsity benchmark small.tflite --against dense.tflite --runs 100",),
+    "report": ("rl-sparsity report run", "rl-sparsity report run --output page.html"),
+}
+"""What the help of every command shows."""
+
+
 class _Parser(argparse.ArgumentParser):
+    def show(self, examples: Sequence[str]) -> None:
+        """Has examples printed below the help."""
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        self.epilog = "examples:\n" + "\n".join(f"  {line}" for line in examples)
+
     def error(self, message: str) -> None:  # type: ignore[override]
         """One line instead of the usage and a line."""
         self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
@@ -178,6 +197,9 @@ def build_parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--no-xnnpack", action="store_true", help="time without XNNPACK")
     benchmark.add_argument("--batch-size", type=int, help="rows, if the files leave it open")
     benchmark.add_argument("--json", action="store_true", help="print JSON")
+    for name, examples in EXAMPLES.items():
+        commands.choices[name].show(examples)
+    parser.show([one for examples in EXAMPLES.values() for one in examples[:1]])
     return parser
 
 

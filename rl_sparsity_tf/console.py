@@ -7,15 +7,17 @@ import io
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -238,12 +240,100 @@ _JOURNAL = {"reward": "value", "validation_metric": "metric", "validation_loss":
 def table_lines(table: Table, width: int) -> list[str]:
     """A table drawn without colours; what stands in it is text, no markup.
 
-    Its lines have `width` characters at most.
+    Its lines have as many characters as the terminal at most; `width` where there is none.
     """
     text = io.StringIO()
-    console = Console(file=text, width=width, color_system=None, markup=False, emoji=False)
+    console = _plain_console(text, terminal_width(width))
     console.print(table)
     return [printable(line) for line in text.getvalue().rstrip().split("\n")]
+
+
+def fitted_lines(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: Collection[str],
+    spare: Sequence[str],
+    width: int,
+) -> list[str]:
+    """The lines of a table about named things, the first column, that fits the terminal.
+
+    Numbers, in the columns to the `right`, are never cut. Where the terminal is too narrow, columns
+    that say the same of everything become a line below the table, the frame goes, and so do `spare`
+    columns, one by one, until names have enough room. `width` counts where there is no terminal.
+    """
+    room = terminal_width(width)
+    table = _table(title, columns, rows, right)
+    if len(rows) < 2 or _natural_width(table) <= room:
+        return table_lines(table, width)
+    values = {name: [row[i] for row in rows] for i, name in enumerate(columns)}
+    alike = {name: v[0] for name, v in values.items() if v[0] and len(set(v)) == 1}
+    kept, left_out = [name for name in columns if name not in alike], []
+    names = max(map(len, values[columns[0]]))
+    for name in ("", *spare):
+        if name in kept:
+            kept.remove(name)
+            left_out.append(name)
+        shown = list(zip(*(values[one] for one in kept), strict=True))
+        table = _table(title, kept, shown, right, framed=False)
+        if _natural_width(table) - names + min(names, _NAME) <= room:
+            break
+    lines = [line.rstrip() for line in table_lines(table, width)]
+    if alike:
+        said = ", ".join(f"{name}: {value}" for name, value in alike.items())
+        lines.append(f"the same for all ({said})")
+    if left_out:
+        lines.append(f"left out, as the terminal is narrow: {', '.join(left_out)}")
+    return lines
+
+
+# Characters that names of kernels have at least, before other columns are left out for them.
+_NAME = 28
+_NARROWEST = 40
+
+
+def terminal_width(otherwise: int) -> int:
+    """Characters in a line of the terminal; `otherwise` where there is none."""
+    return max(_NARROWEST, shutil.get_terminal_size((otherwise, 24)).columns)
+
+
+def _table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: Collection[str],
+    *,
+    framed: bool = True,
+) -> Table:
+    look: dict[str, Any] = {"title": title, "title_justify": "left"}
+    if not framed:
+        look |= {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False}
+    table = Table(**look)
+    for i, name in enumerate(columns):
+        widest = max((len(row[i]) for row in rows), default=0)
+        numbers = name in right
+        table.add_column(
+            name,
+            justify="right" if numbers else "left",
+            overflow="fold",
+            min_width=widest if numbers else None,
+        )
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _natural_width(table: Table) -> int:
+    console = _plain_console(io.StringIO(), _WIDE)
+    return console.measure(table).maximum
+
+
+_WIDE = 10_000
+
+
+def _plain_console(text: io.StringIO, width: int) -> Console:
+    return Console(file=text, width=width, color_system=None, markup=False, emoji=False)
 
 
 def printing(print_fn: Callable[[str], Any]) -> Callable[[str], Any]:

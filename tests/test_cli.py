@@ -18,7 +18,7 @@ from tiny_search import TEST, TRAIN, VALIDATION, quick_search, trained
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf import cli
-from rl_sparsity_tf.cli import main
+from rl_sparsity_tf.cli import EXAMPLES, build_parser, main
 from rl_sparsity_tf.search.arguments import SearchOptions
 from rl_sparsity_tf.version import __version__
 
@@ -285,3 +285,16 @@ def assert_refused(code: object, capsys: pytest.CaptureFixture[str], message: st
     assert captured.err.startswith("rl-sparsity")
     assert message in captured.err
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_help_shows_examples_that_are_right(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args([name, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out.split("examples:\n", 1)[1].splitlines()
+    assert shown == [f"  {example}" for example in EXAMPLES[name]]
+    for line in shown:
+        program, *arguments = line.split()
+        assert program == "rl-sparsity"
+        assert build_parser().parse_args(arguments).command == name

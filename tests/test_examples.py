@@ -31,7 +31,8 @@ PAGES = [
         "installation guide/command_line guide/plans guide/comparing guide/report guide/layers "
         "guide/targets guide/callbacks concepts/search concepts/recovery "
         "concepts/reward_and_state concepts/agents guide/export guide/channels guide/latency "
-        "guide/microcontrollers measurements index benchmarks contributing/map guide/keras_3"
+        "guide/microcontrollers measurements index benchmarks contributing/map guide/keras_3 "
+        "guide/coming_from_tfmot guide/sensitivity"
     ).split()
 ]
 DOCUMENTS = README + "\n" + "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
@@ -68,7 +69,7 @@ def ran_in(folder):
     """
     code = "\n".join(blocks("python"))
     short, count = re.subn(r"\b(episodes|(?:finetune_)?epochs)=\d+", r"\1=1", code)
-    assert count == 15
+    assert count == 18
     short = short.replace("episodes=1,\n", "episodes=1, finalists=1,\n")
     (folder / "documents.py").write_text(short, encoding="utf-8")
     command = re.search(r"^rl-sparsity (compress model.*)$", COMMANDS, re.MULTILINE)

@@ -385,6 +385,30 @@ ARGUMENTS = {
         wrapped_with(None, mask="hardconcrete"),
         r"mask='hardconcrete' is not known\. .*Did you mean 'hard_concrete'",
     ),
+    "plan and sparsity": (
+        wrapped_with(rls.CompressionPlan([KernelRule("*", 0.5)]), sparsity=0.5),
+        r"both a plan and a sparsity.*Pass one of the two",
+    ),
+    "method without sparsity": (
+        wrapped_with(None, method="lamp"),
+        r"method='lamp' was given without a sparsity.*Pass sparsity=0\.8, too",
+    ),
+    "unknown method": (
+        wrapped_with(None, sparsity=0.5, method="lamb"),
+        r"method='lamb' is not known\. .*Did you mean 'lamp'",
+    ),
+    "method that needs data": (
+        wrapped_with(None, sparsity=0.5, method="first_order"),
+        r"method='first_order' needs more than .*baselines\.first_order\(model, \(x, y\), spars",
+    ),
+    "sparsity of several cuts": (
+        wrapped_with(None, sparsity=0.5, groups={"first/kernel": "block4"}),
+        r"groups=\{'first/kernel': 'block4'\} does not go with a sparsity.*Pass group='block4'",
+    ),
+    "sparsity and operations": (
+        wrapped_with(None, sparsity=0.5, operations=(rls.Operation.PRUNE,)),
+        r"operations=\.\.\. does not go with a sparsity.*Leave it out",
+    ),
     "mask training": (
         lambda files: rls.MaskTraining(every=0),
         r"every=0 cannot be used\. Expected an integer above 0",

@@ -216,12 +216,17 @@ def dynamic_programming(
         )
     with without_traces():
         if request.target.sparsity is None:
-            return _within_bytes(request, _problems(request, data))
+            return _within_bytes(request, layer_problems(request, data))
         # Refuses a sparsity out of reach before anything is computed.
         with request.selection.explained():
             allowed = float(sum(size.sum() for size in request.sizes) - request.wanted)
         density, most = 1.0 - request.target.sparsity, dict.fromkeys(request.groupings, allowed)
-        pieces = (request.kernels, request.groupings, request.originals, _problems(request, data))
+        pieces = (
+            request.kernels,
+            request.groupings,
+            request.originals,
+            layer_problems(request, data),
+        )
         database = measure(*pieces, density=density, most=most)
         choice = cheapest(database, weights_cost, allowed) or densest(database)
         return request.plan(choice.scores(database, request.sizes))
@@ -287,7 +292,7 @@ def _as_plan(network: Problem, choice: Choice, scores: Sequence[np.ndarray]) -> 
 # ---------------------------------------------------------------------- of a plain model
 
 
-def _problems(request: PlanRequest, data: Any) -> Mapping[str, LayerProblem]:
+def layer_problems(request: PlanRequest, data: Any) -> Mapping[str, LayerProblem]:
     """The least-squares problems of a model's kernels on data."""
     train = training_data(data, request.model, batch_size=_BATCH, pool_size=_BATCHES)
     check_repeatable(request.model, train.pool[0][0])

@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable
 
 import tf_keras as keras
-from rich.table import Table
 
-from rl_sparsity_tf.console import printing, table_lines
+from rl_sparsity_tf.checks import check_flag
+from rl_sparsity_tf.console import fitted_lines, printing
 from rl_sparsity_tf.errors import ModelError
 from rl_sparsity_tf.keras3.door import takes_keras_3
 from rl_sparsity_tf.layers.kernel_spec import INTEGER_MODES, KernelSpec
@@ -194,6 +194,7 @@ def describe_support(
     *,
     include: Patterns | None = None,
     exclude: Patterns | None = None,
+    show_all: bool = False,
 ) -> None:
     """Prints which layers of a model can be compressed and why the others are skipped.
 
@@ -206,6 +207,8 @@ def describe_support(
         print_fn: Called with every line.
         include: As in `Compressor`.
         exclude: As in `Compressor`.
+        show_all: Whether layers that have nothing to compress (activations, pooling, normalization)
+            are listed, too, and not only counted.
 
     Raises:
         ArgumentError: If `include` or `exclude` matches nothing.
@@ -215,28 +218,38 @@ def describe_support(
         >>> rls.describe_support(model, exclude="conv")
         Layers
         ...
-        │ hidden/kernel   │ Dense        │  16,384 │ 256i 64o     │ per output │ ...
+        ...hidden/kernel...Dense...16,384...256i 64o...
         ...
+        2 layers without kernels left out (show_all=True lists them)
         conv/kernel: excluded
     """
     print_fn = printing(print_fn)
-    table = Table(title="Layers", title_justify="left")
-    for title in ("kernel or layer", "class"):
-        table.add_column(title, overflow="fold")
-    table.add_column("weights", justify="right")
-    for title in ("axes", "scale", *MODES):
-        table.add_column(title, overflow="fold")
+    check_flag("show_all", show_all)
+    rows, left_out = [], 0
     reports = support_report(model, include, exclude)
     for report in reports:
         for kernel in report.kernels:
             axes = " ".join(f"{s}{a}" for s, a in zip(kernel.shape, kernel.layout, strict=True))
             size = math.prod(kernel.shape)
             row = [kernel.path, report.layer_class, f"{size:,}", axes, kernel.scales]
-            table.add_row(*row, *(kernel.stored[mode] for mode in MODES))
-        if not report.kernels:
-            table.add_row(report.path, report.layer_class, f"{report.weights:,}", "skipped")
-    for line in table_lines(table, _WIDTH):
+            rows.append([*row, *(kernel.stored[mode] for mode in MODES)])
+        if report.reason == _NO_WEIGHTS and not show_all:
+            left_out += 1
+        elif not report.kernels:
+            row = [report.path, report.layer_class, f"{report.weights:,}", "skipped"]
+            rows.append([*row, *[""] * (1 + len(MODES))])
+    for line in fitted_lines(
+        "Layers",
+        ["kernel or layer", "class", "weights", "axes", "scale", *MODES],
+        rows,
+        right=["weights"],
+        spare=["class", "scale"],
+        width=_WIDTH,
+    ):
         print_fn(line)
+    if left_out:
+        layers = "layer" if left_out == 1 else "layers"
+        print_fn(f"{left_out} {layers} without kernels left out (show_all=True lists them)")
     for report in reports:
         if report.reason not in ("", _NO_WEIGHTS):
             print_fn(f"{report.path}: {report.reason}")

@@ -58,45 +58,8 @@ def wrap(
 ) -> keras.Model:
     """Copies a model with its compressible layers wrapped, and applies a plan.
 
-    The model given is not changed. The copy is compiled as the model was (with a fresh optimizer),
-    so it can be trained at once; layers of classes that are not registered stay as they are
-    (see [describe_support][rl_sparsity_tf.describe_support]). So do frozen layers
-    (`layer.trainable = False`) that neither the plan nor `include` names; those that they name
-    are masked, but neither they nor their masks are trained.
-
-    Constraints hold for the kernels that the network computes with (those on a grid to within a
-    step of it), and so for what `strip` returns.
-
-    Args:
-        model: A built model of Keras 3 or `tf_keras`: Sequential, functional, or subclassed with
-            its layers in attributes. Wrappers of TFMOT's pruning are taken off.
-        plan: What to do. Without a plan every compressible layer is wrapped with everything kept
-            and every operation open to `assign_operations`; with a plan, the layers it names.
-        group: Kind of groups, where there is no plan.
-        groups: Other kinds by kernel path, where there is no plan.
-        mask: Gradient of learnable masks, `"straight_through"` or `"hard_concrete"`.
-        train_masks: Whether masks learn, with each kernel's sparsity held, instead of staying
-            fixed (see [MaskTraining][rl_sparsity_tf.MaskTraining]).
-        operations: The operations that the wrappers are open to, where there is no plan; each
-            takes memory and time.
-        include: What alone is wrapped: layer names, paths of layers or kernels, or patterns of
-            them. By default all kernels that are not frozen.
-        exclude: What is not wrapped. It wins over `include`; a plan's rules with wildcards pass
-            over it.
-
-    Returns:
-        The wrapped model: one of `tf_keras`, whatever came in.
-
-    Raises:
-        ArgumentError: If `include` or `exclude` matches nothing.
-        ModelError: If the model cannot be wrapped, is wrapped already, or has a constraint that
-            pruned weights cannot meet.
-        PlanError: If the plan does not fit the model, or changes what is excluded.
-
-    Example:
-        >>> wrapped = rls.wrap(model, rls.CompressionPlan.load("plan.json"))
-        >>> history = wrapped.fit(x, y, epochs=4, verbose=0)
-        >>> small = rls.strip(wrapped)
+    What users call is `allocation.heuristics.wrap`, which also makes plans and says what the
+    arguments mean. Raises ArgumentError, ModelError or PlanError.
     """
     given, model = model, admitted(model)
     origin = None if given is model else origin_of(model)

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tf_keras as keras
-from rich.table import Table
 
 from rl_sparsity_tf.agents.policies import SavedPolicy
 from rl_sparsity_tf.allocation.alternatives import alternatives_of
 from rl_sparsity_tf.allocation.size_budget import formats_for
-from rl_sparsity_tf.console import printing, table_lines
+from rl_sparsity_tf.console import fitted_lines, printing
 from rl_sparsity_tf.data.metrics import Metric, Score
 from rl_sparsity_tf.environment.candidates import Candidate
 from rl_sparsity_tf.environment.network import CompressedNetwork
@@ -334,29 +333,30 @@ class Result:
         for tensor in self.report.tensors if self.report else ():
             if tensor.kernel:  # several tensors may hold one: the gates of an LSTM
                 stored.setdefault(tensor.kernel, []).append(tensor)
-        table = Table(title="Compressed model", title_justify="left")
-        table.add_column("kernel", overflow="fold")
-        for title in ("shape", "keep", "prune", "quantize", "shuffle"):
-            table.add_column(title, justify="right")
-        for title in ("sparsity", "bits", "bytes before", "bytes after"):
-            table.add_column(title, justify="right")
+        figures = ["keep", "prune", "quantize", "shuffle", "sparsity"]
+        figures += ["bits", "bytes before", "bytes after"]
+        rows = []
         for kernel in find_kernels(self._tf_keras):
             entry = self.plan.kernels.get(kernel.path)
             tensors = stored.get(kernel.path, [])
             counts = [
                 str(entry.weights_under(operation)) if entry else "-" for operation in Operation
             ]
-            table.add_row(
-                kernel.path,
-                "x".join(map(str, kernel.shape)),
-                *counts,
-                f"{entry.sparsity:.4f}" if entry else "0",
-                "/".join(sorted({tensor.dtype for tensor in tensors})) or "?",
-                f"{kernel.size * 4:,}",
-                f"{sum(tensor.bytes for tensor in tensors):,}" if tensors else "?",
-            )
+            row = [kernel.path, "x".join(map(str, kernel.shape)), *counts]
+            row.append(f"{entry.sparsity:.4f}" if entry else "0")
+            row.append("/".join(sorted({tensor.dtype for tensor in tensors})) or "?")
+            row.append(f"{kernel.size * 4:,}")
+            row.append(f"{sum(tensor.bytes for tensor in tensors):,}" if tensors else "?")
+            rows.append(row)
         compressed, dense = self.metrics["compressed"], self.metrics["dense"]
-        for line in table_lines(table, width=130):
+        for line in fitted_lines(
+            "Compressed model",
+            ["kernel", "shape", *figures],
+            rows,
+            right=["shape", *figures],
+            spare=["bytes before", "shape", "keep", "shuffle"],
+            width=130,
+        ):
             print_fn(line)
         sizes = (
             f"file {dense['tflite_bytes']:,} -> {compressed['tflite_bytes']:,} bytes, gzipped "

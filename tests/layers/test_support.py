@@ -133,8 +133,45 @@ def test_it_is_printed(capsys, mixed):
         *("wide/kernel", "Dense", "25,000", "25i 1000o", "per output"),
         *("int8", "int8", "int8", "float16"),
     ]
-    assert [line for line in lines if "skipped" in line and "norm" in line]
+    assert not [line for line in lines if "norm" in line]
+    assert lines[-2] == "2 layers without kernels left out (show_all=True lists them)"
     assert lines[-1].startswith("table: class Table derives from Embedding")
+    (skipped,) = [line for line in lines if "skipped" in line]
+    assert "table" in skipped  # it has weights
+    assert "300" in skipped
+
+
+def test_layers_without_kernels_are_listed_on_request(mixed):
+    lines = []
+    rls.describe_support(mixed, lines.append, show_all=True)
+    assert [line for line in lines if "skipped" in line and "norm" in line]
+    assert not [line for line in lines if "left out" in line]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_the_table_fits_the_terminal_and_cuts_no_number(columns, mixed, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = []
+    rls.describe_support(mixed, lines.append)
+    table = lines[: next(i for i, line in enumerate(lines) if "left out" in line)]
+    assert max(map(len, table)) <= columns
+    text = "".join(lines)
+    assert "25,000" in text
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+
+
+def test_what_is_the_same_everywhere_is_said_once_where_there_is_no_room(monkeypatch):
+    model = keras.Sequential([keras.layers.Input((40,), name="in")])
+    for i in range(3):
+        model.add(keras.layers.Dense(40, name=f"a_layer_of_a_long_name_{i}"))
+    monkeypatch.setenv("COLUMNS", "75")
+    lines = []
+    rls.describe_support(model, lines.append)
+    assert (
+        "the same for all (class: Dense, weights: 1,600, axes: 40i 40o, scale: per output"
+        in (lines[-1])
+    )
+    assert sum("a_layer_of_a_long_name_" in line for line in lines) == 3
 
 
 def test_models_that_cannot_be_wrapped_are_refused():
