@@ -165,7 +165,8 @@ def draw(kernel: Decoded, cells: int = 8192, width: float = 460) -> Map:
     share = counts.sum(axis=0) / sizes
     level = np.ceil(_LEVELS * np.sqrt(share)).astype(int)
     kind = np.argmax(counts, axis=0)
-    side = min(20.0, max(2.0, math.floor(2 * width / columns) / 2))
+    # Coarse cells may leave more rows than columns.
+    side = min(20.0, max(2.0, math.floor(2 * width / max(rows, columns)) / 2))
     high = max(side, 22.0) if rows == 1 else side
     parts = [f'<path class="empty" d="M0 0h{compact(side * columns)}v{compact(high * rows)}H0z"/>']
     for index, operation in enumerate(_LIVING):

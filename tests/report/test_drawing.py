@@ -205,6 +205,7 @@ def test_whole_channels_are_a_strip():
 
 @hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(st.integers(1, 3000), st.integers(1, 3000))
+@hypothesis.example(181, 181)
 def test_a_map_is_never_large(rows, outputs):
     operations = np.ones((rows, outputs), np.uint8)
     operations[::3, ::2] = 2
