@@ -10,9 +10,11 @@ same opening.
 
     python benchmarks/moves.py gather --folder lessons --networks 100
     python benchmarks/moves.py compare --folder lessons --networks 12 --first 5000
+    python benchmarks/moves.py teach --folder lessons --output policy.npz
 
-Prints, for every unseen network, the value at the start and after the moves, mean over the seeds,
-and at the end how often each is ahead of chance.
+`teach` writes the rule as a policy: a Q-network without hidden layers. `compare` prints, for every
+unseen network, the value at the start and after the moves, mean over the seeds, and at the end how
+often each is ahead of chance.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import random_networks
 from curves import by_bandit
 
 import rl_sparsity_tf as rls
+from rl_sparsity_tf.agents.policies import IMPROVE, SavedPolicy
 from rl_sparsity_tf.allocation.dynamic_programming import POWERS, propose_all
 from rl_sparsity_tf.environment.improvement_environment import opened
 from rl_sparsity_tf.environment.moves import BETAS, IMPROVEMENT_STATE_SIZE, MOVES, SLOT_SHAPE
@@ -128,8 +131,8 @@ def inputs(state: np.ndarray, action: int) -> np.ndarray:
     return np.concatenate([state[:shared], own, [1.0], np.eye(len(BETAS) + 2)[number]])
 
 
-def fitted(folder: Path) -> Rule:
-    """A linear rule for every kind of move, of all lessons in a folder."""
+def weights_of(folder: Path) -> dict[int, np.ndarray]:
+    """The weights of a linear rule for every kind of move, of all lessons in a folder."""
     sums: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for path in sorted(folder.glob("*.npz")):
         with np.load(path, allow_pickle=False) as lessons:
@@ -141,10 +144,14 @@ def fitted(folder: Path) -> Rule:
             )
             squares += np.outer(x, x)
             products += y * x
-    weights = {kind: np.linalg.solve(*pair) for kind, pair in sums.items()}
-    unknown = np.zeros(
-        len(inputs(np.zeros(IMPROVEMENT_STATE_SIZE), 0))
-    )  # of kinds without a lesson
+    return {kind: np.linalg.solve(*pair) for kind, pair in sums.items()}
+
+
+def fitted(folder: Path) -> Rule:
+    """The rule that these weights are."""
+    weights = weights_of(folder)
+    # Of kinds without a lesson.
+    unknown = np.zeros(len(inputs(np.zeros(IMPROVEMENT_STATE_SIZE), 0)))
 
     def rule(time_step: Any) -> np.ndarray:
         state = time_step.observation["state"]
@@ -156,6 +163,27 @@ def fitted(folder: Path) -> Rule:
         )
 
     return rule
+
+
+def teach(folder: Path, output: Path) -> None:
+    """Writes the rule as a policy: a Q-network that is linear, as its lessons were.
+
+    It goes on to learn slowly, and explores by what is still to be tried from a plan alone.
+    """
+    weights = weights_of(folder)
+    shared, _, features = SLOT_SHAPE
+    seen = shared + features
+    arrays = []
+    for slot in (0, 1):  # the first slot has a layer of its own
+        kernel, bias = np.zeros((seen, len(MOVES))), np.zeros(len(MOVES))
+        for number in range(len(MOVES)):
+            found = weights.get(kind_of(slot * len(MOVES) + number))
+            if found is not None:
+                kernel[:, number] = found[:seen]
+                bias[number] = found[seen] + found[seen + 1 + number]
+        arrays += [kernel.astype(np.float32), bias.astype(np.float32)]
+    agent = rls.DQN(hidden_layers=(), learning_rate=1e-4, epsilon_end=0.0)
+    SavedPolicy(agent, arrays, IMPROVE).save(output, overwrite=True)
 
 
 def played(network: CompressedNetwork, start: Any, moves: int, rule: Rule) -> float:
@@ -207,15 +235,18 @@ def compare(folder: Path, first: int, count: int, moves: int, seeds: int) -> Non
 def main() -> None:
     """Gathers lessons, or compares what was learned of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("gather", "compare"))
+    parser.add_argument("what", choices=("gather", "compare", "teach"))
     parser.add_argument("--folder", type=Path, default=Path("lessons"))
     parser.add_argument("--networks", type=int, default=100)
     parser.add_argument("--first", type=int, default=0, help="seed of the first network")
     parser.add_argument("--rounds", type=int, default=4, help="plans that moves are tried from")
     parser.add_argument("--moves", type=int, default=16, help="moves of each, or of a search")
     parser.add_argument("--seeds", type=int, default=3, help="of chance and the bandit")
+    parser.add_argument("--output", type=Path, default=Path("policy.npz"))
     options = parser.parse_args()
-    if options.what == "gather":
+    if options.what == "teach":
+        teach(options.folder, options.output)
+    elif options.what == "gather":
         gather(options.folder, options.first, options.networks, options.rounds, options.moves)
     else:
         compare(options.folder, options.first, options.networks, options.moves, options.seeds)
