@@ -34,6 +34,10 @@ from rl_sparsity_tf.files import as_file, check_new_file, parse_strict, replacin
 from rl_sparsity_tf.layers.operations import Operation
 
 FORMAT_VERSION = 1
+PRETRAINED = "pretrained"
+"""The name of the policy that comes with the package: of moves, taught by `benchmarks/moves.py`."""
+
+_SHIPPED = "pretrained_moves.npz"
 _TEXTS = ("agent", "strategy", "features", "operations")
 # Of the arrays as they are in memory: a small file may claim to hold anything.
 _LARGEST = 2**26
@@ -137,17 +141,13 @@ class SavedPolicy:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SavedPolicy:
-        """Reads what [save][] wrote.
+        """Reads what [save][] wrote, or `"pretrained"`, which comes with the package.
 
         Raises ArgumentError if there is no such file, and PolicyFileError if it is damaged or
         foreign, or made for other features.
         """
-        if path == "pretrained":
-            raise ArgumentError(
-                "policy='pretrained': no policy comes with the package any more; on networks that "
-                f"they had not seen, those were worth no more than a rule. Expected {_EXPECTED}."
-            )
-        path = as_file("policy", path, _EXPECTED)
+        shipped = path == PRETRAINED
+        path = Path(__file__).with_name(_SHIPPED) if shipped else as_file("policy", path, _EXPECTED)
         if not path.is_file():
             found = "is a folder" if path.is_dir() else "does not exist"
             raise ArgumentError(f"policy={str(path)!r} {found}. Expected {_EXPECTED}.")

@@ -148,7 +148,8 @@ class Compressor:
             is as fast as with 8 bits (Dense layers and Embeddings, but not convolutions, which
             XNNPACK then leaves alone); `"all"` for the smallest file; or `"none"`.
         policy: What [save_policy][rl_sparsity_tf.Result.save_policy] wrote: what an agent has
-            learned on other networks, by a search of the same `strategy`. The plan of one that
+            learned on other networks, by a search of the same `strategy`; or `"pretrained"`, which
+            comes with the package and decides moves (`strategy="improve"`). The plan of one that
             decides buckets is evaluated first, whatever `warm_start` says; the agent goes on from
             it, explores less, and learns how much better than that a plan is.
         hierarchy: Whether a second agent chooses the next layer and how much is to go of it; the

@@ -330,9 +330,23 @@ def test_what_is_no_file_is_refused(policy, message):
         rls.Compressor(trained(), policy=policy)
 
 
-def test_no_policy_comes_with_the_package():
-    with pytest.raises(rls.ArgumentError, match=r"policy='pretrained': no policy comes .*Expected"):
+def test_the_policy_that_comes_with_the_package_decides_moves():
+    policy = SavedPolicy.load("pretrained")
+    assert (policy.strategy, policy.agent.name, policy.agent.hidden_layers) == (IMPROVE, "dqn", ())
+    assert all(np.isfinite(one).all() and one.any() for one in policy.weights)
+    begun = rls.Compressor(trained(), policy="pretrained", strategy="improve")
+    assert (begun.agent, begun.policy.digest) == (policy.agent, policy.digest)
+    file = Path(rls.__file__).parent / "agents" / "pretrained_moves.npz"
+    assert file.stat().st_size < 100_000
+    # The wheel has it, too.
+    assert "pretrained_*.npz" in (Path(__file__).parents[2] / "setup.cfg").read_text()
+
+
+def test_the_policy_of_moves_builds_no_plans_and_is_of_one_agent():
+    with pytest.raises(rls.ArgumentError, match=r"'construct' cannot go on from a policy of 'impr"):
         rls.Compressor(trained(), policy="pretrained")
+    with pytest.raises(rls.ArgumentError, match=r"agent='ppo' cannot go on from a policy of 'dqn'"):
+        rls.Compressor(trained(), agent="ppo", policy="pretrained", strategy="improve")
 
 
 # -- whose settings ------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from tiny_search import (
 
 import rl_sparsity_tf as rls
 from rl_sparsity_tf.agents.demonstrations import proposals
+from rl_sparsity_tf.agents.policies import SavedPolicy
 from rl_sparsity_tf.console import SearchProgress
 from rl_sparsity_tf.environment.curriculum import Staged
 from rl_sparsity_tf.environment.reward import Reward
@@ -64,6 +65,16 @@ def test_an_episode_is_a_move_from_the_best_plan(agent):
     # The first moves were not the policy's: of them it learns nothing unless it learns off-policy.
     learned = [bool(entry["losses"]) for entry in loop.history]
     assert not any(learned[:3]) or agent is DQN
+
+
+@pytest.mark.slow
+def test_the_policy_that_comes_with_the_package_chooses_moves_without_chance():
+    policy = SavedPolicy.load("pretrained")
+    loops = [played(policy.agent, 7, policy=policy, seed=seed) for seed in (0, 1)]
+    rewards = [[entry["reward"] for entry in loop.history] for loop in loops]
+    assert rewards[0] == rewards[1]
+    others = [played(DQN, 7, seed=seed) for seed in (0, 1)]
+    assert [entry["reward"] for entry in others[0].history] != rewards[0]
 
 
 @pytest.mark.slow
