@@ -294,7 +294,10 @@ _NARROWEST = 40
 
 
 def terminal_width(otherwise: int) -> int:
-    """Characters in a line of the terminal; `otherwise` where there is none."""
+    """Characters in a line of the terminal, or of `COLUMNS`; `otherwise` where there is none."""
+    asked = os.environ.get("COLUMNS", "")
+    if not asked.isdecimal() and not sys.stdout.isatty():
+        return max(_NARROWEST, otherwise)  # what is printed goes into a file, or to a caller
     return max(_NARROWEST, shutil.get_terminal_size((otherwise, 24)).columns)
 
 

@@ -57,6 +57,12 @@ def _quick_collections():
 
 
 @pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch):
+    """Tables are as wide as they want to be, whatever terminal the tests are run in."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def _fresh_names():
     """Layer names count up per process; start every test at the same names.
 
