@@ -41,6 +41,7 @@ nitpick_ignore_regex = [
         r"(Path|Any|Callable|Mapping|Sequence|Iterable|Iterator|array|optional|PathLike)",
     ),
     # Named in signatures, for those who read the code; not part of the public surface.
+    (r"py:class", r"LayerSensitivity"),
     (r"py:class", r"rl_sparsity_tf\.(layers|environment|search)\.\w+\.\w+"),
     (
         r"py:class",
