@@ -1,4 +1,4 @@
-"""The command line: `rl-sparsity demo`, `compress`, `report`, `inspect` and `benchmark`."""
+"""The command line: `rl-sparsity demo`, `compress`, `report`, `export`, `inspect`, `benchmark`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl_sparsity_tf.console import quiet_libraries
@@ -32,6 +33,8 @@ _DEFAULT_SPARSITY = 0.9
 NO_FILE = 3
 """Exit code of a search that ended without a .tflite file; all else of its result is saved."""
 _SIGPIPE = 13
+# Rows that say what activations range over.
+_CALIBRATED = 512
 
 
 EXAMPLES = {
@@ -40,6 +43,10 @@ EXAMPLES = {
         "rl-sparsity compress model.keras --data data.npz --output run --target-bytes 50000",
         "rl-sparsity compress model.keras --dataset digits --output run --max-accuracy-drop 0.01",
         "rl-sparsity compress model.keras --data data.npz --output run --import my_layers",
+    ),
+    "export": (
+        "rl-sparsity export run --output model.tflite --quantization float16",
+        "rl-sparsity export run --output model.tflite --quantization int8 --data data.npz",
     ),
     "inspect": ("rl-sparsity inspect model.tflite", "rl-sparsity inspect model.tflite --json"),
     "benchmark": ("rl-sparsity benchmark small.tflite --against dense.tflite --runs 100",),
@@ -144,17 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     compress.add_argument(
         "--loss", help="loss to compile the model with, if it is saved uncompiled"
     )
-    compress.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="import this module, from the current folder too, for the model's classes; repeatable",
-    )
-    compress.add_argument(
-        "--trusted", action="store_true", help="open files that contain code of their own"
-    )
+    _add_loading_arguments(compress)
     compress.add_argument(
         "--policy", metavar="FILE", help="what an agent has learned before, to begin with"
     )
@@ -185,6 +182,21 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--output", help="file to write (report.html in the folder)")
     report.add_argument("--overwrite", action="store_true", help="replace the file at --output")
 
+    export = commands.add_parser("export", help="write the model of a finished run as another file")
+    export.add_argument("directory", help="folder of the run")
+    export.add_argument("--output", required=True, help=".tflite file to write")
+    export.add_argument(
+        "--quantization", choices=_QUANTIZATIONS, default="plan", help="how it is stored (plan)"
+    )
+    rows = export.add_mutually_exclusive_group()
+    rows.add_argument(
+        "--data", help=".npz file whose x_train says what int8 activations range over"
+    )
+    rows.add_argument("--dataset", help="the same of digits, or of a data set of TFDS")
+    export.add_argument("--batch-size", type=int, help="rows of every call of the file")
+    export.add_argument("--overwrite", action="store_true", help="replace the file at --output")
+    _add_loading_arguments(export)
+
     inspect = commands.add_parser("inspect", help="say what a .tflite file stores, and how")
     inspect.add_argument("file", help="any .tflite file")
     inspect.add_argument("--json", action="store_true", help="print JSON")
@@ -201,6 +213,20 @@ def build_parser() -> argparse.ArgumentParser:
         commands.choices[name].show(examples)
     parser.show([one for examples in EXAMPLES.values() for one in examples[:1]])
     return parser
+
+
+def _add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import this module, from the current folder too, for the model's classes; repeatable",
+    )
+    parser.add_argument(
+        "--trusted", action="store_true", help="open files that contain code of their own"
+    )
 
 
 def _add_search_arguments(parser: argparse.ArgumentParser, *, sizes: bool = False) -> None:
@@ -257,13 +283,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "demo": _demo,
         "compress": _compress,
         "report": _report,
+        "export": _export,
         "inspect": _inspect,
         "benchmark": _benchmark,
     }
-    # TensorFlow takes seconds to load, and only searching needs it.
-    searching = options.command in ("demo", "compress")
+    # TensorFlow takes seconds to load, and only these need it.
+    heavy = options.command in ("demo", "compress", "export")
     try:
-        with quiet_libraries() if searching else contextlib.nullcontext():
+        with quiet_libraries() if heavy else contextlib.nullcontext():
             _check_numbers(options)
             ended = commands[options.command](options)
             sys.stdout.flush()
@@ -496,6 +523,37 @@ def _report(options: argparse.Namespace) -> None:
 
     path = write_report(options.directory, options.output, overwrite=options.overwrite)
     print(printable(f"report in {path}"))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from rl_sparsity_tf.data.datasets import load_dataset, load_npz
+    from rl_sparsity_tf.export.export import export_tflite
+    from rl_sparsity_tf.layers.loading import load_model, user_modules
+    from rl_sparsity_tf.layers.plan import CompressionPlan
+
+    folder = Path(options.directory)
+    missing = [name for name in ("model.keras", "plan.json") if not (folder / name).is_file()]
+    if missing:
+        raise ArgumentError(
+            f"{options.directory} holds no {' and no '.join(missing)}. Expected the folder of a "
+            "finished run: what rl-sparsity compress wrote to --output."
+        )
+    rows = None
+    if options.data is not None or options.dataset is not None:
+        data = load_npz(options.data) if options.data else load_dataset(options.dataset)
+        rows = data.x_train[:_CALIBRATED]
+    with user_modules(options.imports):
+        model = load_model(folder / "model.keras", trusted=options.trusted)
+    by_plan = options.quantization == "plan"
+    export_tflite(
+        model,
+        options.output,
+        options.quantization,
+        plan=CompressionPlan.load(folder / "plan.json") if by_plan else None,
+        representative_data=rows,
+        batch_size=options.batch_size,
+        overwrite=options.overwrite,
+    ).summary()
 
 
 def _inspect(options: argparse.Namespace) -> None:

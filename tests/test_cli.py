@@ -125,11 +125,52 @@ def test_compress_writes_a_run(model, files, tmp_path, capsys):
         assert "Compressed model" in captured.out
         assert "compressed (" in captured.out
         assert f"files in {tmp_path / 'run'}" in captured.out
+    if not silent:
+        exported_again(tmp_path / "run", files, capsys)
     # A second call finds the finished run and leaves it alone.
     before = (tmp_path / "run" / "metrics.json").read_bytes()
     assert main(arguments) == 2
     assert "holds a finished run" in capsys.readouterr().err
     assert (tmp_path / "run" / "metrics.json").read_bytes() == before
+
+
+def exported_again(run: Path, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run's model as other files, of which each is what the mode says."""
+    model = rls.load_model(run / "model.keras")
+    for mode, tolerance, more in (
+        ("float16", 0.02, ()),
+        ("int8", 0.2, ("--data", str(files / "data.npz"))),
+        ("plan", 0.02, ()),
+    ):
+        path = run.parent / f"{mode}.tflite"
+        arguments = ["export", str(run), "--output", str(path), "--quantization", mode, *more]
+        assert main(arguments) == 0
+        assert f"{path.stat().st_size:,}" in capsys.readouterr().out
+        outputs = rls.predict_tflite(path, TEST[0])
+        np.testing.assert_allclose(outputs, model.predict(TEST[0], verbose=0), atol=tolerance)
+        assert main(arguments) == 2
+        assert "exists already" in capsys.readouterr().err
+    assert (run.parent / "plan.tflite").read_bytes() == (run / "model.tflite").read_bytes()
+    assert main(["export", str(run), "--output", str(run.parent / "no.tflite"), *_INT8]) == 2
+    assert "representative_data" in capsys.readouterr().err
+    assert not (run.parent / "no.tflite").exists()
+
+
+_INT8 = ("--quantization", "int8")
+
+
+def test_what_is_no_finished_run_has_nothing_to_export(files, tmp_path, capsys):
+    for folder, missing in (
+        ("occupied", "no model.keras and no plan.json"),
+        ("none", "no model.k"),
+    ):
+        output = str(tmp_path / "model.tflite")
+        assert_refused(main(["export", str(files / folder), "--output", output]), capsys, missing)
+    (files / "half").mkdir()
+    (files / "half" / "model.keras").write_text("")
+    code = main(["export", str(files / "half"), "--output", str(tmp_path / "model.tflite")])
+    assert_refused(code, capsys, "holds no plan.json. Expected the folder of a finished run")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
