@@ -156,6 +156,9 @@ def warnings(run: Mapping[str, Any]) -> list[str]:
     for one in entries(metrics.get("baselines"))[:MOST_ROWS]:
         name = text(one.get("name"), 60) or "a contender"
         found += [f"{name}: {words}" for words in texts(one.get("warnings"))]
+    slow_int4 = fields(fields(metrics.get("search")).get("slow_int4"))
+    if note := text(slow_int4.get("note")):
+        found.append(note)
     given = len(listed(run.get("plan")))
     if given > MOST_KERNELS:
         found.append(f"the plan names {given:,} kernels, of which {MOST_KERNELS:,} are shown")

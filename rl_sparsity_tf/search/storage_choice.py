@@ -109,12 +109,13 @@ class SlowInt4:
     possible: float
     kernels: Sequence[str]
 
-    def to_dict(self) -> dict[str, float | list[str]]:
+    def to_dict(self) -> dict[str, Any]:
         """As metrics.json has it."""
         return {
             "metric": self.metric,
             "metric_with_int4_all": self.possible,
             "kernels": list(self.kernels),
+            "note": str(self),
         }
 
     @classmethod

@@ -173,6 +173,14 @@ def test_warnings_are_said_once_and_by_whom():
     assert "Things to know the fine-tuning diverged" in shown().text
 
 
+def test_what_4_bits_would_be_worth_is_said():
+    run = made_run()
+    run["metrics"]["search"]["slow_int4"] = {"note": "4 bits in <conv>, too", "metric": 0.5}
+    assert content.warnings(run)[-1] == "4 bits in <conv>, too"
+    run["metrics"]["search"]["slow_int4"] = ["of another kind"]
+    assert len(content.warnings(run)) == 2
+
+
 def test_a_run_that_was_cut_off():
     text = shown(metrics=None, plan=None, details=None).text
     assert "This run is not finished" in text
