@@ -103,19 +103,23 @@ class SearchProgress:
         """What episodes callbacks want no more of: `"stage"`, `"all"`, or nothing."""
         return self._listeners.asked
 
-    def evaluated(self, count: int | None, figures: Callable[[], dict[str, Any]]) -> None:
-        """Tells of a plan, if it is the first evaluation of it.
+    def evaluated(
+        self, count: int | None, value: float, figures: Callable[[], dict[str, Any]]
+    ) -> None:
+        """Shows and tells of a plan, if it is the first evaluation of it.
 
-        `count` is how many distinct plans were evaluated by now; None for one more than before.
+        All its `figures` are asked for where somebody listens. `count` is how many distinct plans
+        were evaluated by now; None for one more than before.
         """
         number = self._evaluations + 1 if count is None else count
         if number <= self._evaluations:
             return
-        self._evaluations, found = number, figures()
-        if found["value"] > self._best:
-            self._best = found["value"]
+        self._evaluations = number
+        if value > self._best:
+            self._best = value
             self._figures = f"best {self._best:+.3f}"
-        self._listeners.tell("on_evaluation", {"evaluation": int(number), **found})
+        if self._listeners:
+            self._listeners.tell("on_evaluation", {"evaluation": int(number), **figures()})
 
     def target_changed(self, evaluations: int) -> None:
         """Values of other targets do not compare; so many distinct plans have been evaluated."""
@@ -226,6 +230,11 @@ class SearchProgress:
         """Writes a line, unless silent."""
         if self._verbose:
             self._console.print(printable(text), soft_wrap=True, markup=False, emoji=False)
+
+
+def silent() -> SearchProgress:
+    """Progress that nobody is told of."""
+    return SearchProgress(0, verbose=0)
 
 
 def episode_logs(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -178,6 +178,9 @@ def weights_cost(_: str, live: np.ndarray, __: int) -> np.ndarray:
     return live
 
 
+DYNAMIC_PROGRAMMING = "dynamic_programming"
+"""Who proposes what is proposed here, in histories and figures."""
+
 POWERS = (1.0, 0.5, 0.25)
 """Of the layers' errors, see [propose_all][]: no power gives the best plan for every network."""
 

@@ -10,15 +10,14 @@ from typing import Any, cast
 import numpy as np
 
 from rl_sparsity_tf.agents.base import Agent
-from rl_sparsity_tf.agents.configs import AgentConfig, SlotShape, build_agent
+from rl_sparsity_tf.agents.configs import AgentConfig, build_agent
 from rl_sparsity_tf.agents.demonstrations import Demonstration, random_demonstration
 from rl_sparsity_tf.agents.exploration import DecisionTree, ReturnThenExplore
-from rl_sparsity_tf.agents.policies import CONSTRUCT, IMPROVE, SavedPolicy
+from rl_sparsity_tf.agents.policies import CONSTRUCT, IMPROVE, INTERFACES, SavedPolicy
 from rl_sparsity_tf.agents.relaxation import Relaxation
 from rl_sparsity_tf.environment.curriculum import Constant, Curriculum
 from rl_sparsity_tf.environment.improvement_environment import ImprovementEnvironment, opened
 from rl_sparsity_tf.environment.layer_environment import LayerEnvironment
-from rl_sparsity_tf.environment.moves import SLOT_SHAPE
 from rl_sparsity_tf.environment.network import CompressedNetwork
 from rl_sparsity_tf.environment.reranking import SCHEDULE
 from rl_sparsity_tf.environment.reward import RewardFunction
@@ -512,7 +511,7 @@ class ImprovementEpisodes(SearchEpisodes):
             self.environment.time_step_spec(),
             self.environment.action_spec(),
             seed=settings.seed,
-            slots=SlotShape(*SLOT_SHAPE),
+            slots=INTERFACES[IMPROVE].slots,
         )
         if settings.policy is not None:
             self.agent.set_policy_arrays(settings.policy.weights)

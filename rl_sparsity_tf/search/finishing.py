@@ -10,7 +10,7 @@ import tf_keras as keras
 
 from rl_sparsity_tf.allocation.target import Target
 from rl_sparsity_tf.callbacks import EXPORT, FINE_TUNING
-from rl_sparsity_tf.console import SearchProgress
+from rl_sparsity_tf.console import SearchProgress, silent
 from rl_sparsity_tf.data.batches import TrainingData, inputs_of
 from rl_sparsity_tf.data.checks import Batch
 from rl_sparsity_tf.data.metrics import Metric, Score
@@ -121,11 +121,6 @@ class Figures:
         sets = [self.validation, self.test] if self.test else [self.validation]
         validation, *test = score_on_all(model, sets, self.metric)
         return validation, test[0] if test else None
-
-
-def silent() -> SearchProgress:
-    """Progress that nobody is told of."""
-    return SearchProgress(0, verbose=0)
 
 
 class _Epochs(keras.callbacks.Callback):

@@ -22,7 +22,11 @@ from rl_sparsity_tf.agents.demonstrations import (
 from rl_sparsity_tf.agents.policies import CONSTRUCT
 from rl_sparsity_tf.allocation.budgets import Budget
 from rl_sparsity_tf.allocation.density_plans import pruned_to_budget
-from rl_sparsity_tf.allocation.dynamic_programming import POWERS, propose_all
+from rl_sparsity_tf.allocation.dynamic_programming import (
+    DYNAMIC_PROGRAMMING,
+    POWERS,
+    propose_all,
+)
 from rl_sparsity_tf.allocation.size_budget import predicted_bytes
 from rl_sparsity_tf.callbacks import ALL, EPISODES, RERANKING, WARM_START
 from rl_sparsity_tf.console import Interruption, SearchProgress
@@ -45,7 +49,6 @@ from rl_sparsity_tf.layers.plan import CompressionPlan
 from rl_sparsity_tf.search.episodes import Episodes, LoopSettings, make_episodes
 from rl_sparsity_tf.search.run_directory import LATEST, TIMES, TRIALS, RunDirectory
 
-DYNAMIC = "dynamic_programming"
 PREVIOUS = "previous_stage"
 """Who proposes the plan of an earlier stage, pruned further to the target of the present one."""
 POLICY = "policy"
@@ -295,7 +298,7 @@ class SearchLoop:
         """Tells of the network's plan, if it is new."""
         network = self._network
         figures = functools.partial(figures_of, network, value, proposed_by, episode)
-        progress.evaluated(network.evaluations, figures)
+        progress.evaluated(network.evaluations, value, figures)
 
     def _more(self) -> dict[str, Any]:
         """What callbacks are told of an episode that its line of the journal does not have."""
@@ -351,7 +354,9 @@ class SearchLoop:
             plans += [one for one in proposals(network) if one[1] != further]
         if self.settings.warm_start and network.least_squares is not None:
             exact = propose_all(network, POWERS)
-            plans += [(DYNAMIC, plan) for n, plan in enumerate(exact) if plan not in exact[:n]]
+            plans += [
+                (DYNAMIC_PROGRAMMING, plan) for n, plan in enumerate(exact) if plan not in exact[:n]
+            ]
         applied = [(self.episodes.reference, one) for one in self.proposed]
         shown: list[tuple[float, Demonstration]] = []
         for name, plan in plans:

@@ -36,7 +36,6 @@ from rl_sparsity_tf.search.early_files import DenseFiles
 from rl_sparsity_tf.search.finishing import Exported, Figures, Finished, RemovedChannels, Task
 from rl_sparsity_tf.search.run_directory import RESULT_FILES, check_directory
 from rl_sparsity_tf.search.run_files import versions
-from rl_sparsity_tf.search.storage_choice import SlowInt4
 from rl_sparsity_tf.tflite.recipes import check_recipe_path, recipe_path, replacing_with_recipe
 
 if TYPE_CHECKING:
@@ -370,7 +369,7 @@ class Result:
         for reason, paths in self.metrics["search"].get("left_alone", {}).items():
             print_fn(f"left alone ({reason}): {', '.join(paths)}")
         if "slow_int4" in self.metrics["search"]:
-            print_fn(f"note: {SlowInt4.from_dict(self.metrics['search']['slow_int4'])}")
+            print_fn(f"note: {self.metrics['search']['slow_int4']['note']}")
         print_fn(f"plan proposed by {self.candidate.found_by}")
         name = self.metrics["metric"]["name"]
         print_fn(f"validation {name} {compressed['validation_metric']:.4f}")

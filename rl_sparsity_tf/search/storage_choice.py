@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ import numpy as np
 from rl_sparsity_tf.allocation.alternatives import Alternative, note
 from rl_sparsity_tf.allocation.decisions import KernelDecisions
 from rl_sparsity_tf.allocation.dynamic_programming import (
+    DYNAMIC_PROGRAMMING,
     LARGEST_ERROR,
     POWER,
     POWERS,
@@ -33,7 +34,7 @@ from rl_sparsity_tf.allocation.layer_errors import FLOAT, KernelErrors, kernel_e
 from rl_sparsity_tf.allocation.size_budget import KernelCosts, SizeBudget, kernel_costs
 from rl_sparsity_tf.allocation.storage import KernelStorage, Storage
 from rl_sparsity_tf.callbacks import STORAGE
-from rl_sparsity_tf.console import SearchProgress
+from rl_sparsity_tf.console import SearchProgress, silent
 from rl_sparsity_tf.environment.candidates import PROPOSED, Candidate, figures_of
 from rl_sparsity_tf.environment.network import CompressedNetwork, evaluate_plan
 from rl_sparsity_tf.environment.reward import Outcome, RewardFunction, bounded
@@ -69,9 +70,6 @@ _WORST = Outcome(
 
 SINGLE_WEIGHTS = "dynamic_programming_element"
 """Who proposed the plan of a [StorageChoice][]."""
-
-DYNAMIC_PROGRAMMING = "dynamic_programming"
-"""Who proposes the plans that storages are compared by."""
 
 Build = Callable[..., CompressedNetwork]
 """Makes a network of `decisions=KernelDecisions(...)`."""
@@ -118,11 +116,6 @@ class SlowInt4:
             "note": str(self),
         }
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SlowInt4:
-        """What [to_dict][] described."""
-        return cls(values["metric"], values["metric_with_int4_all"], values["kernels"])
-
     def __str__(self) -> str:
         others = len(self.kernels) - _NAMED
         named = ", ".join(self.kernels[:_NAMED]) + (f" and {others} more" if others > 0 else "")
@@ -145,13 +138,12 @@ class StorageChooser:
     build: Build
     reward: RewardFunction
     int4: str = "all"
-    progress: SearchProgress | None = None
+    progress: SearchProgress = dataclasses.field(default_factory=silent)
 
     def choose(self, network: CompressedNetwork) -> StorageChoice:
         """The best storage for a network's budget."""
-        progress = self.progress or SearchProgress(0, verbose=0)
-        with progress.phase(STORAGE):
-            return choose_storage(network, self.build, self.reward, self.int4, progress)
+        with self.progress.phase(STORAGE):
+            return choose_storage(network, self.build, self.reward, self.int4, self.progress)
 
 
 def choose_storage(
@@ -169,11 +161,11 @@ def choose_storage(
     decisions = network.decisions
     sizes = decisions.sizes
     assert sizes is not None
-    options = _all_options(network, sizes, int4)
-    proposed = _proposals(network, options, int4)
+    options = storage_options(network, sizes, int4)
+    proposed = propose_storages(network, options, int4)
     wanted = [Storage("block4"), *proposed.values()]
     single_weights = []
-    told = functools.partial(_tell, progress, reward)
+    told = functools.partial(_tell, progress or silent(), reward)
     best, lowest = network, _WORST
     for power, outcome in _evaluated(network):
         lowest = _lower(lowest, outcome)
@@ -210,25 +202,25 @@ def choose_storage(
         note(best, path, [one for key, one in ways.items() if key not in known])
     slow = None
     if int4 == "fast":
-        slow = _slow_int4(network, lowest, proposed, _proposals(network, options, "all"), built)
+        with_all = propose_storages(network, options, "all", (POWER,)).get(POWER)
+        if with_all is not None and with_all not in proposed.values():
+            slow = _slow_int4(network, lowest, with_all, built)
     return StorageChoice(best, single_weights, slow)
 
 
 def _slow_int4(
     network: CompressedNetwork,
     chosen: Outcome,
-    proposed: Mapping[float, Storage],
-    with_all: Mapping[float, Storage],
+    storage: Storage,
     built: Callable[[Storage], CompressedNetwork | None],
 ) -> SlowInt4 | None:
     """What the plan of least layer error is worth with 4 bits in any kernel; None if no more."""
-    storage = with_all.get(POWER)
-    if storage is None or storage in proposed.values() or not math.isfinite(chosen.loss):
+    if not math.isfinite(chosen.loss):
         return None
     slow = [
         kernel.path
         for kernel in network.kernels
-        if storage.of(kernel.path).bits == 4 and kernel.spec.kind not in INT4_AS_FAST
+        if storage.of(kernel.path).bits == 4 and not _may_have_int4(kernel, "fast")
     ]
     other = built(storage) if slow else None
     if other is None:
@@ -240,25 +232,19 @@ def _slow_int4(
     return SlowInt4(chosen.metric, outcome.metric, slow)
 
 
-def propose_storages(
+def storage_options(
     network: CompressedNetwork, sizes: KernelBytes, int4: str = "all"
-) -> list[Storage]:
-    """What the knapsack chooses when every kernel may be cut and stored in any way.
+) -> list[list[_Option]]:
+    """Every kernel's ways to be cut and stored.
 
     The network has all kernels in single weights, at 8 bits. `int4` is which kernels may have 4
-    bits, one of [INT4][]. There is a storage for each of several powers of the layers' errors.
-    """
-    return list(_proposals(network, _all_options(network, sizes, int4), int4).values())
-
-
-def _all_options(network: CompressedNetwork, sizes: KernelBytes, int4: str) -> list[list[_Option]]:
-    """Every kernel's options, 4 bits among them wherever it can have them.
-
-    Those that `int4` allows are noted as what else was possible.
+    bits, one of [INT4][]; with `"fast"`, 4 bits in slow kernels are among the options, too, to be
+    compared with. Those that it allows are noted as what else was possible.
     """
     limit, density = _limit(network), 1.0 - network.budget.goal
+    measured = "all" if int4 == "fast" else int4
     options = [
-        _options(network, one, sizes, density, limit, _may_have_int4(one, "all"))
+        _options(network, one, sizes, density, limit, _may_have_int4(one, measured))
         for one in network.kernels
     ]
     for kernel, one in zip(network.kernels, _allowed(network, options, int4), strict=True):
@@ -281,15 +267,21 @@ def _limit(network: CompressedNetwork) -> float:
     return budget.limit - budget.fixed
 
 
-def _proposals(
-    network: CompressedNetwork, options: Sequence[Sequence[_Option]], int4: str
+def propose_storages(
+    network: CompressedNetwork,
+    options: Sequence[Sequence[_Option]],
+    int4: str = "all",
+    powers: Sequence[float] = POWERS,
 ) -> dict[float, Storage]:
-    """What the knapsack chooses at each power of the layers' errors, where it finds anything."""
+    """What the knapsack chooses at each power of the layers' errors, where it finds anything.
+
+    `options` are those of [storage_options][], of which `int4` may allow fewer.
+    """
     limit = _limit(network)
     options = _allowed(network, options, int4)
     costs = [np.concatenate([option.costs for option in one]) for one in options]
     found = {}
-    for power in POWERS:
+    for power in powers:
         errors = [
             np.concatenate([option.errors for option in one]).clip(0, LARGEST_ERROR) ** power
             for one in options
@@ -389,14 +381,11 @@ def _evaluated(network: CompressedNetwork) -> Iterator[tuple[float, Outcome]]:
     network.reset()
 
 
-def _tell(
-    progress: SearchProgress | None, reward: RewardFunction, network: CompressedNetwork
-) -> None:
+def _tell(progress: SearchProgress, reward: RewardFunction, network: CompressedNetwork) -> None:
     """Tells of a network's plan, which was evaluated."""
-    if progress is not None:
-        value = bounded(reward, network.outcome, None)
-        figures = functools.partial(figures_of, network, value, DYNAMIC_PROGRAMMING)
-        progress.evaluated(None, figures)
+    value = bounded(reward, network.outcome, None)
+    figures = functools.partial(figures_of, network, value, DYNAMIC_PROGRAMMING)
+    progress.evaluated(None, value, figures)
 
 
 def _lower(lowest: Outcome, outcome: Outcome) -> Outcome:

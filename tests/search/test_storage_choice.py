@@ -23,7 +23,12 @@ from rl_sparsity_tf.layers.kernels import find_kernels
 from rl_sparsity_tf.layers.operations import Operation
 from rl_sparsity_tf.search import final, storage_choice
 from rl_sparsity_tf.search.comparison import compare
-from rl_sparsity_tf.search.storage_choice import SlowInt4, choose_storage, propose_storages
+from rl_sparsity_tf.search.storage_choice import (
+    SlowInt4,
+    choose_storage,
+    propose_storages,
+    storage_options,
+)
 
 L = keras.layers
 
@@ -216,7 +221,7 @@ def chosen(model, limit, sizes):
 def test_proposals_keep_to_the_bytes(chosen, model):
     plain, _, _ = chosen
     sizes = plain.decisions.sizes
-    found = propose_storages(plain, sizes)
+    found = propose_storages(plain, storage_options(plain, sizes)).values()
     assert found
     for storage in found:
         network = network_of(model, plain.target, KernelDecisions(storage, sizes=sizes))
@@ -339,7 +344,8 @@ def kernels_in_4_bits(network, storages):
     ],
 )
 def test_only_kernels_that_may_have_4_bits_are_proposed_in_4(convolutional, int4, expected):
-    found = propose_storages(convolutional, convolutional.decisions.sizes, int4)
+    options = storage_options(convolutional, convolutional.decisions.sizes, int4)
+    found = propose_storages(convolutional, options, int4).values()
     assert found
     in_4 = kernels_in_4_bits(convolutional, found)
     assert expected <= in_4
@@ -389,7 +395,7 @@ def test_what_4_bits_in_slow_kernels_would_be_worth_is_said(convolutional, monke
     assert found.possible == evaluate_plan(built[-1], plan).metric > found.metric
     # What is not searched is no evaluation of the search.
     assert not built[-1].seen <= choice.network.seen
-    text = str(SlowInt4.from_dict(json.loads(json.dumps(found.to_dict()))))
+    text = json.loads(json.dumps(found.to_dict()))["note"]
     assert text == str(found)
     assert f"from {found.metric:.4f} to {found.possible:.4f}" in text
     # Nothing is said where it is asked for, forbidden, or worth little.
